@@ -1,0 +1,1 @@
+"""The TensorRT-LLM checkpoint: its names, shapes and shards, its config.json, a writer and a reader."""

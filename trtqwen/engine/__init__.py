@@ -1,0 +1,1 @@
+"""Builders of engines behind one protocol, and the engine directory they write."""

@@ -1,0 +1,50 @@
+"""`config.json` of an engine directory: the checkpoint's config and the limits the engine was built with."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from trtqwen.checkpoint.config import CheckpointConfig
+from trtqwen.errors import InputError
+
+Builder = Literal["tensorrt_llm", "torch"]
+
+
+class BuildConfig(BaseModel):
+    """The limits of an engine, by TensorRT-LLM's names. All in tokens but `max_batch_size`, in requests."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    max_batch_size: int
+    max_num_tokens: int
+    max_seq_len: int
+    tokens_per_block: int
+
+
+class EngineConfig(BaseModel):
+    """An engine directory's config.json; the two sections carry the names that trtllm-build gives them."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    builder: Builder
+    pretrained_config: CheckpointConfig
+    build_config: BuildConfig
+
+
+def read_engine_config(directory: Path) -> EngineConfig:
+    """Read and check an engine's config.json.
+
+    Raises:
+        InputError: if it is missing or broken.
+    """
+    path = directory / "config.json"
+    try:
+        return EngineConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError:
+        raise InputError(f"{path}: is missing; name an engine directory that `trtqwen build` wrote") from None
+    except (ValidationError, ValueError):
+        raise InputError(f"{path}: is not the config of a trtqwen engine; build the engine again") from None

@@ -1,0 +1,100 @@
+"""The fields of a Hugging Face Qwen2 `config.json` that conversion needs, with the defaults of NVIDIA's converter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trtqwen.errors import SourceError
+
+ARCHITECTURE = "Qwen2ForCausalLM"
+
+
+class HfConfig(BaseModel):
+    """Shape and constants of a dense Qwen2 or Qwen2.5 model. Sizes in elements."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    architectures: list[str]
+    model_type: str
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(gt=0)
+    vocab_size: int = Field(gt=0)
+    max_position_embeddings: int = Field(gt=0)
+    rms_norm_eps: float = Field(gt=0)
+    hidden_act: str = "silu"
+    head_dim: int | None = None
+    rope_theta: float = 100000.0  # the Qwen converter's default, not transformers' 10000
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool = False
+    torch_dtype: str | None = None
+    seq_length: int = 8192
+
+    @model_validator(mode="before")
+    @classmethod
+    def _newer_spellings(cls, data: dict[str, Any]) -> dict[str, Any]:
+        data = dict(data)
+        data.setdefault("num_key_value_heads", data.get("num_attention_heads"))
+        if data.get("dtype") is not None:  # transformers >= 4.56 writes `dtype`
+            data["torch_dtype"] = data["dtype"]
+        rope = data.get("rope_parameters")  # transformers >= 5 joins rope_theta and rope_scaling
+        if isinstance(rope, dict):
+            data.setdefault("rope_theta", rope.get("rope_theta"))
+            if rope.get("rope_type", "default") != "default":
+                data["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        scaling = data.get("rope_scaling")
+        if isinstance(scaling, dict) and "type" in scaling:  # as transformers presents it
+            data["rope_scaling"] = {"rope_type": scaling["type"], **scaling}
+        return data
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def load_config(directory: Path) -> HfConfig:
+    """Read and check `config.json`.
+
+    Raises:
+        SourceError: if the file is missing or broken, or the model is not a dense, unquantised Qwen2.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise SourceError(f"{directory}: no such directory; name a Hugging Face model directory")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise SourceError(f"{directory}: has no config.json; name the directory of a Hugging Face model") from None
+    except ValueError as problem:
+        raise SourceError(f"{path}: is not JSON ({problem}); download the file again") from None
+    if not isinstance(data, dict):
+        raise SourceError(f"{path}: is not a JSON object; download the file again")
+    architectures = data.get("architectures") or []
+    if architectures != [ARCHITECTURE]:
+        found = ", ".join(map(str, architectures)) or "none"
+        raise SourceError(
+            f"{path}: architectures is {found}; trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)"
+        )
+    if data.get("quantization_config"):
+        method = data["quantization_config"].get("quant_method", "unknown")
+        raise SourceError(
+            f"{path}: the weights are quantised already (quant_method {method}); use the 16-bit original"
+        )
+    if data.get("use_sliding_window"):
+        raise SourceError(
+            f"{path}: use_sliding_window is true, which TensorRT-LLM's Qwen2 does not carry out; set it to false"
+        )
+    try:
+        return HfConfig.model_validate(data)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        raise SourceError(
+            f"{path}: field {field!r}: {first['msg'].lower()} (got {first['input']!r}); fix the file"
+        ) from None

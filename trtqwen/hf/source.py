@@ -1,0 +1,114 @@
+"""The tensors of a Hugging Face model directory, single-file or sharded, read lazily from memory-mapped files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+from trtqwen.artifact import digest_file
+from trtqwen.errors import SourceError
+from trtqwen.hf.config import HfConfig, load_config
+from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+
+
+class HfModel:
+    """An opened model directory. Opening reads headers only; every shard is checked for completeness.
+
+    Raises:
+        SourceError: if the config or a shard is missing, cut short or damaged.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.config: HfConfig = load_config(directory)
+        self._files = _weight_files(directory)
+        self._readers = {path.name: SafetensorsReader(path, SourceError) for path in self._files}
+        self._owner = {name: reader for reader in self._readers.values() for name in reader}
+        self._digests: dict[str, str] = {}
+        _check_index(directory, self._owner)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._owner)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._owner
+
+    def spec(self, name: str) -> TensorSpec:
+        return self._reader(name).spec(name)
+
+    def tensor(self, name: str) -> Array:
+        """A read-only view of the tensor, in the file's own dtype."""
+        return self._reader(name).tensor(name)
+
+    def finish(self, name: str) -> None:
+        """Take the tensor's digest and give its memory back: call it when the tensor was used."""
+        reader = self._reader(name)
+        if name not in self._digests:
+            self._digests[name] = reader.tensor_digest(name)
+        reader.release(name)
+
+    def digests(self) -> dict[str, str]:
+        """Content digest of every file that decides a conversion, by file name; reads what was not read yet."""
+        for name in self._owner:
+            if name not in self._digests:
+                self.finish(name)
+        small = {path.name: digest_file(path) for path in [self.directory / "config.json", *self.tokenizer_files]}
+        return small | {name: reader.file_digest(self._digests) for name, reader in self._readers.items()}
+
+    @cached_property
+    def tokenizer_files(self) -> list[Path]:
+        """Tokenizer, chat template and generation settings, as far as the directory has them."""
+        return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(reader.size for reader in self._readers.values())
+
+    def _reader(self, name: str) -> SafetensorsReader:
+        try:
+            return self._owner[name]
+        except KeyError:
+            raise SourceError(
+                f"{self.directory}: tensor {name!r} is missing; the model is incomplete, download it again"
+            ) from None
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """All shards of the index, or every safetensors file of a directory without one (as TensorRT-LLM reads it)."""
+    index = directory / INDEX
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError):
+            raise SourceError(f"{index}: is not a safetensors index; download the file again") from None
+        for name in names:
+            if not (directory / name).is_file():
+                raise SourceError(f"{directory / name}: this shard of the index is missing; download it again")
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise SourceError(f"{directory}: has no *.safetensors; only safetensors are read (convert .bin files first)")
+    return files
+
+
+def _check_index(directory: Path, owner: dict[str, SafetensorsReader]) -> None:
+    index = directory / INDEX
+    if not index.is_file():
+        return
+    for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        if name not in owner or owner[name].path.name != file:
+            raise SourceError(f"{index}: places tensor {name!r} in {file}, which does not hold it; download again")

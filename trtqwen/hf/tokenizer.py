@@ -1,0 +1,166 @@
+"""A Qwen tokenizer directory: text to ids and back, stop ids, chat template, and streams cut at whole characters."""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trtqwen.errors import InputError, SourceError
+
+
+class Tokenizer:
+    """The tokenizer of a model, read from `tokenizer.json` and its companions.
+
+    Raises:
+        SourceError: if the directory has no byte-level BPE `tokenizer.json`.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise SourceError(f"{directory}: has no tokenizer.json; copy the model's tokenizer files there")
+        try:
+            self._backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as problem:  # the library raises bare Exception
+            raise SourceError(f"{path}: is not a tokenizer ({problem}); download the file again") from None
+        if not isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
+            raise SourceError(f"{path}: is not a byte-level BPE tokenizer, as Qwen's are")
+        self._config = _read_json(directory / "tokenizer_config.json")
+        self._generation = _read_json(directory / "generation_config.json")
+
+    def __len__(self) -> int:
+        return int(self._backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; special tokens written out in it count as special."""
+        return list(self._backend.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def end_id(self) -> int:
+        """Id of the tokenizer's end token (`<|im_end|>` for Instruct models).
+
+        Raises:
+            SourceError: if tokenizer_config.json names none.
+        """
+        token = self._token("eos_token")
+        if token is None:
+            raise SourceError(f"{self.directory / 'tokenizer_config.json'}: names no eos_token; add it")
+        return token
+
+    @cached_property
+    def pad_id(self) -> int:
+        token = self._token("pad_token")
+        return self.end_id if token is None else token
+
+    @cached_property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer, the tokenizer's own first: the files of a Qwen model name different ones."""
+        listed = self._generation.get("eos_token_id", [])
+        others = listed if isinstance(listed, list) else [listed]
+        return tuple(dict.fromkeys([self.end_id, *others]))
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        path = self.directory / "chat_template.jinja"
+        return path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+
+    @cached_property
+    def token_bytes(self) -> tuple[bytes, ...]:
+        """The bytes each id stands for; empty for special tokens, which decoding leaves out."""
+        table = {character: byte for byte, character in enumerate(_byte_characters())}
+        added = self._backend.get_added_tokens_decoder()
+
+        def to_bytes(token_id: int) -> bytes:
+            if token_id in added:
+                token = added[token_id]
+                return b"" if token.special else token.content.encode()
+            return bytes(table[character] for character in self._backend.id_to_token(token_id) or "")
+
+        return tuple(to_bytes(token_id) for token_id in range(len(self)))
+
+    def _token(self, key: str) -> int | None:
+        token = self._config.get(key)
+        content = token.get("content") if isinstance(token, dict) else token
+        return None if content is None else self._backend.token_to_id(content)
+
+
+def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
+    """Render a conversation by a model's own chat template, ready for the assistant's turn.
+
+    The template is data from a model directory: it runs in jinja2's sandbox, as `transformers` runs it.
+
+    Raises:
+        InputError: if the template is broken or refuses the messages.
+    """
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = refuse
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
+    try:
+        return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+    except TemplateError as problem:
+        raise InputError(f"the chat template refuses these messages: {problem}; change them") from None
+
+
+class CharacterStream:
+    """Cuts a stream of token ids where characters end, so that each piece decodes on its own.
+
+    Byte-level BPE splits a Chinese character or an emoji over several tokens; decoding the pieces apart would show
+    U+FFFD. The decoded pieces, joined, equal the decoding of all ids at once.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held: list[int] = []
+
+    def push(self, ids: Sequence[int]) -> list[int]:
+        """Take new ids; return those, older ones first, that now end at a character's end."""
+        ready: list[int] = []
+        for token_id in ids:
+            self._held.append(token_id)
+            known = 0 <= token_id < len(self._token_bytes)  # models have padding rows beyond the tokenizer
+            self._decoder.decode(self._token_bytes[token_id] if known else b"")
+            if not self._decoder.getstate()[0]:
+                ready += self._held
+                self._held = []
+        return ready
+
+    def flush(self) -> list[int]:
+        """The ids still held, for the end of the stream."""
+        held, self._held = self._held, []
+        return held
+
+
+def _byte_characters() -> list[str]:
+    """The printable stand-in of each byte in byte-level BPE: itself if printable Latin-1, else from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    substitutes = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise SourceError(f"{path}: is not JSON ({problem}); download the file again") from None
+    if not isinstance(content, dict):
+        raise SourceError(f"{path}: is not a JSON object; download the file again")
+    return content

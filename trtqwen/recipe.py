@@ -1,0 +1,168 @@
+"""The recipe: one YAML file that says what to build and how to serve it. All validation lives here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from trtqwen.checkpoint.config import Dtype
+from trtqwen.errors import RecipeError
+
+BUNDLED = Path(__file__).parent / "recipes"
+CHECKOUT = Path(__file__).parent.parent / "recipes"
+Positive = Annotated[int, Field(gt=0)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class CheckpointRecipe(_Section):
+    """How the weights are converted."""
+
+    dtype: Literal["auto"] | Dtype = "auto"
+    tp_size: Literal[1, 2, 4, 8] = 1
+
+
+class EngineRecipe(_Section):
+    """What is built. The names are those of TensorRT-LLM's BuildConfig.
+
+    Attributes:
+        builder: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
+        max_batch_size: requests scheduled in one step.
+        max_num_tokens: packed tokens in one step, context and generation together.
+        max_seq_len: tokens of one request, prompt and answer together.
+        tokens_per_block: tokens of one KV cache block.
+        gemm_plugin: `auto` takes the checkpoint's dtype.
+        use_paged_context_fmha: needed by chunked context and KV cache reuse.
+        workers: ranks built in parallel.
+    """
+
+    builder: Literal["tensorrt_llm", "torch"]
+    max_batch_size: Positive = 64
+    max_num_tokens: Positive = 8192
+    max_seq_len: Positive = 8192
+    tokens_per_block: Literal[8, 16, 32, 64, 128] = 32
+    gemm_plugin: Literal["auto", "float16", "bfloat16", "disable"] = "auto"
+    use_paged_context_fmha: bool = True
+    workers: Positive = 1
+
+    @model_validator(mode="after")
+    def _steps_hold_a_batch(self) -> EngineRecipe:
+        least = max(self.max_batch_size, self.tokens_per_block)
+        if self.max_num_tokens < least:
+            raise ValueError(
+                f"max_num_tokens {self.max_num_tokens} is less than {least}, "
+                "the larger of max_batch_size and tokens_per_block"
+            )
+        return self
+
+
+class ServeRecipe(_Section):
+    """How the engine is run. The names are the keys of the Triton model `tensorrt_llm`.
+
+    Attributes:
+        batch_scheduler_policy: `guaranteed_no_evict` admits a request when its whole answer fits into the KV cache;
+            `max_utilization` admits more and pauses the youngest when blocks run out.
+        enable_chunked_context: spread long prompts over several steps.
+        kv_cache_free_gpu_mem_fraction: share of the GPU memory left after the weights that the KV cache takes.
+        max_tokens_in_paged_kv_cache: cap on the KV cache, in tokens.
+        max_queue_size: requests that wait before further ones are refused; 0 is no limit.
+        triton_max_batch_size: rows of one client request.
+        exclude_input_in_output: leave the prompt out of unstreamed answers.
+        preprocessing_instance_count, postprocessing_instance_count: processes of the two text models.
+        skip_special_tokens: leave special tokens out of the text.
+    """
+
+    batch_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
+    enable_chunked_context: bool = True
+    kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    max_tokens_in_paged_kv_cache: Positive | None = None
+    max_queue_size: Annotated[int, Field(ge=0)] = 0
+    triton_max_batch_size: Positive = 64
+    exclude_input_in_output: bool = True
+    preprocessing_instance_count: Positive = 1
+    postprocessing_instance_count: Positive = 1
+    skip_special_tokens: bool = True
+
+
+class Recipe(_Section):
+    """A whole recipe; `name` is the file's name without `.yaml`."""
+
+    name: str
+    description: str
+    checkpoint: CheckpointRecipe = CheckpointRecipe()
+    engine: EngineRecipe
+    serve: ServeRecipe = ServeRecipe()
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        engine, serve = self.engine, self.serve
+        if serve.enable_chunked_context and not engine.use_paged_context_fmha:
+            raise ValueError("serve.enable_chunked_context needs engine.use_paged_context_fmha: true")
+        if not serve.enable_chunked_context and engine.max_num_tokens < engine.max_seq_len:
+            raise ValueError(
+                f"engine.max_num_tokens {engine.max_num_tokens} cannot take a prompt of engine.max_seq_len "
+                f"{engine.max_seq_len} in one step; set serve.enable_chunked_context or raise it"
+            )
+        pool = serve.max_tokens_in_paged_kv_cache
+        if pool is not None and pool < engine.tokens_per_block:
+            raise ValueError(f"serve.max_tokens_in_paged_kv_cache {pool} is less than one block")
+        return self
+
+
+def load_recipe(recipe: str) -> Recipe:
+    """Load a recipe by path, or by the name of one that ships with trtqwen.
+
+    Raises:
+        RecipeError: naming file and field, if it is missing or not valid.
+    """
+    path = _find(recipe)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise RecipeError(f"{path}: cannot be read ({problem}); check the path") from None
+    except yaml.YAMLError as problem:
+        mark = getattr(problem, "problem_mark", None)
+        line = f" at line {mark.line + 1}" if mark else ""
+        raise RecipeError(f"{path}: is not YAML{line}; fix the file") from None
+    if not isinstance(content, dict):
+        raise RecipeError(f"{path}: is not a mapping of sections; see recipes/ for examples")
+    if "name" in content:
+        raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name; remove the field")
+    try:
+        return Recipe.model_validate({**content, "name": path.stem})
+    except ValidationError as problem:
+        raise RecipeError(f"{path}: {_first_problem(problem)}; fix the recipe") from None
+
+
+def _find(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.suffix in (".yaml", ".yml") or path.exists():
+        if not path.is_file():
+            raise RecipeError(f"{path}: no such recipe file; known names: {', '.join(recipe_names())}")
+        return path
+    for directory in (CHECKOUT, BUNDLED):
+        if (directory / f"{recipe}.yaml").is_file():
+            return directory / f"{recipe}.yaml"
+    raise RecipeError(f"{recipe}: no such recipe; known names: {', '.join(recipe_names())}, or give a .yaml file")
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that ship with trtqwen."""
+    directory = CHECKOUT if CHECKOUT.is_dir() else BUNDLED
+    return sorted(path.stem for path in directory.glob("*.yaml"))
+
+
+def _first_problem(problem: ValidationError) -> str:
+    first = problem.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"field {field!r} is unknown"
+    if not field or first["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{message}"
+    return f"field {field!r}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
