@@ -1,0 +1,38 @@
+"""How the executor runs an engine: the runtime side of a recipe, as the Triton model's parameters carry it."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trtqwen.engine.config import EngineConfig
+from trtqwen.runtime.scheduler import SchedulerConfig, SchedulerPolicy
+
+
+class ExecutorConfig(BaseModel):
+    """Runtime limits, by TensorRT-LLM's names. `max_tokens_in_paged_kv_cache` None holds every full-length batch."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch_scheduler_policy: SchedulerPolicy = "guaranteed_no_evict"
+    enable_chunked_context: bool = True
+    max_tokens_in_paged_kv_cache: Annotated[int, Field(gt=0)] | None = None
+    max_queue_size: Annotated[int, Field(ge=0)] = 0
+
+
+def scheduler_config(engine: EngineConfig, executor: ExecutorConfig) -> SchedulerConfig:
+    """The limits of the step loop for an engine."""
+    build = engine.build_config
+    tokens = executor.max_tokens_in_paged_kv_cache or build.max_batch_size * build.max_seq_len
+    return SchedulerConfig(
+        max_batch_size=build.max_batch_size,
+        max_num_tokens=build.max_num_tokens,
+        max_seq_len=build.max_seq_len,
+        tokens_per_block=build.tokens_per_block,
+        num_blocks=tokens // build.tokens_per_block,
+        vocab_size=engine.pretrained_config.vocab_size,
+        batch_scheduler_policy=executor.batch_scheduler_policy,
+        enable_chunked_context=executor.enable_chunked_context,
+        max_queue_size=executor.max_queue_size,
+    )
