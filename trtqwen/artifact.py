@@ -146,7 +146,7 @@ def read_manifest(directory: Path, stage: Stage) -> Manifest:
     except ValidationError:
         raise InputError(f"{path}: is not a manifest of this version of trtqwen; {remedy}") from None
     if manifest.stage != stage:
-        raise InputError(f"{directory}: holds a {manifest.stage}, not a {stage}; name the {stage} directory")
+        raise InputError(f"{directory}: holds a finished {manifest.stage}, not a {stage}; name the {stage} directory")
     for name, record in manifest.outputs.items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None

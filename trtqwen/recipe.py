@@ -8,11 +8,11 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.checkpoint.config import Dtype
 from trtqwen.errors import RecipeError
 
 BUNDLED = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parent.parent / "recipes"
+DtypeChoice = Literal["auto", "float16", "bfloat16", "float32"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -23,7 +23,7 @@ class _Section(BaseModel):
 class CheckpointRecipe(_Section):
     """How the weights are converted."""
 
-    dtype: Literal["auto"] | Dtype = "auto"
+    dtype: DtypeChoice = "auto"
     tp_size: Literal[1, 2, 4, 8] = 1
 
 

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from trtqwen.artifact import Manifest, finished_directory, read_manifest, stage_key, write_manifest
 from trtqwen.checkpoint.config import read_checkpoint_config
@@ -16,9 +15,9 @@ from trtqwen.errors import EngineError, InputError
 from trtqwen.recipe import EngineRecipe
 
 
-def engine_key(checkpoint: Path, recipe: EngineRecipe) -> str:
-    """The manifest key of the engine that `build_engine` would write."""
-    return stage_key("engine", _inputs(checkpoint), _parameters(recipe))
+def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
+    """The manifest key of the engine that `build_engine` would write from a checkpoint with this key."""
+    return stage_key("engine", {"checkpoint": checkpoint_key}, recipe.model_dump())
 
 
 def build_engine(checkpoint: Path, recipe: EngineRecipe, output: Path, *, force: bool = False) -> Manifest:
@@ -29,7 +28,7 @@ def build_engine(checkpoint: Path, recipe: EngineRecipe, output: Path, *, force:
         EngineError: if the builder is not on this machine.
         OutputError: if `output` exists and `force` is not set.
     """
-    inputs = _inputs(checkpoint)
+    source = read_manifest(checkpoint, "checkpoint")
     config = read_checkpoint_config(checkpoint)
     if recipe.max_seq_len > config.max_position_embeddings:
         raise InputError(
@@ -40,9 +39,8 @@ def build_engine(checkpoint: Path, recipe: EngineRecipe, output: Path, *, force:
         raise EngineError(_no_trtllm_build(checkpoint, recipe, output))
     with finished_directory(output, force=force) as directory:
         _write_torch_engine(checkpoint, recipe, directory)
-        known = {name: record.digest for name, record in read_manifest(checkpoint, "checkpoint").outputs.items()}
-        known.pop("config.json")
-        return write_manifest(directory, "engine", inputs, _parameters(recipe), known)
+        known = {name: record.digest for name, record in source.outputs.items() if name != "config.json"}
+        return write_manifest(directory, "engine", {"checkpoint": source.key}, recipe.model_dump(), known)
 
 
 def _write_torch_engine(checkpoint: Path, recipe: EngineRecipe, directory: Path) -> None:
@@ -86,10 +84,3 @@ def _no_trtllm_build(checkpoint: Path, recipe: EngineRecipe, output: Path) -> st
         f"TensorRT-LLM 1.2.1 is installed with: {command}"
     )
 
-
-def _inputs(checkpoint: Path) -> dict[str, str]:
-    return {"checkpoint": read_manifest(checkpoint, "checkpoint").key}
-
-
-def _parameters(recipe: EngineRecipe) -> dict[str, Any]:
-    return recipe.model_dump()

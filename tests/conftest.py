@@ -1,0 +1,71 @@
+"""Fixtures that several parts share: random Hugging Face models of any shape, the bundled model, built engines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from trtqwen.artifact import cached
+from trtqwen.checkpoint.convert import plan_conversion, run_conversion
+from trtqwen.demo import MODEL
+from trtqwen.engine.builder import build_engine
+from trtqwen.recipe import EngineRecipe
+
+TINY: dict[str, Any] = {
+    "vocab_size": 515,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 256,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+
+
+def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Qwen2ForCausalLM:
+    """A random Qwen2 with biases that matter, unlike transformers' initial zeros."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**(TINY | changes), architectures=["Qwen2ForCausalLM"])).to(dtype)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_()
+    return model.eval()
+
+
+@pytest.fixture
+def hf_directory(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a random model and returns its directory."""
+
+    def make(*, max_shard_size: str = "5GB", **options: Any) -> Path:
+        random_model(**options).save_pretrained(tmp_path / "hf", max_shard_size=max_shard_size)
+        return tmp_path / "hf"
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Builds the bundled model's float32 engine once for each set of options."""
+    home = tmp_path_factory.mktemp("engines")
+
+    def make(tp_size: int = 1, **options: Any) -> Path:
+        limits = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": 512, "tokens_per_block": 16}
+        recipe = EngineRecipe(builder="torch", **(limits | options))
+        plan = plan_conversion(MODEL, "float32", tp_size)
+        checkpoint = home / f"checkpoint-tp{tp_size}"
+        if not cached(checkpoint, "checkpoint", plan.key()):
+            run_conversion(plan, checkpoint)
+        engine = home / ("-".join([f"tp{tp_size}", *(f"{key}={value}" for key, value in options.items())]))
+        if not engine.exists():
+            build_engine(checkpoint, recipe, engine)
+        return engine
+
+    return make

@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trtqwen.errors import SourceError
+from trtqwen.hf.config import load_config
+
+GOOD: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+
+
+def write(directory: Path, **changes: Any) -> Path:
+    (directory / "config.json").write_text(json.dumps({**GOOD, **changes}))
+    return directory
+
+
+def test_the_fields_of_qwen2_5_0_5b(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path))
+    assert config.head_size == 64
+    assert (config.rope_theta, config.tie_word_embeddings, config.torch_dtype) == (1000000.0, True, "bfloat16")
+
+
+def test_what_transformers_5_writes_means_the_same(tmp_path: Path) -> None:
+    new = {k: v for k, v in GOOD.items() if k not in ("rope_theta", "torch_dtype")}
+    new |= {"dtype": "bfloat16", "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}}
+    (tmp_path / "config.json").write_text(json.dumps(new))
+    old = tmp_path / "old"
+    old.mkdir()
+    assert load_config(tmp_path) == load_config(write(old))
+
+
+def test_rope_scaling_carries_both_spellings_of_its_type(tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert load_config(write(tmp_path, rope_scaling=yarn)).rope_scaling == {"rope_type": "yarn", **yarn}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
+        ({"architectures": ["Qwen2MoeForCausalLM"]}, "architectures is Qwen2MoeForCausalLM"),
+        ({"architectures": None}, "architectures is none"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already .quant_method gptq"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"hidden_size": 0}, "field 'hidden_size'"),
+        ({"hidden_size": "many"}, "field 'hidden_size'"),
+        ({"vocab_size": None}, "field 'vocab_size'"),
+    ],
+)
+def test_other_models_are_refused_in_one_sentence(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SourceError, match=message) as caught:
+        load_config(write(tmp_path, **changes))
+    assert "config.json" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="no such directory"):
+        load_config(tmp_path / "none")
+    with pytest.raises(SourceError, match=r"has no config\.json"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(SourceError, match="is not JSON"):
+        load_config(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(SourceError, match="is not a JSON object"):
+        load_config(tmp_path)

@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from trtqwen.errors import RecipeError
+from trtqwen.recipe import load_recipe, recipe_names
+
+GOOD = "description: d\nengine:\n  builder: torch\n"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_bundled_recipe_loads(name: str) -> None:
+    assert load_recipe(name).name == name
+
+
+def test_the_4090d_recipe_says_what_its_name_says() -> None:
+    recipe = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
+    assert (recipe.checkpoint.dtype, recipe.checkpoint.tp_size, recipe.engine.builder) == (
+        "float16",
+        4,
+        "tensorrt_llm",
+    )
+
+
+def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(GOOD)
+    assert load_recipe(str(tmp_path / "mine.yaml")).name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (GOOD + "  max_bath_size: 4\n", "field 'engine.max_bath_size' is unknown"),
+        (GOOD + "servee: {}\n", "field 'servee' is unknown"),
+        (GOOD + "  max_batch_size: 0\n", "field 'engine.max_batch_size': input should be greater than 0"),
+        (GOOD + "  max_batch_size: '8'\n", "field 'engine.max_batch_size': input should be a valid integer"),
+        (GOOD + "  max_batch_size: 9000\n", "engine: max_num_tokens 8192 is less than 9000"),
+        (GOOD + "checkpoint:\n  tp_size: 3\n", "field 'checkpoint.tp_size'"),
+        (GOOD + "checkpoint:\n  dtype: int4\n", "field 'checkpoint.dtype'.*got 'int4'"),
+        (GOOD + "serve:\n  kv_cache_free_gpu_mem_fraction: 1.5\n", "kv_cache_free_gpu_mem_fraction"),
+        (GOOD + "serve:\n  batch_scheduler_policy: fastest\n", "batch_scheduler_policy"),
+        (GOOD + "  use_paged_context_fmha: false\n", "enable_chunked_context needs"),
+        (GOOD + "  max_num_tokens: 64\nserve:\n  enable_chunked_context: false\n", "cannot take a prompt"),
+        (GOOD + "name: x\n", "remove the field"),
+        ("description: d\n", "field 'engine': field required"),
+        ("engine: [", "is not YAML"),
+        ("- 1\n", "is not a mapping"),
+    ],
+)
+def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RecipeError, match=message) as caught:
+        load_recipe(str(path))
+    assert "mine.yaml" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match=r"nope: no such recipe.*qwen2-tiny-cpu"):
+        load_recipe("nope")
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        load_recipe("nope.yaml")

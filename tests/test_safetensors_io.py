@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors
+import safetensors.numpy
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtqwen.errors import InputError
+from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
+shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+files = st.dictionaries(
+    st.text("abc.é0", min_size=1, max_size=6), st.tuples(shapes, st.sampled_from(sorted(DTYPES))), max_size=5
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(files)
+def test_the_library_reads_what_the_writer_writes(
+    tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    path = tmp_path_factory.mktemp("st") / "file.safetensors"
+    dtypes = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
+    specs = {name: TensorSpec(shape, dtypes.get(kind) or np.dtype(kind)) for name, (shape, kind) in plan.items()}
+    arrays = {
+        name: np.arange(np.prod(spec.shape, dtype=int)).reshape(spec.shape).astype(spec.dtype)
+        for name, spec in specs.items()
+    }
+    with SafetensorsWriter(path, specs) as writer:
+        for name, array in arrays.items():
+            assert writer.write(name, [array]) == array.nbytes
+    loaded = safetensors.torch.load_file(path)
+    assert set(loaded) == set(plan)
+    for name, (shape, kind) in plan.items():
+        assert loaded[name].dtype == DTYPES[kind]
+        assert tuple(loaded[name].shape) == shape
+        assert loaded[name].flatten().tolist() == arrays[name].astype(np.float64).flatten().tolist()
+    assert path.stat().st_size == writer.size
+
+
+@settings(max_examples=60, deadline=None)
+@given(files)
+def test_the_reader_reads_what_the_library_writes(
+    tmp_path_factory: pytest.TempPathFactory, plan: dict[str, tuple[tuple[int, ...], str]]
+) -> None:
+    path = tmp_path_factory.mktemp("st") / "file.safetensors"
+    tensors = {name: torch.arange(int(np.prod(s))).reshape(s).to(DTYPES[kind]) for name, (s, kind) in plan.items()}
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
+    reader = SafetensorsReader(path)
+    assert set(reader) == set(tensors)
+    for name, tensor in tensors.items():
+        assert reader.spec(name).shape == tuple(tensor.shape)
+        assert reader.tensor(name).astype(np.float64).tolist() == tensor.double().tolist()
+        reader.release(name)
+        assert reader.tensor(name).astype(np.float64).tolist() == tensor.double().tolist()
+
+
+def test_parts_are_joined_and_cast_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trtqwen.safetensors_io._BLOCK_BYTES", 64)
+    source = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
+    spec = TensorSpec((50, 5), np.dtype(np.float16))
+    with SafetensorsWriter(tmp_path / "file", {"w": spec}) as writer:
+        writer.write("w", [source[:7, ::2], source[7:, ::2]])
+    written = safetensors.numpy.load_file(tmp_path / "file")["w"]
+    np.testing.assert_array_equal(written, source[:, ::2].astype(np.float16))
+
+
+def test_the_writer_keeps_to_its_plan(tmp_path: Path) -> None:
+    specs = {name: TensorSpec((2,), np.dtype(np.float32)) for name in "ab"}
+    zeros = np.zeros(2, np.float32)
+    with (
+        pytest.raises(ValueError, match="'b' written where 'a' is due"),
+        SafetensorsWriter(tmp_path / "f", specs) as w,
+    ):
+        w.write("b", [zeros])
+    with pytest.raises(ValueError, match="planned"), SafetensorsWriter(tmp_path / "f", specs) as w:
+        w.write("a", [np.zeros(3, np.float32)])
+    with pytest.raises(ValueError, match="1 planned tensors were never written"):  # noqa: SIM117
+        with SafetensorsWriter(tmp_path / "f", specs) as w:
+            w.write("a", [zeros])
+
+
+def test_file_digest_follows_every_byte(tmp_path: Path) -> None:
+    def digest(value: float) -> str:
+        safetensors.numpy.save_file({"a": np.array([1.0, value]), "b": np.zeros(3)}, tmp_path / "f")
+        reader = SafetensorsReader(tmp_path / "f")
+        return reader.file_digest({name: reader.tensor_digest(name) for name in reader})
+
+    assert digest(2.0) == digest(2.0) != digest(3.0)
+
+
+def good_file(path: Path) -> bytes:
+    safetensors.numpy.save_file({"a": np.zeros((4, 4), np.float32)}, path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("keep", [0, 5, 20, -1])
+def test_a_truncated_file_is_refused(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "f.safetensors"
+    path.write_bytes(good_file(path)[:keep])
+    with pytest.raises(InputError, match=r"f\.safetensors: is cut short.*again"):
+        SafetensorsReader(path)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        (b"not json", "is not a safetensors file"),
+        (b"[]", "is not a safetensors file"),
+        (b'{"a": {}}', "is not a safetensors file"),
+        (b'{"a": {"dtype": "C64", "shape": [], "data_offsets": [0, 8]}}', "dtype C64"),
+        (b'{"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}', "is damaged"),
+        (b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}}', "is damaged"),
+    ],
+)
+def test_a_damaged_header_is_refused(tmp_path: Path, header: bytes, message: str) -> None:
+    path = tmp_path / "f"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    with pytest.raises(InputError, match=message):
+        SafetensorsReader(path)
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        SafetensorsReader(tmp_path / "none")
+
+
+def test_headers_agree_with_the_library(tmp_path: Path) -> None:
+    """Same header layout as upstream: aligned to 8 bytes, offsets relative to its end."""
+    with SafetensorsWriter(tmp_path / "f", {"a": TensorSpec((3,), np.dtype(np.int8))}) as writer:
+        writer.write("a", [np.zeros(3, np.int8)])
+    raw = (tmp_path / "f").read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    assert length % 8 == 0
+    assert json.loads(raw[8 : 8 + length])["a"]["data_offsets"] == [0, 3]
+    with safetensors.safe_open(tmp_path / "f", "numpy") as file:
+        assert file.metadata() is None

@@ -1,0 +1,5 @@
+"""`python -m trtqwen`."""
+
+from trtqwen.cli import main
+
+main()

@@ -1,0 +1,7 @@
+"""The bundled model, the demo's prompts, and the walk through the whole system."""
+
+from pathlib import Path
+
+MODEL = Path(__file__).parent / "model"
+PROMPTS = Path(__file__).parent / "prompts.json"
+HELDOUT = Path(__file__).parent / "heldout.jsonl"
