@@ -1,0 +1,201 @@
+"""The command line as a user meets it: a process, its output and its exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from trtqwen.artifact import read_manifest
+from trtqwen.demo import MODEL
+
+
+def trtqwen(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trtqwen", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
+
+
+def refused(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:
+    """One clear sentence on standard error, nothing on standard output."""
+    assert result.returncode == code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    for part in parts:
+        assert part in result.stderr
+
+
+def test_help_names_every_command() -> None:
+    result = trtqwen("--help")
+    assert result.returncode == 0
+    for command in ("demo", "convert", "build", "repo", "serve", "infer"):
+        assert command in result.stdout
+
+
+def test_convert_prints_json_on_request(tmp_path: Path) -> None:
+    result = trtqwen("convert", MODEL, "-o", tmp_path / "out", "--tp", 2, "--json")
+    assert result.returncode == 0
+    printed = json.loads(result.stdout)
+    assert (printed["dtype"], printed["tp_size"], len(printed["ranks"])) == ("bfloat16", 2, 2)
+    sizes = sum((tmp_path / "out" / rank["file"]).stat().st_size for rank in printed["ranks"])
+    assert 0 < sizes - printed["bytes"] < 20_000  # headers
+    assert printed["seconds"] > 0
+
+
+def test_convert_takes_settings_from_a_recipe_and_flags_win(tmp_path: Path) -> None:
+    arguments = ("convert", MODEL, "-o", tmp_path / "out", "--recipe", "qwen2-tiny-cpu", "--dry-run", "--json")
+    printed = json.loads(trtqwen(*arguments).stdout)
+    assert (printed["dtype"], printed["tp_size"]) == ("float32", 2)
+    printed = json.loads(trtqwen(*arguments, "--tp", 4, "--dtype", "float16").stdout)
+    assert (printed["dtype"], printed["tp_size"]) == ("float16", 4)
+    assert not (tmp_path / "out").exists()
+
+
+def test_build_and_its_dry_run(tmp_path: Path) -> None:
+    arguments = ("build", "qwen2-tiny-cpu", "--model", MODEL, "--json")
+    stages = json.loads(trtqwen(*arguments, "--dry-run", cwd=tmp_path).stdout)["stages"]
+    assert [stage["up_to_date"] for stage in stages] == [False, False, False]
+    assert list(tmp_path.iterdir()) == []
+    built = json.loads(trtqwen(*arguments, cwd=tmp_path).stdout)["stages"]
+    assert [stage["directory"] for stage in built] == [stage["directory"] for stage in stages]
+    assert read_manifest(tmp_path / "triton_repo" / "qwen2-tiny-cpu", "repository")
+    stages = json.loads(trtqwen(*arguments, "--dry-run", cwd=tmp_path).stdout)["stages"]
+    assert [stage["up_to_date"] for stage in stages] == [True, True, True]
+
+
+def test_repo_writes_the_repository_of_an_engine(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    result = trtqwen("repo", bundled_engine(2), "-o", tmp_path / "repo")
+    assert result.returncode == 0
+    assert f"trtqwen serve --repo {tmp_path / 'repo'}" in result.stdout.replace("\n", "")
+    refused(trtqwen("repo", bundled_engine(2), "-o", tmp_path / "repo"), "exists; pass --force")
+    assert trtqwen("repo", bundled_engine(2), "-o", tmp_path / "repo", "--force").returncode == 0
+
+
+def test_the_4090d_recipe_without_trtllm_build(tmp_path: Path) -> None:
+    recipe = tmp_path / "short.yaml"
+    text = (Path(__file__).parents[2] / "recipes" / "qwen2.5-7b-fp16-tp4-4090d.yaml").read_text()
+    recipe.write_text(text.replace("max_seq_len: 32768", "max_seq_len: 2048"))  # what the bundled model carries
+    result = trtqwen("build", recipe, "--model", MODEL, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "trtllm-build is not on this machine: the checkpoint is written" in result.stderr
+    assert read_manifest(tmp_path / "engines" / "short" / "checkpoint", "checkpoint").parameters["tp_size"] == 4
+
+
+def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
+    out = ("-o", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    refused(trtqwen("convert", tmp_path / "none", *out), "no such directory")
+    refused(trtqwen("convert", tmp_path / "empty", *out), "has no config.json")
+    refused(
+        trtqwen("convert", MODEL, *out, "--tp", 3), "tp_size 3: does not divide the attention heads", "1, 2, 4, 8"
+    )
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    refused(trtqwen("convert", MODEL, "-o", tmp_path / "taken"), "exists; pass --force")
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text("description: d\nengine:\n  builder: torch\n  batch: 1\n")
+    refused(trtqwen("build", recipe, "--model", MODEL), "bad.yaml", "field 'engine.batch' is unknown")
+    refused(trtqwen("build", "nope", "--model", MODEL), "no such recipe")
+    refused(trtqwen("serve", "--repo", tmp_path / "empty"), "is not a finished repository")
+    refused(trtqwen("serve", cwd=tmp_path), "holds 0 repositories")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [("convert",), ("convert", MODEL, "-o", "x", "--dtype", "int3"), ("nope",)])
+def test_bad_usage_has_exit_code_2(arguments: tuple[object, ...]) -> None:
+    assert trtqwen(*arguments).returncode == 2
+
+
+def test_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    refused(trtqwen("convert", MODEL, "-o", tmp_path / "file" / "out"), "cannot be created")
+
+
+def test_infer_without_a_server_fails_in_one_sentence() -> None:
+    refused(trtqwen("infer", "hi", "--url", "127.0.0.1:9"), "127.0.0.1:9: no Triton server answers", code=1)
+
+
+@pytest.fixture(scope="module")
+def repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = tmp_path_factory.mktemp("cli") / "repository"
+    assert trtqwen("repo", bundled_engine(1), "-o", repository).returncode == 0
+    return repository
+
+
+def children(pid: int) -> list[int]:
+    """Processes of the server's group that still run."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listing.splitlines()[1:]]
+    family, grown = {pid}, True
+    while grown:
+        more = {int(row[0]) for row in rows if int(row[1]) in family} - family
+        grown = bool(more)
+        family |= more
+    return sorted(family - {pid})
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_serve_answers_and_stops_cleanly(repository: Path, number: int) -> None:
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports, "--json"]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    text = ""
+    while not text.endswith("}\n"):
+        line = server.stdout.readline()
+        assert line, server.stderr.read() if server.stderr else ""
+        text += line
+    endpoints = json.loads(text)
+    family = children(server.pid)
+    assert len(family) >= 4  # tritonserver, its text models, the engine
+    answer = trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16)
+    assert answer.returncode == 0
+    assert answer.stdout.strip()
+    printed = json.loads(trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16, "--json").stdout)
+    assert printed["text"].strip() == answer.stdout.strip()
+    assert 0 < printed["tokens"] <= 16
+    taken = endpoints["grpc"].rpartition(":")[2]
+    refused(trtqwen("serve", "--repo", repository, "--grpc-port", taken), taken, "is in use", "--grpc-port")
+    server.send_signal(number)
+    assert server.wait(timeout=60) == 0
+    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.triton
+def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports]
+    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    assert "starting Triton" in server.stderr.readline()
+    time.sleep(1.0)
+    family = children(server.pid)
+    assert family
+    server.send_signal(signal.SIGINT)
+    assert server.wait(timeout=60) == 0
+    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+
+
+def test_a_port_in_use_is_refused_before_anything_starts(repository: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        refused(trtqwen("serve", "--repo", repository, "--http-port", port), str(port), "is in use", "--http-port")
+
+
+def test_a_killed_build_is_not_served(repository: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(repository, copy)
+    (copy / "manifest.json").unlink()
+    refused(trtqwen("serve", "--repo", copy), "is not a finished repository")
