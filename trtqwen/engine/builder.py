@@ -83,4 +83,3 @@ def _no_trtllm_build(checkpoint: Path, recipe: EngineRecipe, output: Path) -> st
         "trtllm-build is not on this machine: the checkpoint is written, build the engine where "
         f"TensorRT-LLM 1.2.1 is installed with: {command}"
     )
-

@@ -135,7 +135,7 @@ class Executor:
             stdout=subprocess.PIPE,
             text=True,
             encoding="utf-8",
-            # Spinning OpenMP threads starve the text models that share the machine: waiting asleep is 4x faster there.
+            # Spinning threads starve whoever shares the cores, Triton's text models among them: 4x slower there.
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
