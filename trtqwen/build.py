@@ -77,7 +77,7 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
         conversion,
         StagePlan("checkpoint", home / "checkpoint", checkpoint_key),
         StagePlan("engine", home / "engine", built_key),
-        StagePlan("repository", repository, repository_key(built_key, recipe.serve)),
+        StagePlan("repository", repository, repository_key(home / "engine", built_key, recipe.serve)),
     )
 
 

@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 for module in (demo, convert, build, repo, serve, infer):
-    app.command()(module.command)
+    app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
 def _version(value: bool) -> None:

@@ -47,8 +47,10 @@ class LiveAnswers:
             self._console.print(self._table())
 
     def _table(self) -> Table:
-        table = Table("", "prompt", "answer", show_lines=True, expand=True)
-        table.columns[1].ratio, table.columns[2].ratio = 1, 2
+        table = Table(show_lines=True, expand=True)
+        table.add_column("")
+        table.add_column("prompt", ratio=1, overflow="fold")
+        table.add_column("answer", ratio=2, overflow="fold")
         for prompt, text in zip(self._prompts, self._texts, strict=True):
             table.add_row(prompt.lang, prompt.prompt, text)
         return table

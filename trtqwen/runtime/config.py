@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -19,6 +20,23 @@ class ExecutorConfig(BaseModel):
     enable_chunked_context: bool = True
     max_tokens_in_paged_kv_cache: Annotated[int, Field(gt=0)] | None = None
     max_queue_size: Annotated[int, Field(ge=0)] = 0
+
+
+class WorkerConfig(BaseModel):
+    """What one rank's process is started with.
+
+    Attributes:
+        rendezvous: file through which the ranks find each other.
+        threads: CPU threads of this rank.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    engine: Path
+    executor: ExecutorConfig
+    rank: int
+    rendezvous: Path
+    threads: int
 
 
 def scheduler_config(engine: EngineConfig, executor: ExecutorConfig) -> SchedulerConfig:

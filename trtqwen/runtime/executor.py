@@ -17,9 +17,8 @@ from typing import Any
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.config import read_engine_config
 from trtqwen.errors import EngineError
-from trtqwen.runtime.config import ExecutorConfig
+from trtqwen.runtime.config import ExecutorConfig, WorkerConfig
 from trtqwen.runtime.request import FinishReason, IterationStats, Request, Response
-from trtqwen.runtime.worker import WorkerConfig
 
 OnResponse = Callable[[Response], None]
 

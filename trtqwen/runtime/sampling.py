@@ -16,6 +16,7 @@ class Sampler:
     def __init__(self) -> None:
         self._generators: dict[str, torch.Generator] = {}
 
+    @torch.inference_mode()
     def sample(self, logits: Tensor, sequences: Ordered[Sequence]) -> list[int | None]:
         """One token for each row; None where the logits are not finite.
 

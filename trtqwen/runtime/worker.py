@@ -14,17 +14,16 @@ import signal
 import sys
 import threading
 from dataclasses import asdict
-from pathlib import Path
 from typing import IO, Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import read_engine_config
 from trtqwen.errors import RequestError, TrtQwenError
 from trtqwen.runtime.attention import AttentionBatch, CpuAttention
-from trtqwen.runtime.config import ExecutorConfig, scheduler_config
+from trtqwen.runtime.config import WorkerConfig, scheduler_config
 from trtqwen.runtime.model import Qwen2Model
 from trtqwen.runtime.parallel import Communicator, ProcessGroup, SingleRank
 from trtqwen.runtime.request import FinishReason, Request, Response
@@ -33,23 +32,6 @@ from trtqwen.runtime.scheduler import Chunk, Scheduler, SchedulerConfig, Step
 
 _DEVICE = torch.device("cpu")
 _DTYPE = torch.float32  # what CPUs compute in; every 16-bit weight is exact in it
-
-
-class WorkerConfig(BaseModel):
-    """What a rank is started with.
-
-    Attributes:
-        rendezvous: file through which the ranks find each other.
-        threads: CPU threads of this rank.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    engine: Path
-    executor: ExecutorConfig
-    rank: int
-    rendezvous: Path
-    threads: int
 
 
 class StepLoop:
@@ -99,13 +81,14 @@ class StepLoop:
         try:
             self._communicator.broadcast(_encode(step))
             logits = _compute(self._model, step, self._scheduler.config.tokens_per_block)
+            assert logits is not None
+            responses = self._sample(step, logits)
         except Exception as problem:
             self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
             if self._communicator.tp_size > 1:
-                raise  # the ranks are out of step with each other: only a new start helps
+                raise  # the ranks may be out of step with each other: only a new start helps
             return
-        assert logits is not None
-        self._emit(self._sample(step, logits))
+        self._emit(responses)
 
     def _sample(self, step: Step, logits: torch.Tensor) -> list[Response]:
         sampling = [chunk.request_id for chunk in step.chunks if chunk.samples]

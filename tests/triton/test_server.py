@@ -1,0 +1,162 @@
+"""The server's life: refused starts, failed loads, signals, and nothing left behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.triton.conftest import Call, id_request, in_threads
+from trtqwen.errors import InputError, PortInUseError, ServerError
+from trtqwen.recipe import ServeRecipe
+from trtqwen.triton.repository import write_repository
+from trtqwen.triton.server import Ports, TritonServer
+
+SERVE = """
+import sys
+from pathlib import Path
+from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
+server = TritonServer(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=2)
+with serve_until_signal(server):
+    print(server.pid, flush=True)
+    server.wait_until_ready()
+    print("ready", flush=True)
+"""
+
+
+def family(group: int) -> dict[int, str]:
+    """Living processes of a session, with their command lines."""
+    processes = {}
+    for directory in Path("/proc").iterdir():
+        if directory.name.isdecimal():
+            try:
+                fields = (directory / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[3]) == group and fields[0] != "Z":
+                    processes[int(directory.name)] = (directory / "cmdline").read_text().replace("\0", " ")
+            except OSError:
+                continue
+    return processes
+
+
+def gone(group: int, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while family(group):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+@contextmanager
+def serving(repository: Path, *, ready: bool = True) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves until a signal, and its server's process group."""
+    with subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(repository)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        group = int(process.stdout.readline())
+        if ready:
+            assert process.stdout.readline() == "ready\n"
+        try:
+            yield process, group
+        finally:
+            process.kill()
+            for pid in family(group):
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_a_taken_port_is_named_with_its_option(repository: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(PortInUseError, match=rf"127.0.0.1:{port}: is in use.*--grpc-port"):
+            TritonServer(repository, ports=Ports(0, port, 0))
+
+
+def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -> None:
+    unfinished = Path(shutil.copytree(repository, tmp_path / "repository"))
+    (unfinished / "manifest.json").unlink()
+    with pytest.raises(InputError, match="is not a finished repository"):
+        TritonServer(unfinished)
+    shutil.copy(repository / "manifest.json", unfinished)
+    (unfinished / "tensorrt_llm" / "1" / "model.py").write_text("")
+    with pytest.raises(InputError, match=r"model.py: has 0 bytes instead of"):
+        TritonServer(unfinished)
+
+
+@pytest.mark.triton
+def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    engine = Path(shutil.copytree(bundled_engine(), tmp_path / "engine"))
+    write_repository(engine, ServeRecipe(), tmp_path / "repository")
+    shutil.rmtree(engine)
+    log = tmp_path / "triton.log"
+    server = TritonServer(tmp_path / "repository", ports=Ports(0, 0, 0), log=log)
+    server.start()
+    group = server.pid
+    with pytest.raises(ServerError, match=rf"tensorrt_llm.*engine: is not a finished engine.* \(see {log}\)$"):
+        server.wait_until_ready(60)
+    server.stop()
+    assert gone(group, 0)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Signals) -> None:
+    with serving(repository) as (process, group):
+        commands = " ".join(family(group).values())
+        assert "trtqwen.runtime.worker" in commands
+        assert "triton_python_backend_stub" in commands
+        process.send_signal(number)
+        assert process.wait(20) == 0
+        assert gone(group, 0)
+        assert not list(Path("/dev/shm").glob("trtqwen-*"))
+
+
+@pytest.mark.triton
+def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
+    with serving(repository, ready=False) as (process, group):
+        process.terminate()
+        assert process.wait(20) == 0
+        assert gone(group, 0)
+
+
+@pytest.mark.triton
+def test_nothing_survives_when_we_are_killed(repository: Path) -> None:
+    with serving(repository) as (process, group):
+        process.kill()
+        assert gone(group, 15)
+
+
+@pytest.mark.triton
+def test_a_server_that_dies_is_noticed(repository: Path) -> None:
+    with serving(repository) as (process, group):
+        os.kill(group, signal.SIGKILL)
+        assert process.wait(20) == 1
+        assert gone(group, 5)
+
+
+@pytest.mark.triton
+def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -> None:
+    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
+
+        def generate() -> str:
+            return list(Call(server, "tensorrt_llm", id_request([5, 6], 500, streaming=True)))[-1].error
+
+        def kill() -> None:
+            time.sleep(0.5)
+            [rank] = [pid for pid, command in family(server.pid).items() if "trtqwen.runtime.worker" in command]
+            os.kill(rank, signal.SIGKILL)
+
+        *errors, _ = in_threads([generate, generate, generate, kill])
+        assert all("the engine has died (rank 0 ended with code -9)" in error for error in errors)
+        assert "the engine has died" in generate()

@@ -1,0 +1,183 @@
+"""Between Triton and the executor, with both played by the test."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from trtqwen.errors import EngineError
+from trtqwen.runtime.request import FinishReason, Request, Response
+from trtqwen.triton.service import EngineService
+
+BYTES = (b"a", b"b", b"\xe4", b"\xbd\xa0", b"c")  # ids 2 and 3 are one character
+
+
+class PlayedExecutor:
+    """Takes requests; the test answers them. Dies before its n-th request if told so."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.requests: list[Request] = []
+        self.cancelled: list[str] = []
+        self._callbacks: dict[str, Callable[[Response], None]] = {}
+        self._dies_at = dies_at
+
+    def submit(self, request: Request, on_response: Callable[[Response], None]) -> None:
+        if len(self.requests) == self._dies_at:
+            raise EngineError("the engine has died")
+        self.requests.append(request)
+        self._callbacks[request.id] = on_response
+
+    def cancel(self, request_id: str) -> None:
+        self.cancelled.append(request_id)
+
+    def answer(self, row: int, *token_ids: int, end: FinishReason | None = None, error: str | None = None) -> None:
+        request_id = self.requests[row].id
+        self._callbacks[request_id](
+            Response(request_id=request_id, token_ids=token_ids, finish_reason=end, error=error)
+        )
+
+
+class RecordingSender:
+    """Keeps what is sent: (ids, batch_index, final) or an error."""
+
+    def __init__(self) -> None:
+        self.sent: list[Any] = []
+        self.gone = False
+        self.ended = False
+
+    def send(self, tensors: Mapping[str, np.ndarray], *, final: bool) -> None:
+        assert not self.ended
+        self.ended = final
+        ids = tensors["output_ids"].reshape(-1).tolist() if tensors else None
+        row = tensors["batch_index"].item() if "batch_index" in tensors else None
+        self.sent.append((ids, row, final))
+
+    def fail(self, error: str) -> None:
+        assert not self.ended
+        self.ended = True
+        self.sent.append(error)
+
+    def abandoned(self) -> bool:
+        assert not self.ended
+        return self.gone
+
+
+def start(rows: int = 1, dies_at: int | None = None, **inputs: Any) -> tuple[Any, ...]:
+    executor, sender = PlayedExecutor(dies_at), RecordingSender()
+    service = EngineService(executor, BYTES, exclude_input=True)  # type: ignore[arg-type]
+    request = {
+        "input_ids": np.zeros((rows, 2), np.int32),
+        "input_lengths": np.full(rows, 2, np.int32),
+        "request_output_len": np.full(rows, 9, np.int32),
+        **{name: np.full(rows, value) for name, value in inputs.items()},
+    }
+    service.handle("client", request, sender)
+    return executor, sender, service
+
+
+def test_a_stream_is_cut_where_characters_end() -> None:
+    executor, sender, _ = start(streaming=True)
+    for token_id in (0, 2, 3):
+        executor.answer(0, token_id)
+    executor.answer(0, 2)
+    executor.answer(0, end=FinishReason.END_ID)
+    assert sender.sent == [([0], None, False), ([2, 3], None, False), ([2], None, True)]
+
+
+def test_the_last_token_carries_the_final_flag() -> None:
+    executor, sender, _ = start(streaming=True)
+    executor.answer(0, 1, end=FinishReason.LENGTH)
+    assert sender.sent == [([1], None, True)]
+
+
+def test_an_end_without_tokens_is_an_empty_final_response() -> None:
+    executor, sender, _ = start(streaming=True)
+    executor.answer(0, end=FinishReason.END_ID)
+    assert sender.sent == [([], None, True)]
+
+
+def test_an_unstreamed_answer_is_one_response() -> None:
+    executor, sender, _ = start()
+    executor.answer(0, 1)
+    executor.answer(0, 4, end=FinishReason.STOP_WORDS)
+    assert sender.sent == [([1, 4], None, True)]
+
+
+def test_the_request_decides_about_the_prompt() -> None:
+    executor, sender, _ = start(exclude_input_in_output=False)
+    executor.answer(0, 4, end=FinishReason.LENGTH)
+    assert sender.sent == [([0, 0, 4], None, True)]
+
+
+def test_a_stream_never_repeats_the_prompt() -> None:
+    executor, sender, _ = start(streaming=True, exclude_input_in_output=False)
+    executor.answer(0, 4, end=FinishReason.LENGTH)
+    assert sender.sent == [([4], None, True)]
+
+
+def test_rows_end_together() -> None:
+    executor, sender, _ = start(rows=2, streaming=True)
+    executor.answer(1, 1, end=FinishReason.LENGTH)
+    executor.answer(0, 4)
+    executor.answer(0, end=FinishReason.END_ID)
+    assert sender.sent == [([1], 1, False), ([4], 0, False), ([], 0, True)]
+
+
+def test_one_rows_error_ends_the_request_and_frees_its_neighbours() -> None:
+    executor, sender, _ = start(rows=3)
+    executor.answer(1, end=FinishReason.ERROR, error="too long")
+    executor.answer(0, 1, end=FinishReason.LENGTH)
+    assert sender.sent == ["too long"]
+    assert {executor.requests[0].id, executor.requests[2].id} <= set(executor.cancelled)
+
+
+def test_an_engine_that_dies_between_two_rows_fails_the_request_once() -> None:
+    _, sender, _ = start(rows=2, dies_at=1)
+    assert sender.sent == ["the engine has died"]
+
+
+def test_a_cancelled_request_ends_empty() -> None:
+    for options in ({"streaming": True}, {"exclude_input_in_output": False}):
+        executor, sender, _ = start(**options)
+        executor.answer(0, 2)
+        executor.answer(0, end=FinishReason.CANCELLED)
+        assert sender.sent == [([], None, True)]
+
+
+def test_only_abandoned_requests_are_cancelled() -> None:
+    executor, sender, service = start()
+    service.cancel_abandoned()
+    assert executor.cancelled == []
+    sender.gone = True
+    service.cancel_abandoned()
+    assert executor.cancelled == [executor.requests[0].id]
+    executor.answer(0, end=FinishReason.CANCELLED)
+    service.cancel_abandoned()
+    assert len(executor.cancelled) == 1
+
+
+def test_stop_finds_the_request_by_the_clients_id() -> None:
+    executor, sender, service = start(streaming=True)
+    stopper = RecordingSender()
+    service.handle("other", {"stop": np.array([True])}, stopper)
+    assert executor.cancelled == []
+    stopper = RecordingSender()
+    service.handle("client", {"stop": np.array([True])}, stopper)
+    assert executor.cancelled == [executor.requests[0].id]
+    assert stopper.sent == [(None, None, True)]
+    assert sender.sent == []
+
+
+def test_stop_without_an_id_is_upstreams_error() -> None:
+    _, _, service = start()
+    stopper = RecordingSender()
+    service.handle("", {"stop": np.array([True])}, stopper)
+    assert stopper.sent == ["Trying to stop a request but request ID is not provided"]
+
+
+def test_a_bad_request_is_its_own_error() -> None:
+    executor, sender, _ = start(beam_width=2)
+    assert executor.requests == []
+    assert sender.sent == ["beam_width: is not supported by the embedded engine; leave the tensor out"]

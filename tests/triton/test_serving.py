@@ -1,0 +1,331 @@
+"""The live server: the four models behind upstream's contract, over gRPC and HTTP."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
+from trtqwen.errors import ServerError
+from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.runtime.config import ExecutorConfig
+from trtqwen.runtime.executor import Executor
+from trtqwen.runtime.request import Request
+from trtqwen.triton.client import SamplingOptions, stream
+from trtqwen.triton.repository import tokenizer_directory
+from trtqwen.triton.server import TritonServer
+
+pytestmark = pytest.mark.triton
+
+USED = "nv_trt_llm_kv_cache_block_metrics/used"
+FREE = "nv_trt_llm_kv_cache_block_metrics/free"
+STEPS = "nv_trt_llm_general_metrics/iteration_counter"
+SCHEDULED = "nv_trt_llm_request_metrics/scheduled"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(repository: Path) -> Tokenizer:
+    return Tokenizer(tokenizer_directory(repository))
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
+    request = urllib.request.Request(f"http://{server.http_url}/v2/models/{path}", json.dumps(body).encode())
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as problem:
+        return problem.code, problem.read().decode()
+
+
+DTYPES = {
+    **dict.fromkeys(("end_id", "beam_width", "min_tokens"), np.int32),
+    **dict.fromkeys(("temperature", "top_p", "runtime_top_p"), np.float32),
+    **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), np.float32),
+    "seed": np.uint64,
+}
+
+
+def typed(options: dict[str, Any]) -> dict[str, Any]:
+    """Python's numbers in the types of the tensors that bear their names."""
+    return {name: DTYPES[name](value) if name in DTYPES else value for name, value in options.items()}
+
+
+def ask(server: TritonServer, *prompts: str | bytes, max_tokens: int = 16, **options: Any) -> list[Reply]:
+    return list(Call(server, "ensemble", text_request(*prompts, max_tokens=max_tokens, **typed(options))))
+
+
+@pytest.mark.parametrize("model", ["preprocessing", "tensorrt_llm", "postprocessing", "ensemble"])
+def test_every_model_is_ready(server: TritonServer, model: str) -> None:
+    with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/ready") as response:
+        assert response.status == 200
+
+
+@pytest.mark.parametrize(
+    "prompt", ["你好，请介绍一下自己。", "日本の首都はどこですか？", "🎉🎈😀", "Hello, who are you?"]
+)
+def test_streamed_text_is_the_unstreamed_text(server: TritonServer, prompt: str) -> None:
+    [whole] = ask(server, prompt, max_tokens=32, end_id=-1)
+    pieces = ask(server, prompt, max_tokens=32, end_id=-1, stream=True)
+    assert whole.final
+    assert [reply.final for reply in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert whole.text
+    assert "".join(reply.text for reply in pieces) == whole.text
+
+
+def test_streams_break_no_character(server: TritonServer, tokenizer: Tokenizer) -> None:
+    prompt = "表情符号🎉🎈😀"
+    broken_apart = 0
+    for seed in range(6):
+        options = {"end_id": -1, "temperature": 2.5, "seed": seed}
+        request = id_request(tokenizer.encode(prompt), 40, **typed({**options, "runtime_top_p": 1.0}))
+        [whole] = Call(server, "tensorrt_llm", request)
+        text = tokenizer.decode(whole.ids)
+        streamed = "".join(
+            reply.text for reply in ask(server, prompt, max_tokens=40, stream=True, top_p=1.0, **options)
+        )
+        assert streamed == text
+        apart = "".join(tokenizer.decode([token_id]) for token_id in whole.ids)
+        broken_apart += apart.count("\ufffd") > text.count("\ufffd")
+    assert broken_apart  # else the noise had no character that is split over tokens, and nothing was tested
+
+
+def test_tokens_are_the_executors_own(
+    server: TritonServer, bundled_engine: Callable[..., Path], tokenizer: Tokenizer
+) -> None:
+    ids = tokenizer.encode("The capital of France")
+    [reply] = Call(server, "tensorrt_llm", id_request(ids, 24))
+    with Executor(bundled_engine(), ExecutorConfig()) as executor:
+        [responses] = executor.generate([Request(id="x", input_token_ids=tuple(ids), max_tokens=24)])
+    assert reply.ids == [token_id for response in responses for token_id in response.token_ids]
+    assert reply.outputs["output_ids"].shape == (1, 1, 24)
+    assert reply.outputs["sequence_length"].tolist() == [[24]]
+
+
+def test_sixteen_streams_share_steps(server: TritonServer) -> None:
+    prompts = [f"Tell me about the number {number}." for number in range(16)]
+    alone = [ask(server, prompt, max_tokens=24, end_id=-1)[0].text for prompt in prompts]
+    before = metrics(server)[STEPS]
+    replies = in_threads(
+        [lambda prompt=prompt: ask(server, prompt, max_tokens=24, end_id=-1, stream=True) for prompt in prompts]
+    )
+    assert ["".join(reply.text for reply in stream) for stream in replies] == alone
+    assert wait_for(lambda: metrics(server)[USED] == 0, 2)
+    steps = metrics(server)[STEPS] - before
+    assert 24 <= steps < 16 * 24 / 2
+
+
+def test_a_request_may_have_several_rows(server: TritonServer) -> None:
+    prompts = ["你好", "Hello, who are you?", "日本"]
+    alone = [ask(server, prompt, max_tokens=12)[0].text for prompt in prompts]
+    whole = ask(server, *prompts, max_tokens=12)
+    assert [reply.final for reply in whole] == [False, False, True]
+    assert {reply.outputs["batch_index"].item(): reply.text for reply in whole} == dict(enumerate(alone))
+    pieces = ask(server, *prompts, max_tokens=12, stream=True)
+    assert [reply.final for reply in pieces] == [False] * (len(pieces) - 1) + [True]
+    joined = ["", "", ""]
+    for reply in pieces:
+        joined[reply.outputs["batch_index"].item()] += reply.text
+    assert joined == alone
+
+
+def test_the_prompt_comes_back_where_asked_for(server: TritonServer) -> None:
+    [with_prompt] = ask(server, "你好", max_tokens=8, exclude_input_in_output=False)
+    [without] = ask(server, "你好", max_tokens=8)
+    assert with_prompt.text == "你好" + without.text
+
+
+def test_stop_words_end_the_answer(server: TritonServer, tokenizer: Tokenizer) -> None:
+    prompt = "Hello, who are you?"
+    [whole] = Call(server, "tensorrt_llm", id_request(tokenizer.encode(prompt), 24))
+    ids = whole.ids
+    end = next(
+        index
+        for index in range(2, len(ids))
+        if ids[index] not in ids[:index] and tokenizer.encode(tokenizer.decode([ids[index]])) == [ids[index]]
+    )
+    request = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
+    request["stop_words"] = np.array([[tokenizer.decode([ids[end]]).encode()]], np.object_)
+    [stopped] = Call(server, "ensemble", request)
+    assert stopped.text == tokenizer.decode(ids[: end + 1])
+
+
+def test_a_client_that_goes_away_frees_its_blocks_within_a_second(server: TritonServer) -> None:
+    call = Call(server, "tensorrt_llm", id_request([5, 6, 7], 500, streaming=True))
+    replies = iter(call)
+    next(replies)
+    assert wait_for(lambda: metrics(server)[USED] > 0, 2)
+    call.cancel()
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+    steps = metrics(server)[STEPS]
+    time.sleep(0.3)
+    assert metrics(server)[STEPS] == steps
+
+
+def test_a_stop_request_ends_a_stream(server: TritonServer) -> None:
+    call = Call(server, "ensemble", text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1})), "me")
+    replies = iter(call)
+    next(replies)
+    [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
+    assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
+    rest = list(replies)
+    assert len(rest) < 200
+    assert rest[-1].final
+    assert rest[-1].text == ""
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+
+
+def test_stop_without_an_id_is_refused(server: TritonServer) -> None:
+    [reply] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True))
+    assert reply.error == "Trying to stop a request but request ID is not provided"
+
+
+def test_finished_cancelled_and_failed_requests_leave_the_pool_full(server: TritonServer) -> None:
+    blocks = metrics(server)["nv_trt_llm_kv_cache_block_metrics/max"]
+
+    def finish() -> list[Reply]:
+        return list(Call(server, "tensorrt_llm", id_request([5, 6, 7], 30, streaming=True)))
+
+    def abandon() -> None:
+        call = Call(server, "tensorrt_llm", id_request([8, 9], 500, streaming=True))
+        replies = iter(call)
+        for _ in range(3):
+            next(replies)
+        call.cancel()
+
+    def fail() -> list[Reply]:
+        return list(Call(server, "tensorrt_llm", id_request([5] * 600, 8)))
+
+    results = in_threads([finish, abandon, fail] * 6)
+    assert not [result for result in results if isinstance(result, Exception)]
+    assert all(sum(len(reply.ids) for reply in replies) == 30 for replies in results[0::3])
+    assert all("Prompt length (600) exceeds maximum input length (511)" in reply.error for [reply] in results[2::3])
+    assert wait_for(lambda: metrics(server)[FREE] == blocks, 1)
+    assert metrics(server)[SCHEDULED] == 0
+
+
+def test_a_bad_request_fails_alone(server: TritonServer) -> None:
+    cases = {
+        "Prompt length": ask(server, "word " * 600),
+        "QUERY: byte 0 is not UTF-8": ask(server, b"\xff\xfe"),
+        "QUERY: the prompt is empty": ask(server, ""),
+        "beam_width: is not supported": ask(server, "a", beam_width=2),
+    }
+    for message, [reply] in cases.items():
+        assert message in reply.error
+        assert "Traceback" not in reply.error
+        assert reply.final
+    assert ask(server, "你好", max_tokens=4)[0].text
+
+
+def test_http_generate(server: TritonServer) -> None:
+    status, body = post(server, "ensemble/generate", {"text_input": "你好", "max_tokens": 8, "temperature": 0.5})
+    reply = json.loads(body)
+    assert (status, reply["model_name"]) == (200, "ensemble")
+    assert reply["text_output"] == ask(server, "你好", max_tokens=8)[0].text
+    status, body = post(server, "ensemble/generate", {"text_input": "word " * 600, "max_tokens": 8})
+    assert status == 400
+    assert "Prompt length" in json.loads(body)["error"]
+
+
+def test_http_generate_stream(server: TritonServer) -> None:
+    request = {"text_input": "你好", "max_tokens": 8, "stream": True}
+    status, body = post(server, "ensemble/generate_stream", request)
+    events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line]
+    assert status == 200
+    assert len(events) > 2
+    assert "".join(event["text_output"] for event in events) == ask(server, "你好", max_tokens=8)[0].text
+
+
+def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: Tokenizer) -> None:
+    [reply] = ask(
+        server, "你好", max_tokens=5, end_id=-1, return_num_input_tokens=True, return_num_output_tokens=True
+    )
+    assert reply.outputs["num_input_tokens"].item() == len(tokenizer.encode("你好"))
+    assert reply.outputs["num_output_tokens"].item() == 5
+
+
+def test_client_streams_raw_text(server: TritonServer) -> None:
+    pieces = list(stream(server.grpc_url, "你好", 12, chat=False))
+    assert len(pieces) > 1
+    [whole] = ask(server, "你好", max_tokens=12, return_num_output_tokens=True)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
+
+
+def test_client_renders_the_models_chat_template(server: TritonServer, tokenizer: Tokenizer) -> None:
+    assert tokenizer.chat_template is not None
+    rendered = render_chat(tokenizer.chat_template, [{"role": "user", "content": "你好"}])
+    text = "".join(piece.text for piece in stream(server.grpc_url, "你好", 12))
+    assert text == ask(server, rendered, max_tokens=12)[0].text
+
+
+def test_client_passes_sampling_options(server: TritonServer) -> None:
+    def sample(seed: int) -> str:
+        options = SamplingOptions(top_p=1.0, temperature=2.0, seed=seed)
+        pieces = stream(server.grpc_url, "Hello", 16, sampling=options, chat=False)
+        return "".join(piece.text for piece in pieces)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+
+
+def test_eight_client_streams_at_once(server: TritonServer) -> None:
+    prompts = [f"Question {number}: who are you?" for number in range(8)]
+
+    def tell(prompt: str) -> str:
+        return "".join(piece.text for piece in stream(server.grpc_url, prompt, 16, chat=False))
+
+    texts = in_threads([partial(tell, prompt) for prompt in prompts])
+    assert texts == [ask(server, prompt, max_tokens=16)[0].text for prompt in prompts]
+
+
+def test_closing_the_client_early_cancels(server: TritonServer) -> None:
+    # Noise: an answer that no end token cuts short.
+    sampling = SamplingOptions(top_p=1.0, temperature=50.0, seed=1)
+    before = metrics(server)[STEPS]
+    pieces = stream(server.grpc_url, "Hello", 500, chat=False, sampling=sampling)
+    next(pieces)
+    pieces.close()
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+    assert metrics(server)[STEPS] - before < 300
+
+
+def test_client_errors_are_sentences(server: TritonServer) -> None:
+    with pytest.raises(ServerError, match=r"refused the request: .*Prompt length"):
+        list(stream(server.grpc_url, "word " * 600, 8))
+    with pytest.raises(ServerError, match=r"^127.0.0.1:1: no Triton server answers; start one with `trtqwen serve`"):
+        list(stream("127.0.0.1:1", "hi", 8))
+
+
+def test_penalties_and_min_tokens_change_the_answer(server: TritonServer, tokenizer: Tokenizer) -> None:
+    prompt = "The capital of France is"
+    [plain] = ask(server, prompt, max_tokens=24, end_id=-1)
+    for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
+        [penalised] = ask(server, prompt, max_tokens=24, end_id=-1, **{name: 1.9})
+        assert penalised.error == ""
+        assert penalised.text != plain.text
+    first = id_request(tokenizer.encode(prompt), 8)
+    [answer] = Call(server, "tensorrt_llm", first)
+    ending = first | {"end_id": np.array([[answer.ids[0]]], np.int32)}
+    [ended] = Call(server, "tensorrt_llm", ending)
+    [longer] = Call(server, "tensorrt_llm", ending | {"min_tokens": np.array([[4]], np.int32)})
+    assert ended.ids == []
+    assert len(longer.ids) >= 4

@@ -1,0 +1,104 @@
+"""Triton model `tensorrt_llm` on the embedded engine: token ids in, token ids out as they come."""
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from trtqwen.errors import EngineError
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.runtime.executor import Executor
+from trtqwen.triton.parameters import engine_parameters
+from trtqwen.triton.service import EngineService
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = engine_parameters(args)
+        token_bytes = Tokenizer(parameters.tokenizer).token_bytes
+        self._executor = Executor(parameters.engine, parameters.executor)
+        self._service = EngineService(self._executor, token_bytes, exclude_input=parameters.exclude_input_in_output)
+        self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self._stopping = threading.Event()
+        self._threads = [
+            self._every(parameters.cancellation_check_period, self._service.cancel_abandoned),
+            self._every(parameters.stats_check_period, lambda: self._metrics.set(self._service.gauges())),
+        ]
+
+    def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
+        for request in requests:
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            self._service.handle(request.request_id(), inputs, _Sender(request.get_response_sender()))
+
+    def finalize(self) -> None:
+        self._stopping.set()
+        self._executor.shutdown()
+        for thread in self._threads:
+            thread.join()
+
+    def _every(self, period: float, action: Callable[[], None]) -> threading.Thread:
+        def repeat() -> None:
+            while not self._stopping.wait(period):
+                try:
+                    action()
+                except EngineError:
+                    return  # the engine has died, and every request says so
+
+        thread = threading.Thread(target=repeat, daemon=True)
+        thread.start()
+        return thread
+
+
+class _Sender:
+    """`service.Sender` of a Triton request."""
+
+    def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
+        self._sender = sender
+
+    def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+        self._respond(response, _FINAL if final else 0)
+
+    def fail(self, error: str) -> None:
+        self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(error)), _FINAL)
+
+    def abandoned(self) -> bool:
+        return bool(self._sender.is_cancelled())
+
+    def _respond(self, response: "pb_utils.InferenceResponse", flags: int) -> None:
+        try:
+            self._sender.send(response, flags)
+        except pb_utils.TritonModelException as problem:  # must not end the executor's reader thread
+            pb_utils.Logger.log_error(f"a response was lost: {problem}")
+
+
+class _Metrics:
+    """The gauges of `EngineService.gauges` at Triton's metrics endpoint."""
+
+    def __init__(self, labels: dict[str, str]) -> None:
+        self._labels = labels
+        self._families: dict[str, Any] = {}
+        self._gauges: dict[tuple[str, str, str], Any] = {}
+        self._last: dict[tuple[str, str, str], float] = {}
+
+    def set(self, gauges: Mapping[tuple[str, str, str], float]) -> None:
+        for key, value in gauges.items():
+            if self._last.get(key) != value:  # each update is a message to the server
+                self._gauge(*key).set(value)
+                self._last[key] = value
+
+    def _gauge(self, family: str, label: str, name: str) -> Any:
+        if family not in self._families:
+            self._families[family] = pb_utils.MetricFamily(
+                name=family,
+                description="TensorRT-LLM's metrics, of the embedded engine",
+                kind=pb_utils.MetricFamily.GAUGE,
+            )
+        key = (family, label, name)
+        if key not in self._gauges:
+            self._gauges[key] = self._families[family].Metric(labels={**self._labels, label: name})
+        return self._gauges[key]

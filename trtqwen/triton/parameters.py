@@ -1,0 +1,85 @@
+"""The `parameters` of a Triton model, as the python backend hands them to a model: strings in a JSON config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from trtqwen.errors import InputError
+from trtqwen.runtime.config import ExecutorConfig
+
+
+@dataclass(frozen=True)
+class EngineParameters:
+    """What the model `tensorrt_llm` is started with.
+
+    Attributes:
+        cancellation_check_period, stats_check_period: seconds.
+    """
+
+    engine: Path
+    tokenizer: Path
+    executor: ExecutorConfig
+    exclude_input_in_output: bool
+    cancellation_check_period: float
+    stats_check_period: float
+
+
+def read_parameters(args: Mapping[str, str]) -> dict[str, str]:
+    """The parameters of a model from the arguments of its `initialize`; empty ones, as upstream, are not set."""
+    parameters = json.loads(args["model_config"])["parameters"]
+    return {key: value["string_value"] for key, value in parameters.items() if value["string_value"]}
+
+
+def tokenizer_path(args: Mapping[str, str], parameters: Mapping[str, str]) -> Path:
+    """The tokenizer's directory; a relative one is relative to the model's directory."""
+    return Path(args["model_repository"]) / parameters["tokenizer_dir"]
+
+
+def flag(parameters: Mapping[str, str], key: str, default: bool) -> bool:
+    """A boolean parameter, read as upstream's python models do: `1` or `true` in any case is true."""
+    return parameters[key].lower() in ("1", "true") if key in parameters else default
+
+
+def engine_parameters(args: Mapping[str, str]) -> EngineParameters:
+    """Read the parameters of `tensorrt_llm`.
+
+    Raises:
+        InputError: naming the parameter, if a value cannot be used.
+    """
+    parameters = read_parameters(args)
+    return EngineParameters(
+        engine=Path(parameters["gpt_model_path"]),
+        tokenizer=tokenizer_path(args, parameters),
+        executor=_executor_config(parameters, json.loads(args["model_config"])),
+        exclude_input_in_output=flag(parameters, "exclude_input_in_output", False),
+        cancellation_check_period=_milliseconds(parameters, "cancellation_check_period_ms"),
+        stats_check_period=_milliseconds(parameters, "stats_check_period_ms"),
+    )
+
+
+def _executor_config(parameters: Mapping[str, str], config: Mapping[str, Any]) -> ExecutorConfig:
+    given = {
+        key: parameters[key]
+        for key in ("batch_scheduler_policy", "enable_chunked_context", "max_tokens_in_paged_kv_cache")
+        if key in parameters
+    }
+    queue = config.get("dynamic_batching", {}).get("default_queue_policy", {}).get("max_queue_size", 0)
+    try:
+        return ExecutorConfig.model_validate({**given, "max_queue_size": queue})
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        key, value = first["loc"][0], first["input"]
+        raise InputError(f"config.pbtxt: parameter {key} cannot be {value!r}; write the repository again") from None
+
+
+def _milliseconds(parameters: Mapping[str, str], key: str) -> float:
+    text = parameters.get(key, "0")
+    if not text.isdecimal():
+        raise InputError(f"config.pbtxt: parameter {key} cannot be {text!r}; give whole milliseconds")
+    return (int(text) or 100) / 1000

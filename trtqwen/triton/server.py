@@ -1,0 +1,386 @@
+"""Starts the real tritonserver on a model repository, waits until it is ready, and stops it without leftovers."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import FrameType, TracebackType
+
+from trtqwen.artifact import read_manifest
+from trtqwen.errors import InputError, PortInUseError, ServerError
+
+_PR_SET_PDEATHSIG = 1
+_SHARED_MEMORY = Path("/dev/shm")
+_STUB = "triton_python_backend_stub"
+_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
+
+
+@dataclass(frozen=True)
+class Ports:
+    """TCP ports of a server; 0 picks a free one."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+
+@dataclass(frozen=True)
+class Installation:
+    """A tritonserver on this machine.
+
+    Attributes:
+        binary: the program.
+        home: of the one inside nvidia-pytriton: the directory with its backends; None for an ordinary one.
+        libraries: directories that the program needs on LD_LIBRARY_PATH.
+    """
+
+    binary: Path
+    home: Path | None = None
+    libraries: tuple[Path, ...] = ()
+
+
+def find_tritonserver() -> Installation:
+    """The tritonserver on PATH, else the one inside the package nvidia-pytriton.
+
+    Raises:
+        ServerError: if there is none, or it has no part for this Python.
+    """
+    if on_path := shutil.which("tritonserver"):
+        return Installation(Path(on_path))
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or spec.origin is None:
+        raise ServerError(
+            "no tritonserver on this machine; run in NVIDIA's Triton container or `pip install trtqwen[triton]`"
+        )
+    home = Path(spec.origin).parent / "tritonserver"
+    if not _stub(home).is_file():
+        raise ServerError(f"{home}: has no python backend for Python {_python_version()}; use Python 3.10 to 3.12")
+    library_directory = sysconfig.get_config_var("LIBDIR")
+    library = Path(library_directory, sysconfig.get_config_var("INSTSONAME") or "")
+    if not library.is_file() or ".so" not in library.name:
+        raise ServerError(
+            f"{sys.executable}: has no shared libpython, which Triton's python backend loads; use a Python that was "
+            "built with --enable-shared"
+        )
+    return Installation(
+        binary=home / "bin" / "tritonserver",
+        home=home,
+        libraries=(home.parents[1] / "nvidia_pytriton.libs", library.parent),
+    )
+
+
+class TritonServer:
+    """A running tritonserver on a finished repository; use as a context manager or call `start` and `stop`.
+
+    The server, its python models and the engine's ranks end with this process, however it ends. Start it from a
+    thread that lives as long as the server: to Linux, the end of the starting thread is the end of the parent.
+
+    Args:
+        repository: model repository that `trtqwen build` wrote.
+        host: address to listen on.
+        log: file for the server's log; None keeps it in a temporary file while the server runs.
+        drain_seconds: how long `stop` lets running requests finish.
+
+    Attributes:
+        ports: the ports in use; a 0 has become the port picked.
+
+    Raises:
+        InputError: if the repository is not finished.
+        PortInUseError: if a port is taken.
+        ServerError: if there is no tritonserver.
+    """
+
+    def __init__(
+        self,
+        repository: Path,
+        *,
+        ports: Ports | None = None,
+        host: str = "127.0.0.1",
+        log: Path | None = None,
+        drain_seconds: int = 30,
+    ) -> None:
+        read_manifest(repository, "repository")
+        self._repository = repository.resolve()
+        self._installation = find_tritonserver()
+        self.host = host
+        self.ports = _claim(ports or Ports(), host)
+        self._log = log
+        self._keeps_log = log is not None
+        self._drain_seconds = drain_seconds
+        self._shm_prefix = f"trtqwen-{uuid.uuid4().hex[:12]}-"
+        self._cleanup = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def http_url(self) -> str:
+        return f"{_reachable(self.host)}:{self.ports.http}"
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{_reachable(self.host)}:{self.ports.grpc}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"{_reachable(self.host)}:{self.ports.metrics}"
+
+    @property
+    def pid(self) -> int:
+        """Process id of tritonserver, also its process group's."""
+        return self._running.pid
+
+    @property
+    def log(self) -> Path:
+        """The file with the server's log."""
+        if self._log is None:
+            raise ServerError("the server has not been started; call start() first")
+        return self._log
+
+    def start(self) -> None:
+        """Start the process; `wait_until_ready` tells when it serves."""
+        workspace = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="trtqwen-triton-")))
+        if self._log is None:
+            self._log = workspace / "triton.log"
+            self._cleanup.callback(setattr, self, "_log", None)
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                self._command(workspace),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=self._environment(),
+                start_new_session=True,  # a group of its own; Ctrl-C in the terminal is for us alone
+                preexec_fn=_die_with_parent(),
+            )
+
+    def wait_until_ready(self, timeout: float = 300) -> None:
+        """Return when every model is loaded; at once with an error when the server ends instead.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ServerError: with the most telling line of the log.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServerError(f"Triton was not ready within {timeout:g} s: {self._telling_line()}")
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise a ServerError if the server has ended by itself."""
+        code = self._running.poll()
+        if code is not None:
+            raise ServerError(f"Triton ended with code {code}: {self._telling_line()}")
+
+    def stop(self) -> None:
+        """Let running requests finish, then end every process of the server. May be called again."""
+        process = self._process
+        if process is not None:
+            if process.poll() is None:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self._drain_seconds + 10)  # tritonserver itself gives up after drain_seconds
+            _kill_group(process.pid)
+            process.wait()
+            for leftover in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+                leftover.unlink(missing_ok=True)
+            self._process = None
+        self._cleanup.close()
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise ServerError("the server is not running; call start() first")
+        return self._process
+
+    def _command(self, workspace: Path) -> list[str]:
+        command = [
+            str(self._installation.binary),
+            f"--model-repository={self._repository}",
+            "--model-control-mode=none",
+            "--disable-auto-complete-config",
+            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
+            f"--exit-timeout-secs={self._drain_seconds}",
+            f"--http-address={self.host}",
+            f"--http-port={self.ports.http}",
+            f"--grpc-address={self.host}",
+            f"--grpc-port={self.ports.grpc}",
+            f"--metrics-address={self.host}",
+            f"--metrics-port={self.ports.metrics}",
+        ]
+        if self._installation.home is not None:
+            command.append(f"--backend-directory={_link_backends(self._installation.home, workspace)}")
+        return command
+
+    def _environment(self) -> dict[str, str]:
+        environment = dict(os.environ)
+        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 whatever the terminal says
+        _prepend(environment, "PATH", Path(sys.executable).parent)
+        _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
+        for directory in reversed(self._installation.libraries):
+            _prepend(environment, "LD_LIBRARY_PATH", directory)
+        return environment
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as response:
+                return bool(response.status == 200)
+        except OSError:
+            return False
+
+    def _telling_line(self) -> str:
+        """The log's line that says most about a failure, and where the rest is."""
+        lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        errors = [
+            line.partition("] ")[2]
+            for line in lines
+            if line.startswith("E") and "] " in line and not any(text in line for text in _HARMLESS)
+        ]
+        loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
+        [telling] = loading[:1] or errors[-1:] or lines[-1:] or ["its log is empty"]
+        advice = f"see {self._log}" if self._keeps_log else "start it with a log file to see more"
+        message = telling.strip().strip('"')
+        return f"{message} ({advice})"
+
+
+class _Signalled(BaseException):
+    """Raised in the main thread by SIGINT and SIGTERM; not an Exception, so that nobody takes it for a failure."""
+
+
+@contextmanager
+def serve_until_signal(server: TritonServer) -> Iterator[None]:
+    """Start the server; after the block, wait for SIGINT or SIGTERM, and stop it. A signal also ends the block.
+
+    Only for the main thread.
+
+    Raises:
+        ServerError: if the server ends by itself.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        for other in previous:
+            signal.signal(other, signal.SIG_IGN)  # one is enough: stopping must not be interrupted
+        raise _Signalled
+
+    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in previous:
+        signal.signal(number, interrupt)
+    try:
+        server.start()
+        yield
+        while True:
+            server.check()
+            time.sleep(0.1)
+    except _Signalled:
+        pass
+    finally:
+        server.stop()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _stub(home: Path) -> Path:
+    return home / "python_backend_stubs" / _python_version() / _STUB
+
+
+def _link_backends(home: Path, workspace: Path) -> Path:
+    """The python backend wants the stub of this Python beside it: a directory of links gives it that."""
+    backends = workspace / "backends"
+    python = backends / "python"
+    python.mkdir(parents=True)
+    for file in (home / "backends" / "python").iterdir():
+        if file.is_file():
+            (python / file.name).symlink_to(file)
+    (python / _STUB).symlink_to(_stub(home))
+    return backends
+
+
+def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
+    rest = environment.get(variable)
+    environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
+
+
+def _die_with_parent() -> Callable[[], None]:
+    # Looked up here: between fork and exec a child may not load libraries.
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def _kill_group(group: int) -> None:
+    """End what is left of a process group: python stubs and ranks that outlived their server."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        try:
+            os.killpg(group, signal.SIGKILL)
+        except ProcessLookupError:
+            return
+        time.sleep(0.02)
+
+
+def _claim(ports: Ports, host: str) -> Ports:
+    """Check that every port is free and pick those that are 0."""
+    with ExitStack() as held:
+        for field in fields(ports):
+            port = getattr(ports, field.name)
+            listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((host, port))
+            except OSError as problem:
+                if problem.errno != errno.EADDRINUSE:
+                    raise InputError(
+                        f"{host}:{port}: cannot be listened on ({problem.strerror}); choose another address or port"
+                    ) from None
+                raise PortInUseError(
+                    f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it; stop what listens there "
+                    f"or choose another with --{field.name}-port"
+                ) from None
+            ports = replace(ports, **{field.name: listener.getsockname()[1]})
+    return ports
+
+
+def _reachable(host: str) -> str:
+    return "127.0.0.1" if host == "0.0.0.0" else host
