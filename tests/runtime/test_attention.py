@@ -23,7 +23,7 @@ def make_batch(lengths: list[tuple[int, int]], seed: int) -> AttentionBatch:
     return AttentionBatch(Step(tuple(chunks)), BLOCK, CPU)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(spans, st.sampled_from([(4, 4), (4, 2), (8, 1)]), st.integers(0, 9))
 def test_the_fast_path_agrees_with_the_plain_one(
     lengths: list[tuple[int, int]], heads: tuple[int, int], seed: int

@@ -13,6 +13,9 @@ from torch import Tensor
 
 # An idle server leaves the other ranks waiting for the next step as long as no request comes.
 _FOREVER = timedelta(days=365)
+# gloo's all-reduce goes round the ring twice; for a few tokens one exchange of everything takes a third of the time.
+_SMALL = 1 << 16
+_HEAD = 4096
 
 
 class Communicator(Protocol):
@@ -22,7 +25,7 @@ class Communicator(Protocol):
     tp_size: int
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        """The sum of every rank's tensor, in place."""
+        """The sum of every rank's tensor; may reuse its memory."""
         ...
 
     def gather(self, tensor: Tensor) -> Tensor | None:
@@ -63,8 +66,12 @@ class ProcessGroup:
         )
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor)
-        return tensor
+        if tensor.numel() > _SMALL:
+            dist.all_reduce(tensor)
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.tp_size)]
+        dist.all_gather(parts, tensor.contiguous())
+        return torch.stack(parts).sum(dim=0)
 
     def gather(self, tensor: Tensor) -> Tensor | None:
         tensor = tensor.contiguous()
@@ -73,12 +80,18 @@ class ProcessGroup:
         return torch.cat(parts, dim=-1) if parts is not None else None
 
     def broadcast(self, data: bytes | None) -> bytes:
-        size = torch.tensor([len(data) if data is not None else 0])
-        dist.broadcast(size, src=0)
-        buffer = (
-            torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if data is not None
-            else torch.empty(int(size), dtype=torch.uint8)
-        )
-        dist.broadcast(buffer, src=0)
-        return buffer.numpy().tobytes()
+        """One message if the data is short: its length and its beginning travel together."""
+        head = torch.zeros(_HEAD + 8, dtype=torch.uint8)
+        if data is not None:
+            first = len(data).to_bytes(8, "little") + data[:_HEAD]
+            head[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
+        dist.broadcast(head, src=0)
+        raw = head.numpy().tobytes()
+        size = int.from_bytes(raw[:8], "little")
+        if size <= _HEAD:
+            return raw[8 : 8 + size]
+        rest = torch.zeros(size - _HEAD, dtype=torch.uint8)
+        if data is not None:
+            rest = torch.frombuffer(bytearray(data[_HEAD:]), dtype=torch.uint8)
+        dist.broadcast(rest, src=0)
+        return raw[8:] + rest.numpy().tobytes()
