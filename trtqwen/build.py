@@ -68,7 +68,7 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
         engines: parent of the directories that are named after recipes.
         repository: where the model repository goes.
     """
-    conversion = plan_conversion(model, recipe.checkpoint.dtype, recipe.checkpoint.tp_size)
+    conversion = plan_conversion(model, recipe.checkpoint)
     checkpoint_key = conversion.key()
     built_key = engine_key(checkpoint_key, recipe.engine)
     home = engines / recipe.name

@@ -13,6 +13,11 @@ from trtqwen.errors import RecipeError
 BUNDLED = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parent.parent / "recipes"
 DtypeChoice = Literal["auto", "float16", "bfloat16", "float32"]
+Quant = Literal["none", "int8_wo", "int8_sq"]
+KvCache = Literal["auto", "int8"]
+Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
+EmbeddingSharding = Literal["none", "vocab", "hidden"]
+Release = Literal["0.17.0", "1.2.1"]
 Positive = Annotated[int, Field(gt=0)]
 
 
@@ -21,10 +26,57 @@ class _Section(BaseModel):
 
 
 class CheckpointRecipe(_Section):
-    """How the weights are converted."""
+    """How the weights are converted.
+
+    Attributes:
+        dtype: `auto` keeps a 16-bit dtype and makes float32 float16, as NVIDIA's converter does.
+        quant: `int8_wo` is INT8 weight-only (W8A16), `int8_sq` SmoothQuant (W8A8).
+        sq_alpha: SmoothQuant's share of the difficulty that goes to the weights.
+        per_channel: SmoothQuant scales each output channel of a weight, instead of the tensor.
+        per_token: SmoothQuant scales activations token by token at run time, instead of by calibrated ranges.
+        kv_cache: `int8` writes the scales of an INT8 KV cache.
+        int8_layout: how INT8 weight-only weights lie on disk: for the kernels of one GPU generation (sm80 is Ada's
+            too), or `plain`: 16-bit weights that TensorRT-LLM quantises when it builds.
+        embedding_sharding: whether and how the embedding is divided over the ranks.
+        calib: text or JSONL file for calibration; a small one in four languages is bundled.
+        chat_template: render each calibration text as a user's message.
+        act_ranges: file of activation ranges to use instead of calibrating.
+        release: TensorRT-LLM release that reads the checkpoint.
+    """
 
     dtype: DtypeChoice = "auto"
-    tp_size: Literal[1, 2, 4, 8] = 1
+    tp_size: Annotated[int, Field(ge=1, le=8)] = 1
+    pp_size: Annotated[int, Field(ge=1, le=4)] = 1
+    quant: Quant = "none"
+    sq_alpha: Annotated[float, Field(ge=0, le=1)] = 0.5
+    per_channel: bool = False
+    per_token: bool = False
+    kv_cache: KvCache = "auto"
+    int8_layout: Int8LayoutChoice = "plain"
+    embedding_sharding: EmbeddingSharding = "none"
+    calib: str | None = None
+    chat_template: bool = False
+    act_ranges: str | None = None
+    release: Release = "1.2.1"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether conversion needs activation ranges."""
+        return self.quant == "int8_sq" or self.kv_cache == "int8"
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> CheckpointRecipe:
+        if (self.per_channel or self.per_token) and self.quant != "int8_sq":
+            raise ValueError("per_channel and per_token are settings of quant: int8_sq")
+        if self.int8_layout != "plain" and self.quant != "int8_wo":
+            raise ValueError("int8_layout is a setting of quant: int8_wo")
+        if self.quant != "none" and self.dtype == "float32":
+            raise ValueError("INT8 weights need dtype float16 or bfloat16")
+        if (self.calib or self.act_ranges or self.chat_template) and not self.calibrated:
+            raise ValueError("calibration is for quant: int8_sq and kv_cache: int8 only")
+        if self.calib and self.act_ranges:
+            raise ValueError("calib and act_ranges exclude each other")
+        return self
 
 
 class EngineRecipe(_Section):
@@ -112,6 +164,19 @@ class Recipe(_Section):
         if pool is not None and pool < engine.tokens_per_block:
             raise ValueError(f"serve.max_tokens_in_paged_kv_cache {pool} is less than one block")
         return self
+
+
+def override(settings: CheckpointRecipe, changes: dict[str, object]) -> CheckpointRecipe:
+    """The settings with those changes that are not None.
+
+    Raises:
+        RecipeError: if the result does not hold together.
+    """
+    given = {name: value for name, value in changes.items() if value is not None}
+    try:
+        return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
+    except ValidationError as problem:
+        raise RecipeError(f"options: {_first_problem(problem)}; correct them") from None
 
 
 def load_recipe(recipe: str) -> Recipe:

@@ -196,8 +196,11 @@ class SafetensorsWriter:
         self._file = path.open("wb", buffering=0)
         self._append(len(raw).to_bytes(8, "little") + raw)
 
-    def write(self, name: str, parts: Sequence[Array]) -> int:
+    def write(self, name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None) -> int:
         """Append the next tensor, given as parts to be joined along the first axis, cast to the planned dtype.
+
+        Args:
+            via: round to this dtype first.
 
         Returns:
             The bytes written.
@@ -213,6 +216,7 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path}: {name!r} has parts {[p.shape for p in parts]}, planned {spec.shape}")
         for part in parts:
             for block in _row_blocks(part, spec.dtype.itemsize):
+                block = block if via is None else block.astype(via, copy=False)
                 self._append(np.ascontiguousarray(block, dtype=spec.dtype).reshape(-1).view(np.uint8).data)
         self._pending.pop()
         return spec.nbytes

@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trtqwen.checkpoint.mapping import Mapping
 from trtqwen.errors import CheckpointError
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
+from trtqwen.recipe import EmbeddingSharding, Release
+from trtqwen.releases import release_facts
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 
@@ -73,9 +75,23 @@ class CheckpointConfig(BaseModel):
         return max(1, self.num_key_value_heads // self.mapping.tp_size)
 
 
-def checkpoint_config(hf: HfConfig, dtype: Dtype, mapping: Mapping) -> dict[str, Any]:
-    """The content of config.json, in NVIDIA's key order (its reader fills wrong defaults for what is absent)."""
-    return {
+def checkpoint_config(
+    hf: HfConfig,
+    dtype: Dtype,
+    mapping: Mapping,
+    *,
+    quantization: dict[str, Any],
+    embedding_sharding: EmbeddingSharding,
+    calibrated: bool,
+    release: Release,
+) -> dict[str, Any]:
+    """The content of config.json, in NVIDIA's key order (its reader fills wrong defaults for what is absent).
+
+    Args:
+        quantization: what differs from an unquantised block.
+        calibrated: whether activation ranges were used: NVIDIA's two paths write the mapping differently.
+    """
+    content: dict[str, Any] = {
         "mlp_bias": False,
         "attn_bias": True,
         "rotary_base": hf.rope_theta,
@@ -119,8 +135,8 @@ def checkpoint_config(hf: HfConfig, dtype: Dtype, mapping: Mapping) -> dict[str,
             "moe_tp_size": mapping.tp_size,
             "moe_cluster_size": 1,
             "moe_ep_size": 1,
-            "attn_tp_size": -1,
-            "attn_cp_size": -1,
+            "attn_tp_size": mapping.tp_size if calibrated else -1,
+            "attn_cp_size": 1 if calibrated else -1,
             "cp_config": {},
             "enable_attention_dp": False,
             "enable_lm_head_tp_in_adp": False,
@@ -136,9 +152,10 @@ def checkpoint_config(hf: HfConfig, dtype: Dtype, mapping: Mapping) -> dict[str,
             "pre_quant_scale": False,
             "exclude_modules": None,
             "mamba_ssm_cache_dtype": None,
+            **quantization,
         },
-        "use_parallel_embedding": False,
-        "embedding_sharding_dim": 0,
+        "use_parallel_embedding": embedding_sharding != "none",
+        "embedding_sharding_dim": 1 if embedding_sharding == "hidden" else 0,
         "head_size": hf.head_size,
         "qk_layernorm": False,
         "rotary_embedding_dim": hf.head_size,
@@ -148,6 +165,10 @@ def checkpoint_config(hf: HfConfig, dtype: Dtype, mapping: Mapping) -> dict[str,
         "moe_shared_expert_intermediate_size": 0,
         "tie_word_embeddings": hf.tie_word_embeddings,
     }
+    for section, keys in release_facts(release).unknown_checkpoint_keys.items():
+        for key in keys:
+            del (content[section] if section else content)[key]
+    return content
 
 
 def read_checkpoint_config(directory: Path) -> CheckpointConfig:

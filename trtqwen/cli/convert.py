@@ -11,7 +11,17 @@ import typer
 from trtqwen.artifact import check_output
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion, run_conversion
 from trtqwen.cli.output import DryRun, Force, Json, byte_progress, print_json, size, stderr, stdout
-from trtqwen.recipe import CheckpointRecipe, DtypeChoice, load_recipe
+from trtqwen.recipe import (
+    CheckpointRecipe,
+    DtypeChoice,
+    EmbeddingSharding,
+    Int8LayoutChoice,
+    KvCache,
+    Quant,
+    Release,
+    load_recipe,
+    override,
+)
 
 
 def command(
@@ -21,15 +31,60 @@ def command(
     dtype: Annotated[
         DtypeChoice | None, typer.Option(help="dtype of the weights; auto keeps 16-bit dtypes. [default: auto]")
     ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks. [default: 1]")] = None,
+    tp: Annotated[int | None, typer.Option(min=1, max=8, help="Tensor-parallel ranks. [default: 1]")] = None,
+    pp: Annotated[int | None, typer.Option(min=1, max=4, help="Pipeline stages. [default: 1]")] = None,
+    quant: Annotated[
+        Quant | None, typer.Option(help="INT8 weight-only (W8A16) or SmoothQuant (W8A8). [default: none]")
+    ] = None,
+    sq_alpha: Annotated[float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha. [default: 0.5]")] = None,
+    per_channel: Annotated[
+        bool | None, typer.Option("--per-channel", help="SmoothQuant: a scale for each output channel.")
+    ] = None,
+    per_token: Annotated[
+        bool | None, typer.Option("--per-token", help="SmoothQuant: a scale for each token.")
+    ] = None,
+    kv_cache: Annotated[KvCache | None, typer.Option(help="int8 writes KV cache scales. [default: auto]")] = None,
+    int8_layout: Annotated[
+        Int8LayoutChoice | None,
+        typer.Option(help="INT8 weight-only on disk: sm80 serves 4090D, plain any GPU. [default: plain]"),
+    ] = None,
+    embedding_sharding: Annotated[
+        EmbeddingSharding | None, typer.Option(help="Divide the embedding over the ranks. [default: none]")
+    ] = None,
+    calib: Annotated[
+        str | None, typer.Option(help="Text or JSONL file to calibrate with. [default: bundled]")
+    ] = None,
+    chat_template: Annotated[
+        bool | None, typer.Option("--chat-template", help="Calibrate on texts rendered as user messages.")
+    ] = None,
+    act_ranges: Annotated[str | None, typer.Option(help="Use these activation ranges, do not calibrate.")] = None,
+    release: Annotated[
+        Release | None, typer.Option(help="TensorRT-LLM release that reads it. [default: 1.2.1]")
+    ] = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
     """Convert Hugging Face Qwen2/Qwen2.5 weights to a TensorRT-LLM checkpoint."""
-    settings = load_recipe(recipe).checkpoint if recipe else CheckpointRecipe()
+    base = load_recipe(recipe).checkpoint if recipe else CheckpointRecipe()
+    changes: dict[str, object] = {
+        "dtype": dtype,
+        "tp_size": tp,
+        "pp_size": pp,
+        "quant": quant,
+        "sq_alpha": sq_alpha,
+        "per_channel": per_channel,
+        "per_token": per_token,
+        "kv_cache": kv_cache,
+        "int8_layout": int8_layout,
+        "embedding_sharding": embedding_sharding,
+        "calib": calib,
+        "chat_template": chat_template,
+        "act_ranges": act_ranges,
+        "release": release,
+    }
     check_output(output, force=force)
-    plan = plan_conversion(model, dtype or settings.dtype, tp or settings.tp_size)
+    plan = plan_conversion(model, override(base, changes))
     summary = _summary(plan, output)
     if not dry_run:
         start = time.perf_counter()
@@ -46,7 +101,10 @@ def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
     return {
         "output": str(output),
         "dtype": plan.dtype,
+        "quant": plan.settings.quant,
+        "kv_cache": plan.settings.kv_cache,
         "tp_size": plan.mapping.tp_size,
+        "pp_size": plan.mapping.pp_size,
         "ranks": [
             {
                 "file": f"rank{rank}.safetensors",

@@ -1,0 +1,84 @@
+"""Whether a model can be converted as asked: refused before anything is written, each reason in one sentence."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from trtqwen.checkpoint.layout import check_parallel
+from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.rules import TILE
+from trtqwen.errors import CheckpointError, OutputError
+from trtqwen.hf.config import HfConfig
+from trtqwen.recipe import CheckpointRecipe
+from trtqwen.releases import release_facts
+
+
+def check_settings(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+    """Check sizes against parallelism, precision and release.
+
+    Raises:
+        CheckpointError: naming what does not fit.
+    """
+    check_parallel(config, mapping)
+    _check_pipeline(config, mapping, settings)
+    _check_release(config, settings)
+    if settings.quant == "int8_wo":
+        _check_weight_only(config, mapping, settings)
+    if settings.quant == "int8_sq" and mapping.tp_size > config.num_key_value_heads:
+        raise CheckpointError(
+            f"tp_size {mapping.tp_size}: SmoothQuant cannot repeat the {config.num_key_value_heads} KV heads; "
+            f"use at most tp_size {config.num_key_value_heads}, or quant int8_wo"
+        )
+
+
+def check_disk(output: Path, nbytes: int) -> None:
+    """Refuse to start writing what the disk cannot hold.
+
+    Raises:
+        OutputError: with the sizes in GB.
+    """
+    parent = next(parent for parent in output.absolute().parents if parent.exists())
+    free = shutil.disk_usage(parent).free
+    if free < nbytes:
+        raise OutputError(
+            f"{output}: needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free; make room"
+        )
+
+
+def _check_pipeline(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+    layers, stages = config.num_hidden_layers, mapping.pp_size
+    if stages > layers:
+        raise CheckpointError(f"pp_size {stages}: the model has only {layers} layers; use a smaller pp_size")
+    if layers % stages and not release_facts(settings.release).uneven_pipeline:
+        raise CheckpointError(
+            f"pp_size {stages}: does not divide {layers} layers, and release {settings.release} would drop the rest; "
+            "use a divisor or a newer release"
+        )
+
+
+def _check_release(config: HfConfig, settings: CheckpointRecipe) -> None:
+    if config.rope_scaling is None:
+        return
+    kind = config.rope_scaling.get("rope_type")
+    known = release_facts(settings.release).rope_scalings
+    if kind not in known:
+        raise CheckpointError(
+            f"rope_scaling type {kind}: release {settings.release} computes {', '.join(known)} only; "
+            "use a newer release or remove it from config.json"
+        )
+
+
+def _check_weight_only(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+    unit = TILE * mapping.tp_size
+    attention = config.num_attention_heads * config.head_size
+    kv = max(config.num_key_value_heads, mapping.tp_size) * config.head_size
+    sizes = {"hidden size": config.hidden_size, "attention width": attention, "qkv width": attention + 2 * kv}
+    if settings.int8_layout == "plain":
+        sizes["intermediate size"] = config.intermediate_size
+    for name, size in sizes.items():
+        if size % unit:
+            remedy = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
+            raise CheckpointError(
+                f"INT8 weight-only at tp_size {mapping.tp_size}: {name} {size} is not a multiple of {unit}; {remedy}"
+            )

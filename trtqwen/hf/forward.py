@@ -1,0 +1,133 @@
+"""A Hugging Face Qwen2 computed layer by layer: one decoder layer in memory at a time, whatever the model's size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtqwen.hf.source import HfModel
+from trtqwen.rotary import make_rotary, rotate
+from trtqwen.safetensors_io import Array
+
+Observer = Callable[[str, Tensor, Tensor], None]
+"""Called with a linear layer's Hugging Face module name, its input [tokens, in] and its output [tokens, out]."""
+
+_HEAD_ROWS = 16384
+
+
+def to_torch(tensor: Array) -> Tensor:
+    """A copy of a numpy tensor, bfloat16 included."""
+    if tensor.dtype.name == "bfloat16":  # torch does not know numpy's extension dtypes
+        return torch.from_numpy(tensor.view("uint16").copy()).view(torch.bfloat16)
+    return torch.from_numpy(tensor.copy())
+
+
+class LayerwiseModel:
+    """Computes hidden states of whole sequences [tokens, hidden], one layer for all of them, then the next.
+
+    Args:
+        dtype: weights and activations are rounded to it after every operation.
+        compute: dtype of the matrix products; CPUs have no fast float16 ones.
+    """
+
+    def __init__(self, source: HfModel, dtype: torch.dtype, device: torch.device, compute: torch.dtype) -> None:
+        self._source = source
+        self._dtype = dtype
+        self._device = device
+        self._compute = compute
+        config = source.config
+        self._rotary = make_rotary(config.rope_theta, config.head_size, config.rope_scaling, device)
+
+    @property
+    def num_layers(self) -> int:
+        return self._source.config.num_hidden_layers
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Embeddings of a sequence, [tokens, hidden]; reads only the rows asked for."""
+        table = self._source.tensor("model.embed_tokens.weight")
+        return to_torch(table[token_ids]).to(self._device, self._dtype)
+
+    def layer(self, index: int) -> DecoderLayer:
+        """Load one decoder layer."""
+        prefix = f"model.layers.{index}."
+        weights = {
+            name.removeprefix(prefix): to_torch(self._source.tensor(name)).to(self._device, self._dtype)
+            for name in self._source
+            if name.startswith(prefix)
+        }
+        return DecoderLayer(self._source.config, prefix, weights, self._rotary, self._compute)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 logits [tokens, vocab] of final hidden states; the head is read in blocks."""
+        config = self._source.config
+        gain = to_torch(self._source.tensor("model.norm.weight")).to(self._device, self._dtype)
+        normed = rms_norm(hidden, gain, config.rms_norm_eps).to(self._compute)
+        tied = config.tie_word_embeddings or "lm_head.weight" not in self._source
+        head = self._source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        blocks = [
+            F.linear(
+                normed, to_torch(head[start : start + _HEAD_ROWS]).to(self._device, self._dtype).to(self._compute)
+            )
+            for start in range(0, len(head), _HEAD_ROWS)
+        ]
+        return torch.cat(blocks, dim=-1).to(self._dtype).float()
+
+
+class DecoderLayer:
+    """One decoder layer with its weights."""
+
+    def __init__(
+        self, config: Any, prefix: str, weights: dict[str, Tensor], rotary: Any, compute: torch.dtype
+    ) -> None:
+        self._config = config
+        self._prefix = prefix
+        self._weights = weights
+        self._rotary = rotary
+        self._compute = compute
+
+    @torch.inference_mode()
+    def __call__(self, hidden: Tensor, observe: Observer | None = None) -> Tensor:
+        """The next hidden states of one sequence, [tokens, hidden]."""
+        normed = self._norm(hidden, "input_layernorm")
+        hidden = hidden + self._attention(normed, observe)
+        normed = self._norm(hidden, "post_attention_layernorm")
+        inner = F.silu(self._linear(normed, "mlp.gate_proj", observe)) * self._linear(normed, "mlp.up_proj", observe)
+        return hidden + self._linear(inner, "mlp.down_proj", observe)
+
+    def _attention(self, hidden: Tensor, observe: Observer | None) -> Tensor:
+        size, tokens = self._config.head_size, len(hidden)
+        query, key, value = (
+            self._linear(hidden, f"self_attn.{letter}_proj", observe).view(tokens, -1, size) for letter in "qkv"
+        )
+        cos, sin = self._rotary.cos_sin(torch.arange(tokens, device=hidden.device), hidden.dtype)
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key, value = (tensor.transpose(0, 1)[None].to(self._compute) for tensor in (query, key, value))
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)[0]
+        return self._linear(
+            attended.transpose(0, 1).reshape(tokens, -1).to(hidden.dtype), "self_attn.o_proj", observe
+        )
+
+    def _linear(self, hidden: Tensor, name: str, observe: Observer | None) -> Tensor:
+        bias = self._weights.get(f"{name}.bias")
+        output = F.linear(
+            hidden.to(self._compute),
+            self._weights[f"{name}.weight"].to(self._compute),
+            None if bias is None else bias.to(self._compute),
+        ).to(hidden.dtype)
+        if observe is not None:
+            observe(self._prefix + name, hidden, output)
+        return output
+
+    def _norm(self, hidden: Tensor, name: str) -> Tensor:
+        return rms_norm(hidden, self._weights[f"{name}.weight"], self._config.rms_norm_eps)
+
+
+def rms_norm(hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
+    """Root-mean-square norm over the last axis, computed in float32."""
+    wide = hidden.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
+    return gain * wide.to(hidden.dtype)
