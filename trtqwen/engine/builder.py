@@ -38,16 +38,22 @@ def build_engine(checkpoint: Path, recipe: EngineRecipe, output: Path, *, force:
     if recipe.builder == "tensorrt_llm":
         raise EngineError(_no_trtllm_build(checkpoint, recipe, output))
     with finished_directory(output, force=force) as directory:
-        _write_torch_engine(checkpoint, recipe, directory)
+        _write_torch_engine(checkpoint, source, recipe, directory)
         known = {name: record.digest for name, record in source.outputs.items() if name != "config.json"}
         return write_manifest(directory, "engine", {"checkpoint": source.key}, recipe.model_dump(), known)
 
 
-def _write_torch_engine(checkpoint: Path, recipe: EngineRecipe, directory: Path) -> None:
+def _write_torch_engine(checkpoint: Path, source: Manifest, recipe: EngineRecipe, directory: Path) -> None:
     """The embedded engine executes the checkpoint's own rank files: they are linked, or copied across disks."""
     pretrained = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     build = BuildConfig.model_validate(recipe.model_dump())
-    content = {"builder": "torch", "pretrained_config": pretrained, "build_config": build.model_dump()}
+    layout = source.parameters["int8_layout"]
+    content = {
+        "builder": "torch",
+        "int8_layout": None if layout == "plain" else layout,
+        "pretrained_config": pretrained,
+        "build_config": build.model_dump(),
+    }
     (directory / "config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
     for rank in range(pretrained["mapping"]["world_size"]):
         name = f"rank{rank}.safetensors"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.errors import InputError
+from trtqwen.quantize.weight_only import Int8Layout
 
 Builder = Literal["tensorrt_llm", "torch"]
 
@@ -26,11 +27,16 @@ class BuildConfig(BaseModel):
 
 
 class EngineConfig(BaseModel):
-    """An engine directory's config.json; the two sections carry the names that trtllm-build gives them."""
+    """An engine directory's config.json; the two sections carry the names that trtllm-build gives them.
+
+    Attributes:
+        int8_layout: how INT8 weight-only matrices lie in the rank files of a torch engine.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     builder: Builder
+    int8_layout: Int8Layout | None = None
     pretrained_config: CheckpointConfig
     build_config: BuildConfig
 

@@ -1,8 +1,6 @@
-"""Qwen2 on one tensor-parallel rank, reading the checkpoint's own tensors: packed tokens in, logits out."""
+"""Qwen2 on one rank, reading the checkpoint's own tensors: packed tokens in, logits out."""
 
 from __future__ import annotations
-
-from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -10,16 +8,21 @@ from torch import Tensor
 
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.errors import CheckpointError
+from trtqwen.hf.forward import rms_norm, to_torch
+from trtqwen.quantize.weight_only import Int8Layout
+from trtqwen.rotary import make_rotary
 from trtqwen.runtime.attention import AttentionBackend, AttentionBatch
+from trtqwen.runtime.layer import RankLayer
+from trtqwen.runtime.linear import LinearLoader, Tensors, need
 from trtqwen.runtime.parallel import Communicator
-from trtqwen.safetensors_io import Array
 
 
 class Qwen2Model:
-    """The layers of one rank and their paged KV cache.
+    """One rank's share of the model: its pipeline stage's layers, its heads of them, and their paged KV cache.
 
     Args:
-        weights: names and tensors of this rank's checkpoint file.
+        tensors: this rank's checkpoint file.
+        int8_layout: how INT8 weight-only matrices lie in it.
         dtype: dtype of the computation and of the KV cache.
         num_blocks: KV cache blocks of each layer.
 
@@ -30,24 +33,36 @@ class Qwen2Model:
     def __init__(
         self,
         config: CheckpointConfig,
-        weights: Iterable[tuple[str, Array]],
+        tensors: Tensors,
         communicator: Communicator,
         attention: AttentionBackend,
         *,
+        int8_layout: Int8Layout | None,
         dtype: torch.dtype,
         device: torch.device,
         num_blocks: int,
         tokens_per_block: int,
     ) -> None:
-        _check_supported(config)
+        if config.hidden_act != "silu":
+            raise CheckpointError(f"the torch engine does not compute hidden_act {config.hidden_act}; only silu")
         self._config = config
         self._communicator = communicator
         self._attention = attention
-        self._weights = {name: _to_torch(tensor).to(device, dtype) for name, tensor in weights}
-        shape = (config.num_hidden_layers, 2, num_blocks, config.local_kv_heads, tokens_per_block, config.head_size)
+        self._dtype = dtype
+        self._device = device
+        loader = LinearLoader(config, int8_layout, dtype, device)
+        count = len(config.layout.stage_layers(communicator.stage, config.num_hidden_layers))
+        self._layers = [
+            RankLayer(config, tensors, f"transformer.layers.{index}", loader, dtype, device) for index in range(count)
+        ]
+        self._embedding = (
+            self._table(tensors, "transformer.vocab_embedding.weight") if communicator.is_first else None
+        )
+        self._gain = self._table(tensors, "transformer.ln_f.weight") if communicator.is_last else None
+        self._head = self._table(tensors, "lm_head.weight") if communicator.is_last else None
+        self._rotary = make_rotary(config.rotary_base, config.head_size, config.rotary_scaling, device)
+        shape = (count, 2, num_blocks, config.local_kv_heads, tokens_per_block, config.head_size)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
-        exponents = torch.arange(0, config.head_size, 2, device=device).float() / config.head_size
-        self._inverse_frequencies = 1.0 / config.rotary_base**exponents
 
     @torch.inference_mode()
     def forward(self, batch: AttentionBatch) -> Tensor | None:
@@ -56,79 +71,47 @@ class Qwen2Model:
         Returns:
             float32 logits of the sampled rows, [rows, vocab_size], on rank 0; None on the other ranks.
         """
-        hidden = F.embedding(batch.token_ids, self._weight("transformer.vocab_embedding.weight"))
-        cos, sin = self._rotary(batch.positions)
-        for layer in range(self._config.num_hidden_layers):
-            prefix = f"transformer.layers.{layer}"
-            normed = self._norm(hidden, f"{prefix}.input_layernorm.weight")
-            hidden = hidden + self._attend(normed, layer, cos, sin, batch)
-            normed = self._norm(hidden, f"{prefix}.post_layernorm.weight")
-            hidden = hidden + self._mlp(normed, f"{prefix}.mlp")
-        hidden = self._norm(hidden[batch.sampled_rows], "transformer.ln_f.weight")
-        logits = self._communicator.gather(F.linear(hidden, self._weight("lm_head.weight")))
+        communicator = self._communicator
+        if self._embedding is not None:
+            hidden = self._embed(batch.token_ids, self._embedding)
+        else:
+            shape = (len(batch.token_ids), self._config.hidden_size)
+            hidden = communicator.receive(torch.empty(shape, dtype=self._dtype, device=self._device))
+        cos, sin = self._rotary.cos_sin(batch.positions, self._dtype)
+        for layer, cache in zip(self._layers, self._kv_cache, strict=True):
+            hidden = hidden + communicator.all_reduce(self._attend(layer, cache, hidden, cos, sin, batch))
+            hidden = hidden + communicator.all_reduce(layer.mlp(hidden))
+        if self._gain is None or self._head is None:
+            communicator.send(hidden)
+            logits = None
+        else:
+            hidden = rms_norm(hidden[batch.sampled_rows], self._gain, self._config.norm_epsilon)
+            logits = communicator.gather(F.linear(hidden, self._head))
+        padded = -(-self._config.vocab_size // communicator.tp_size) * communicator.tp_size
+        rows = torch.empty(len(batch.sampled_rows), padded, dtype=self._dtype, device=self._device)
+        logits = communicator.to_rank_0(logits, rows)
         return None if logits is None else logits[:, : self._config.vocab_size].float()
 
-    def _attend(self, hidden: Tensor, layer: int, cos: Tensor, sin: Tensor, batch: AttentionBatch) -> Tensor:
-        config, prefix = self._config, f"transformer.layers.{layer}.attention"
-        packed = F.linear(hidden, self._weight(f"{prefix}.qkv.weight"), self._weight(f"{prefix}.qkv.bias"))
-        heads, kv_heads = config.local_heads, config.local_kv_heads
-        split = packed.view(len(hidden), -1, config.head_size)
-        query, key, value = torch.split(split, [heads, kv_heads, kv_heads], dim=1)
-        keys, values = self._kv_cache[layer]
+    def _attend(
+        self, layer: RankLayer, cache: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, batch: AttentionBatch
+    ) -> Tensor:
+        query, key, value = layer.qkv(hidden, cos, sin)
+        keys, values = cache
         block, offset = batch.slots // keys.shape[2], batch.slots % keys.shape[2]
-        keys[block, :, offset] = _rotate(key, cos, sin)
+        keys[block, :, offset] = key
         values[block, :, offset] = value
-        attended = self._attention(_rotate(query, cos, sin), keys, values, batch)
-        return self._communicator.all_reduce(F.linear(attended.flatten(1), self._weight(f"{prefix}.dense.weight")))
+        return layer.dense(self._attention(query, keys, values, batch))
 
-    def _mlp(self, hidden: Tensor, prefix: str) -> Tensor:
-        # In TensorRT-LLM `fc` goes through SiLU (Hugging Face's gate_proj) and `gate` does not (up_proj).
-        inner = F.silu(F.linear(hidden, self._weight(f"{prefix}.fc.weight")))
-        inner = inner * F.linear(hidden, self._weight(f"{prefix}.gate.weight"))
-        return self._communicator.all_reduce(F.linear(inner, self._weight(f"{prefix}.proj.weight")))
+    def _embed(self, token_ids: Tensor, table: Tensor) -> Tensor:
+        config, communicator = self._config, self._communicator
+        if not config.use_parallel_embedding:
+            return F.embedding(token_ids, table)
+        if config.embedding_sharding_dim == 1:
+            return communicator.all_gather(F.embedding(token_ids, table))
+        local = token_ids - communicator.tp_rank * len(table)
+        mine = (local >= 0) & (local < len(table))
+        rows = F.embedding(local.clamp(0, len(table) - 1), table)
+        return communicator.all_reduce(rows * mine[:, None])
 
-    def _norm(self, hidden: Tensor, name: str) -> Tensor:
-        wide = hidden.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._config.norm_epsilon)
-        return self._weight(name) * wide.to(hidden.dtype)
-
-    def _rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = positions[:, None].float() * self._inverse_frequencies
-        angles = torch.cat([angles, angles], dim=-1)[:, None]  # [tokens, 1, head_size]
-        dtype = self._kv_cache.dtype
-        return angles.cos().to(dtype), angles.sin().to(dtype)
-
-    def _weight(self, name: str) -> Tensor:
-        try:
-            return self._weights[name]
-        except KeyError:
-            raise CheckpointError(
-                f"rank{self._communicator.rank}.safetensors: tensor {name!r} is missing; convert the model again"
-            ) from None
-
-
-def _rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of GPT-NeoX style: the first half of a head turns against its second half."""
-    first, second = tensor.chunk(2, dim=-1)
-    return tensor * cos + torch.cat([-second, first], dim=-1) * sin
-
-
-def _to_torch(tensor: Array) -> Tensor:
-    if tensor.dtype.name == "bfloat16":  # torch does not know numpy's extension dtypes
-        return torch.from_numpy(tensor.view("uint16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(tensor.copy())
-
-
-def _check_supported(config: CheckpointConfig) -> None:
-    quantization = config.quantization
-    wrong = {
-        "quantization.quant_algo": quantization.quant_algo,
-        "quantization.kv_cache_quant_algo": quantization.kv_cache_quant_algo,
-        "rotary_scaling": config.rotary_scaling,
-        "use_parallel_embedding": config.use_parallel_embedding or None,
-        "mapping.pp_size": None if config.mapping.pp_size == 1 else config.mapping.pp_size,
-        "hidden_act": None if config.hidden_act == "silu" else config.hidden_act,
-    }
-    for name, value in wrong.items():
-        if value is not None:
-            raise CheckpointError(f"the torch engine does not compute {name} = {value}; use the tensorrt_llm builder")
+    def _table(self, tensors: Tensors, name: str) -> Tensor:
+        return to_torch(need(tensors, name)).to(self._device, self._dtype)

@@ -85,7 +85,7 @@ class StepLoop:
             responses = self._sample(step, logits)
         except Exception as problem:
             self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
-            if self._communicator.tp_size > 1:
+            if not isinstance(self._communicator, SingleRank):
                 raise  # the ranks may be out of step with each other: only a new start helps
             return
         self._emit(responses)
@@ -132,15 +132,16 @@ def _run(config: WorkerConfig, commands: queue.Queue[str], events: IO[str]) -> N
     torch.set_num_threads(config.threads)
     engine = read_engine_config(config.engine)
     limits = scheduler_config(engine, config.executor)
-    tp_size = engine.pretrained_config.mapping.tp_size
+    mapping = engine.pretrained_config.layout
     communicator: Communicator = (
-        ProcessGroup(config.rank, tp_size, config.rendezvous) if tp_size > 1 else SingleRank()
+        ProcessGroup(config.rank, mapping, config.rendezvous) if mapping.world_size > 1 else SingleRank()
     )
     model = Qwen2Model(
         engine.pretrained_config,
-        read_rank(config.engine, config.rank),
+        dict(read_rank(config.engine, config.rank)),
         communicator,
         CpuAttention(),
+        int8_layout=engine.int8_layout,
         dtype=_DTYPE,
         device=_DEVICE,
         num_blocks=limits.num_blocks,
