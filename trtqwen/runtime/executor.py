@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import queue
@@ -38,6 +39,8 @@ class Executor:
         self.engine_config = read_engine_config(engine)
         if self.engine_config.builder != "torch":
             raise EngineError(f"{engine}: was built by {self.engine_config.builder}; serve it with TensorRT-LLM")
+        if importlib.util.find_spec("torch") is None:
+            raise EngineError(f"{engine}: needs PyTorch, which is not installed; `pip install trtqwen[torch]`")
         self._callbacks: dict[str, OnResponse] = {}
         self._lock = threading.Lock()
         self._stats: queue.Queue[IterationStats | None] = queue.Queue()

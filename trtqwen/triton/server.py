@@ -270,8 +270,8 @@ class TritonServer:
         ]
         loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
         [telling] = loading[:1] or errors[-1:] or lines[-1:] or ["its log is empty"]
-        advice = f"see {self._log}" if self._keeps_log else "start it with a log file to see more"
-        message = telling.strip().strip('"')
+        advice = f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
+        message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         return f"{message} ({advice})"
 
 
