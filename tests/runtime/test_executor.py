@@ -113,6 +113,21 @@ def test_greedy_equals_transformers_one_at_a_time(
     assert answers == expected
 
 
+def test_the_plain_attention_answers_alike(
+    bundled_engine: MakeEngine,
+    prompts: list[tuple[int, ...]],
+    expected: list[tuple[int, ...]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TRTQWEN_ATTENTION", "plain")
+    with Executor(bundled_engine(1)) as executor:
+        answers = executor.generate([ask(prompt, str(index)) for index, prompt in enumerate(prompts[:8])])
+    assert [tokens(answer) for answer in answers] == expected[:8]
+    monkeypatch.setenv("TRTQWEN_ATTENTION", "fast")
+    with pytest.raises(EngineError, match="TRTQWEN_ATTENTION is 'fast'"):
+        Executor(bundled_engine(1))
+
+
 @pytest.fixture(scope="module")
 def executor(bundled_engine: MakeEngine) -> Executor:
     with Executor(bundled_engine(2), ExecutorConfig(max_tokens_in_paged_kv_cache=2048)) as running:

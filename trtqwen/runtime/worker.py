@@ -21,8 +21,8 @@ from pydantic import ValidationError
 
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import RequestError, TrtQwenError
-from trtqwen.runtime.attention import AttentionBatch, CpuAttention
+from trtqwen.errors import EngineError, RequestError, TrtQwenError
+from trtqwen.runtime.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
 from trtqwen.runtime.config import WorkerConfig, scheduler_config
 from trtqwen.runtime.model import Qwen2Model
 from trtqwen.runtime.parallel import Communicator, ProcessGroup, SingleRank
@@ -140,7 +140,7 @@ def _run(config: WorkerConfig, commands: queue.Queue[str], events: IO[str]) -> N
         engine.pretrained_config,
         dict(read_rank(config.engine, config.rank)),
         communicator,
-        CpuAttention(),
+        _attention(),
         int8_layout=engine.int8_layout,
         dtype=_DTYPE,
         device=_DEVICE,
@@ -152,6 +152,14 @@ def _run(config: WorkerConfig, commands: queue.Queue[str], events: IO[str]) -> N
         StepLoop(limits, model, communicator, events).run(commands)
     while True:
         _compute(model, _decode(communicator.broadcast(None)), limits.tokens_per_block)
+
+
+def _attention() -> AttentionBackend:
+    """The fast implementation, or the plain one where somebody doubts it."""
+    name = os.environ.get("TRTQWEN_ATTENTION", "cpu")
+    if name not in ("cpu", "plain"):
+        raise EngineError(f"TRTQWEN_ATTENTION is {name!r}; set it to cpu or plain, or leave it unset")
+    return PlainAttention() if name == "plain" else CpuAttention()
 
 
 def _compute(model: Qwen2Model, step: Step, tokens_per_block: int) -> torch.Tensor | None:
