@@ -14,7 +14,7 @@ from trtqwen.artifact import cached
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
-from trtqwen.recipe import EngineRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe
 
 TINY: dict[str, Any] = {
     "vocab_size": 515,
@@ -59,7 +59,7 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     def make(tp_size: int = 1, **options: Any) -> Path:
         limits = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": 512, "tokens_per_block": 16}
         recipe = EngineRecipe(builder="torch", **(limits | options))
-        plan = plan_conversion(MODEL, "float32", tp_size)
+        plan = plan_conversion(MODEL, CheckpointRecipe(dtype="float32", tp_size=tp_size))
         checkpoint = home / f"checkpoint-tp{tp_size}"
         if not cached(checkpoint, "checkpoint", plan.key()):
             run_conversion(plan, checkpoint)

@@ -21,12 +21,13 @@ from tests.conftest import random_model
 from trtqwen.artifact import digest_file, read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.errors import CheckpointError, InputError, SourceError
+from trtqwen.recipe import CheckpointRecipe
 
 STATED = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 def convert(model: Path, output: Path, dtype: str = "float16", tp_size: int = 1) -> list[dict[str, torch.Tensor]]:
-    run_conversion(plan_conversion(model, dtype, tp_size), output)  # type: ignore[arg-type]
+    run_conversion(plan_conversion(model, CheckpointRecipe(dtype=dtype, tp_size=tp_size)), output)  # type: ignore[arg-type]
     return [load_file(output / f"rank{rank}.safetensors") for rank in range(tp_size)]
 
 
@@ -95,7 +96,7 @@ def test_shards_reassemble_to_the_source(
     )
     if not legal:
         with pytest.raises(CheckpointError, match=f"tp_size {tp_size}: .*; use tp_size 1"):
-            plan_conversion(home / "hf", "float32", tp_size)
+            plan_conversion(home / "hf", CheckpointRecipe(dtype="float32", tp_size=tp_size))
         return
     ranks = convert(home / "hf", home / "out", "float32", tp_size)
     state = model.state_dict()
@@ -130,18 +131,18 @@ def test_auto_keeps_16_bit_and_makes_float32_float16(hf_directory: Callable[...,
 
 def test_the_manifest_accounts_for_everything(hf_directory: Callable[..., Path], tmp_path: Path) -> None:
     directory, out = hf_directory(), tmp_path / "out"
-    plan = plan_conversion(directory, "bfloat16", 2)
+    plan = plan_conversion(directory, CheckpointRecipe(dtype="bfloat16", tp_size=2))
     manifest = run_conversion(plan, out)
     assert read_manifest(out, "checkpoint") == manifest
-    assert manifest.key == plan_conversion(directory, "bfloat16", 2).key()
-    assert manifest.key != plan_conversion(directory, "float16", 2).key()
+    assert manifest.key == plan_conversion(directory, CheckpointRecipe(dtype="bfloat16", tp_size=2)).key()
+    assert manifest.key != plan_conversion(directory, CheckpointRecipe(dtype="float16", tp_size=2)).key()
     files = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} - {"manifest.json"}
     assert set(manifest.outputs) == files
     assert all(record.digest == digest_file(out / name) for name, record in manifest.outputs.items())
 
 
 def test_progress_counts_every_byte(hf_directory: Callable[..., Path], tmp_path: Path) -> None:
-    plan, seen = plan_conversion(hf_directory(), "float16", 2), 0
+    plan, seen = plan_conversion(hf_directory(), CheckpointRecipe(dtype="float16", tp_size=2)), 0
 
     def count(nbytes: int) -> None:
         nonlocal seen
@@ -197,7 +198,7 @@ def test_a_killed_conversion_leaves_nothing_acceptable(
 ) -> None:
     """SIGKILL while tensors are written: at the given share of the bytes, from inside the process itself."""
     directory, out = hf_directory(**BIG), tmp_path / "out"
-    plan = plan_conversion(directory, "float16", 2)
+    plan = plan_conversion(directory, CheckpointRecipe(dtype="float16", tp_size=2))
     child = os.fork()
     if child == 0:
         written = 0
@@ -215,7 +216,7 @@ def test_a_killed_conversion_leaves_nothing_acceptable(
     assert not out.exists()
     with pytest.raises(InputError, match="is not a finished checkpoint"):
         read_manifest(out, "checkpoint")
-    run_conversion(plan_conversion(directory, "float16", 2), out)
+    run_conversion(plan_conversion(directory, CheckpointRecipe(dtype="float16", tp_size=2)), out)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
@@ -247,9 +248,11 @@ def test_memory_stays_at_a_few_tensors(hf_directory: Callable[..., Path], tmp_pa
     script = (
         "import resource, sys\nfrom pathlib import Path\n"
         "from trtqwen.checkpoint.convert import plan_conversion, run_conversion\n"
+        "from trtqwen.recipe import CheckpointRecipe\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "before = peak()\n"
-        "run_conversion(plan_conversion(Path(sys.argv[1]), 'float16', 2), Path(sys.argv[2]))\n"
+        "settings = CheckpointRecipe(dtype='float16', tp_size=2)\n"
+        "run_conversion(plan_conversion(Path(sys.argv[1]), settings), Path(sys.argv[2]))\n"
         "print(peak() - before)"
     )
     done = subprocess.run(

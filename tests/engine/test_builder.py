@@ -13,7 +13,7 @@ from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine, engine_key, trtllm_build_command
 from trtqwen.engine.config import read_engine_config
 from trtqwen.errors import EngineError, InputError, OutputError
-from trtqwen.recipe import EngineRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe
 
 TORCH = EngineRecipe(builder="torch", max_batch_size=8, max_num_tokens=64, max_seq_len=256)
 TENSORRT = EngineRecipe(builder="tensorrt_llm", max_seq_len=256)
@@ -22,7 +22,7 @@ TENSORRT = EngineRecipe(builder="tensorrt_llm", max_seq_len=256)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("builder") / "checkpoint"
-    run_conversion(plan_conversion(MODEL, "bfloat16", 2), out)
+    run_conversion(plan_conversion(MODEL, CheckpointRecipe(dtype="bfloat16", tp_size=2)), out)
     return out
 
 
