@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtqwen.artifact import Manifest, Stage, cached, check_output
-from trtqwen.checkpoint.convert import ConversionPlan, Progress, plan_conversion, run_conversion
+from trtqwen.checkpoint.convert import ConversionPlan, Inspect, Progress, plan_conversion, run_conversion
 from trtqwen.engine.builder import build_engine, engine_key
 from trtqwen.errors import OutputError
 from trtqwen.recipe import Recipe
@@ -86,6 +86,7 @@ def run_build(
     *,
     force: bool = False,
     progress: Progress = lambda count: None,
+    inspect: Inspect = lambda plan, directory, ranges: None,
     on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
     """Carry out what is not done yet.
@@ -93,6 +94,7 @@ def run_build(
     Args:
         force: replace directories that hold another result.
         progress: called with the bytes of checkpoint written since the last call.
+        inspect: called with the checkpoint's directory before its manifest is written.
         on_stage: called when a stage is complete.
 
     Raises:
@@ -105,7 +107,9 @@ def run_build(
     actions: list[tuple[StagePlan, Callable[[], Manifest]]] = [
         (
             plan.checkpoint,
-            lambda: run_conversion(plan.conversion, plan.checkpoint.directory, force=force, progress=progress),
+            lambda: run_conversion(
+                plan.conversion, plan.checkpoint.directory, force=force, progress=progress, inspect=inspect
+            ),
         ),
         (
             plan.engine,

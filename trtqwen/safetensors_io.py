@@ -7,6 +7,8 @@ upstream library reads files but has no streaming writer, so both ends live here
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import math
 import mmap
@@ -14,6 +16,8 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import TracebackType
 from typing import IO, Any
 
@@ -26,7 +30,8 @@ from trtqwen.errors import InputError
 
 Array = npt.NDArray[Any]
 
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 19  # cast at a time: stays in a core's cache
+_BUFFER_BYTES = 4 << 20  # written at a time
 _HEADER_LIMIT = 100_000_000  # the upstream library refuses larger headers
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -42,6 +47,7 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+_FLOATS = tuple(_NUMPY_DTYPES[name] for name in ("F32", "F16", "BF16"))
 _FORMAT_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
 
 
@@ -101,9 +107,21 @@ class SafetensorsReader:
         count = math.prod(entry.spec.shape)
         return np.frombuffer(self._map, entry.spec.dtype, count, start).reshape(entry.spec.shape)
 
-    def tensor_digest(self, name: str) -> str:
-        """XXH3-128 of the tensor's bytes, as 32 hex digits."""
-        return xxhash.xxh3_128_hexdigest(self.tensor(name).reshape(-1).view(np.uint8).data)
+    def examine(self, name: str) -> tuple[str, float]:
+        """Read the tensor: XXH3-128 of its bytes, as 32 hex digits, and its largest magnitude.
+
+        The magnitude is nan or inf if one of the values is; it is 0 for integers, which have no such values.
+        """
+        digest, largest = xxhash.xxh3_128(), 0
+        tensor = self.tensor(name).reshape(-1)
+        step = _BLOCK_BYTES // tensor.itemsize
+        for start in range(0, len(tensor), step):
+            block = tensor[start : start + step]
+            digest.update(block.view(np.uint8).data)
+            largest = max(largest, _largest_bits(block))
+        unsigned = np.dtype(f"u{tensor.itemsize}")
+        floating = tensor.dtype in _FLOATS
+        return digest.hexdigest(), float(np.array(largest, unsigned).view(tensor.dtype)) if floating else 0.0
 
     def file_digest(self, tensor_digests: Mapping[str, str]) -> str:
         """Digest of the whole file, from its header and the digests of its tensors."""
@@ -168,8 +186,9 @@ def _parse_entry(name: str, entry: dict[str, Any]) -> _Entry:
 class SafetensorsWriter:
     """Writes a safetensors file front to back: the header first, then each tensor in the order of the plan.
 
-    Holds one block of a tensor at a time (`_BLOCK_BYTES`, or one row where that is larger). Use as a context
-    manager: leaving it normally checks that the plan was fulfilled and syncs the file.
+    Hashing and writing go on in a thread while the caller makes the next block; resident are two buffers and one
+    block of a tensor (`_BLOCK_BYTES`, or one row where that is larger). Use as a context manager: leaving it
+    normally checks that the plan was fulfilled and syncs the file.
 
     Args:
         path: file to create.
@@ -180,7 +199,6 @@ class SafetensorsWriter:
         self.path = path
         self._pending = list(plan.items())
         self._pending.reverse()
-        self._digest = xxhash.xxh3_128()
         header: dict[str, Any] = {}
         end = 0
         for name, spec in plan.items():
@@ -193,43 +211,27 @@ class SafetensorsWriter:
         raw = json.dumps(header, separators=(",", ":")).encode()
         raw += b" " * (-len(raw) % 8)  # the data section starts aligned to 8 bytes, as upstream writes it
         self.size = 8 + len(raw) + end
-        self._file = path.open("wb", buffering=0)
-        self._append(len(raw).to_bytes(8, "little") + raw)
+        self._file = _BlockFile(path)
+        self._file.append(np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8))
 
     def write(self, name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None) -> int:
-        """Append the next tensor, given as parts to be joined along the first axis, cast to the planned dtype.
+        """Append the next tensor; see `write_to_all`."""
+        return write_to_all([self], name, parts, via)
 
-        Args:
-            via: round to this dtype first.
+    def digest(self) -> str:
+        """XXH3-128 of the file, as 32 hex digits; after it was closed."""
+        return self._file.digest.hexdigest()
 
-        Returns:
-            The bytes written.
-
-        Raises:
-            ValueError: if `name` is not the next tensor of the plan or the parts do not fill its shape.
-        """
+    def _take(self, name: str, parts: Sequence[Array]) -> TensorSpec:
+        """The spec of the next tensor of the plan, which is to be `name`, made of `parts`."""
         expected, spec = self._pending[-1] if self._pending else ("the end of the file", None)
         if spec is None or name != expected:
             raise ValueError(f"{self.path}: {name!r} written where {expected!r} is due")
         rows = sum(part.shape[0] for part in parts) if spec.shape else 1
         if rows != (spec.shape[0] if spec.shape else 1) or any(part.shape[1:] != spec.shape[1:] for part in parts):
             raise ValueError(f"{self.path}: {name!r} has parts {[p.shape for p in parts]}, planned {spec.shape}")
-        for part in parts:
-            for block in _row_blocks(part, spec.dtype.itemsize):
-                block = block if via is None else block.astype(via, copy=False)
-                self._append(np.ascontiguousarray(block, dtype=spec.dtype).reshape(-1).view(np.uint8).data)
         self._pending.pop()
-        return spec.nbytes
-
-    def digest(self) -> str:
-        """XXH3-128 of what was written so far, as 32 hex digits."""
-        return self._digest.hexdigest()
-
-    def _append(self, data: bytes | memoryview) -> None:
-        self._digest.update(data)
-        view = memoryview(data)
-        while view:
-            view = view[self._file.write(view) :]
+        return spec
 
     def __enter__(self) -> SafetensorsWriter:
         return self
@@ -237,11 +239,114 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._file:
-            if kind is None:
-                if self._pending:
-                    raise ValueError(f"{self.path}: {len(self._pending)} planned tensors were never written")
-                os.fsync(self._file.fileno())
+        self._file.close(sync=kind is None)
+        if kind is None and self._pending:
+            raise ValueError(f"{self.path}: {len(self._pending)} planned tensors were never written")
+
+
+def write_to_all(
+    writers: Sequence[SafetensorsWriter], name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None
+) -> int:
+    """Append the next tensor to files that share it: parts to be joined along the first axis, cast once as planned.
+
+    Args:
+        via: round to this dtype first.
+
+    Returns:
+        The bytes written.
+
+    Raises:
+        ValueError: if `name` is not the next tensor of a plan or the parts do not fill its shape.
+        OSError: if the disk is full or fails.
+    """
+    specs = [writer._take(name, parts) for writer in writers]
+    spec = specs[0]
+    for part in parts:
+        for block in _row_blocks(part, spec.dtype.itemsize):
+            block = block if via is None else block.astype(via, copy=False)
+            data = np.ascontiguousarray(block, dtype=spec.dtype).reshape(-1).view(np.uint8)
+            for writer in writers:
+                writer._file.append(data)
+    return spec.nbytes * len(writers)
+
+
+class _BlockFile:
+    """A file written front to back in large aligned blocks, by a thread, past the page cache where that is possible.
+
+    What is written once and not read back soon would only push the model being read out of the cache.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.digest = xxhash.xxh3_128()
+        self._descriptor, self._direct = _open_direct(path)
+        self._problem: OSError | None = None
+        self._free: SimpleQueue[mmap.mmap] = SimpleQueue()  # maps are aligned to pages, as direct writes ask
+        self._full: SimpleQueue[tuple[mmap.mmap, int] | None] = SimpleQueue()
+        for _ in range(2):
+            self._free.put(mmap.mmap(-1, _BUFFER_BYTES))
+        self._buffer, self._used = self._free.get(), 0
+        self._thread = Thread(target=self._drain, daemon=True)
+        self._thread.start()
+
+    def append(self, data: npt.NDArray[np.uint8]) -> None:
+        """Copy bytes into the buffer; raises the thread's OSError, if it had one."""
+        while len(data):
+            count = min(len(data), _BUFFER_BYTES - self._used)
+            np.frombuffer(self._buffer, np.uint8, count, self._used)[:] = data[:count]
+            self._used += count
+            data = data[count:]
+            if self._used == _BUFFER_BYTES:
+                self._full.put((self._buffer, self._used))
+                self._buffer, self._used = self._free.get(), 0
+                if self._problem:
+                    raise self._problem
+
+    def close(self, *, sync: bool) -> None:
+        """Write what is left and end the thread.
+
+        Args:
+            sync: wait until the file is on the disk; otherwise what it holds does not matter.
+        """
+        if sync:
+            self._full.put((self._buffer, self._used))
+        self._full.put(None)
+        self._thread.join()
+        try:
+            if sync:
+                if self._problem:
+                    raise self._problem
+                os.fsync(self._descriptor)
+        finally:
+            os.close(self._descriptor)
+
+    def _drain(self) -> None:
+        while (filled := self._full.get()) is not None:
+            buffer, used = filled
+            try:
+                if self._problem is None:
+                    self._write(memoryview(buffer)[:used])
+            except OSError as problem:
+                self._problem = problem
+            self._free.put(buffer)
+
+    def _write(self, view: memoryview) -> None:
+        self.digest.update(view)
+        if self._direct and len(view) % mmap.PAGESIZE:  # the end of the file
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, 0)
+            self._direct = False
+        while view:
+            view = view[os.write(self._descriptor, view) :]
+
+
+def _open_direct(path: Path) -> tuple[int, bool]:
+    """A descriptor of a new file, and whether its writes pass by the page cache."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+    try:
+        return os.open(path, flags | os.O_DIRECT, 0o666), True
+    except OSError as problem:
+        if problem.errno != errno.EINVAL:
+            raise
+    return os.open(path, flags, 0o666), False  # a file system without direct writes, such as an older tmpfs
 
 
 def _row_blocks(array: Array, itemsize: int) -> Iterator[Array]:
@@ -251,3 +356,13 @@ def _row_blocks(array: Array, itemsize: int) -> Iterator[Array]:
     rows = max(1, _BLOCK_BYTES // max(1, math.prod(array.shape[1:]) * itemsize))
     for start in range(0, array.shape[0], rows):
         yield array[start : start + rows]
+
+
+def _largest_bits(block: Array) -> int:
+    """Bits of the largest magnitude of a float block; magnitudes order as their bits do, infinities and nan last."""
+    if block.dtype not in _FLOATS:
+        return 0
+    unsigned = block.view(f"u{block.itemsize}")
+    sign = 1 << (8 * block.itemsize - 1)
+    # Positive numbers lead as signed integers, negative ones as unsigned: two passes, no memory.
+    return max(int(unsigned.view(f"i{block.itemsize}").max()), int(unsigned.max()) & (sign - 1))

@@ -1,13 +1,15 @@
 """From a Hugging Face directory to a TensorRT-LLM checkpoint: all ranks in one pass over the source.
 
-Resident memory: one source tensor (mapped, given back after use) and one 8 MiB block of output.
+A thread reads and checks the tensors that come next, the main thread casts or quantises, and each rank file's own
+thread writes. Resident memory: the source tensors in work (mapped, given back after use) and 8 MiB of buffers a rank.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,14 +23,15 @@ from trtqwen.checkpoint.checks import check_disk, check_settings
 from trtqwen.checkpoint.config import Dtype, checkpoint_config
 from trtqwen.checkpoint.layout import Split
 from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.checkpoint.rules import LM_HEAD, Precision, Rule, RuleBook
-from trtqwen.errors import SourceError
+from trtqwen.checkpoint.rules import LM_HEAD, Precision, Ranges, Rule, RuleBook
+from trtqwen.errors import CheckpointError, OutputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
+from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
-from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec, write_to_all
 
 TOKENIZER_DIRECTORY = "tokenizer"
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
@@ -36,6 +39,7 @@ NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "float32": np.dtype(np.float32),
 }
+FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
 Progress = Callable[[int], None]
 
 
@@ -86,6 +90,9 @@ class ConversionPlan:
         return self.source.digests() | calibration_inputs(self.settings)
 
 
+Inspect = Callable[[ConversionPlan, Path, Ranges | None], None]
+
+
 def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> ConversionPlan:
     """Check the source against its config and lay out every rank file.
 
@@ -115,21 +122,35 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
 
 
 def run_conversion(
-    plan: ConversionPlan, output: Path, *, force: bool = False, progress: Progress = lambda count: None
+    plan: ConversionPlan,
+    output: Path,
+    *,
+    force: bool = False,
+    progress: Progress = lambda count: None,
+    inspect: Inspect = lambda plan, directory, ranges: None,
 ) -> Manifest:
     """Write the checkpoint directory: config.json, rank files, tokenizer files and the manifest.
 
     Args:
+        force: replace what exists; put up with an INT8 KV cache that will ruin the answers.
         progress: called with the bytes written since the last call.
+        inspect: called with the directory when all but the manifest is written; may add files.
 
     Raises:
         OutputError: if `output` exists and `force` is not set, or cannot be written.
         SourceError: if weights are not finite.
+        CheckpointError: if weights overflow float16 on their way.
+        InputError: if an INT8 KV cache is asked of a model that does not bear it, and `force` is not set.
     """
+    check_kv_cache(plan, force=force)
     check_disk(output, plan.nbytes)
     with finished_directory(output, force=force) as directory:
         ranges = activation_ranges(plan.source, plan.settings) if plan.settings.calibrated else None
-        digests = _write_ranks(replace(plan, precision=replace(plan.precision, ranges=ranges)), directory, progress)
+        ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
+        try:
+            digests = _write_ranks(ready, directory, progress)
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written ({problem.strerror}); make room") from None
         if ranges is not None:
             write_ranges(ranges, directory / ACT_RANGES)
         (directory / "config.json").write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
@@ -137,7 +158,18 @@ def run_conversion(
             (directory / TOKENIZER_DIRECTORY).mkdir()
         for path in plan.source.tokenizer_files:
             shutil.copyfile(path, directory / TOKENIZER_DIRECTORY / path.name)
+        inspect(plan, directory, ranges)
         return write_manifest(directory, "checkpoint", plan.inputs(), plan.parameters, digests)
+
+
+def check_kv_cache(plan: ConversionPlan, *, force: bool) -> None:
+    """Refuse an INT8 KV cache that the model's k_proj biases would spoil, unless `force` is set.
+
+    Raises:
+        InputError: naming the layers.
+    """
+    if plan.settings.kv_cache == "int8" and not force:
+        check_int8_kv_cache(plan.source)
 
 
 def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> dict[str, str]:
@@ -147,15 +179,46 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
             stack.enter_context(SafetensorsWriter(directory / f"rank{rank}.safetensors", specs))
             for rank, specs in enumerate(plan.ranks)
         ]
-        for rule in _rules(plan.source, plan.settings, plan.mapping, plan.precision):
+        for rule in _examined(plan, _rules(plan.source, plan.settings, plan.mapping, plan.precision)):
+            stage = [writers[rank] for rank in plan.mapping.stage_ranks(rule.stage)]
+            targets = [stage] if rule.replicated else [[writer] for writer in stage]
             tensors = [plan.source.tensor(name) for name in rule.sources]
-            ranks = plan.mapping.stage_ranks(rule.stage)
-            for rank, parts in zip(ranks, rule.produce(tensors), strict=True):
+            for target, parts in zip(targets, rule.produce(tensors), strict=True):
                 for name in rule.specs:
-                    progress(writers[rank].write(name, parts[name], via=rule.via))
+                    progress(write_to_all(target, name, parts[name], via=rule.via))
             for name in rule.sources:
                 plan.source.finish(name)
     return {writer.path.name: writer.digest() for writer in writers}
+
+
+def _examined(plan: ConversionPlan, rules: Iterable[Rule]) -> Iterator[Rule]:
+    """The rules, each after its sources were read and found fit; a thread reads for the next one meanwhile."""
+
+    def examine(rule: Rule) -> Rule:
+        for name in rule.sources:
+            largest = plan.source.examine(name)
+            if plan.precision.float16_anywhere and largest >= FLOAT16_OVERFLOW:
+                count = plan.source.count_beyond(name, FLOAT16_OVERFLOW)
+                raise CheckpointError(
+                    f"{plan.source.directory}: {count} values of tensor {name!r} overflow float16 "
+                    f"(largest {largest:.3g}); {_overflow_remedy(plan.precision)}"
+                )
+        return rule
+
+    with ThreadPoolExecutor(1) as pool:
+        coming = None
+        for rule in rules:
+            ready, coming = coming, pool.submit(examine, rule)
+            if ready is not None:
+                yield ready.result()
+        if coming is not None:
+            yield coming.result()
+
+
+def _overflow_remedy(precision: Precision) -> str:
+    if precision.through_float16:
+        return "SmoothQuant and INT8 KV caches compute in it: use quant int8_wo or none with dtype bfloat16"
+    return "use dtype bfloat16"
 
 
 def _rules(source: HfModel, settings: CheckpointRecipe, mapping: Mapping, precision: Precision) -> tuple[Rule, ...]:

@@ -20,10 +20,11 @@ from trtqwen.quantize.smoothquant import (
     SmoothQuantMode,
     quantize_linear,
     quantize_qkv,
+    smooth_gain,
     smooth_weight,
     smoother,
 )
-from trtqwen.quantize.weight_only import Int8Layout, quantize, to_layout
+from trtqwen.quantize.weight_only import Int8Layout, quantize_to_layout
 from trtqwen.safetensors_io import Array, TensorSpec
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -56,6 +57,11 @@ class Precision:
     ranges: Ranges | None = None
 
     @property
+    def float16_anywhere(self) -> bool:
+        """Whether a weight beyond float16's range would become infinite."""
+        return self.dtype == np.float16 or self.through_float16
+
+    @property
     def through_float16(self) -> bool:
         """Whether every weight is rounded to float16 on its way, as NVIDIA's calibrated path does."""
         return self.smoothquant is not None or self.int8_kv_cache
@@ -71,6 +77,7 @@ class Rule:
         specs: their names in the rank files (layer index local to the stage), shapes and dtypes; alike on all ranks.
         produce: makes each tensor's parts, to be joined along axis 0, for one tensor-parallel rank after another.
         via: dtype to round the parts to before they become what `specs` says.
+        replicated: every tensor-parallel rank holds the same; `produce` makes it only once.
     """
 
     sources: Mapping[str, Shape]
@@ -78,6 +85,7 @@ class Rule:
     specs: dict[str, TensorSpec]
     produce: Callable[[Sequence[Array]], Iterable[Parts]]
     via: np.dtype[Any] | None = None
+    replicated: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,15 +162,17 @@ class RuleBook:
         )
 
     def _float(self, name: str, sources: Mapping[str, Shape], split: Split, stage: int) -> Rule:
+        replicated = split is Split.REPLICATED
+
         def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
-            for tp_rank in range(self._parallel.tp_size):
+            for tp_rank in range(1 if replicated else self._parallel.tp_size):
                 yield {name: self._shard(split, tensors, tp_rank)}
 
         # Views of nothing, in the sources' shapes: sharding them tells the shape of a shard.
         empty = [np.broadcast_to(np.int8(0), shape) for shape in sources.values()]
         spec = TensorSpec(_joined_shape(self._shard(split, empty, 0)), self._precision.dtype)
         via = np.dtype(np.float16) if self._precision.through_float16 else None
-        return Rule(sources, stage, {name: spec}, produce, via)
+        return Rule(sources, stage, {name: spec}, produce, via, replicated)
 
     def _linear(self, target: str, source: str, stage: int, linear: _Linear) -> Rule:
         sources = {f"{source}.{m}.weight": shape for m, shape in zip(linear.modules, linear.shapes, strict=True)}
@@ -170,6 +180,7 @@ class RuleBook:
         float_rule = self._float(f"{name}.weight", sources, linear.split, stage)
         if layout is None:
             return float_rule
+        half = self._precision.through_float16
         out, inner = self._padded(linear, float_rule.specs[f"{name}.weight"].shape)
         specs = {
             f"{name}.weight": TensorSpec((inner, out), INT8),
@@ -178,8 +189,10 @@ class RuleBook:
 
         def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
             for tp_rank in range(self._parallel.tp_size):
-                quantized, steps = quantize(self._local(linear, tensors, tp_rank, (out, inner)))
-                yield {f"{name}.weight": [to_layout(quantized, layout)], f"{name}.per_channel_scale": [steps]}
+                local = self._local(linear, tensors, tp_rank, (out, inner))
+                weight = _half(local) if half else local
+                stored, steps = quantize_to_layout(weight, layout, self._precision.dtype)
+                yield {f"{name}.weight": [stored], f"{name}.per_channel_scale": [steps]}
 
         return Rule(sources, stage, specs, produce)
 
@@ -192,14 +205,16 @@ class RuleBook:
         return (shape[0], inner) if linear.name == "mlp.proj" else (shape[0], shape[1])
 
     def _local(self, linear: _Linear, tensors: Sequence[Array], tp_rank: int, shape: tuple[int, int]) -> Array:
-        """One rank's matrix in the checkpoint's dtype: real rows and columns first, then zeros in the last ranks."""
-        if linear.split is Split.QKV or linear.name == "attention.dense":
-            return self._cast(np.concatenate(self._shard(linear.split, tensors, tp_rank)))
+        """One rank's matrix in the source's dtype: real rows and columns first, then zeros in the last ranks."""
+        if linear.split is Split.QKV:
+            return np.concatenate(self._shard(linear.split, tensors, tp_rank))
         axis = 0 if linear.split is Split.COLUMN else 1
         span = slice(tp_rank * shape[axis], (tp_rank + 1) * shape[axis])
         part = tensors[0][span] if axis == 0 else tensors[0][:, span]
-        local = np.zeros(shape, self._precision.dtype)
-        local[: part.shape[0], : part.shape[1]] = self._cast(part)
+        if part.shape == shape:
+            return part
+        local = np.zeros(shape, part.dtype)
+        local[: part.shape[0], : part.shape[1]] = part
         return local
 
     def _kv_scale(self, target: str, source: str, stage: int) -> Rule:
@@ -237,7 +252,7 @@ class RuleBook:
             for tp_rank in range(self._parallel.tp_size):
                 scales = self._shard(Split.QKV, [scale[0] for _, scale in done], tp_rank)
                 yield {
-                    f"{target}.{norm}.weight": [_smooth_gain(gain, factor)],
+                    f"{target}.{norm}.weight": [smooth_gain(_half(gain), factor)],
                     f"{name}.weight": self._shard(Split.QKV, [quantized for quantized, _ in done], tp_rank),
                     f"{name}.bias": self._shard(Split.QKV, [_half(bias) for bias in biases], tp_rank),
                     f"{name}.per_channel_scale": [np.concatenate(scales)[None]],
@@ -272,7 +287,7 @@ class RuleBook:
                 for weight, span in zip(weights, spans, strict=True)
             ]
             for tp_rank in range(tp_size):
-                parts: Parts = {f"{target}.{norm}.weight": [_smooth_gain(gain, factor)]}
+                parts: Parts = {f"{target}.{norm}.weight": [smooth_gain(_half(gain), factor)]}
                 for name, span, (quantized, scale) in zip(names, spans, done, strict=True):
                     parts[f"{name}.weight"] = self._shard(Split.COLUMN, [quantized], tp_rank)
                     columns = self._shard(Split.ROW, [scale], tp_rank) if mode.per_channel else [scale]
@@ -339,10 +354,6 @@ class RuleBook:
     def _shard(self, split: Split, tensors: Sequence[Array], tp_rank: int) -> list[Array]:
         return shard(split, tensors, self._config, self._parallel.tp_size, tp_rank)
 
-    def _cast(self, tensor: Array) -> Array:
-        through = _half(tensor) if self._precision.through_float16 else tensor
-        return through.astype(self._precision.dtype, copy=False)
-
     def _range(self, module: str) -> ActivationRange:
         assert self._precision.ranges is not None
         return self._precision.ranges[module]
@@ -350,11 +361,6 @@ class RuleBook:
 
 def _half(tensor: Array) -> Array:
     return tensor.astype(np.float16, copy=False)
-
-
-def _smooth_gain(gain: Array, factor: Array) -> Array:
-    """A norm's weight, float16 [in], divided by the smoother of the linear layers behind it."""
-    return (_half(gain) / factor).astype(np.float32).astype(np.float16)
 
 
 def _joined_shape(parts: Sequence[Array]) -> tuple[int, ...]:

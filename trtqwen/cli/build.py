@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
-from trtqwen.cli.output import DryRun, Force, Json, byte_progress, print_json, size, stderr, stdout
+from trtqwen.cli.convert import NoQuality, quality_inspector
+from trtqwen.cli.output import DryRun, Force, Json, print_json, progress_bars, size, stderr, stdout
 from trtqwen.recipe import load_recipe
 
 
@@ -20,6 +21,7 @@ def command(
     repo: Annotated[
         Path | None, typer.Option(help="Model repository to write. [default: triton_repo/<recipe>]")
     ] = None,
+    no_quality: NoQuality = False,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -30,8 +32,14 @@ def command(
     if dry_run:
         _print_plan(plan, json)
         return
-    with byte_progress("converting", plan.conversion.nbytes) as progress:
-        results = run_build(plan, force=force, progress=progress, on_stage=lambda result: _note(result, json))
+    with progress_bars() as bars:
+        results = run_build(
+            plan,
+            force=force,
+            progress=bars.add("converting", plan.conversion.nbytes),
+            inspect=quality_inspector(bars, wanted=not no_quality),
+            on_stage=lambda result: _note(result, json),
+        )
     if json:
         print_json({"recipe": loaded.name, "stages": [_as_json(result) for result in results]})
     else:

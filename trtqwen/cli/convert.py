@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import time
+from json import loads as load_json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from trtqwen.artifact import check_output
-from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion, run_conversion
-from trtqwen.cli.output import DryRun, Force, Json, byte_progress, print_json, size, stderr, stdout
+from trtqwen.checkpoint.convert import (
+    ConversionPlan,
+    Inspect,
+    check_kv_cache,
+    plan_conversion,
+    run_conversion,
+)
+from trtqwen.checkpoint.rules import Ranges
+from trtqwen.cli.output import Bars, DryRun, Json, print_json, progress_bars, size, stderr, stdout
 from trtqwen.recipe import (
     CheckpointRecipe,
     DtypeChoice,
@@ -22,6 +30,9 @@ from trtqwen.recipe import (
     load_recipe,
     override,
 )
+from trtqwen.verify.quality import QUALITY, has_int8, quality_report
+
+NoQuality = Annotated[bool, typer.Option("--no-quality", help="INT8: do not measure what it costs.")]
 
 
 def command(
@@ -61,7 +72,11 @@ def command(
     release: Annotated[
         Release | None, typer.Option(help="TensorRT-LLM release that reads it. [default: 1.2.1]")
     ] = None,
-    force: Force = False,
+    no_quality: NoQuality = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace what exists; allow an INT8 KV cache that the model does not bear."),
+    ] = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
@@ -85,16 +100,38 @@ def command(
     }
     check_output(output, force=force)
     plan = plan_conversion(model, override(base, changes))
+    check_kv_cache(plan, force=force)
     summary = _summary(plan, output)
     if not dry_run:
         start = time.perf_counter()
-        with byte_progress("converting", plan.nbytes) as progress:
-            run_conversion(plan, output, force=force, progress=progress)
+        with progress_bars() as bars:
+            inspect = quality_inspector(bars, wanted=not no_quality)
+            progress = bars.add("converting", plan.nbytes)
+            run_conversion(plan, output, force=force, progress=progress, inspect=inspect)
         summary["seconds"] = round(time.perf_counter() - start, 3)
+        if (output / QUALITY).is_file():
+            summary["quality"] = _quality(output / QUALITY)
     if json:
         print_json(summary)
     else:
         _print(plan, summary)
+
+
+def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
+    """What a conversion calls to write the quality report of an INT8 checkpoint."""
+
+    def inspect(plan: ConversionPlan, directory: Path, ranges: Ranges | None) -> None:
+        if wanted and has_int8(plan):
+            layers = bars.add("measuring quality", plan.source.config.num_hidden_layers, unit="layers")
+            quality_report(plan, directory, ranges, layers)
+
+    return inspect
+
+
+def _quality(path: Path) -> dict[str, Any]:
+    """The few numbers of a quality report that say most."""
+    content = load_json(path.read_text(encoding="utf-8"))
+    return {key: content.get(key) for key in ("perplexity_increase", "top1_agreement", "not_measured")}
 
 
 def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
@@ -123,9 +160,17 @@ def _print(plan: ConversionPlan, summary: dict[str, Any]) -> None:
     if "seconds" in summary:
         rate = size(int(summary["bytes"] / summary["seconds"]))
         stdout.print(f"{summary['output']}: {layout} in {summary['seconds']:.1f} s ({rate}/s)", highlight=False)
+        if quality := summary.get("quality"):
+            stdout.print(f"quality: {_quality_words(quality)}; see {QUALITY} there", highlight=False)
     else:
         stdout.print(f"would write {summary['output']}: {layout}", highlight=False)
         for rank in summary["ranks"]:
             stdout.print(f"  {rank['file']}: {rank['tensors']} tensors, {size(rank['bytes'])}", highlight=False)
     for name in plan.ignored:
         stderr.print(f"note: source tensor {name} is not part of the checkpoint", highlight=False)
+
+
+def _quality_words(quality: dict[str, Any]) -> str:
+    if quality["not_measured"]:
+        return f"not measured, {quality['not_measured']}"
+    return f"perplexity {quality['perplexity_increase']:+.2%}, top-1 agreement {quality['top1_agreement']:.1%}"

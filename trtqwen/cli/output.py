@@ -10,9 +10,20 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.text import Text
 
-from trtqwen.checkpoint.convert import Progress as OnBytes
+from trtqwen.checkpoint.convert import Progress as OnProgress
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -26,19 +37,38 @@ def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
+class Bars:
+    """Progress bars, one below the other, of what a command does."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def add(self, title: str, total: int, *, unit: str = "bytes") -> OnProgress:
+        """A bar with bytes and rate, or with a count of what `unit` names; call the result with what was done."""
+        task = self._progress.add_task(title, total=total, unit=unit)
+        return lambda count: self._progress.advance(task, count)
+
+
+class _Amount(ProgressColumn):
+    """How much of a task is done, in its unit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._bytes = DownloadColumn(), TransferSpeedColumn()
+        self._count = MofNCompleteColumn()
+
+    def render(self, task: Task) -> Text:
+        if task.fields["unit"] == "bytes":
+            return Text("  ").join(column.render(task) for column in self._bytes)
+        return self._count.render(task).append(f" {task.fields['unit']}")
+
+
 @contextmanager
-def byte_progress(title: str, total: int) -> Iterator[OnBytes]:
-    """A bar with bytes and rate, on a terminal only."""
-    columns = (
-        TextColumn(title),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+def progress_bars() -> Iterator[Bars]:
+    """Bars on a terminal; nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
+        yield Bars(progress)
 
 
 def size(nbytes: int) -> str:

@@ -48,17 +48,18 @@ class LayerwiseModel:
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Embeddings of a sequence, [tokens, hidden]; reads only the rows asked for."""
-        table = self._source.tensor("model.embed_tokens.weight")
-        return to_torch(table[token_ids]).to(self._device, self._dtype)
+        rows = self._source.tensor("model.embed_tokens.weight")[token_ids]
+        self._source.finish("model.embed_tokens.weight")
+        return to_torch(rows).to(self._device, self._dtype)
 
     def layer(self, index: int) -> DecoderLayer:
         """Load one decoder layer."""
         prefix = f"model.layers.{index}."
-        weights = {
-            name.removeprefix(prefix): to_torch(self._source.tensor(name)).to(self._device, self._dtype)
-            for name in self._source
-            if name.startswith(prefix)
-        }
+        weights = {}
+        for name in (name for name in self._source if name.startswith(prefix)):
+            weight = to_torch(self._source.tensor(name)).to(self._device, self._dtype)
+            weights[name.removeprefix(prefix)] = weight.to(self._compute) if "_proj." in name else weight
+            self._source.finish(name)
         return DecoderLayer(self._source.config, prefix, weights, self._rotary, self._compute)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class LayerwiseModel:
 
 
 class DecoderLayer:
-    """One decoder layer with its weights."""
+    """One decoder layer with its weights: those of linear layers in the dtype of the products."""
 
     def __init__(
         self, config: Any, prefix: str, weights: dict[str, Tensor], rotary: Any, compute: torch.dtype
@@ -112,12 +113,8 @@ class DecoderLayer:
         )
 
     def _linear(self, hidden: Tensor, name: str, observe: Observer | None) -> Tensor:
-        bias = self._weights.get(f"{name}.bias")
-        output = F.linear(
-            hidden.to(self._compute),
-            self._weights[f"{name}.weight"].to(self._compute),
-            None if bias is None else bias.to(self._compute),
-        ).to(hidden.dtype)
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
+        output = F.linear(hidden.to(self._compute), weight, bias).to(hidden.dtype)
         if observe is not None:
             observe(self._prefix + name, hidden, output)
         return output

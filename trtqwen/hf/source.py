@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+
+import numpy as np
 
 from trtqwen.artifact import digest_file
 from trtqwen.errors import SourceError
@@ -38,7 +41,7 @@ class HfModel:
         self._files = _weight_files(directory)
         self._readers = {path.name: SafetensorsReader(path, SourceError) for path in self._files}
         self._owner = {name: reader for reader in self._readers.values() for name in reader}
-        self._digests: dict[str, str] = {}
+        self._examined: dict[str, tuple[str, float]] = {}
         _check_index(directory, self._owner)
 
     def __iter__(self) -> Iterator[str]:
@@ -54,20 +57,40 @@ class HfModel:
         """A read-only view of the tensor, in the file's own dtype."""
         return self._reader(name).tensor(name)
 
+    def examine(self, name: str) -> float:
+        """Read the tensor, take its digest, and return its largest magnitude.
+
+        Raises:
+            SourceError: if it holds values that are not finite.
+        """
+        if name not in self._examined:
+            digest, largest = self._reader(name).examine(name)
+            if not math.isfinite(largest):
+                count = self.count_beyond(name, math.inf)
+                raise SourceError(
+                    f"{self.directory}: tensor {name!r} holds {count} values that are not finite; download it again"
+                )
+            self._examined[name] = digest, largest
+        return self._examined[name][1]
+
+    def count_beyond(self, name: str, limit: float) -> int:
+        """How many values of a tensor are nan or have a magnitude of at least `limit`."""
+        rows = np.atleast_2d(self.tensor(name))
+        return sum(int((~(np.abs(row.astype(np.float32)) < limit)).sum()) for row in rows)
+
     def finish(self, name: str) -> None:
-        """Take the tensor's digest and give its memory back: call it when the tensor was used."""
-        reader = self._reader(name)
-        if name not in self._digests:
-            self._digests[name] = reader.tensor_digest(name)
-        reader.release(name)
+        """Give the tensor's memory back: call it when the tensor was used."""
+        self._reader(name).release(name)
 
     def digests(self) -> dict[str, str]:
         """Content digest of every file that decides a conversion, by file name; reads what was not read yet."""
         for name in self._owner:
-            if name not in self._digests:
+            if name not in self._examined:
+                self.examine(name)
                 self.finish(name)
+        digests = {name: digest for name, (digest, _) in self._examined.items()}
         small = {path.name: digest_file(path) for path in [self.directory / "config.json", *self.tokenizer_files]}
-        return small | {name: reader.file_digest(self._digests) for name, reader in self._readers.items()}
+        return small | {name: reader.file_digest(digests) for name, reader in self._readers.items()}
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:

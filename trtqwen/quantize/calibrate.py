@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trtqwen.artifact import digest_file
-from trtqwen.errors import SourceError
+from trtqwen.errors import InputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.ranges import read_ranges
@@ -22,12 +22,16 @@ Progress = Callable[[int], None]
 
 
 def calibration_inputs(settings: CheckpointRecipe) -> dict[str, str]:
-    """Digests of the files that the activation ranges come from, by role."""
+    """Digests of the files that the activation ranges come from, by role.
+
+    Raises:
+        InputError: if the file cannot be read.
+    """
     if not settings.calibrated:
         return {}
     if settings.act_ranges is not None:
-        return {"act_ranges": digest_file(Path(settings.act_ranges))}
-    return {"calib": digest_file(_calibration_file(settings))}
+        return {"act_ranges": _digest(Path(settings.act_ranges))}
+    return {"calib": _digest(_calibration_file(settings))}
 
 
 def activation_ranges(
@@ -42,7 +46,9 @@ def activation_ranges(
         InputError: if the file of ranges or texts cannot be used, or the model has no tokenizer.
     """
     if settings.act_ranges is not None:
-        return read_ranges(Path(settings.act_ranges), source.config.num_hidden_layers)
+        ranges = read_ranges(Path(settings.act_ranges), source.config.num_hidden_layers)
+        _check_sizes(ranges, source, settings.act_ranges)
+        return ranges
     texts = read_texts(_calibration_file(settings))[:MAX_SAMPLES]
     samples = tokenize(texts, Tokenizer(source.directory), MAX_TOKENS, chat=settings.chat_template)
     return calibrate(source, samples, progress)
@@ -53,7 +59,8 @@ def calibrate(
 ) -> dict[str, ActivationRange]:
     """Run the model in float16, as NVIDIA's converter does, and note the largest |input| and |output| of each linear.
 
-    Resident memory: one decoder layer, twice on CPU, and the hidden states of all samples. Uses CUDA if it is there.
+    Resident memory: one decoder layer (in float32 on CPU) and the hidden states of all samples. Uses CUDA if it is
+    there.
 
     Raises:
         SourceError: if an activation overflows float16.
@@ -76,7 +83,8 @@ def calibrate(
     hidden = [model.embed(sample) for sample in samples]
     for index in range(model.num_layers):
         layer = model.layer(index)
-        hidden = [layer(states, observe) for states in hidden]
+        for place, states in enumerate(hidden):  # in place: the states of 512 long texts are 2 GB for 7B
+            hidden[place] = layer(states, observe)
         progress(1)
     ranges = {
         module: ActivationRange(x.float().cpu().numpy(), y.float().cpu().numpy())
@@ -89,6 +97,23 @@ def calibrate(
                 "this model cannot use SmoothQuant or an INT8 KV cache"
             )
     return ranges
+
+
+def _check_sizes(ranges: dict[str, ActivationRange], source: HfModel, path: str) -> None:
+    for module, span in ranges.items():
+        out, inner = source.spec(f"{module}.weight").shape
+        if (span.x.shape, span.y.shape) != ((inner,), (out,)):
+            raise InputError(
+                f"{path}: {module} has ranges of {span.x.size} inputs and {span.y.size} outputs, but the model's has "
+                f"{inner} and {out}; they are of another model"
+            )
+
+
+def _digest(path: Path) -> str:
+    try:
+        return digest_file(path)
+    except OSError as problem:
+        raise InputError(f"{path}: cannot be read ({problem.strerror}); check the path") from None
 
 
 def _calibration_file(settings: CheckpointRecipe) -> Path:

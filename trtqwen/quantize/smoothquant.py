@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from trtqwen.errors import CheckpointError
+
 Array = npt.NDArray[Any]
 Int8 = npt.NDArray[np.int8]
 Float16 = npt.NDArray[np.float16]
@@ -21,6 +23,7 @@ Float64 = npt.NDArray[np.float64]
 
 _FLOOR = 1e-5
 _LIMIT = 127.0
+_OVERFLOW = 65520.0  # rounds to infinity in float16
 
 
 @dataclass(frozen=True)
@@ -90,11 +93,27 @@ def smoother(weights: Sequence[Float16], x: Float32, alpha: float) -> Float64:
 
 
 def smooth_weight(weight: Float16, factor: Float64) -> Float16:
-    """float16 [out, in] with its input channels multiplied by the smoother."""
+    """float16 [out, in] with its input channels multiplied by the smoother.
+
+    Raises:
+        CheckpointError: if that leaves the range of float16.
+    """
     smoothed = np.empty(weight.shape, np.float16)
     for rows in _row_blocks(weight):
-        smoothed[rows] = (weight[rows] * factor).astype(np.float32)  # torch rounds to float16 by way of float32
+        product = (weight[rows] * factor).astype(np.float32)  # torch rounds to float16 by way of float32
+        if np.abs(product).max() >= _OVERFLOW:
+            raise CheckpointError("smoothing takes weights out of float16's range; lower sq_alpha")
+        smoothed[rows] = product
     return smoothed
+
+
+def smooth_gain(gain: Float16, factor: Float64) -> Float16:
+    """A norm's weight, float16 [in], divided by the smoother of the linear layers behind it.
+
+    Channels that were never active in calibration have the smallest smoother; they stay finite.
+    """
+    limit = float(np.finfo(np.float16).max)
+    return (gain / factor).clip(-limit, limit).astype(np.float32).astype(np.float16)
 
 
 def quantize_linear(
@@ -160,7 +179,7 @@ def _to_int8(maxima: Float16) -> Float16:
 
 
 def _inverse(values: Float16) -> Float16:
-    with np.errstate(divide="ignore"):
+    with np.errstate(divide="ignore", over="ignore"):
         return (1 / np.asarray(values, np.float32)).astype(np.float16)
 
 

@@ -1,0 +1,102 @@
+"""`trtqwen verify`: a checkpoint run beside the model it was made from."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from trtqwen.cli.output import Json, print_json, progress_bars, stderr, stdout
+from trtqwen.errors import EngineError
+from trtqwen.hf.config import load_config
+from trtqwen.quantize.texts import HELDOUT
+from trtqwen.recipe import Int8LayoutChoice
+from trtqwen.verify.samples import read_samples
+
+if TYPE_CHECKING:
+    from trtqwen.verify.compare import Comparison
+
+
+def command(
+    checkpoint: Annotated[Path, typer.Argument(help="TensorRT-LLM checkpoint directory.")],
+    model: Annotated[Path, typer.Option(help="Hugging Face model directory it was made from.")],
+    text: Annotated[Path | None, typer.Option(help="Text or JSONL file to run on. [default: bundled]")] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to run, spread over the texts.")] = 4096,
+    int8_layout: Annotated[
+        Int8LayoutChoice | None,
+        typer.Option(help="Layout of INT8 weight-only weights. [default: what the manifest says]"),
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Write verify.json and verify.png there.")] = None,
+    max_layer_error: Annotated[float | None, typer.Option(min=0, help="Limit of a layer's relative error.")] = None,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Limit of the mean KL divergence, nats.")] = None,
+    min_top1: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Least share of next tokens that agree.")
+    ] = None,
+    max_perplexity: Annotated[
+        float | None, typer.Option(help="Limit of the relative increase of perplexity.")
+    ] = None,
+    max_activation: Annotated[
+        float | None, typer.Option(min=0, help="Limit of activations in float16. [default: 32752]")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Run a checkpoint, all ranks as they stand, layer by layer beside its model, and judge the difference.
+
+    Limits depend on the precision unless they are given.
+    """
+    if importlib.util.find_spec("torch") is None:
+        raise EngineError("verify needs PyTorch, which is not installed; `pip install trtqwen[torch]`")
+    from trtqwen.verify.run import verify, write_report  # the other commands start without PyTorch
+
+    limits = {
+        "attention_error": max_layer_error,
+        "mlp_error": max_layer_error,
+        "kl": max_kl,
+        "top1": min_top1,
+        "perplexity": max_perplexity,
+        "max_activation": max_activation,
+    }
+    samples = read_samples(model, text or HELDOUT, max_tokens)
+    with progress_bars() as bars:
+        result = verify(
+            checkpoint,
+            model,
+            samples,
+            int8_layout=int8_layout,
+            limits={name: limit for name, limit in limits.items() if limit is not None},
+            progress=bars.add("verifying", load_config(model).num_hidden_layers, unit="layers"),
+        )
+    if report is not None:
+        write_report(result, report)
+    if json:
+        print_json(result.as_json())
+    elif result.comparison is not None:
+        _print(result.comparison)
+    if result.problems:
+        stderr.print(f"error: {result.sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(1)
+    if not json:
+        stdout.print(result.sentence, style="green", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(comparison: Comparison) -> None:
+    table = Table("layer", "attention", "mlp", "accumulated", "cosine", "largest |activation|")
+    for layer in comparison.layers:
+        errors = (layer.attention_error, layer.mlp_error, layer.accumulated_error)
+        table.add_row(
+            str(layer.layer),
+            *(f"{error:.1e}" for error in errors),
+            f"{layer.cosine:.6f}",
+            f"{layer.max_activation:.4g}",
+        )
+    stdout.print(table)
+    head = comparison.head
+    stdout.print(
+        f"{head.tokens} tokens: KL {head.kl_mean:.2e} nats (largest {head.kl_max:.2e}), "
+        f"top-1 agreement {head.top1_agreement:.2%}, perplexity {head.model_perplexity:.4f} -> "
+        f"{head.checkpoint_perplexity:.4f} ({head.perplexity_increase:+.3%})",
+        highlight=False,
+    )

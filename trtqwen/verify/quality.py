@@ -1,0 +1,103 @@
+"""What INT8 costs a model: `quality.json` and `quality.png` in the checkpoint's directory."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trtqwen.checkpoint.convert import ConversionPlan
+from trtqwen.quantize.outliers import BIAS_RATIO, bias_norms, channel_outliers
+from trtqwen.quantize.smoothquant import ActivationRange
+from trtqwen.quantize.texts import HELDOUT
+from trtqwen.verify.plot import plot_quality
+
+if TYPE_CHECKING:
+    from trtqwen.verify.compare import Comparison
+
+QUALITY, QUALITY_PLOT = "quality.json", "quality.png"
+TOKENS = 2048
+_WORST = 5
+Progress = Callable[[int], None]
+
+
+def has_int8(plan: ConversionPlan) -> bool:
+    """Whether there is a loss to report."""
+    return plan.settings.quant != "none" or plan.settings.kv_cache == "int8"
+
+
+def quality_report(
+    plan: ConversionPlan,
+    directory: Path,
+    ranges: Mapping[str, ActivationRange] | None,
+    progress: Progress = lambda layers: None,
+) -> None:
+    """Measure a written checkpoint against its model on held-out text, as `trtqwen verify` does, and write it down.
+
+    Where the model has no tokenizer, or PyTorch is not installed, the report says so in place of the measurement.
+
+    Args:
+        directory: config.json and rank files; the manifest need not be there yet.
+        ranges: activation ranges of the calibration, if there was one.
+        progress: called with the number of layers done since the last call.
+    """
+    norms, outliers = bias_norms(plan.source), channel_outliers(ranges or {})
+    median = statistics.median(norms)
+    obstacle = _obstacle(plan)
+    comparison = None if obstacle else _measure(plan, directory, progress)
+    content = {
+        "quant": plan.settings.quant,
+        "kv_cache": plan.settings.kv_cache,
+        "not_measured": obstacle,
+        **({} if comparison is None else _measurement(comparison)),
+        "activation_outliers": outliers,
+        "k_proj_bias_norms": norms,
+        "k_proj_bias_ratio": max(norms) / median if median else None,
+    }
+    (directory / QUALITY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    title = f"not measured: {obstacle}"
+    if comparison is not None:
+        head = comparison.head
+        title = f"perplexity {head.perplexity_increase:+.2%}, top-1 agreement {head.top1_agreement:.1%}"
+    layers = () if comparison is None else comparison.layers
+    plot_quality(layers, outliers, norms, BIAS_RATIO * median, title, directory / QUALITY_PLOT)
+
+
+def _obstacle(plan: ConversionPlan) -> str | None:
+    """Why nothing can be measured, if so."""
+    if not (plan.source.directory / "tokenizer.json").is_file():
+        return "the model has no tokenizer.json"
+    if importlib.util.find_spec("torch") is None:
+        return "PyTorch is not installed"
+    return None
+
+
+def _measure(plan: ConversionPlan, directory: Path, progress: Progress) -> Comparison:
+    import torch  # writing a weight-only checkpoint does not need it
+
+    from trtqwen.verify.compare import compare
+    from trtqwen.verify.ranks import CheckpointRanks
+    from trtqwen.verify.samples import read_samples
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ranks = CheckpointRanks(directory, plan.settings.int8_layout, device)
+    return compare(plan, ranks, read_samples(plan.source.directory, HELDOUT, TOKENS), device, progress)
+
+
+def _measurement(comparison: Comparison) -> dict[str, Any]:
+    content = comparison.as_json()
+    worst = sorted(comparison.layers, key=lambda layer: -max(layer.attention_error, layer.mlp_error))
+    return {
+        "text": HELDOUT.name,
+        "tokens": comparison.head.tokens,
+        "perplexity_model": content["head"]["model_perplexity"],
+        "perplexity_checkpoint": content["head"]["checkpoint_perplexity"],
+        "perplexity_increase": content["head"]["perplexity_increase"],
+        "top1_agreement": content["head"]["top1_agreement"],
+        "kl_mean": content["head"]["kl_mean"],
+        "worst_layers": [layer.layer for layer in worst[:_WORST]],
+        "layers": content["layers"],
+    }

@@ -1,0 +1,112 @@
+"""`trtqwen verify`: the whole check of one checkpoint against the model it was made from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
+from trtqwen.checkpoint.convert import plan_conversion
+from trtqwen.hf.source import HfModel
+from trtqwen.recipe import Int8LayoutChoice
+from trtqwen.verify.compare import Comparison, Progress, compare
+from trtqwen.verify.plot import plot_comparison
+from trtqwen.verify.ranks import CheckpointRanks
+from trtqwen.verify.structure import config_problems, implied_recipe, stored_layout, tensor_problems
+from trtqwen.verify.verdict import FLOAT, Thresholds, problems, thresholds
+
+REPORT, PLOT = "verify.json", "verify.png"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """The result.
+
+    Attributes:
+        precision: such as `W8A16 bfloat16, INT8 KV cache`.
+        comparison: None if the files are not those of such a checkpoint at all.
+        problems: what is not acceptable, one sentence each, the nearest to the cause first.
+    """
+
+    checkpoint: Path
+    model: Path
+    precision: str
+    thresholds: Thresholds
+    comparison: Comparison | None
+    problems: list[str]
+
+    @property
+    def sentence(self) -> str:
+        """The verdict."""
+        if not self.problems:
+            return f"{self.checkpoint}: agrees with {self.model}, as far as {self.precision} can"
+        rest = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
+        remedy = "" if self.precision in FLOAT else ", or in a higher precision"
+        return f"{self.checkpoint}: {self.problems[0]}{rest}; convert the model again{remedy}"
+
+    def as_json(self) -> dict[str, Any]:
+        """For json.dumps."""
+        return {
+            "ok": not self.problems,
+            "checkpoint": str(self.checkpoint),
+            "model": str(self.model),
+            "precision": self.precision,
+            "problems": self.problems,
+            "thresholds": asdict(self.thresholds),
+            **(self.comparison.as_json() if self.comparison else {}),
+        }
+
+
+def verify(
+    checkpoint: Path,
+    model: Path,
+    samples: Sequence[list[int]],
+    *,
+    int8_layout: Int8LayoutChoice | None = None,
+    limits: dict[str, float] | None = None,
+    progress: Progress = lambda layers: None,
+) -> Verification:
+    """Check names and shapes, then run the checkpoint beside the model. Uses CUDA if it is there.
+
+    Args:
+        samples: token ids, at least two each.
+        int8_layout: of INT8 weight-only matrices; None takes the manifest's word.
+        limits: thresholds to replace, by name.
+
+    Raises:
+        InputError: if model or checkpoint cannot be read, or are not of a kind that trtqwen verifies.
+    """
+    config = read_checkpoint_config(checkpoint)
+    layout = stored_layout(checkpoint, int8_layout)
+    recipe = implied_recipe(config, layout)
+    allowed = Thresholds(**{**asdict(thresholds(recipe)), **(limits or {})})
+    found, comparison = config_problems(config, HfModel(model).config), None
+    if not found:
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        plan, ranks = plan_conversion(model, recipe), CheckpointRanks(checkpoint, layout, device)
+        found = tensor_problems(plan, ranks.readers)
+        if not found:
+            comparison = compare(plan, ranks, samples, device, progress)
+            found = problems(comparison, allowed, float16=config.dtype == "float16")
+    return Verification(checkpoint, model, _precision(config), allowed, comparison, found)
+
+
+def write_report(verification: Verification, directory: Path) -> None:
+    """Write verify.json and, if there is something to draw, verify.png."""
+    directory.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(verification.as_json(), indent=2, ensure_ascii=False)
+    (directory / REPORT).write_text(text + "\n", encoding="utf-8")
+    if verification.comparison is not None:
+        title = f"{verification.checkpoint.name}: {verification.precision}"
+        plot_comparison(verification.comparison, verification.thresholds, title, directory / PLOT)
+
+
+def _precision(config: CheckpointConfig) -> str:
+    quantization = config.quantization
+    name = f"{quantization.quant_algo} {config.dtype}" if quantization.quant_algo else str(config.dtype)
+    return name + (f", {quantization.kv_cache_quant_algo} KV cache" if quantization.kv_cache_quant_algo else "")
