@@ -1,8 +1,9 @@
 """Measures `trtqwen convert`: rate against a plain write of the same bytes, and peak resident memory.
 
 Makes a model of Qwen2.5's shape with random bfloat16 weights, runs the real command once for each mode (start-up
-included), and right after each run writes files of the same sizes to the same disk with one fsync each: the
-yardstick. ModelOpt's export of the same model (`--modelopt`) and calibration (`--calibrate`) are measured alike.
+included), and after each run writes files of the same sizes to the same disk with one fsync each: the yardstick.
+On virtual machines the first touch of memory takes up to ten times as long as the next, so that single runs say
+little. ModelOpt's export of the same model (`--modelopt`) and calibration (`--calibrate`) are measured alike.
 
     bench_convert.py WORK --shape 1.5b --tp 2 --mode fp16 --mode int8_wo
     bench_convert.py WORK --shape 7b --tp 4 --mode fp16 --calibrate 4
@@ -12,14 +13,16 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 import ml_dtypes
@@ -39,6 +42,7 @@ from trtqwen.safetensors_io import Array, SafetensorsWriter, TensorSpec
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 4_000_000_000
 BLOCK_BYTES = 8 << 20
+OUT = "OUT"  # stands for the output directory in a command
 SHAPES: dict[str, dict[str, Any]] = {
     "1.5b": {
         "hidden_size": 1536,
@@ -100,12 +104,13 @@ OPTIONS: dict[Mode, list[str]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One measured command.
+    """One measured command; medians where it ran several times.
 
     Attributes:
         seconds: wall time, start-up included.
         nbytes: size of the output directory.
         yardstick_seconds: a plain write of as many bytes.
+        ratios: of each run, the yardstick's seconds by the command's: its rate relative to the yardstick's.
         peak_bytes: the process's largest resident memory, mapped file pages included.
         cpu_seconds: user and system time of the process.
     """
@@ -114,13 +119,9 @@ class Row:
     seconds: float
     nbytes: int
     yardstick_seconds: float
+    ratios: list[float]
     peak_bytes: int
     cpu_seconds: float
-
-    @property
-    def ratio(self) -> float:
-        """Rate relative to the yardstick's."""
-        return self.yardstick_seconds / self.seconds
 
 
 def main(
@@ -129,6 +130,7 @@ def main(
     tp: Annotated[int, typer.Option(min=1, max=8, help="Tensor-parallel ranks.")] = 2,
     mode: Annotated[list[Mode] | None, typer.Option(help="Mode to run; may be repeated. [default: all]")] = None,
     calibrate: Annotated[int, typer.Option(min=0, help="Also calibrate, with this many texts of 512 tokens.")] = 0,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each mode.")] = 3,
     modelopt: Annotated[
         bool, typer.Option("--modelopt", help="Also run ModelOpt's export: holds the model.")
     ] = False,
@@ -141,48 +143,66 @@ def main(
     try:
         if not (model / "config.json").exists():
             write_model(model, SHAPES[shape.value])
-        rows = list(measure_all(model, work, tp, mode or list(Mode), calibrate, modelopt=modelopt))
+        rows = list(measure_all(model, work, tp, mode or list(Mode), calibrate, repeat, modelopt=modelopt))
     finally:
         if not keep:
             shutil.rmtree(model, ignore_errors=True)
     if as_json:
-        sys.stdout.write(json.dumps([asdict(row) | {"ratio": row.ratio} for row in rows], indent=2) + "\n")
+        sys.stdout.write(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
     else:
         Console().print(_table(f"{shape.value} shape, TP {tp}", rows))
 
 
 def measure_all(
-    model: Path, work: Path, tp: int, modes: list[Mode], calibrate: int, *, modelopt: bool
+    model: Path, work: Path, tp: int, modes: list[Mode], calibrate: int, repeat: int, *, modelopt: bool
 ) -> Iterator[Row]:
     """Run one command after another, each to a fresh directory that is removed afterwards."""
     convert = [sys.executable, "-m", "trtqwen", "convert", str(model), "--tp", str(tp), "--no-quality"]
     ranges = _random_ranges(load_config(model), work / "ranges.safetensors")
     for mode in modes:
         given = ["--act-ranges", str(ranges)] if mode in (Mode.int8_sq, Mode.int8_kv) else []
-        yield measure(mode.value, lambda out, m=mode, g=given: [*convert, *OPTIONS[m], *g, "-o", str(out)], work)
+        yield measure(mode.value, [*convert, *OPTIONS[mode], *given, "-o", OUT], model, work, repeat)
     if calibrate:
         texts = _long_texts(calibrate, work / "texts.jsonl")
-        yield measure(
-            f"int8_sq, calibrated on {calibrate} texts",
-            lambda out: [*convert, *OPTIONS[Mode.int8_sq], "--calib", str(texts), "-o", str(out)],
-            work,
-        )
+        command = [*convert, *OPTIONS[Mode.int8_sq], "--calib", str(texts), "-o", OUT]
+        yield measure(f"int8_sq, calibrated on {calibrate} texts", command, model, work, 1)
     if modelopt:
-        yield measure(
-            "ModelOpt fp16", lambda out: [sys.executable, "-c", MODELOPT, str(model), str(out), str(tp)], work
-        )
+        yield measure("ModelOpt fp16", [sys.executable, "-c", MODELOPT, str(model), OUT, str(tp)], model, work, 1)
 
 
-def measure(name: str, command: Callable[[Path], list[str]], work: Path) -> Row:
-    """Run a command that writes a directory, then the yardstick; the disk is idle before each.
+def measure(name: str, command: list[str], model: Path, work: Path, repeat: int) -> Row:
+    """Run a command that writes the directory `OUT`, and the yardstick, in turns; medians of both.
+
+    The disk is idle before each, and the model is read before each command, so that as much of it is cached as
+    memory holds.
 
     Raises:
         SystemExit: with the command's own error, if it fails.
     """
     out = work / "out"
-    os.sync()
+    runs = []
+    for _ in range(repeat):
+        _read(model)
+        os.sync()
+        seconds, usage = _run(name, [str(out) if word == OUT else word for word in command])
+        sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
+        shutil.rmtree(out)
+        runs.append((seconds, plain_write(out, sizes), usage))
+    return Row(
+        name,
+        seconds=median(run[0] for run in runs),
+        nbytes=sum(sizes),
+        yardstick_seconds=median(run[1] for run in runs),
+        ratios=[run[1] / run[0] for run in runs],
+        peak_bytes=max(run[2].ru_maxrss for run in runs) * 1024,
+        cpu_seconds=median(run[2].ru_utime + run[2].ru_stime for run in runs),
+    )
+
+
+def _run(name: str, command: list[str]) -> tuple[float, resource.struct_rusage]:
+    """Seconds and use of resources; the peak starts at this small process's own size, which the child inherits."""
     start = time.perf_counter()
-    process = subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     errors = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -190,11 +210,15 @@ def measure(name: str, command: Callable[[Path], list[str]], work: Path) -> Row:
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise SystemExit(f"{name}: {errors}")
-    sizes = [path.stat().st_size for path in out.rglob("*") if path.is_file()]
-    shutil.rmtree(out)
-    # The child's peak starts at this process's size when it forked; that stays far below what is measured.
-    cpu = usage.ru_utime + usage.ru_stime
-    return Row(name, seconds, sum(sizes), plain_write(out, sizes), usage.ru_maxrss * 1024, cpu)
+    return seconds, usage
+
+
+def _read(directory: Path) -> None:
+    buffer = bytearray(BLOCK_BYTES)
+    for path in directory.glob("*.safetensors"):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def plain_write(directory: Path, sizes: list[int]) -> float:
@@ -224,7 +248,7 @@ def write_model(directory: Path, shape: dict[str, Any]) -> None:
         shards[-1][name] = spec
     normal = np.random.default_rng(0).standard_normal(BLOCK_BYTES // 2, np.float32)
     values = (normal * 0.02).astype(BFLOAT16)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, plan in enumerate(shards, 1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
         weight_map |= dict.fromkeys(plan, file)
@@ -309,7 +333,7 @@ def _table(title: str, rows: list[Row]) -> Table:
             f"{row.nbytes / 1e9:.2f}",
             f"{row.nbytes / row.seconds / 1e6:.0f}",
             f"{row.yardstick_seconds:.1f}",
-            f"{row.ratio:.2f}",
+            " ".join(f"{ratio:.2f}" for ratio in row.ratios),
             f"{row.peak_bytes / 1e6:.0f}",
             f"{row.cpu_seconds:.1f}",
         )

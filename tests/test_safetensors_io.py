@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,11 +13,13 @@ import safetensors
 import safetensors.numpy
 import safetensors.torch
 import torch
+import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trtqwen.artifact import digest_file
 from trtqwen.errors import InputError
-from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec, write_to_all
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -144,3 +149,51 @@ def test_headers_agree_with_the_library(tmp_path: Path) -> None:
     assert json.loads(raw[8 : 8 + length])["a"]["data_offsets"] == [0, 3]
     with safetensors.safe_open(tmp_path / "f", "numpy") as file:
         assert file.metadata() is None
+
+
+@pytest.mark.parametrize("direct", [True, False])
+def test_files_of_many_blocks_of_any_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, direct: bool) -> None:
+    """Longer than the buffers and ending anywhere, with and without writes that pass by the page cache."""
+    if not direct:
+        real = os.open
+
+        def refuse(path: Path, flags: int, mode: int = 0o777) -> int:
+            if flags & os.O_DIRECT:
+                raise OSError(errno.EINVAL, "Invalid argument")
+            return real(path, flags, mode)
+
+        monkeypatch.setattr(os, "open", refuse)
+    rng = np.random.default_rng(0)
+    tensors = {
+        "odd": rng.integers(0, 255, 3).astype(np.uint8),
+        "unaligned": rng.normal(size=(3001, 1501)).astype(np.float32),
+        "half": rng.normal(size=(2000, 1777)).astype(np.float16),
+    }
+    plan = {name: TensorSpec(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    with SafetensorsWriter(tmp_path / "a", plan) as first, SafetensorsWriter(tmp_path / "b", plan) as second:
+        for name, tensor in tensors.items():
+            assert write_to_all([first, second], name, [tensor[:2], tensor[2:]]) == 2 * tensor.nbytes
+    for writer in (first, second):
+        assert writer.path.stat().st_size == writer.size > 20 << 20
+        assert writer.digest() == digest_file(writer.path)
+        for name, tensor in safetensors.torch.load_file(writer.path).items():
+            np.testing.assert_array_equal(tensor.numpy(), tensors[name])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16, np.int8])
+@pytest.mark.parametrize(
+    "values", [[1.5, -3.0, 0.0], [-1.0, -2.5], [0.0, -0.0], [1.0, np.inf], [np.nan, 7.0], [-np.inf]]
+)
+def test_examining_finds_the_largest_magnitude(tmp_path: Path, dtype: Any, values: list[float]) -> None:
+    if dtype is np.int8:
+        values = [1, -4]
+    tensor = np.zeros(700_000, dtype)
+    tensor[: len(values)] = values
+    with SafetensorsWriter(tmp_path / "a", {"t": TensorSpec(tensor.shape, tensor.dtype)}) as writer:
+        writer.write("t", [tensor])
+    digest, largest = SafetensorsReader(tmp_path / "a").examine("t")
+    assert digest == xxhash.xxh3_128_hexdigest(tensor.tobytes())
+    if dtype is np.int8:
+        assert largest == 0
+    else:
+        np.testing.assert_equal(abs(largest), np.abs(np.array(values, np.float32)).max())

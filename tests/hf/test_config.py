@@ -56,8 +56,12 @@ def test_rope_scaling_carries_both_spellings_of_its_type(tmp_path: Path) -> None
     [
         ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "architectures is Qwen2MoeForCausalLM"),
+        ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "architectures is Qwen2VLForConditionalGeneration"),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "trtqwen converts Qwen2ForCausalLM .dense"),
         ({"architectures": None}, "architectures is none"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised already .quant_method gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantised already .quant_method awq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised already .quant_method fp8"),
         ({"use_sliding_window": True}, "use_sliding_window"),
         ({"hidden_size": 0}, "field 'hidden_size'"),
         ({"hidden_size": "many"}, "field 'hidden_size'"),

@@ -22,7 +22,7 @@ from trtqwen.runtime.config import ExecutorConfig
 from trtqwen.runtime.executor import Executor
 from trtqwen.runtime.request import FinishReason, Request, Response, SamplingConfig
 
-ANSWER = 12
+ANSWER = 8
 MakeEngine = Callable[..., Path]
 
 

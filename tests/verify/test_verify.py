@@ -235,7 +235,7 @@ def test_another_model_is_refused(bundled_checkpoint: Make, hf_directory: Callab
 
 def test_int8_costs_the_bundled_model_little(bundled_checkpoint: Make) -> None:
     """The issue's limits."""
-    many = read_samples(MODEL, HELDOUT, 6000)
+    many = read_samples(MODEL, HELDOUT, 4000)
     for options, limit in (({"quant": "int8_wo"}, 0.005), (SQ, 0.02)):
         comparison = verify(bundled_checkpoint(**options), MODEL, many).comparison
         assert comparison is not None

@@ -27,7 +27,7 @@ def quantize(weight: Array, dtype: np.dtype[Any] | None = None) -> tuple[Int8, n
     The error is at most half a step, but up to a whole one for the largest positive values, which 127 cuts off.
 
     Args:
-        weight: [out, in], any floating dtype.
+        weight: [out, in], floating; of 32-bit weights, what is within 2^-21 of a tie may be rounded as one.
         dtype: the checkpoint's 16-bit dtype, to which weights are rounded first; None is the weight's own.
 
     Returns:
@@ -50,7 +50,7 @@ def quantize(weight: Array, dtype: np.dtype[Any] | None = None) -> tuple[Int8, n
 def _rounded(weight: Array, dtype: np.dtype[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """A block of rows rounded to `dtype`, as float32, and the largest magnitude of each row."""
     block = weight.astype(np.float32)
-    largest = np.maximum(block.max(axis=1), -block.min(axis=1))
+    largest = np.abs(np.maximum(block.max(axis=1), -block.min(axis=1)))  # abs: no step is -0
     if dtype == weight.dtype:
         return block, largest
     # float16 holds every bfloat16 from 2^-17 to 65280 exactly, and what is smaller becomes 0 in rows that reach 2^-8.

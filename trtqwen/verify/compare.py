@@ -107,9 +107,10 @@ def compare(
     model = LayerwiseModel(plan.source, torch.float32, device, torch.float32)
     theirs = [model.embed(sample) for sample in samples]
     ours = [checkpoint.embed(sample) for sample in samples]
-    differing = _differing_rows(plan, EMBEDDING, HF_EMBEDDING, checkpoint.embedding_rows)
-    differing |= _differing_rows(plan, NORM, HF_NORM, lambda rows: [g[rows] for g in checkpoint.final_gains()])
-    checkpoint.release(EMBEDDING)
+    differing = _differing_rows(plan, checkpoint, EMBEDDING, HF_EMBEDDING, checkpoint.embedding_rows)
+    differing |= _differing_rows(
+        plan, checkpoint, NORM, HF_NORM, lambda rows: [g[rows] for g in checkpoint.final_gains()]
+    )
     layers = []
     for index in range(model.num_layers):
         reference, layer = model.layer(index), checkpoint.layer(index)
@@ -180,13 +181,13 @@ def _compare_heads(
         comparer.add(int(rows[0]), *(F.linear(hidden, table) for hidden, table in zip(normed, tables, strict=True)))
         return [mine]
 
-    stale = _differing_rows(plan, LM_HEAD, HF_EMBEDDING if tied else HF_LM_HEAD, rows_of)
-    checkpoint.release(LM_HEAD)
+    stale = _differing_rows(plan, checkpoint, LM_HEAD, HF_EMBEDDING if tied else HF_LM_HEAD, rows_of)
     return comparer.result(), stale
 
 
 def _differing_rows(
     plan: ConversionPlan,
+    checkpoint: CheckpointRanks,
     name: str,
     source_name: str,
     rows_of: Callable[[npt.NDArray[np.int64]], list[Array]],
@@ -204,7 +205,8 @@ def _differing_rows(
         for copy in rows_of(rows):
             unequal = copy != expected
             differing += int(unequal.reshape(len(rows), -1).any(axis=1).sum())
-    plan.source.finish(source_name)
+        plan.source.finish(source_name)
+        checkpoint.release(name)
     return {name: differing} if differing else {}
 
 
