@@ -86,6 +86,7 @@ def run_build(
     *,
     force: bool = False,
     progress: Progress = lambda count: None,
+    calibrated: Progress = lambda layers: None,
     inspect: Inspect = lambda plan, directory, ranges: None,
     on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
@@ -94,6 +95,7 @@ def run_build(
     Args:
         force: replace directories that hold another result.
         progress: called with the bytes of checkpoint written since the last call.
+        calibrated: called with the number of layers calibrated since the last call.
         inspect: called with the checkpoint's directory before its manifest is written.
         on_stage: called when a stage is complete.
 
@@ -108,7 +110,12 @@ def run_build(
         (
             plan.checkpoint,
             lambda: run_conversion(
-                plan.conversion, plan.checkpoint.directory, force=force, progress=progress, inspect=inspect
+                plan.conversion,
+                plan.checkpoint.directory,
+                force=force,
+                progress=progress,
+                calibrated=calibrated,
+                inspect=inspect,
             ),
         ),
         (

@@ -127,6 +127,7 @@ def run_conversion(
     *,
     force: bool = False,
     progress: Progress = lambda count: None,
+    calibrated: Progress = lambda layers: None,
     inspect: Inspect = lambda plan, directory, ranges: None,
 ) -> Manifest:
     """Write the checkpoint directory: config.json, rank files, tokenizer files and the manifest.
@@ -134,6 +135,7 @@ def run_conversion(
     Args:
         force: replace what exists; put up with an INT8 KV cache that will ruin the answers.
         progress: called with the bytes written since the last call.
+        calibrated: called with the number of layers calibrated since the last call.
         inspect: called with the directory when all but the manifest is written; may add files.
 
     Raises:
@@ -145,7 +147,7 @@ def run_conversion(
     check_kv_cache(plan, force=force)
     check_disk(output, plan.nbytes)
     with finished_directory(output, force=force) as directory:
-        ranges = activation_ranges(plan.source, plan.settings) if plan.settings.calibrated else None
+        ranges = activation_ranges(plan.source, plan.settings, calibrated) if plan.settings.calibrated else None
         ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
         try:
             digests = _write_ranks(ready, directory, progress)

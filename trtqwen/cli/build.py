@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
-from trtqwen.cli.convert import NoQuality, quality_inspector
+from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
 from trtqwen.cli.output import DryRun, Force, Json, print_json, progress_bars, size, stderr, stdout
 from trtqwen.recipe import load_recipe
 
@@ -36,6 +36,7 @@ def command(
         results = run_build(
             plan,
             force=force,
+            calibrated=calibration_bar(bars, plan.conversion),
             progress=bars.add("converting", plan.conversion.nbytes),
             inspect=quality_inspector(bars, wanted=not no_quality),
             on_stage=lambda result: _note(result, json),

@@ -13,6 +13,7 @@ from trtqwen.artifact import check_output
 from trtqwen.checkpoint.convert import (
     ConversionPlan,
     Inspect,
+    Progress,
     check_kv_cache,
     plan_conversion,
     run_conversion,
@@ -106,8 +107,14 @@ def command(
         start = time.perf_counter()
         with progress_bars() as bars:
             inspect = quality_inspector(bars, wanted=not no_quality)
-            progress = bars.add("converting", plan.nbytes)
-            run_conversion(plan, output, force=force, progress=progress, inspect=inspect)
+            run_conversion(
+                plan,
+                output,
+                force=force,
+                calibrated=calibration_bar(bars, plan),
+                progress=bars.add("converting", plan.nbytes),
+                inspect=inspect,
+            )
         summary["seconds"] = round(time.perf_counter() - start, 3)
         if (output / QUALITY).is_file():
             summary["quality"] = _quality(output / QUALITY)
@@ -115,6 +122,13 @@ def command(
         print_json(summary)
     else:
         _print(plan, summary)
+
+
+def calibration_bar(bars: Bars, plan: ConversionPlan) -> Progress:
+    """A bar for calibration, where a conversion has to calibrate."""
+    if not plan.settings.calibrated or plan.settings.act_ranges:
+        return lambda layers: None
+    return bars.add("calibrating", plan.source.config.num_hidden_layers, unit="layers")
 
 
 def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:

@@ -98,8 +98,9 @@ class HfModel:
         return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()]
 
     @property
-    def nbytes(self) -> int:
-        return sum(reader.size for reader in self._readers.values())
+    def num_values(self) -> int:
+        """Parameters of the model."""
+        return sum(math.prod(self.spec(name).shape) for name in self)
 
     def _reader(self, name: str) -> SafetensorsReader:
         try:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from trtqwen.verify.compare import Comparison
 
 QUALITY, QUALITY_PLOT = "quality.json", "quality.png"
-TOKENS = 2048
+TOKENS, LEAST_TOKENS = 2048, 128
+_CPU_PRODUCTS = 1_600_000_000_000  # weights times tokens: some minutes on two cores, whatever the model's size
 _WORST = 5
 Progress = Callable[[int], None]
 
@@ -84,7 +85,10 @@ def _measure(plan: ConversionPlan, directory: Path, progress: Progress) -> Compa
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ranks = CheckpointRanks(directory, plan.settings.int8_layout, device)
-    return compare(plan, ranks, read_samples(plan.source.directory, HELDOUT, TOKENS), device, progress)
+    tokens = (
+        TOKENS if device.type == "cuda" else min(TOKENS, max(LEAST_TOKENS, _CPU_PRODUCTS // plan.source.num_values))
+    )
+    return compare(plan, ranks, read_samples(plan.source.directory, HELDOUT, tokens), device, progress)
 
 
 def _measurement(comparison: Comparison) -> dict[str, Any]:
