@@ -260,6 +260,7 @@ def write_model(directory: Path, shape: dict[str, Any]) -> None:
         if (MODEL / name).exists():
             shutil.copyfile(MODEL / name, directory / name)
     config = json.loads((MODEL / "config.json").read_text()) | shape
+    config.pop("layer_types", None)
     (directory / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
 
 

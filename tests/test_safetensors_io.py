@@ -197,3 +197,24 @@ def test_examining_finds_the_largest_magnitude(tmp_path: Path, dtype: Any, value
         assert largest == 0
     else:
         np.testing.assert_equal(abs(largest), np.abs(np.array(values, np.float32)).max())
+
+
+def test_every_bfloat16_is_cast_as_the_library_casts_it(tmp_path: Path) -> None:
+    """All 65536 of them, contiguous and as columns of a wider array; values beyond float16 become infinite."""
+    values = torch.arange(65536, dtype=torch.int32).to(torch.uint16).view(torch.bfloat16)
+    expected = values.to(torch.float16)
+    ours = values.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    wide = np.stack([ours.reshape(256, 256), np.zeros((256, 256), ours.dtype)], axis=1).reshape(256, 512)
+    plan = {
+        "flat": TensorSpec((65536,), np.dtype(np.float16)),
+        "columns": TensorSpec((256, 256), np.dtype(np.float16)),
+        "back": TensorSpec((65536,), ours.dtype),
+    }
+    with np.errstate(over="ignore", invalid="ignore"), SafetensorsWriter(tmp_path / "a", plan) as writer:
+        writer.write("flat", [ours])
+        writer.write("columns", [wide[:, :256]])
+        writer.write("back", [ours], via=np.dtype(np.float16))
+    loaded = safetensors.torch.load_file(tmp_path / "a")
+    assert torch.equal(loaded["flat"].nan_to_num(1.25), expected.nan_to_num(1.25))
+    assert torch.equal(loaded["columns"].reshape(-1).nan_to_num(1.25), expected.nan_to_num(1.25))
+    assert torch.equal(loaded["back"].nan_to_num(1.25), expected.to(torch.bfloat16).nan_to_num(1.25))
