@@ -143,7 +143,10 @@ def main(
     try:
         if not (model / "config.json").exists():
             write_model(model, SHAPES[shape.value])
-        rows = list(measure_all(model, work, tp, mode or list(Mode), calibrate, repeat, modelopt=modelopt))
+        rows: list[Row] = []
+        for row in measure_all(model, work, tp, mode or list(Mode), calibrate, repeat, modelopt=modelopt):
+            rows.append(row)
+            print(f"{row.name}: {row.seconds:.1f} s", file=sys.stderr)
     finally:
         if not keep:
             shutil.rmtree(model, ignore_errors=True)
@@ -255,7 +258,7 @@ def write_model(directory: Path, shape: dict[str, Any]) -> None:
         with SafetensorsWriter(directory / file, plan) as writer:
             for name, spec in plan.items():
                 writer.write(name, [np.ones(spec.shape)] if "norm" in name else _tiles(values, spec.shape))
-    (directory / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    (directory / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     for name in TOKENIZER_FILES:
         if (MODEL / name).exists():
             shutil.copyfile(MODEL / name, directory / name)
