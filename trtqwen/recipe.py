@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.errors import RecipeError
+from trtqwen.hf.known import model_names
 
 BUNDLED = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parent.parent / "recipes"
@@ -17,8 +18,15 @@ Quant = Literal["none", "int8_wo", "int8_sq"]
 KvCache = Literal["auto", "int8"]
 Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
 EmbeddingSharding = Literal["none", "vocab", "hidden"]
-Release = Literal["0.17.0", "1.2.1"]
+Release = Literal["0.17.0", "0.18.2", "0.19.0", "0.20.0", "0.21.0", "1.0.0", "1.1.0", "1.2.0", "1.2.1"]
+CardName = Literal["rtx-4090d", "rtx-4090"]
 Positive = Annotated[int, Field(gt=0)]
+_TENSORRT_SERVING = (
+    "replicas",
+    "enable_kv_cache_reuse",
+    "enable_context_fmha_fp32_acc",
+    "kv_cache_host_memory_bytes",
+)
 
 
 class _Section(BaseModel):
@@ -38,6 +46,8 @@ class CheckpointRecipe(_Section):
         int8_layout: how INT8 weight-only weights lie on disk: for the kernels of one GPU generation (sm80 is Ada's
             too), or `plain`: 16-bit weights that TensorRT-LLM quantises when it builds.
         embedding_sharding: whether and how the embedding is divided over the ranks.
+        yarn_factor: stretch the model's context by YaRN, as Qwen advises beyond 32,768 tokens: 4 makes 131,072.
+            The stretch is static: it costs a little on short prompts too.
         calib: text or JSONL file for calibration; a small one in four languages is bundled.
         chat_template: render each calibration text as a user's message.
         act_ranges: file of activation ranges to use instead of calibrating.
@@ -54,6 +64,7 @@ class CheckpointRecipe(_Section):
     kv_cache: KvCache = "auto"
     int8_layout: Int8LayoutChoice = "plain"
     embedding_sharding: EmbeddingSharding = "none"
+    yarn_factor: Annotated[float, Field(gt=1, le=32)] | None = None
     calib: str | None = None
     chat_template: bool = False
     act_ranges: str | None = None
@@ -79,27 +90,48 @@ class CheckpointRecipe(_Section):
         return self
 
 
+class HostRecipe(_Section):
+    """The machine that the engine is built on and served from; `plan` reckons with it.
+
+    Attributes:
+        card: its GPUs; see `cards.json`.
+        gpus: how many of them.
+    """
+
+    card: CardName = "rtx-4090d"
+    gpus: Annotated[int, Field(ge=1, le=8)] = 1
+
+
 class EngineRecipe(_Section):
-    """What is built. The names are those of TensorRT-LLM's BuildConfig.
+    """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
         builder: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
         max_batch_size: requests scheduled in one step.
         max_num_tokens: packed tokens in one step, context and generation together.
         max_seq_len: tokens of one request, prompt and answer together.
+        opt_num_tokens: packed tokens of the step that TensorRT tunes its kernels for; its own choice where not given.
+        multiple_profiles: tune for several step sizes; a longer build, a faster engine.
         tokens_per_block: tokens of one KV cache block.
         gemm_plugin: `auto` takes the checkpoint's dtype.
-        use_paged_context_fmha: needed by chunked context and KV cache reuse.
-        workers: ranks built in parallel.
+        use_paged_context_fmha: needed by chunked context and KV cache reuse; TensorRT-LLM has no such kernel for INT8
+            KV caches.
+        logits_dtype: float32 as the checkpoint says, or float16.
+        gather_context_logits: let clients ask for the logits of the prompt; costs memory for all of them.
+        workers: ranks built in parallel, each on its own GPU.
     """
 
     builder: Literal["tensorrt_llm", "torch"]
     max_batch_size: Positive = 64
     max_num_tokens: Positive = 8192
     max_seq_len: Positive = 8192
+    opt_num_tokens: Positive | None = None
+    multiple_profiles: bool = False
     tokens_per_block: Literal[8, 16, 32, 64, 128] = 32
     gemm_plugin: Literal["auto", "float16", "bfloat16", "disable"] = "auto"
     use_paged_context_fmha: bool = True
+    logits_dtype: Literal["float32", "float16"] = "float32"
+    gather_context_logits: bool = False
     workers: Positive = 1
 
     @model_validator(mode="after")
@@ -110,6 +142,18 @@ class EngineRecipe(_Section):
                 f"max_num_tokens {self.max_num_tokens} is less than {least}, "
                 "the larger of max_batch_size and tokens_per_block"
             )
+        if self.opt_num_tokens is not None and self.opt_num_tokens > self.max_num_tokens:
+            raise ValueError(f"opt_num_tokens {self.opt_num_tokens} exceeds max_num_tokens {self.max_num_tokens}")
+        if self.opt_num_tokens is not None and self.multiple_profiles:
+            raise ValueError("opt_num_tokens and multiple_profiles exclude each other: trtllm-build refuses both")
+        return self
+
+    @model_validator(mode="after")
+    def _torch_tunes_nothing(self) -> EngineRecipe:
+        if self.builder == "torch":
+            for name in ("opt_num_tokens", "multiple_profiles", "logits_dtype", "gather_context_logits"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"{name} is a setting of builder: tensorrt_llm")
         return self
 
 
@@ -117,10 +161,14 @@ class ServeRecipe(_Section):
     """How the engine is run. The names are the keys of the Triton model `tensorrt_llm`.
 
     Attributes:
+        replicas: copies of the engine, each on GPUs of its own.
         batch_scheduler_policy: `guaranteed_no_evict` admits a request when its whole answer fits into the KV cache;
             `max_utilization` admits more and pauses the youngest when blocks run out.
         enable_chunked_context: spread long prompts over several steps.
+        enable_kv_cache_reuse: keep the blocks of prompts for requests that begin alike.
+        enable_context_fmha_fp32_acc: sum in float32 while reading prompts; a float16 Qwen overflows without.
         kv_cache_free_gpu_mem_fraction: share of the GPU memory left after the weights that the KV cache takes.
+        kv_cache_host_memory_bytes: host memory that blocks of the KV cache move to, in bytes.
         max_tokens_in_paged_kv_cache: cap on the KV cache, in tokens.
         max_queue_size: requests that wait before further ones are refused; 0 is no limit.
         triton_max_batch_size: rows of one client request.
@@ -129,9 +177,13 @@ class ServeRecipe(_Section):
         skip_special_tokens: leave special tokens out of the text.
     """
 
+    replicas: Annotated[int, Field(ge=1, le=8)] = 1
     batch_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
     enable_chunked_context: bool = True
+    enable_kv_cache_reuse: bool = False
+    enable_context_fmha_fp32_acc: bool = False
     kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    kv_cache_host_memory_bytes: Annotated[int, Field(ge=0)] = 0
     max_tokens_in_paged_kv_cache: Positive | None = None
     max_queue_size: Annotated[int, Field(ge=0)] = 0
     triton_max_batch_size: Positive = 64
@@ -142,19 +194,38 @@ class ServeRecipe(_Section):
 
 
 class Recipe(_Section):
-    """A whole recipe; `name` is the file's name without `.yaml`."""
+    """A whole recipe; `name` is the file's name without `.yaml`.
+
+    Attributes:
+        model: the model whose sizes `plan` reckons with when no directory is given; see `hf/models.json`.
+        host: only for the builder tensorrt_llm.
+    """
 
     name: str
     description: str
+    model: str | None = None
+    host: HostRecipe | None = None
     checkpoint: CheckpointRecipe = CheckpointRecipe()
     engine: EngineRecipe
     serve: ServeRecipe = ServeRecipe()
 
+    @property
+    def world_size(self) -> int:
+        """Ranks, that is GPUs, of one replica."""
+        return self.checkpoint.tp_size * self.checkpoint.pp_size
+
+    @model_validator(mode="after")
+    def _known_model(self) -> Recipe:
+        if self.model is not None and self.model not in model_names():
+            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}")
+        return self
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         engine, serve = self.engine, self.serve
-        if serve.enable_chunked_context and not engine.use_paged_context_fmha:
-            raise ValueError("serve.enable_chunked_context needs engine.use_paged_context_fmha: true")
+        for name in ("enable_chunked_context", "enable_kv_cache_reuse"):
+            if getattr(serve, name) and not engine.use_paged_context_fmha:
+                raise ValueError(f"serve.{name} needs engine.use_paged_context_fmha: true")
         if not serve.enable_chunked_context and engine.max_num_tokens < engine.max_seq_len:
             raise ValueError(
                 f"engine.max_num_tokens {engine.max_num_tokens} cannot take a prompt of engine.max_seq_len "
@@ -163,6 +234,33 @@ class Recipe(_Section):
         pool = serve.max_tokens_in_paged_kv_cache
         if pool is not None and pool < engine.tokens_per_block:
             raise ValueError(f"serve.max_tokens_in_paged_kv_cache {pool} is less than one block")
+        return self
+
+    @model_validator(mode="after")
+    def _builder_can(self) -> Recipe:
+        if self.engine.builder == "torch":
+            if self.host is not None:
+                raise ValueError("host is for builder: tensorrt_llm; the torch engine runs where it is started")
+            plain = ServeRecipe()
+            for name in _TENSORRT_SERVING:
+                if getattr(self.serve, name) != getattr(plain, name):
+                    raise ValueError(f"serve.{name} is a setting of builder: tensorrt_llm")
+            return self
+        if self.host is None:
+            raise ValueError("builder: tensorrt_llm needs a section host with card and gpus")
+        needed = self.world_size * self.serve.replicas
+        if needed > self.host.gpus:
+            raise ValueError(
+                f"{self.serve.replicas} replicas of {self.world_size} ranks need {needed} GPUs, but host.gpus is "
+                f"{self.host.gpus}"
+            )
+        if self.checkpoint.kv_cache == "int8" and self.engine.use_paged_context_fmha:
+            raise ValueError(
+                "engine.use_paged_context_fmha has no kernel for an INT8 KV cache; with it go chunked context and "
+                "KV cache reuse; set it and serve.enable_chunked_context false, or leave checkpoint.kv_cache auto"
+            )
+        if self.checkpoint.release == "0.17.0":
+            raise ValueError("checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on; name a newer release")
         return self
 
 

@@ -1,10 +1,11 @@
-"""Facts about TensorRT-LLM releases, read from `releases.json`."""
+"""Facts about TensorRT-LLM releases and the containers that hold them, read from `releases.json`."""
 
 from __future__ import annotations
 
 import json
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -14,9 +15,10 @@ _FACTS = Path(__file__).with_name("releases.json")
 
 
 class ReleaseFacts(BaseModel):
-    """What a release reads.
+    """What a release reads and is built on.
 
     Attributes:
+        tensorrt: the TensorRT it pins, `major.minor`; None where engines are not built with it here.
         unknown_checkpoint_keys: keys of config.json, by section, that its reader refuses.
         uneven_pipeline: whether it keeps the layers that pp_size does not divide; otherwise it drops them silently.
         rope_scalings: types of rotary scaling it computes for Qwen2.
@@ -24,13 +26,57 @@ class ReleaseFacts(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    tensorrt: str | None
     unknown_checkpoint_keys: dict[str, list[str]]
     uneven_pipeline: bool
     rope_scalings: list[str]
 
 
-@cache
+class Image(BaseModel):
+    """A container image with Triton, TensorRT-LLM and its C++ backend.
+
+    Attributes:
+        driver: the oldest driver that a GeForce card runs it with; forward compatibility is for data-centre cards.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    tensorrt_llm: str
+    tensorrt: str
+    cuda: str
+    driver: str
+
+
 def release_facts(release: Release) -> ReleaseFacts:
     """The facts of one release."""
-    content = json.loads(_FACTS.read_text(encoding="utf-8"))
-    return ReleaseFacts.model_validate(content["releases"][release])
+    return ReleaseFacts.model_validate(_facts()["releases"][release])
+
+
+@cache
+def images() -> tuple[Image, ...]:
+    """The known images, oldest first."""
+    return tuple(Image.model_validate(image) for image in _facts()["images"])
+
+
+def newest_image(release: Release) -> Image:
+    """The newest image that holds a release.
+
+    Raises:
+        KeyError: for a release without images (0.17.0).
+    """
+    for image in reversed(images()):
+        if image.tensorrt_llm == release:
+            return image
+    raise KeyError(release)
+
+
+def last_engine_release() -> str:
+    """The last release that builds engines; upstream removed the path after it."""
+    return str(_facts()["last_engine_release"])
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
+    return content

@@ -101,7 +101,7 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
         CheckpointError: if the model cannot be converted as asked.
     """
     settings = settings or CheckpointRecipe()
-    source = HfModel(model)
+    source = HfModel(model, settings.yarn_factor)
     config, mapping = source.config, Mapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
     dtype: Dtype = _auto_dtype(config.torch_dtype) if settings.dtype == "auto" else settings.dtype

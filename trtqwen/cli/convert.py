@@ -63,6 +63,9 @@ def command(
     embedding_sharding: Annotated[
         EmbeddingSharding | None, typer.Option(help="Divide the embedding over the ranks. [default: none]")
     ] = None,
+    yarn_factor: Annotated[
+        float | None, typer.Option(help="Stretch the context by YaRN; 4 makes 131,072 tokens of 32,768.")
+    ] = None,
     calib: Annotated[
         str | None, typer.Option(help="Text or JSONL file to calibrate with. [default: bundled]")
     ] = None,
@@ -94,6 +97,7 @@ def command(
         "kv_cache": kv_cache,
         "int8_layout": int8_layout,
         "embedding_sharding": embedding_sharding,
+        "yarn_factor": yarn_factor,
         "calib": calib,
         "chat_template": chat_template,
         "act_ranges": act_ranges,

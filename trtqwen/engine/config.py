@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.errors import InputError
@@ -25,17 +25,26 @@ class BuildConfig(BaseModel):
     max_seq_len: int
     tokens_per_block: int
 
+    @model_validator(mode="before")
+    @classmethod
+    def _trtllm_build_nests(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "tokens_per_block" in (plugins := data.get("plugin_config") or {}):
+            return {**data, "tokens_per_block": plugins["tokens_per_block"]}
+        return data
+
 
 class EngineConfig(BaseModel):
     """An engine directory's config.json; the two sections carry the names that trtllm-build gives them.
 
     Attributes:
+        version: the TensorRT-LLM release that built it; None for a torch engine.
         int8_layout: how INT8 weight-only matrices lie in the rank files of a torch engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    builder: Builder
+    builder: Builder = "tensorrt_llm"  # trtllm-build does not name itself
+    version: str | None = None
     int8_layout: Int8Layout | None = None
     pretrained_config: CheckpointConfig
     build_config: BuildConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trtqwen.errors import SourceError
 
 ARCHITECTURE = "Qwen2ForCausalLM"
+TRAINED_CONTEXT = 32768  # tokens; Qwen2.5 reads more only by YaRN, whatever max_position_embeddings says
 
 
 class HfConfig(BaseModel):
@@ -56,6 +58,25 @@ class HfConfig(BaseModel):
     @property
     def head_size(self) -> int:
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+
+def stretched(config: HfConfig, factor: float) -> HfConfig:
+    """The config with its context stretched by YaRN, as Qwen's model cards advise for long texts.
+
+    max_position_embeddings becomes the whole stretched context: TensorRT-LLM makes its rotary table that long.
+
+    Raises:
+        SourceError: if the model has a rotary scaling already.
+    """
+    if config.rope_scaling is not None:
+        raise SourceError(
+            f"yarn_factor {factor:g}: the model's config.json has a rope_scaling of its own; leave yarn_factor out"
+        )
+    original = min(config.max_position_embeddings, TRAINED_CONTEXT)
+    scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, "type": "yarn"}
+    return config.model_copy(
+        update={"rope_scaling": scaling, "max_position_embeddings": math.floor(original * factor)}
+    )
 
 
 def load_config(directory: Path) -> HfConfig:

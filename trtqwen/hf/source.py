@@ -12,7 +12,7 @@ import numpy as np
 
 from trtqwen.artifact import digest_file
 from trtqwen.errors import SourceError
-from trtqwen.hf.config import HfConfig, load_config
+from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -31,13 +31,17 @@ TOKENIZER_FILES = (
 class HfModel:
     """An opened model directory. Opening reads headers only; every shard is checked for completeness.
 
+    Args:
+        yarn_factor: stretch the context by YaRN, which config.json does not ask for.
+
     Raises:
         SourceError: if the config or a shard is missing, cut short or damaged.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, yarn_factor: float | None = None) -> None:
         self.directory = directory
-        self.config: HfConfig = load_config(directory)
+        config = load_config(directory)
+        self.config: HfConfig = stretched(config, yarn_factor) if yarn_factor else config
         self._files = _weight_files(directory)
         self._readers = {path.name: SafetensorsReader(path, SourceError) for path in self._files}
         self._owner = {name: reader for reader in self._readers.values() for name in reader}

@@ -154,7 +154,9 @@ def _tensorrt_llm(serve: ServeRecipe, engine: Path, builder: Builder) -> ModelCo
         batch_scheduler_policy=serve.batch_scheduler_policy,
         kv_cache_free_gpu_mem_fraction=str(serve.kv_cache_free_gpu_mem_fraction),
         exclude_input_in_output=str(serve.exclude_input_in_output),
-        enable_kv_cache_reuse="False",
+        enable_kv_cache_reuse=str(serve.enable_kv_cache_reuse),
+        enable_context_fmha_fp32_acc=str(serve.enable_context_fmha_fp32_acc),
+        kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
         enable_chunked_context=str(serve.enable_chunked_context),
         tokenizer_dir=str(_TOKENIZER_FROM_MODEL),
     )

@@ -12,6 +12,7 @@ import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion
+from trtqwen.hf.config import load_config
 from trtqwen.hf.source import HfModel
 from trtqwen.recipe import Int8LayoutChoice
 from trtqwen.verify.compare import Comparison, Progress, compare
@@ -83,9 +84,9 @@ def verify(
     """
     config = read_checkpoint_config(checkpoint)
     layout = stored_layout(checkpoint, int8_layout)
-    recipe = implied_recipe(config, layout)
+    recipe = implied_recipe(config, layout, load_config(model))
     allowed = Thresholds(**{**asdict(thresholds(recipe)), **(limits or {})})
-    found, comparison = config_problems(config, HfModel(model).config), None
+    found, comparison = config_problems(config, HfModel(model, recipe.yarn_factor).config), None
     if not found:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         plan, ranks = plan_conversion(model, recipe), CheckpointRanks(checkpoint, layout, device)

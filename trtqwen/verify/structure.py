@@ -57,19 +57,21 @@ def stored_layout(directory: Path, int8_layout: Int8LayoutChoice | None) -> Int8
     return "plain"
 
 
-def implied_recipe(config: CheckpointConfig, int8_layout: Int8LayoutChoice) -> CheckpointRecipe:
-    """The settings whose conversion would give a checkpoint with this config.json.
+def implied_recipe(config: CheckpointConfig, int8_layout: Int8LayoutChoice, hf: HfConfig) -> CheckpointRecipe:
+    """The settings whose conversion of a model would give a checkpoint with this config.json.
 
     Raises:
         CheckpointError: if its precision is not one that trtqwen knows.
     """
-    algo = config.quantization.quant_algo
+    algo, scaling = config.quantization.quant_algo, config.rotary_scaling
     changes: dict[str, object] = {
         "dtype": config.dtype,
         "tp_size": config.mapping.tp_size,
         "pp_size": config.mapping.pp_size,
         "kv_cache": "int8" if config.quantization.kv_cache_quant_algo == "INT8" else "auto",
     }
+    if scaling and scaling.get("type") == "yarn" and hf.rope_scaling is None:
+        changes["yarn_factor"] = scaling.get("factor")
     if config.use_parallel_embedding:
         changes["embedding_sharding"] = "hidden" if config.embedding_sharding_dim == 1 else "vocab"
     if algo == "W8A16":
