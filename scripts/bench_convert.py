@@ -62,6 +62,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "72b-1-layer": {  # the largest tensors of the family, for the peak of memory
+        "hidden_size": 8192,
+        "intermediate_size": 29568,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
 }
 MODELOPT = """
 import sys, torch
@@ -79,6 +88,7 @@ class Shape(str, Enum):
 
     small = "1.5b"
     large = "7b"
+    largest = "72b-1-layer"
 
 
 class Mode(str, Enum):

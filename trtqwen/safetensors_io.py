@@ -13,7 +13,7 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -32,6 +32,8 @@ Array = npt.NDArray[Any]
 
 _BLOCK_BYTES = 1 << 19  # cast at a time: stays in a core's cache
 _BUFFER_BYTES = 4 << 20  # written at a time
+LARGE_BYTES = 256 << 20  # passes over larger tensors give their pages back on the way
+_RESIDENT_BYTES = 64 << 20
 _HEADER_LIMIT = 100_000_000  # the upstream library refuses larger headers
 _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
@@ -111,15 +113,19 @@ class SafetensorsReader:
     def examine(self, name: str) -> tuple[str, float]:
         """Read the tensor: XXH3-128 of its bytes, as 32 hex digits, and its largest magnitude.
 
-        The magnitude is nan or inf if one of the values is; it is 0 for integers, which have no such values.
+        The magnitude is nan or inf if one of the values is; it is 0 for integers, which have no such values. Of a
+        tensor much larger than others, the pages are given back on the way.
         """
         digest, largest = xxhash.xxh3_128(), 0
         tensor = self.tensor(name).reshape(-1)
+        large = tensor.nbytes > LARGE_BYTES
         step = _BLOCK_BYTES // tensor.itemsize
         for start in range(0, len(tensor), step):
             block = tensor[start : start + step]
             digest.update(block.view(np.uint8).data)
             largest = max(largest, _largest_bits(block))
+            if large and (start + step) * tensor.itemsize % _RESIDENT_BYTES == 0:
+                self.release(name)
         unsigned = np.dtype(f"u{tensor.itemsize}")
         floating = tensor.dtype in _FLOATS
         return digest.hexdigest(), float(np.array(largest, unsigned).view(tensor.dtype)) if floating else 0.0
@@ -215,9 +221,9 @@ class SafetensorsWriter:
         self._file = _BlockFile(path)
         self._file.append(np.frombuffer(len(raw).to_bytes(8, "little") + raw, np.uint8))
 
-    def write(self, name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None) -> int:
+    def write(self, name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None) -> None:
         """Append the next tensor; see `write_to_all`."""
-        return write_to_all([self], name, parts, via)
+        write_to_all([self], name, parts, via)
 
     def digest(self) -> str:
         """XXH3-128 of the file, as 32 hex digits; after it was closed."""
@@ -246,15 +252,17 @@ class SafetensorsWriter:
 
 
 def write_to_all(
-    writers: Sequence[SafetensorsWriter], name: str, parts: Sequence[Array], via: np.dtype[Any] | None = None
-) -> int:
+    writers: Sequence[SafetensorsWriter],
+    name: str,
+    parts: Sequence[Array],
+    via: np.dtype[Any] | None = None,
+    progress: Callable[[int], None] = lambda count: None,
+) -> None:
     """Append the next tensor to files that share it: parts to be joined along the first axis, cast once as planned.
 
     Args:
         via: round to this dtype first.
-
-    Returns:
-        The bytes written.
+        progress: called with the bytes written since the last call, for every 64 MiB of a file and at the end.
 
     Raises:
         ValueError: if `name` is not the next tensor of a plan or the parts do not fill its shape.
@@ -262,13 +270,18 @@ def write_to_all(
     """
     specs = [writer._take(name, parts) for writer in writers]
     spec = specs[0]
+    unreported = 0
     for part in parts:
         for block in _row_blocks(part, spec.dtype.itemsize):
             block = block if via is None else _cast(block, via)
             data = _cast(block, spec.dtype).reshape(-1).view(np.uint8)
             for writer in writers:
                 writer._file.append(data)
-    return spec.nbytes * len(writers)
+            unreported += len(data)
+            if unreported >= _RESIDENT_BYTES:
+                progress(unreported * len(writers))
+                unreported = 0
+    progress(unreported * len(writers))
 
 
 def _cast(block: Array, dtype: np.dtype[Any]) -> Array:

@@ -31,7 +31,7 @@ from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
-from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec, write_to_all
+from trtqwen.safetensors_io import LARGE_BYTES, SafetensorsWriter, TensorSpec, write_to_all
 
 TOKENIZER_DIRECTORY = "tokenizer"
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
@@ -185,9 +185,16 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
             stage = [writers[rank] for rank in plan.mapping.stage_ranks(rule.stage)]
             targets = [stage] if rule.replicated else [[writer] for writer in stage]
             tensors = [plan.source.tensor(name) for name in rule.sources]
+            large = [name for name in rule.sources if plan.source.spec(name).nbytes > LARGE_BYTES]
+
+            def written(count: int, large: Iterable[str] = large) -> None:
+                progress(count)
+                for name in large:
+                    plan.source.finish(name)  # what is still needed of it is mapped again
+
             for target, parts in zip(targets, rule.produce(tensors), strict=True):
                 for name in rule.specs:
-                    progress(write_to_all(target, name, parts[name], via=rule.via))
+                    write_to_all(target, name, parts[name], rule.via, written)
             for name in rule.sources:
                 plan.source.finish(name)
     return {writer.path.name: writer.digest() for writer in writers}
