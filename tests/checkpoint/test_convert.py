@@ -367,6 +367,24 @@ def test_yarn_needs_a_release_that_computes_it(hf_directory: Callable[..., Path]
         plan_conversion(directory, CheckpointRecipe(release="0.17.0"))
 
 
+def test_a_recipe_stretches_the_context_as_a_models_own_config_does(
+    hf_directory: Callable[..., Path], tmp_path: Path
+) -> None:
+    directory = hf_directory()
+    convert(directory, tmp_path / "stretched", yarn_factor=4.0)
+    config = json.loads((directory / "config.json").read_text())
+    original = config["max_position_embeddings"]
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": original}
+    changes = {"rope_scaling": yarn, "max_position_embeddings": 4 * original}
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    convert(directory, tmp_path / "own")
+    ours, own = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("stretched", "own"))
+    assert ours == own
+    assert ours["max_position_embeddings"] == 4 * original
+    with pytest.raises(SourceError, match="yarn_factor 2: the model's config"):
+        plan_conversion(directory, CheckpointRecipe(yarn_factor=2.0))
+
+
 def test_ranges_that_a_checkpoint_holds_make_it_again(tmp_path: Path) -> None:
     """Calibrated once, the ranges file gives the very same rank files, and counts as an input."""
     options: dict[str, Any] = {"quant": "int8_sq", "per_channel": True, "tp_size": 2}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from trtqwen.errors import SourceError
-from trtqwen.hf.config import load_config
+from trtqwen.hf.config import load_config, stretched
 
 GOOD: dict[str, Any] = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -49,6 +49,21 @@ def test_what_transformers_5_writes_means_the_same(tmp_path: Path) -> None:
 def test_rope_scaling_carries_both_spellings_of_its_type(tmp_path: Path) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
     assert load_config(write(tmp_path, rope_scaling=yarn)).rope_scaling == {"rope_type": "yarn", **yarn}
+
+
+@pytest.mark.parametrize("positions", [32768, 131072])  # Instruct and base models of 7B
+def test_stretching_gives_what_qwens_cards_tell_users_to_write(tmp_path: Path, positions: int) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    by_hand = load_config(write(tmp_path, rope_scaling=yarn, max_position_embeddings=131072))
+    (tmp_path / "plain").mkdir()
+    plain = load_config(write(tmp_path / "plain", max_position_embeddings=positions))
+    assert stretched(plain, 4.0) == by_hand
+
+
+def test_a_scaling_is_not_stretched_again(tmp_path: Path) -> None:
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    with pytest.raises(SourceError, match="has a rope_scaling of its own"):
+        stretched(load_config(write(tmp_path, rope_scaling=yarn)), 2.0)
 
 
 @pytest.mark.parametrize(

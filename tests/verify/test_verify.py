@@ -82,8 +82,9 @@ def test_correct_checkpoints_pass(
             {"dtype": "float32"},
             {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}},
         ),
+        ({"dtype": "float32", "yarn_factor": 2.0}, {}),
     ],
-    ids=["kv-repeated", "tied", "odd-vocabulary", "uneven-pipeline", "padded", "yarn"],
+    ids=["kv-repeated", "tied", "odd-vocabulary", "uneven-pipeline", "padded", "yarn", "stretched"],
 )
 def test_correct_checkpoints_of_odd_models_pass(
     hf_directory: Callable[..., Path], tmp_path: Path, options: dict[str, Any], model: dict[str, Any]
