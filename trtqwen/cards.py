@@ -40,3 +40,8 @@ def card_facts(name: CardName) -> Card:
     """The facts of one card."""
     content = json.loads(_FACTS.read_text(encoding="utf-8"))
     return Card.model_validate(content["cards"][name])
+
+
+def has_peer_to_peer(gpu: str) -> bool:
+    """Whether a GPU's driver lets cards read each other's memory, by the name that nvidia-smi gives it."""
+    return "GeForce" not in gpu

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import errno
-import importlib.util
 import os
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -24,10 +21,12 @@ from types import FrameType, TracebackType
 
 from trtqwen.artifact import read_manifest
 from trtqwen.errors import InputError, PortInUseError, ServerError
+from trtqwen.host import read_host
+from trtqwen.triton.installation import find_tritonserver, link_backends
+from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
+from trtqwen.triton.processes import die_with_parent, kill_session, programs
 
-_PR_SET_PDEATHSIG = 1
 _SHARED_MEMORY = Path("/dev/shm")
-_STUB = "triton_python_backend_stub"
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
 
 
@@ -38,51 +37,6 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
-
-
-@dataclass(frozen=True)
-class Installation:
-    """A tritonserver on this machine.
-
-    Attributes:
-        binary: the program.
-        home: of the one inside nvidia-pytriton: the directory with its backends; None for an ordinary one.
-        libraries: directories that the program needs on LD_LIBRARY_PATH.
-    """
-
-    binary: Path
-    home: Path | None = None
-    libraries: tuple[Path, ...] = ()
-
-
-def find_tritonserver() -> Installation:
-    """The tritonserver on PATH, else the one inside the package nvidia-pytriton.
-
-    Raises:
-        ServerError: if there is none, or it has no part for this Python.
-    """
-    if on_path := shutil.which("tritonserver"):
-        return Installation(Path(on_path))
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or spec.origin is None:
-        raise ServerError(
-            "no tritonserver on this machine; run in NVIDIA's Triton container or `pip install trtqwen[triton]`"
-        )
-    home = Path(spec.origin).parent / "tritonserver"
-    if not _stub(home).is_file():
-        raise ServerError(f"{home}: has no python backend for Python {_python_version()}; use Python 3.10 to 3.12")
-    library_directory = sysconfig.get_config_var("LIBDIR")
-    library = Path(library_directory, sysconfig.get_config_var("INSTSONAME") or "")
-    if not library.is_file() or ".so" not in library.name:
-        raise ServerError(
-            f"{sys.executable}: has no shared libpython, which Triton's python backend loads; use a Python that was "
-            "built with --enable-shared"
-        )
-    return Installation(
-        binary=home / "bin" / "tritonserver",
-        home=home,
-        libraries=(home.parents[1] / "nvidia_pytriton.libs", library.parent),
-    )
 
 
 class TritonServer:
@@ -101,9 +55,9 @@ class TritonServer:
         ports: the ports in use; a 0 has become the port picked.
 
     Raises:
-        InputError: if the repository is not finished.
+        InputError: if the repository or its engine is not finished.
         PortInUseError: if a port is taken.
-        ServerError: if there is no tritonserver.
+        ServerError: if there is no tritonserver, or no mpirun for an engine of several ranks.
     """
 
     def __init__(
@@ -117,6 +71,7 @@ class TritonServer:
     ) -> None:
         read_manifest(repository, "repository")
         self._repository = repository.resolve()
+        self._deployment = read_deployment(self._repository)
         self._installation = find_tritonserver()
         self.host = host
         self.ports = _claim(ports or Ports(), host)
@@ -126,6 +81,7 @@ class TritonServer:
         self._shm_prefix = f"trtqwen-{uuid.uuid4().hex[:12]}-"
         self._cleanup = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
+        self._whole = False  # whether every rank's tritonserver has been seen
 
     @property
     def http_url(self) -> str:
@@ -141,7 +97,7 @@ class TritonServer:
 
     @property
     def pid(self) -> int:
-        """Process id of tritonserver, also its process group's."""
+        """Process id of the command started (tritonserver, or mpirun), also its session's."""
         return self._running.pid
 
     @property
@@ -151,21 +107,48 @@ class TritonServer:
             raise ServerError("the server has not been started; call start() first")
         return self._log
 
+    def launch(self, backends: Path | None = None) -> Launch:
+        """The command that `start` runs.
+
+        Args:
+            backends: directory for links to the backends of the tritonserver inside nvidia-pytriton.
+        """
+        if backends is None and self._installation.home is not None:
+            backends = Path(tempfile.gettempdir(), "trtqwen-triton", "backends")
+        return plan_launch(
+            self._repository,
+            self._deployment,
+            self._installation.binary,
+            Endpoint(self.host, self.ports.http, self.ports.grpc, self.ports.metrics),
+            shm_prefix=self._shm_prefix,
+            drain_seconds=self._drain_seconds,
+            backends=backends,
+            host=read_host() if self._deployment.world_size > 1 else None,
+        )
+
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
         workspace = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="trtqwen-triton-")))
+        home = self._installation.home
+        launch = self.launch(link_backends(home, workspace) if home else None)
+        if shutil.which(launch.command[0]) is None:
+            raise ServerError(
+                f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it; run "
+                "in NVIDIA's Triton container"
+            )
+        self._tritonservers, self._whole = launch.tritonservers, False
         if self._log is None:
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                self._command(workspace),
+                launch.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=self._environment(),
-                start_new_session=True,  # a group of its own; Ctrl-C in the terminal is for us alone
-                preexec_fn=_die_with_parent(),
+                env={**self._environment(), **launch.environment},
+                start_new_session=True,  # Ctrl-C in the terminal is for us alone
+                preexec_fn=die_with_parent(),
             )
 
     def wait_until_ready(self, timeout: float = 300) -> None:
@@ -185,10 +168,18 @@ class TritonServer:
             time.sleep(0.05)
 
     def check(self) -> None:
-        """Raise a ServerError if the server has ended by itself."""
+        """Raise a ServerError if the server, or one of its ranks, has ended by itself."""
         code = self._running.poll()
         if code is not None:
             raise ServerError(f"Triton ended with code {code}: {self._telling_line()}")
+        if self._tritonservers > 1:
+            running = programs(self.pid, self._installation.binary.name)
+            if self._whole and running < self._tritonservers:
+                raise ServerError(
+                    f"{self._tritonservers - running} of {self._tritonservers} ranks have ended: "
+                    f"{self._telling_line()}"
+                )
+            self._whole = self._whole or running == self._tritonservers
 
     def stop(self) -> None:
         """Let running requests finish, then end every process of the server. May be called again."""
@@ -198,7 +189,7 @@ class TritonServer:
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self._drain_seconds + 10)  # tritonserver itself gives up after drain_seconds
-            _kill_group(process.pid)
+            kill_session(process.pid)
             process.wait()
             for leftover in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
                 leftover.unlink(missing_ok=True)
@@ -225,27 +216,8 @@ class TritonServer:
             raise ServerError("the server is not running; call start() first")
         return self._process
 
-    def _command(self, workspace: Path) -> list[str]:
-        command = [
-            str(self._installation.binary),
-            f"--model-repository={self._repository}",
-            "--model-control-mode=none",
-            "--disable-auto-complete-config",
-            f"--backend-config=python,shm-region-prefix-name={self._shm_prefix}",
-            f"--exit-timeout-secs={self._drain_seconds}",
-            f"--http-address={self.host}",
-            f"--http-port={self.ports.http}",
-            f"--grpc-address={self.host}",
-            f"--grpc-port={self.ports.grpc}",
-            f"--metrics-address={self.host}",
-            f"--metrics-port={self.ports.metrics}",
-        ]
-        if self._installation.home is not None:
-            command.append(f"--backend-directory={_link_backends(self._installation.home, workspace)}")
-        return command
-
     def _environment(self) -> dict[str, str]:
-        environment = dict(os.environ)
+        environment = clean_environment(os.environ)
         environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 whatever the terminal says
         _prepend(environment, "PATH", Path(sys.executable).parent)
         _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
@@ -311,53 +283,9 @@ def serve_until_signal(server: TritonServer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _python_version() -> str:
-    return f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-def _stub(home: Path) -> Path:
-    return home / "python_backend_stubs" / _python_version() / _STUB
-
-
-def _link_backends(home: Path, workspace: Path) -> Path:
-    """The python backend wants the stub of this Python beside it: a directory of links gives it that."""
-    backends = workspace / "backends"
-    python = backends / "python"
-    python.mkdir(parents=True)
-    for file in (home / "backends" / "python").iterdir():
-        if file.is_file():
-            (python / file.name).symlink_to(file)
-    (python / _STUB).symlink_to(_stub(home))
-    return backends
-
-
 def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
     rest = environment.get(variable)
     environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
-
-
-def _die_with_parent() -> Callable[[], None]:
-    # Looked up here: between fork and exec a child may not load libraries.
-    prctl = ctypes.CDLL(None, use_errno=True).prctl
-    parent = os.getpid()
-
-    def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    return ask
-
-
-def _kill_group(group: int) -> None:
-    """End what is left of a process group: python stubs and ranks that outlived their server."""
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        try:
-            os.killpg(group, signal.SIGKILL)
-        except ProcessLookupError:
-            return
-        time.sleep(0.02)
 
 
 def _claim(ports: Ports, host: str) -> Ports:

@@ -1,0 +1,48 @@
+"""A stand-in for OpenMPI's mpirun, as far as trtqwen uses it: `mpirun --allow-run-as-root -n 1 A ... : -n 1 B ...`.
+
+Like the real one it gives every rank a process group of its own, and ends all when one fails; with STANDIN_MPI_BLIND
+it does not notice, as happens when a rank's own launcher hangs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import FrameType
+
+
+def main() -> int:
+    first, *rest = sys.argv[1:]
+    assert first == "--allow-run-as-root"
+    commands: list[list[str]] = [[]]
+    for word in rest:
+        if word == ":":
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    ranks = []
+    for rank, (option, count, *command) in enumerate(commands):
+        assert (option, count) == ("-n", "1")
+        environment = {**os.environ, "OMPI_COMM_WORLD_RANK": str(rank)}
+        ranks.append(subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for process in ranks:
+            process.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    while any(process.poll() is None for process in ranks):
+        failed = [process for process in ranks if process.poll() not in (None, 0)]
+        if failed and "STANDIN_MPI_BLIND" not in os.environ:
+            for process in ranks:
+                process.kill()
+            return 1
+        time.sleep(0.02)
+    return max(abs(process.returncode) for process in ranks)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

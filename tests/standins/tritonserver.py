@@ -1,0 +1,80 @@
+"""A stand-in for tritonserver with the C++ backend: takes the real one's flags, answers when it is ready.
+
+Writes what it was started with to STANDIN_RECORD, one JSON line a process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from types import FrameType
+
+# From `tritonserver --help` of 2.51; a test compares them with the real program.
+FLAGS = (
+    "model-repository",
+    "model-control-mode",
+    "load-model",
+    "disable-auto-complete-config",
+    "backend-directory",
+    "backend-config",
+    "exit-timeout-secs",
+    "http-address",
+    "http-port",
+    "grpc-address",
+    "grpc-port",
+    "metrics-address",
+    "metrics-port",
+    "allow-http",
+    "allow-grpc",
+    "allow-metrics",
+    "pinned-memory-pool-byte-size",
+    "enable-peer-access",
+    "cuda-memory-pool-byte-size",
+)
+
+
+class Ready(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path == "/v2/health/ready" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    sys.exit(0)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    for flag in FLAGS:
+        if flag == "disable-auto-complete-config":
+            parser.add_argument(f"--{flag}", action="store_true")
+        else:
+            parser.add_argument(f"--{flag}", action="append")
+    options = vars(parser.parse_args())
+    signal.signal(signal.SIGTERM, stop)
+    names = ("OMPI_COMM_WORLD_RANK", "SLURM_JOB_ID", "NCCL_P2P_DISABLE", "TRTLLM_ORCHESTRATOR")
+    record = {
+        "pid": os.getpid(),
+        "options": {name: value for name, value in options.items() if value},
+        "environment": {name: os.environ[name] for name in names if name in os.environ},
+    }
+    with Path(os.environ["STANDIN_RECORD"]).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    print("E0101 00:00:00.000000 1 standin.cc:1] the last words of a rank", flush=True)
+    if options["allow_http"] == ["false"]:
+        while True:
+            time.sleep(60)
+    HTTPServer((options["http_address"][0], int(options["http_port"][0])), Ready).serve_forever()
+
+
+if __name__ == "__main__":
+    main()

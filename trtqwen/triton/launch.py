@@ -1,0 +1,178 @@
+"""How a repository is launched: the exact command and environment, worked out before anything starts.
+
+- One rank: tritonserver itself.
+- Several ranks, one replica (leader mode): mpirun with one tritonserver a rank; rank 0 serves, the others load the
+  engine's model alone and open no ports.
+- Several replicas (orchestrator mode): one tritonserver that spawns the workers of all of them, each replica on the
+  GPUs that the model's `gpu_device_ids` gives it; clients see one address.
+
+Source: triton_backend/scripts/launch_triton_server.py of TensorRT-LLM 1.2, which in leader mode gives all ranks the
+same ports; NVIDIA's Kubernetes tutorial switches the workers' ports off, as is done here.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from google.protobuf import text_format
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from trtqwen.cards import has_peer_to_peer
+from trtqwen.engine.config import read_engine_config
+from trtqwen.errors import InputError
+from trtqwen.host import Host
+
+ENGINE_MODEL = "tensorrt_llm"
+_CPP_BACKEND = "tensorrtllm"
+# Left by a launcher around us; they would make our ranks join its job.
+_FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
+Mode = Literal["single", "leader", "orchestrator"]
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """What a repository asks to be started.
+
+    Attributes:
+        world_size: ranks of one replica.
+        engine: the engine directory of a TensorRT engine; None for the embedded one, which starts its own ranks.
+    """
+
+    world_size: int = 1
+    replicas: int = 1
+    engine: Path | None = None
+
+    @property
+    def mode(self) -> Mode:
+        if self.replicas > 1:
+            return "orchestrator"
+        return "leader" if self.world_size > 1 else "single"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a server listens: TCP ports, which are free, and an address."""
+
+    host: str
+    http_port: int
+    grpc_port: int
+    metrics_port: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command with what it needs in its environment, beside the caller's own.
+
+    Attributes:
+        tritonservers: how many of them run while the server is healthy.
+    """
+
+    command: tuple[str, ...]
+    environment: Mapping[str, str]
+    tritonservers: int
+
+    def shell(self) -> str:
+        """For a person: the line to paste into a shell."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command)])
+
+
+def read_deployment(repository: Path) -> Deployment:
+    """Read how many ranks and replicas a repository's engine has.
+
+    Raises:
+        InputError: if the engine is not where the repository says.
+    """
+    path = repository / ENGINE_MODEL / "config.pbtxt"
+    config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    if config.backend != _CPP_BACKEND:
+        return Deployment()
+    engine = Path(config.parameters["gpt_model_path"].string_value)
+    groups = config.parameters["gpu_device_ids"].string_value
+    world_size = read_engine_config(engine).pretrained_config.mapping.world_size
+    missing = [rank for rank in range(world_size) if not (engine / f"rank{rank}.engine").is_file()]
+    if missing:
+        raise InputError(f"{engine}: rank{missing[0]}.engine is missing; build the engine again")
+    return Deployment(world_size, len(groups.split(";")) if groups else 1, engine)
+
+
+def plan_launch(
+    repository: Path,
+    deployment: Deployment,
+    binary: Path,
+    endpoint: Endpoint,
+    *,
+    shm_prefix: str,
+    drain_seconds: int,
+    backends: Path | None = None,
+    host: Host | None = None,
+) -> Launch:
+    """Work out the command.
+
+    Args:
+        shm_prefix: of the shared memory of python models; each rank appends its number.
+        drain_seconds: how long a stopping server lets requests finish.
+        backends: directory with Triton's backends, where they are not beside the program.
+        host: the machine, for the environment that its GPUs need.
+    """
+    common = [
+        str(binary),
+        f"--model-repository={repository}",
+        "--disable-auto-complete-config",
+        f"--exit-timeout-secs={drain_seconds}",
+        *([f"--backend-directory={backends}"] if backends else []),
+    ]
+    leader = [
+        *common,
+        "--model-control-mode=none",
+        f"--backend-config=python,shm-region-prefix-name={shm_prefix}0_",
+        f"--http-address={endpoint.host}",
+        f"--http-port={endpoint.http_port}",
+        f"--grpc-address={endpoint.host}",
+        f"--grpc-port={endpoint.grpc_port}",
+        f"--metrics-address={endpoint.host}",
+        f"--metrics-port={endpoint.metrics_port}",
+    ]
+    environment = _nccl_environment(deployment, host)
+    if deployment.mode == "leader":
+        ranks = [
+            [
+                *common,
+                "--model-control-mode=explicit",
+                f"--load-model={ENGINE_MODEL}",
+                f"--backend-config=python,shm-region-prefix-name={shm_prefix}{rank}_",
+                "--allow-http=false",
+                "--allow-grpc=false",
+                "--allow-metrics=false",
+            ]
+            for rank in range(1, deployment.world_size)
+        ]
+        command = ["mpirun", "--allow-run-as-root", "-n", "1", *leader]
+        for rank_command in ranks:
+            command += [":", "-n", "1", *rank_command]
+        return Launch(tuple(command), environment, deployment.world_size)
+    if deployment.mode == "orchestrator":
+        gpus = deployment.world_size * deployment.replicas
+        # The workers own the GPUs; what Triton itself would reserve on them is lost to the KV cache.
+        leader += ["--pinned-memory-pool-byte-size=0", "--enable-peer-access=false"]
+        leader += [f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(gpus)]
+        environment |= {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
+        leader = ["mpirun", "--allow-run-as-root", "-n", "1", *leader]
+    return Launch(tuple(leader), environment, 1)
+
+
+def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment without what other launchers left in it."""
+    return {name: value for name, value in environment.items() if not name.startswith(_FOREIGN_LAUNCHERS)}
+
+
+def _nccl_environment(deployment: Deployment, host: Host | None) -> dict[str, str]:
+    if deployment.world_size == 1 or host is None or "NCCL_P2P_DISABLE" in os.environ:
+        return {}
+    # Some drivers report peer access that GeForce cards do not have: ranks then hang or read wrong data.
+    return {} if all(has_peer_to_peer(gpu.name) for gpu in host.gpus) else {"NCCL_P2P_DISABLE": "1"}

@@ -1,0 +1,62 @@
+"""The processes of a server: they end with us, and none is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+_PR_SET_PDEATHSIG = 1
+_SESSION, _STATE = 3, 0  # fields of /proc/PID/stat, counted after the program's name
+
+
+def die_with_parent() -> Callable[[], None]:
+    """What a child calls between fork and exec so that it gets SIGTERM when the thread that started it ends."""
+    # Looked up here: between fork and exec a child may not load libraries.
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def living(session: int) -> Iterator[int]:
+    """Process ids of a session. MPI gives every rank a process group of its own, but they stay in its session."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                if int(fields[_SESSION]) == session and fields[_STATE] != "Z":
+                    yield int(entry.name)
+
+
+def programs(session: int, name: str) -> int:
+    """How many processes of a session run the program `name`."""
+    count = 0
+    for pid in living(session):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+            # A script's interpreter comes before it.
+            count += name in (Path(word).name for word in words[:2])
+    return count
+
+
+def kill_session(session: int) -> None:
+    """End what is left of a session: python stubs and ranks that outlived their server."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        pids = list(living(session))
+        if not pids:
+            return
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
