@@ -32,8 +32,12 @@ def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GOOD + "  max_bath_size: 4\n", "field 'engine.max_bath_size' is unknown"),
-        (GOOD + "servee: {}\n", "field 'servee' is unknown"),
+        (GOOD + "  max_bath_size: 4\n", "'engine.max_bath_size' is unknown, did you mean 'engine.max_batch_size';"),
+        (GOOD + "servee: {}\n", "field 'servee' is unknown, did you mean 'serve';"),
+        (GOOD + "max_seq_len: 4\n", "field 'max_seq_len' is unknown, did you mean 'engine.max_seq_len';"),
+        (GOOD + "  replicas: 4\n", "field 'engine.replicas' is unknown, did you mean 'serve.replicas';"),
+        (GOOD + "  frobnicate: 4\n", "field 'engine.frobnicate' is unknown;"),
+        (GOOD + "model: qwen25-7b\n", "model 'qwen25-7b' is not one of .*, did you mean 'qwen2.5-7b'"),
         (GOOD + "  max_batch_size: 0\n", "field 'engine.max_batch_size': input should be greater than 0"),
         (GOOD + "  max_batch_size: '8'\n", "field 'engine.max_batch_size': input should be a valid integer"),
         (GOOD + "  max_batch_size: 9000\n", "engine: max_num_tokens 8192 is less than 9000"),
@@ -64,8 +68,10 @@ def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, message:
     assert "\n" not in str(caught.value)
 
 
-def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(RecipeError, match=r"nope: no such recipe.*qwen2-tiny-cpu"):
+def test_an_unknown_name_says_where_the_known_ones_are() -> None:
+    with pytest.raises(RecipeError, match=r"nope: no such recipe; name one of `trtqwen recipe list`"):
         load_recipe("nope")
+    with pytest.raises(RecipeError, match="did you mean 'qwen2-tiny-cpu'"):
+        load_recipe("qwen2-tiny-gpu")
     with pytest.raises(RecipeError, match="no such recipe file"):
         load_recipe("nope.yaml")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -217,7 +218,8 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _known_model(self) -> Recipe:
         if self.model is not None and self.model not in model_names():
-            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}")
+            near = _near(self.model, list(model_names()))
+            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}{near}")
         return self
 
     @model_validator(mode="after")
@@ -264,6 +266,14 @@ class Recipe(_Section):
         return self
 
 
+_SECTIONS: dict[str, type[BaseModel]] = {
+    "host": HostRecipe,
+    "checkpoint": CheckpointRecipe,
+    "engine": EngineRecipe,
+    "serve": ServeRecipe,
+}
+
+
 def override(settings: CheckpointRecipe, changes: dict[str, object]) -> CheckpointRecipe:
     """The settings with those changes that are not None.
 
@@ -274,7 +284,7 @@ def override(settings: CheckpointRecipe, changes: dict[str, object]) -> Checkpoi
     try:
         return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
     except ValidationError as problem:
-        raise RecipeError(f"options: {_first_problem(problem)}; correct them") from None
+        raise RecipeError(f"options: {_first_problem(problem, CheckpointRecipe)}; correct them") from None
 
 
 def load_recipe(recipe: str) -> Recipe:
@@ -299,19 +309,20 @@ def load_recipe(recipe: str) -> Recipe:
     try:
         return Recipe.model_validate({**content, "name": path.stem})
     except ValidationError as problem:
-        raise RecipeError(f"{path}: {_first_problem(problem)}; fix the recipe") from None
+        raise RecipeError(f"{path}: {_first_problem(problem, Recipe)}; fix the recipe") from None
 
 
 def _find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
-            raise RecipeError(f"{path}: no such recipe file; known names: {', '.join(recipe_names())}")
+            raise RecipeError(f"{path}: no such recipe file; check the path, or name one of `trtqwen recipe list`")
         return path
     for directory in (CHECKOUT, BUNDLED):
         if (directory / f"{recipe}.yaml").is_file():
             return directory / f"{recipe}.yaml"
-    raise RecipeError(f"{recipe}: no such recipe; known names: {', '.join(recipe_names())}, or give a .yaml file")
+    near = _near(recipe, recipe_names())
+    raise RecipeError(f"{recipe}: no such recipe{near}; name one of `trtqwen recipe list`, or give a .yaml file")
 
 
 def recipe_names() -> list[str]:
@@ -320,12 +331,36 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in directory.glob("*.yaml"))
 
 
-def _first_problem(problem: ValidationError) -> str:
+def _first_problem(problem: ValidationError, model: type[BaseModel]) -> str:
     first = problem.errors()[0]
     field = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
-        return f"field {field!r} is unknown"
+        return f"field {field!r} is unknown{_near_field(field, model)}"
     if not field or first["type"] == "value_error":
         return f"{field + ': ' if field else ''}{message}"
     return f"field {field!r}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+
+
+def _near_field(field: str, model: type[BaseModel]) -> str:
+    """The known field that an unknown one may stand for: spelt alike in its section, or else in another."""
+    section, _, key = field.rpartition(".")
+    inside = {last: name for name, last in _fields(model) if name.removesuffix(last).rstrip(".") == section}
+    elsewhere = {last: name for name, last in _fields(model)}
+    for names in (inside, elsewhere):
+        if match := get_close_matches(key, names, n=1, cutoff=0.75):
+            return f", did you mean {names[match[0]]!r}"
+    return ""
+
+
+def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
+    """Every field that a file may have: its dotted name and the last part of it."""
+    fields = [(name, name) for name in model.model_fields if name != "name"]
+    if model is Recipe:
+        fields += [(f"{name}.{last}", last) for name, section in _SECTIONS.items() for last in section.model_fields]
+    return fields
+
+
+def _near(name: str, names: list[str]) -> str:
+    match = get_close_matches(name, names, n=1)
+    return f", did you mean {match[0]!r}" if match else ""

@@ -1,0 +1,90 @@
+"""`trtqwen recipe`: list, show and check recipes."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+import yaml
+from rich.padding import Padding
+from rich.text import Text
+
+from trtqwen.cli.output import Json, print_json, stdout
+from trtqwen.errors import InputError
+from trtqwen.plan.plan import model_config
+from trtqwen.plan.show import layout_name
+from trtqwen.recipe import Recipe, load_recipe, recipe_names
+
+app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+Name = Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]
+
+
+@app.command("list")
+def list_recipes(json: Json = False) -> None:
+    """List the recipes that ship with trtqwen."""
+    recipes = [load_recipe(name) for name in recipe_names()]
+    if json:
+        print_json({"recipes": [_summary(recipe) for recipe in recipes]})
+        return
+    width = max(len(recipe.name) for recipe in recipes)
+    for recipe in recipes:
+        name, model, precision, layout, card, description = _summary(recipe).values()
+        line = Text.assemble((f"{name:<{width}}", "bold"), f"  {model:<12}  {precision:<8}  {layout:<7}  {card:<9}")
+        if stdout.is_terminal:
+            stdout.print(line)
+            stdout.print(Padding(Text(description, style="dim"), (0, 0, 0, 4)))
+        else:
+            stdout.print(line + Text(f"  {description}"), soft_wrap=True)
+
+
+@app.command()
+def show(recipe: Name, json: Json = False) -> None:
+    """Show a recipe with every field, those that the file leaves out included."""
+    loaded = load_recipe(recipe)
+    content = loaded.model_dump(exclude={"name"})
+    if json:
+        print_json({"name": loaded.name, **content})
+    else:
+        text = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=110)
+        stdout.print(text, end="", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command()
+def check(
+    recipes: Annotated[list[str], typer.Argument(help="Names of bundled recipes, or YAML files.")], json: Json = False
+) -> None:
+    """Check recipes, against the sizes of the model they name too. Exit code 2 if one is wrong."""
+    problems = {recipe: _problem(recipe) for recipe in recipes}
+    if json:
+        results = [{"recipe": recipe, "ok": not problem, "problem": problem} for recipe, problem in problems.items()]
+        print_json({"recipes": results})
+    else:
+        for recipe, problem in problems.items():
+            line = problem if problem else f"{recipe}: ok"
+            stdout.print(line, style="red" if problem else "", highlight=False, markup=False, soft_wrap=True)
+    if any(problems.values()):
+        raise typer.Exit(2)
+
+
+def _problem(name: str) -> str | None:
+    try:
+        recipe = load_recipe(name)
+    except InputError as problem:
+        return str(problem)
+    try:
+        if recipe.model is not None:
+            model_config(recipe)
+    except InputError as problem:
+        return f"{name}: {problem}"
+    return None
+
+
+def _summary(recipe: Recipe) -> dict[str, str]:
+    return {
+        "name": recipe.name,
+        "model": recipe.model or "",
+        "precision": recipe.checkpoint.dtype if recipe.checkpoint.quant == "none" else recipe.checkpoint.quant,
+        "layout": layout_name(recipe),
+        "card": recipe.host.card if recipe.host else "cpu",
+        "description": recipe.description,
+    }

@@ -1,0 +1,69 @@
+"""What a plan takes for granted because no card was at hand to measure it; from `assumptions.json`, with sources."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+_FACTS = Path(__file__).with_name("assumptions.json")
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Link(_Facts):
+    """How cards talk. A collective takes the latency, and its traffic by the bandwidth."""
+
+    bus_gb_per_s: float
+    latency_us: float
+
+
+class Links(_Facts):
+    """The two ends of what is thought possible."""
+
+    fast: Link
+    slow: Link
+
+
+class ContextMemory(_Facts):
+    """GiB of a card that CUDA takes, and NCCL with it where there is more than one rank."""
+
+    one_rank: float
+    more_ranks: float
+
+
+class Request(_Facts):
+    """A typical request, in tokens."""
+
+    prompt_tokens: int
+    answer_tokens: int
+
+
+class Assumptions(_Facts):
+    """Everything assumed.
+
+    Attributes:
+        logits_buffers: buffers of max_batch_size x vocab_size values that engine and decoder hold.
+        compute_efficiency: share of the card's peak.
+        float32_rate: the peak in float32 by the peak in float16.
+        typical_lengths: tokens of requests, prompt and answer together.
+    """
+
+    sources: dict[str, str]
+    context_gib: ContextMemory
+    runtime_buffers_bytes: int
+    logits_buffers: float
+    compute_efficiency: float
+    float32_rate: float
+    links: Links
+    request: Request
+    typical_lengths: tuple[int, ...]
+
+
+@cache
+def assumptions() -> Assumptions:
+    """The assumptions that ship with trtqwen."""
+    return Assumptions.model_validate_json(_FACTS.read_text(encoding="utf-8"))

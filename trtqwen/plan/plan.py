@@ -1,0 +1,184 @@
+"""The plan of a recipe: memory, requests at once, speed, build command and what to beware of. Arithmetic only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trtqwen.checkpoint.checks import check_settings
+from trtqwen.checkpoint.config import Dtype
+from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.engine.builder import trtllm_build_command
+from trtqwen.errors import InputError
+from trtqwen.hf.config import HfConfig, load_config, stretched
+from trtqwen.hf.known import known_config
+from trtqwen.plan.assumptions import assumptions
+from trtqwen.plan.findings import Finding, find
+from trtqwen.plan.layouts import Layout, plan_layouts, typical_request
+from trtqwen.plan.memory import Concurrency, RankMemory, concurrency, plan_memory
+from trtqwen.plan.speed import Context, Generation, Roofline, Span, Step
+from trtqwen.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Bounds of one replica.
+
+    Attributes:
+        step: the largest step of the context phase.
+        prompt: a prompt of max_seq_len tokens.
+        generation: one stream, then as many as run at once, of the shortest and the longest length of the plan.
+    """
+
+    step: Context
+    prompt: Context
+    generation: tuple[Generation, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will need and do.
+
+    Attributes:
+        model: name or directory that the sizes are from.
+        memory: of a rank of each pipeline stage.
+        concurrency: requests at once on one replica, by length; the last is max_seq_len.
+        speed: None for the torch builder, and where nothing fits.
+        layouts: the recipe's own among them; empty for the torch builder.
+        command: the trtllm-build call; empty for the torch builder.
+    """
+
+    recipe: Recipe
+    model: str
+    dtype: Dtype
+    memory: tuple[RankMemory, ...]
+    concurrency: tuple[Concurrency, ...]
+    speed: Speed | None
+    layouts: tuple[Layout, ...]
+    command: tuple[str, ...]
+    findings: tuple[Finding, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the engine builds, loads and serves a request of max_seq_len."""
+        return all(finding.level != "error" for finding in self.findings)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens in the KV cache of one replica."""
+        return self.memory[0].kv_blocks * self.recipe.engine.tokens_per_block
+
+    @property
+    def tightest(self) -> RankMemory:
+        """The memory of the ranks that have least left."""
+        return min(self.memory, key=lambda rank: rank.unused)
+
+    def as_json(self) -> dict[str, Any]:
+        """Bytes, seconds and tokens per second; spans are [fast link, slow link]."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "model": self.model,
+            "builder": recipe.engine.builder,
+            "fits": self.fits,
+            "dtype": self.dtype,
+            "quant": recipe.checkpoint.quant,
+            "tp_size": recipe.checkpoint.tp_size,
+            "pp_size": recipe.checkpoint.pp_size,
+            "replicas": recipe.serve.replicas,
+            "card": recipe.host.card if recipe.host else None,
+            "memory": [{**asdict(rank), "kv_pool": rank.kv_pool, "unused": rank.unused} for rank in self.memory],
+            "kv_tokens": self.kv_tokens,
+            "concurrency": [asdict(at_once) for at_once in self.concurrency],
+            "speed": None if self.speed is None else _speed_json(self.speed),
+            "layouts": [asdict(layout) for layout in self.layouts],
+            "command": list(self.command),
+            "findings": [asdict(finding) for finding in self.findings],
+            "assumptions": assumptions().model_dump(),
+        }
+
+
+def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
+    """Work out the plan of a recipe.
+
+    Args:
+        model: Hugging Face directory whose sizes count instead of those of the recipe's `model`; only config.json is
+            read, and the k_proj biases for an INT8 KV cache.
+
+    Raises:
+        InputError: if neither names a model, or it cannot be converted as asked.
+    """
+    config = model_config(recipe, model)
+    dtype = _dtype(recipe, config)
+    memory = plan_memory(recipe, config, dtype)
+    lengths = [length for length in assumptions().typical_lengths if length < recipe.engine.max_seq_len]
+    lengths.append(recipe.engine.max_seq_len)
+    at_once = tuple(concurrency(recipe, memory[0].kv_blocks, length) for length in lengths)
+    layouts: tuple[Layout, ...] = ()
+    command: tuple[str, ...] = ()
+    speed = None
+    if recipe.host is not None:
+        layouts = plan_layouts(recipe, config, dtype)
+        command = tuple(_build_command(recipe))
+        if at_once[-1].sequences:
+            speed = _speed(recipe, Roofline(recipe, config, dtype, memory), at_once)
+    findings = find(recipe, config, dtype, memory, layouts, model)
+    name = str(model) if model else str(recipe.model)
+    return Plan(recipe, name, dtype, memory, at_once, speed, layouts, command, findings)
+
+
+def model_config(recipe: Recipe, model: Path | None = None) -> HfConfig:
+    """The config that the recipe's checkpoint will be made with, checked against the recipe.
+
+    Raises:
+        InputError: if no model is named, or it cannot be converted as asked.
+    """
+    if model is None and recipe.model is None:
+        raise InputError(
+            f"{recipe.name}: names no model, whose sizes a plan needs; add the field model, or pass --model"
+        )
+    config = load_config(model) if model is not None else known_config(str(recipe.model))
+    settings = recipe.checkpoint
+    if settings.yarn_factor is not None:
+        config = stretched(config, settings.yarn_factor)
+    check_settings(config, Mapping(settings.tp_size, settings.pp_size), settings)
+    return config
+
+
+def _dtype(recipe: Recipe, config: HfConfig) -> Dtype:
+    """What `auto` becomes in conversion."""
+    if recipe.checkpoint.dtype != "auto":
+        return recipe.checkpoint.dtype
+    return "bfloat16" if config.torch_dtype == "bfloat16" else "float16"
+
+
+def _speed(recipe: Recipe, roofline: Roofline, at_once: tuple[Concurrency, ...]) -> Speed:
+    prompt, answer = typical_request(recipe)
+    loads = [(1, prompt + answer), *((load.sequences, load.tokens) for load in (at_once[0], at_once[-1]))]
+    return Speed(
+        step=roofline.largest_step(prompt),
+        prompt=roofline.prompt(recipe.engine.max_seq_len),
+        generation=tuple(roofline.generation(sequences, tokens) for sequences, tokens in dict.fromkeys(loads)),
+    )
+
+
+def _build_command(recipe: Recipe) -> list[str]:
+    home = Path("engines") / recipe.name
+    return trtllm_build_command(home / "checkpoint", recipe.engine, home / "engine")
+
+
+def _speed_json(speed: Speed) -> dict[str, Any]:
+    return {
+        "context": [
+            _step_json(context.step, context.rate, tokens=context.tokens) for context in (speed.step, speed.prompt)
+        ],
+        "generation": [
+            _step_json(point.step, point.rate, sequences=point.sequences, tokens=point.tokens)
+            for point in speed.generation
+        ],
+    }
+
+
+def _step_json(step: Step, rate: Span, **load: int) -> dict[str, Any]:
+    return {**load, **asdict(step), "seconds": step.seconds, "tokens_per_second": rate, "bound": step.bound}
