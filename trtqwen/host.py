@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -13,6 +14,13 @@ from pathlib import Path
 
 IMAGE_VARIABLE = "TRTQWEN_IMAGE"  # set in the containers that trtqwen starts
 _TENSORRT_PACKAGES = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
+_ASK = """
+import sys
+from importlib import metadata
+installed = {(d.metadata["Name"] or "").replace("-", "_").lower(): d.version for d in metadata.distributions()}
+for names in sys.argv[1:]:
+    print(next((installed[name] for name in names.split(",") if name in installed), ""))
+"""
 _DRIVER = Path("/proc/driver/nvidia/version")
 _QUERY = ("index", "name", "compute_cap", "memory.total", "memory.used", "driver_version")
 
@@ -35,6 +43,7 @@ class Host:
     Attributes:
         tensorrt_llm, tensorrt: installed versions; None where they are not.
         trtllm_build: the program, if it is on PATH.
+        python: the interpreter that trtllm-build runs in; the versions are those of its packages.
         driver: the NVIDIA driver's version.
         image: the container image this runs in, as far as it is known.
     """
@@ -45,20 +54,61 @@ class Host:
     driver: str | None = None
     gpus: tuple[Gpu, ...] = ()
     image: str | None = None
+    python: Path | None = None
+
+    @property
+    def visible_gpus(self) -> tuple[Gpu, ...]:
+        """The GPUs that CUDA_VISIBLE_DEVICES leaves, in its order; ids other than numbers are only counted."""
+        setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+        if setting is None:
+            return self.gpus
+        named = [entry.strip() for entry in setting.split(",") if entry.strip()]
+        if not all(entry.isdecimal() for entry in named):
+            return self.gpus[: sum(entry.startswith(("GPU-", "MIG-")) for entry in named)]
+        by_index = {gpu.index: gpu for gpu in self.gpus}
+        return tuple(by_index[int(entry)] for entry in named if int(entry) in by_index)
 
 
 def read_host() -> Host:
     """Look at this machine; reads package metadata, asks nvidia-smi, imports nothing of NVIDIA's."""
     driver, gpus = _nvidia_smi()
-    program = shutil.which("trtllm-build")
+    found = shutil.which("trtllm-build")
+    program = Path(found) if found else None
+    python = _interpreter(program) if program else None
+    tensorrt_llm, tensorrt = _versions(python)
     return Host(
-        tensorrt_llm=_installed(("tensorrt_llm",)),
-        tensorrt=_installed(_TENSORRT_PACKAGES),
-        trtllm_build=Path(program) if program else None,
+        tensorrt_llm=tensorrt_llm,
+        tensorrt=tensorrt,
+        trtllm_build=program,
         driver=driver or _kernel_driver(),
         gpus=gpus,
         image=_image(),
+        python=python,
     )
+
+
+def _interpreter(program: Path) -> Path | None:
+    """What a script's first lines name; pip writes the path into the second where the first cannot hold it."""
+    try:
+        with program.open("rb") as file:
+            head = file.read(1024).decode(errors="replace")
+    except OSError:
+        return None
+    named = re.search(r"/[^\s\"']*python[\d.]*", "\n".join(head.splitlines()[:2])) if head.startswith("#!") else None
+    return Path(named[0]) if named and Path(named[0]).is_file() else None
+
+
+def _versions(python: Path | None) -> tuple[str | None, str | None]:
+    """TensorRT-LLM and TensorRT as `python` sees them, else as this interpreter does."""
+    if python is None or python == Path(sys.executable):
+        return _installed(("tensorrt_llm",)), _installed(_TENSORRT_PACKAGES)
+    command = [str(python), "-c", _ASK, "tensorrt_llm", ",".join(_TENSORRT_PACKAGES)]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+    tensorrt_llm, tensorrt = (line or None for line in answer)
+    return tensorrt_llm, tensorrt
 
 
 def _installed(names: Sequence[str]) -> str | None:

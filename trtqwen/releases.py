@@ -71,9 +71,10 @@ def newest_image(release: Release) -> Image:
     raise KeyError(release)
 
 
-def last_engine_release() -> str:
+def last_engine_release() -> Release:
     """The last release that builds engines; upstream removed the path after it."""
-    return str(_facts()["last_engine_release"])
+    release: Release = _facts()["last_engine_release"]
+    return release
 
 
 @cache

@@ -23,9 +23,9 @@ from tests.standins import mpirun, tritonserver
 from trtqwen.artifact import write_manifest
 from trtqwen.errors import InputError, ServerError
 from trtqwen.host import Gpu, Host
+from trtqwen.processes import living
 from trtqwen.triton.installation import find_tritonserver
 from trtqwen.triton.launch import Deployment, Endpoint, Launch, plan_launch, read_deployment
-from trtqwen.triton.processes import living
 from trtqwen.triton.server import Ports, TritonServer
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)

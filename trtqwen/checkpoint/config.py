@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from trtqwen.checkpoint.mapping import Mapping
 from trtqwen.errors import CheckpointError
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
-from trtqwen.recipe import EmbeddingSharding, Release
+from trtqwen.recipe import DtypeChoice, EmbeddingSharding, Release
 from trtqwen.releases import release_facts
 
 Dtype = Literal["float16", "bfloat16", "float32"]
@@ -73,6 +73,13 @@ class CheckpointConfig(BaseModel):
     def local_kv_heads(self) -> int:
         """KV heads of one rank; with more ranks than KV heads each rank holds a copy of one."""
         return max(1, self.num_key_value_heads // self.mapping.tp_size)
+
+
+def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:
+    """The dtype of what is not quantised; `auto` makes float32 models float16, as NVIDIA's converter does."""
+    if choice != "auto":
+        return choice
+    return "bfloat16" if hf.torch_dtype == "bfloat16" else "float16"
 
 
 def checkpoint_config(

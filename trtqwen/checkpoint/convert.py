@@ -20,7 +20,7 @@ import numpy as np
 
 from trtqwen.artifact import Manifest, finished_directory, stage_key, write_manifest
 from trtqwen.checkpoint.checks import check_disk, check_settings
-from trtqwen.checkpoint.config import Dtype, checkpoint_config
+from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
 from trtqwen.checkpoint.layout import Split
 from trtqwen.checkpoint.mapping import Mapping
 from trtqwen.checkpoint.rules import LM_HEAD, Precision, Ranges, Rule, RuleBook
@@ -104,7 +104,7 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
     source = HfModel(model, settings.yarn_factor)
     config, mapping = source.config, Mapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
-    dtype: Dtype = _auto_dtype(config.torch_dtype) if settings.dtype == "auto" else settings.dtype
+    dtype = resolved_dtype(settings.dtype, config)
     precision = _precision(settings, dtype)
     plan = ConversionPlan(
         source=source,
@@ -266,10 +266,6 @@ def _config(plan: ConversionPlan) -> dict[str, Any]:
         calibrated=settings.calibrated,
         release=settings.release,
     )
-
-
-def _auto_dtype(torch_dtype: str | None) -> Dtype:
-    return "bfloat16" if torch_dtype == "bfloat16" else "float16"
 
 
 def _check_source(source: HfModel, name: str, shape: tuple[int, ...]) -> None:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtqwen import __version__
-from trtqwen.cli import build, convert, demo, infer, plan, recipe, repo, serve, verify
+from trtqwen.cli import build, convert, demo, explain, infer, plan, recipe, repo, selftest, serve, verify
 from trtqwen.cli.output import stderr
 from trtqwen.errors import TrtQwenError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, convert, verify, plan, build, repo, serve, infer):
+for module in (demo, convert, verify, plan, build, explain, repo, serve, infer, selftest):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 app.add_typer(recipe.app, name="recipe")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from trtqwen.checkpoint.checks import check_settings
-from trtqwen.checkpoint.config import Dtype
+from trtqwen.checkpoint.config import Dtype, resolved_dtype
 from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.engine.builder import trtllm_build_command
+from trtqwen.engine.flags import build_command
 from trtqwen.errors import InputError
 from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.known import known_config
@@ -110,7 +110,7 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
         InputError: if neither names a model, or it cannot be converted as asked.
     """
     config = model_config(recipe, model)
-    dtype = _dtype(recipe, config)
+    dtype = resolved_dtype(recipe.checkpoint.dtype, config)
     memory = plan_memory(recipe, config, dtype)
     lengths = [length for length in assumptions().typical_lengths if length < recipe.engine.max_seq_len]
     lengths.append(recipe.engine.max_seq_len)
@@ -120,7 +120,8 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
     speed = None
     if recipe.host is not None:
         layouts = plan_layouts(recipe, config, dtype)
-        command = tuple(_build_command(recipe))
+        home = Path("engines") / recipe.name
+        command = tuple(build_command(recipe, home / "checkpoint", home / "engine"))
         if at_once[-1].sequences:
             speed = _speed(recipe, Roofline(recipe, config, dtype, memory), at_once)
     findings = find(recipe, config, dtype, memory, layouts, model)
@@ -146,13 +147,6 @@ def model_config(recipe: Recipe, model: Path | None = None) -> HfConfig:
     return config
 
 
-def _dtype(recipe: Recipe, config: HfConfig) -> Dtype:
-    """What `auto` becomes in conversion."""
-    if recipe.checkpoint.dtype != "auto":
-        return recipe.checkpoint.dtype
-    return "bfloat16" if config.torch_dtype == "bfloat16" else "float16"
-
-
 def _speed(recipe: Recipe, roofline: Roofline, at_once: tuple[Concurrency, ...]) -> Speed:
     prompt, answer = typical_request(recipe)
     loads = [(1, prompt + answer), *((load.sequences, load.tokens) for load in (at_once[0], at_once[-1]))]
@@ -161,11 +155,6 @@ def _speed(recipe: Recipe, roofline: Roofline, at_once: tuple[Concurrency, ...])
         prompt=roofline.prompt(recipe.engine.max_seq_len),
         generation=tuple(roofline.generation(sequences, tokens) for sequences, tokens in dict.fromkeys(loads)),
     )
-
-
-def _build_command(recipe: Recipe) -> list[str]:
-    home = Path("engines") / recipe.name
-    return trtllm_build_command(home / "checkpoint", recipe.engine, home / "engine")
 
 
 def _speed_json(speed: Speed) -> dict[str, Any]:

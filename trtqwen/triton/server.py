@@ -22,9 +22,9 @@ from types import FrameType, TracebackType
 from trtqwen.artifact import read_manifest
 from trtqwen.errors import InputError, PortInUseError, ServerError
 from trtqwen.host import read_host
+from trtqwen.processes import die_with_parent, kill_session, programs
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
-from trtqwen.triton.processes import die_with_parent, kill_session, programs
 
 _SHARED_MEMORY = Path("/dev/shm")
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is

@@ -1,4 +1,4 @@
-"""The processes of a server: they end with us, and none is left behind."""
+"""Processes that belong to us: they end with us, and none is left behind."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _PR_SET_PDEATHSIG = 1
 _SESSION, _STATE = 3, 0  # fields of /proc/PID/stat, counted after the program's name
 
 
-def die_with_parent() -> Callable[[], None]:
-    """What a child calls between fork and exec so that it gets SIGTERM when the thread that started it ends."""
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """What a child calls between fork and exec so that it gets a signal when the thread that started it ends."""
     # Looked up here: between fork and exec a child may not load libraries.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent = os.getpid()
 
     def ask() -> None:
-        prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        prctl(_PR_SET_PDEATHSIG, number)
         if os.getppid() != parent:
             os._exit(1)
 
@@ -50,7 +50,7 @@ def programs(session: int, name: str) -> int:
 
 
 def kill_session(session: int) -> None:
-    """End what is left of a session: python stubs and ranks that outlived their server."""
+    """End what is left of a session: python stubs and ranks that outlived the program they belong to."""
     deadline = time.monotonic() + 5
     while time.monotonic() < deadline:
         pids = list(living(session))

@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+LOG = "fine\nRuntimeError: Required but not provided tensors:{'x'}\nAssertionError: Engine building failed\n"
+
+
+def explain(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "trtqwen", "explain", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, input=text, timeout=60)
+
+
+def test_a_log_file_is_explained_for_people_and_as_json(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text(LOG)
+    result = explain(tmp_path / "log")
+    assert result.returncode == 0
+    assert result.stdout.startswith("line 2: RuntimeError: Required but not provided tensors:{'x'}\n  cause:  ")
+    assert "  remedy: convert again" in result.stdout
+    printed = json.loads(explain("-", "--json", text=LOG).stdout)
+    assert [finding["number"] for finding in printed["findings"]] == [2, 3]
+    assert printed["log"] == "standard input"
+
+
+def test_nothing_found_is_said_and_told_by_the_exit_code(tmp_path: Path) -> None:
+    result = explain("-", text="all is well\n")
+    assert (result.returncode, result.stdout) == (1, "standard input: holds no failure that trtqwen knows\n")
+    result = explain(tmp_path / "none")
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: ")
+    assert "none: cannot be read" in result.stderr

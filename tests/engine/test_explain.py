@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from trtqwen.engine import explain as module
+from trtqwen.engine.explain import explain
+
+# Lines as users posted them; the words after them are what the explanation must speak of.
+LOGS = [
+    ("[TRT] [E] IRuntime::deserializeCudaEngine: Error Code 1: Serialization (Serialization assertion "
+     "stdVersionRead == kSERIALIZATION_VERSION failed.Version tag does not match.)", "another TensorRT"),
+    ("[E] 6: The engine plan file is not compatible with this version of TensorRT", "another TensorRT"),
+    ("[E] 6: The engine plan file is generated on an incompatible device, expecting compute 8.0 got compute 8.9",
+     "another kind of GPU"),
+    ("unable to load shared library: /opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so: undefined "
+     "symbol: _ZN12tensorrt_llm8executor8ExecutorC1", "different releases"),
+    ("TypeError: __init__() got an unexpected keyword argument 'moe_tp_size'", "one image"),
+    ("AttributeError: 'QWenConfig' object has no attribute 'seq_length'", "one image"),
+    ("[libprotobuf ERROR] 29:17: Expected integer, got: $", "placeholder"),
+    ("unable to find backend library for backend '${triton_backend}'", "placeholder"),
+    ("[json.exception.parse_error.101] parse error at line 1, column 1", "engine directory is empty"),
+    ("Assertion failed: mpiSize == tp * pp (1 != 4)", "another number of processes"),
+    ("assert communicationMode == kLEADER", "another number of processes"),
+    ("NCCL WARN Error: failed to extend /dev/shm/nccl-abc to 33030532 bytes", "shared memory"),
+    ("Signal: Bus error (7)", "shared memory"),
+    ("Failed to create shm region triton_python_backend_shm_region_1: already exists", "prefix of shared memory"),
+    ("CUDA runtime error in cudaDeviceEnablePeerAccess: peer access is not supported between these two devices",
+     "each other's memory"),
+    ("cudaIpcOpenMemHandle(&ptr, handle) failed: invalid device ordinal (101)", "each other's memory"),
+    ("node1:312:312 [0] NCCL INFO comm 0x55 rank 0 nranks 4 - Init COMPLETE", "first collective"),
+    ("Assertion failed: maxTokensInPagedKvCache (64) must be large enough to process at least 1 sequence",
+     "does not hold one sequence"),
+    ("Assertion failed: Can't allocate new blocks. No free blocks left.", "KV cache is exhausted"),
+    ("[TRT] [E] [virtualMemoryBuffer.cpp::nvinfer1::StdVirtualMemoryBufferImpl::resizePhysical::154] Error Code 2: "
+     "OutOfMemory (Requested size was 2833252352 bytes.)", "GPU's memory"),
+    ("Loading checkpoint shards: 100%\nKilled", "once for every rank"),
+    ("[TRT] [I] engine\nKilled", "a process was killed"),
+    ("Prompt length (9000) exceeds maximum input length (8192)", "chunked context is off"),
+    ("Assertion failed: inputLength (9000) should not exceed max_num_tokens (8192)", "chunked context is off"),
+    ("KV cache reuse disabled because model was not built with paged context FMHA support", "paged context FMHA"),
+    ("GuidedDecoder is not setup", "guided decoding"),
+    ("ModelInfer RPC doesn't support models with decoupled transaction policy", "streaming request"),
+    ("Streaming is only supported in decoupled mode.", "streaming request"),
+    ("CUDA error 804: forward compatibility was attempted on non supported HW", "no forward compatibility"),
+    ("ValueError: max_workers must be greater than 0", "no GPU"),
+    ("RuntimeError: No CUDA GPUs are available", "no GPU"),
+    ("Warning: Large KV activation detected: 921.0", "8-bit KV cache"),
+    ("KeyError: 'lm_head.weight'", "ties lm_head"),
+    ("RuntimeError: Required but not provided tensors:{'lm_head.weight'}", "lacks tensors"),
+    ("RuntimeError: Encounter error 'The value updated is not the same shape' for parameter 'lm_head.weight'",
+     "another shape"),
+    ("AssertionError: Unsupported model architecture: Qwen9ForCausalLM", "does not build"),
+    ("AssertionError: Unsupported Qwen type: qwen9", "qwen_type"),
+    ("AssertionError: num_attention_heads must be divisible by tp_size", "divisor"),
+    ("NotImplementedError: GPTQ with desc_act=True is not implemented", "act-order"),
+    ("RuntimeError: multiple_profiles is enabled, while opt_num_tokens is set.", "exclude each other"),
+    ("RuntimeError: Gather context logits is not support with draft len > 0.", "exclude each other"),
+    ("trtllm-build: error: unrecognized arguments: --max_output_len=5", "does not take a flag"),
+    ("ImportError: libcuda.so.1: cannot open shared object file: No such file", "without the GPU driver"),
+    ("OSError: [Errno 28] No space left on device", "disk is full"),
+    ("    assert (paged_kv_cache_val == True", "contradicts --kv_cache_type"),
+    ("AssertionError: StreamingLLM is not supported", "not for Qwen2"),
+    ("CUDA initialization: CUDA driver version is insufficient for CUDA runtime version", "driver is older"),
+    ("AssertionError: Engine building failed, please check error log.", "earlier error"),
+    ("[TRT-LLM] [W] Provided but not required tensors: {'x'}", "harmless by itself"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("log", "words"), LOGS, ids=[log[:30] for log, _ in LOGS])
+def test_known_lines_are_explained(log: str, words: str) -> None:
+    first = explain(log.splitlines())[0]
+    assert words in f"{first.cause} {first.remedy}"
+    assert first.number == len(log.splitlines())
+    assert first.line == log.splitlines()[-1].strip()
+
+
+def test_every_entry_of_the_data_file_is_tried_above() -> None:
+    for failure in module._failures():
+        assert any(re.search(failure.pattern, line) for log, _ in LOGS for line in log.splitlines()), failure.pattern
+
+
+def test_causes_come_before_what_follows_from_them() -> None:
+    log = """
+        [TRT-LLM] [W] Provided but not required tensors: {'x'}
+        [TRT] [E] Error Code 2: OutOfMemory (Requested size was 5 bytes.)
+        [TRT] [E] Error Code 2: OutOfMemory (Requested size was 5 bytes.)
+        AssertionError: Engine building failed, please check the error log.
+    """
+    findings = explain(log.splitlines())
+    assert [(finding.number, finding.times) for finding in findings] == [(3, 2), (5, 1), (2, 1)]
+
+
+def test_a_hang_is_told_by_the_last_line_alone() -> None:
+    hang = "NCCL INFO comm 0x1 rank 3 - Init COMPLETE"
+    (finding,) = explain([hang, hang, "", "  "])
+    assert (finding.number, finding.times) == (2, 2)
+    assert explain([hang, "[I] serving"]) == []
+
+
+def test_a_healthy_log_has_no_findings() -> None:
+    healthy = [
+        "[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0",
+        "[TRT] [W] Requested amount of GPU memory (33555480576 bytes) could not be allocated. There may be",
+        "[TRT-LLM] [I] Engine version 1.2.1 found in the config file, assuming engine(s) built by new builder API.",
+        "[TRT-LLM] [I] Total time of building all engines: 00:00:41",
+    ]
+    assert explain(healthy) == []

@@ -1,0 +1,93 @@
+"""Whether an engine can be built on this machine, told before trtllm-build is started."""
+
+from __future__ import annotations
+
+import re
+from typing import get_args
+
+from trtqwen.cards import card_facts
+from trtqwen.errors import EngineError
+from trtqwen.host import Host
+from trtqwen.recipe import CardName, Release
+from trtqwen.releases import last_engine_release, newest_image, release_facts
+
+
+def check_host(host: Host, release: Release, card: CardName | None, *, workers: int, command: str) -> None:
+    """Refuse a machine on which trtllm-build would fail, or make an engine that does not run.
+
+    Args:
+        release: what the checkpoint was written for.
+        card: the GPU that the engine is for; None takes the one that is here.
+        workers: ranks built at a time, each on its own GPU.
+        command: the call that cannot be made here.
+
+    Raises:
+        EngineError: naming what is here, what is needed, and the remedies.
+    """
+    check_software(host, release, command=command)
+    gpus = host.visible_gpus
+    if not gpus:
+        raise EngineError(
+            "no GPU is visible: converting works here, but building needs the GPU that will serve (trtllm-build asks "
+            "it for its kind before all else); build there, and look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+        )
+    if card is None:
+        return
+    wanted = card_facts(card)
+    for gpu in gpus[:workers]:
+        if gpu.compute_capability != wanted.compute_capability:
+            raise EngineError(
+                f"GPU {gpu.index} is an {gpu.name} with compute capability {gpu.compute_capability}, but host.card "
+                f"{card} has {wanted.compute_capability} and an engine runs on no other; build on the "
+                f"{wanted.title}, or name the card that is here in the recipe"
+            )
+
+
+def check_software(host: Host, release: Release, *, command: str) -> None:
+    """The part of `check_host` that needs no GPU."""
+    image = newest_image(release).image
+    installed = host.tensorrt_llm
+    if installed is not None and _release_line(installed) > _release_line(last_engine_release()):
+        last = last_engine_release()
+        raise EngineError(
+            f"TensorRT-LLM {installed} builds no engines: upstream removed that path after {last}; build and serve "
+            f"in {newest_image(last).image}, or serve the Hugging Face model with this release's own PyTorch backend "
+            "(`trtllm-serve`)"
+        )
+    if host.trtllm_build is None:
+        raise EngineError(
+            "trtllm-build is not on this machine: the checkpoint is written, build the engine where TensorRT-LLM "
+            f"{release} is installed, such as in {image}, with: {command}"
+        )
+    if installed is None:
+        raise EngineError(
+            f"{host.trtllm_build}: its Python has no TensorRT-LLM; repair that installation, or build in {image}"
+        )
+    if installed.partition("+")[0] != release:
+        convert = (
+            f", or set checkpoint.release: {installed} in the recipe and convert again"
+            if known_release(installed)
+            else ""
+        )
+        raise EngineError(
+            f"TensorRT-LLM {installed} is installed, but the checkpoint is for checkpoint.release {release}; "
+            f"build in {image}{convert}"
+        )
+    pinned = release_facts(release).tensorrt
+    if host.tensorrt is None or ".".join(host.tensorrt.split(".")[:2]) != pinned:
+        found = f"TensorRT {host.tensorrt} is installed" if host.tensorrt else "TensorRT is not installed"
+        raise EngineError(
+            f"{found}, but TensorRT-LLM {release} is made for {pinned}; reinstall `tensorrt~={pinned}.0`, or build "
+            f"in {image}"
+        )
+
+
+def known_release(version: str) -> Release | None:
+    """The release that an installed version is, local parts such as `+cu130` aside; None if it is not known."""
+    base = version.partition("+")[0]
+    return next((release for release in get_args(Release) if release == base), None)
+
+
+def _release_line(version: str) -> tuple[int, ...]:
+    """Major and minor: pre-releases of 1.3 have lost the path as 1.3 has."""
+    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

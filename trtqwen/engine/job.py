@@ -1,0 +1,69 @@
+"""What a builder is given, and what every builder does with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from trtqwen.recipe import CardName, CheckpointRecipe, EngineRecipe, ServeRecipe
+
+
+@dataclass(frozen=True)
+class BuildJob:
+    """An engine to build.
+
+    Attributes:
+        checkpoint: finished checkpoint directory.
+        checkpoint_key: its manifest key.
+        settings: how the checkpoint was converted.
+        ranks: how many files the engine has.
+        output: where the engine will stand when it is finished.
+        serve: how it will be served, as far as that is known.
+        card: the GPU it is for; None takes the one that is here.
+    """
+
+    checkpoint: Path
+    checkpoint_key: str
+    settings: CheckpointRecipe
+    ranks: int
+    recipe: EngineRecipe
+    output: Path
+    serve: ServeRecipe | None = None
+    card: CardName | None = None
+
+
+@dataclass(frozen=True)
+class BuildProgress:
+    """How far a build is.
+
+    Attributes:
+        line: the builder's latest line.
+        ranks_done: rank files there, of `ranks`.
+    """
+
+    line: str
+    ranks_done: int
+    ranks: int
+
+
+Watch = Callable[[BuildProgress], None]
+
+
+class EngineBuilder(Protocol):
+    """Builds engines of one kind."""
+
+    def check(self, job: BuildJob) -> None:
+        """Refuse what cannot be built on this machine.
+
+        Raises:
+            EngineError: with the remedy.
+        """
+
+    def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
+        """Write config.json and one file a rank into an empty directory.
+
+        Raises:
+            EngineError: with cause and remedy.
+        """

@@ -1,0 +1,36 @@
+"""The embedded engine: it executes the checkpoint's own rank files, so building it is a matter of links."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from trtqwen.engine.config import BuildConfig
+from trtqwen.engine.job import BuildJob, Watch
+
+
+class TorchBuilder:
+    """Builds torch engines, on any machine."""
+
+    def check(self, job: BuildJob) -> None:
+        """Nothing is in the way."""
+
+    def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
+        """Link the rank files, or copy them across disks."""
+        pretrained = json.loads((job.checkpoint / "config.json").read_text(encoding="utf-8"))
+        layout = job.settings.int8_layout
+        content = {
+            "builder": "torch",
+            "int8_layout": None if layout == "plain" else layout,
+            "pretrained_config": pretrained,
+            "build_config": BuildConfig.model_validate(job.recipe.model_dump()).model_dump(),
+        }
+        (directory / "config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
+        for rank in range(job.ranks):
+            name = f"rank{rank}.safetensors"
+            try:
+                os.link(job.checkpoint / name, directory / name)
+            except OSError:
+                shutil.copyfile(job.checkpoint / name, directory / name)
