@@ -15,7 +15,8 @@ from tests.plan.tables import TABLES
 from trtqwen.checkpoint.checks import check_settings
 from trtqwen.checkpoint.layout import Split
 from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.checkpoint.rules import Precision, RuleBook
+from trtqwen.checkpoint.rule import Precision
+from trtqwen.checkpoint.rules import RuleBook
 from trtqwen.errors import CheckpointError
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config

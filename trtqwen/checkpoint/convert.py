@@ -23,7 +23,8 @@ from trtqwen.checkpoint.checks import check_disk, check_settings
 from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
 from trtqwen.checkpoint.layout import Split
 from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.checkpoint.rules import LM_HEAD, Precision, Ranges, Rule, RuleBook
+from trtqwen.checkpoint.rule import Precision, Ranges, Rule
+from trtqwen.checkpoint.rules import LM_HEAD, RuleBook
 from trtqwen.errors import CheckpointError, OutputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs

@@ -18,7 +18,6 @@ from trtqwen.checkpoint.rule import (
     Linear,
     Parts,
     Precision,
-    Ranges,
     Rule,
     Shape,
     linear_layers,
@@ -28,8 +27,6 @@ from trtqwen.checkpoint.smooth_rules import SmoothRules
 from trtqwen.hf.config import HfConfig
 from trtqwen.quantize.weight_only import quantize_to_layout
 from trtqwen.safetensors_io import Array, TensorSpec
-
-__all__ = ["EMBEDDING", "LM_HEAD", "TILE", "Precision", "Ranges", "Rule", "RuleBook"]
 
 EMBEDDING = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"

@@ -18,7 +18,7 @@ from trtqwen.checkpoint.convert import (
     plan_conversion,
     run_conversion,
 )
-from trtqwen.checkpoint.rules import Ranges
+from trtqwen.checkpoint.rule import Ranges
 from trtqwen.cli.output import Bars, DryRun, Json, print_json, progress_bars, size, stderr, stdout
 from trtqwen.recipe import (
     CheckpointRecipe,
