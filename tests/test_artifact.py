@@ -1,11 +1,26 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from trtqwen.artifact import cached, digest_file, finished_directory, read_manifest, stage_key, write_manifest
+from tests.processes import fork, in_child
+from trtqwen import artifact
+from trtqwen.artifact import (
+    cached,
+    digest_file,
+    finished_directory,
+    locked,
+    read_manifest,
+    recover,
+    stage_key,
+    write_manifest,
+)
 from trtqwen.errors import InputError, OutputError
 
 
@@ -40,14 +55,117 @@ def test_what_exists_is_kept_unless_forced(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_leftovers_of_dead_runs_are_swept_and_those_of_live_ones_kept(tmp_path: Path) -> None:
-    dead = tmp_path / ".out.999999999.tmp"
-    live = tmp_path / f".out.{os.getppid()}.tmp"
-    for leftover in (dead, live):
-        leftover.mkdir()
-    finish(tmp_path / "out")
-    assert not dead.exists()
-    assert live.exists()
+def test_a_killed_run_leaves_what_was_there_and_the_next_clears_up(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for before in (None, "old"):
+        if before:
+            finish(out, before)
+
+        def die() -> None:
+            with finished_directory(out, force=True) as directory:
+                (directory / "file").write_text("half")
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        assert in_child(die) == -signal.SIGKILL
+        assert (out / "file").read_text() == before if before else not out.exists()
+        assert len(list(tmp_path.glob(".out.*"))) == 2  # its lock and its half
+        finish(out, "new", force=True)
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(out)
+
+
+def test_a_reader_finds_the_old_or_the_new_at_every_moment(tmp_path: Path) -> None:
+    finish(tmp_path / "out", "a")
+    writer = threading.Thread(target=lambda: [finish(tmp_path / "out", text, force=True) for text in "bc" * 20])
+    writer.start()
+    seen = set()
+    while writer.is_alive():
+        seen.add((tmp_path / "out" / "file").read_text())
+    writer.join()
+    assert seen <= set("abc")
+
+
+def test_where_directories_cannot_be_exchanged_a_kill_between_the_renames_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    finish(out, "old")
+    monkeypatch.setattr(artifact, "_exchange", lambda one, other: False)
+
+    def die() -> None:
+        rename = Path.rename
+
+        def once(path: Path, target: Path) -> Path:
+            if path.suffix == ".tmp":
+                os.kill(os.getpid(), signal.SIGKILL)
+            return rename(path, target)
+
+        Path.rename = once  # type: ignore[method-assign,assignment]
+        finish(out, "new", force=True)
+
+    assert in_child(die) == -signal.SIGKILL
+    assert not out.exists()
+    recover(out)
+    assert (out / "file").read_text() == "old"
+    finish(out, "new", force=True)
+    assert (out / "file").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_second_writer_is_refused_and_the_first_finishes(tmp_path: Path) -> None:
+    with finished_directory(tmp_path / "out") as directory:
+        (directory / "file").write_text("first")
+
+        def second() -> None:
+            with pytest.raises(OutputError, match=f"out: process {os.getppid()} is writing it"):
+                finish(tmp_path / "out", "second")
+
+        assert in_child(second) == 0
+    assert (tmp_path / "out" / "file").read_text() == "first"
+
+
+def test_a_lock_is_waited_for_and_a_dead_process_holds_none(tmp_path: Path) -> None:
+    lock, told = tmp_path / "lock", []
+    reader, writer = os.pipe()
+
+    def hold() -> None:
+        with locked(lock, lambda pid: None):
+            os.write(writer, b"x")
+            time.sleep(0.3)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    holder = fork(hold)
+    os.read(reader, 1)
+    with locked(lock, told.append):
+        assert os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1]) == -signal.SIGKILL
+    assert told == [holder]
+    assert not lock.exists()
+
+
+def test_one_process_at_a_time_holds_a_lock(tmp_path: Path) -> None:
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+
+    def count() -> None:
+        for _ in range(25):
+            with locked(tmp_path / "lock", lambda pid: None):
+                value = int(counter.read_text())
+                time.sleep(0.0002)
+                counter.write_text(str(value + 1))
+
+    children = [fork(count) for _ in range(4)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 4
+    assert counter.read_text() == "100"
+
+
+def test_leftovers_that_cannot_be_removed_are_named_and_never_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".out.tmp").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # as for another user's files
+    with pytest.raises(OutputError, match=r"\.out\.tmp: is left of a killed run"):
+        finish(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
@@ -69,7 +187,7 @@ def test_an_unfinished_or_changed_directory_is_not_accepted(tmp_path: Path) -> N
     with pytest.raises(InputError, match="has 6 bytes instead of 1"):
         read_manifest(out, "engine")
     (out / "file").unlink()
-    with pytest.raises(InputError, match="file: is missing"):
+    with pytest.raises(InputError, match="out: file is missing"):
         read_manifest(out, "engine")
     (out / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match="is not a manifest"):

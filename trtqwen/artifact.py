@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import glob
+import ctypes
+import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -20,6 +21,8 @@ from trtqwen.errors import InputError, OutputError
 MANIFEST = "manifest.json"
 Stage = Literal["checkpoint", "engine", "repository"]
 _CHUNK = 1 << 22
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
 
 
 class FileRecord(BaseModel):
@@ -67,31 +70,75 @@ def digest_file(path: Path) -> str:
 def finished_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
     """Yield a fresh temporary sibling of `output`; on success sync it and rename it into place.
 
-    A process killed at any moment leaves either nothing at `output`, what was there before, or the whole result.
+    A process killed at any moment leaves at `output` what was there before or the whole result.
     A reader takes a directory only with its manifest, which is written last.
 
     Raises:
-        OutputError: if `output` exists and `force` is not set, or its parent cannot be written.
+        OutputError: if `output` exists and `force` is not set, another process is writing it, or its parent cannot
+            be written.
     """
-    check_output(output, force=force)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    with locked(_sibling(output, "lock"), lambda pid: _refuse_second_writer(output, pid)):
+        check_output(output, force=force)
+        temporary = _fresh_temporary(output)
+        try:
+            yield temporary
+            _sync_tree(temporary)
+            if output.exists():
+                _replace(temporary, output)
+            else:
+                temporary.rename(output)
+            _sync_directory(output.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path, on_busy: Callable[[int], None]) -> Iterator[None]:
+    """Hold the lock file `path`, which holds this process's id meanwhile; the kernel frees it if the process dies.
+
+    Args:
+        on_busy: called once with the id of the process that holds it, before waiting for that; may raise instead.
+
+    Raises:
+        OutputError: if the file cannot be created.
+    """
+    while True:
+        with _open_lock(path) as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                on_busy(int(file.read() or 0))
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(file, path):
+                continue  # who held it has removed it
+            file.truncate(0)
+            file.write(str(os.getpid()))
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory with its parents, unless it exists.
+
+    Raises:
+        OutputError: if that cannot be done.
+    """
     try:
-        _sweep(output)
-        temporary.mkdir(parents=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise OutputError(
-            f"{output}: cannot be created ({problem.strerror}); choose a directory that can be written"
-        ) from None
-    try:
-        yield temporary
-        _sync_tree(temporary)
-        if output.exists():
-            _replace(temporary, output)
-        else:
-            temporary.rename(output)
-        _sync_directory(output.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        raise OutputError(_cannot_create(directory, problem)) from None
+
+
+def recover(output: Path) -> None:
+    """Put back the result that a kill between the two renames of a replacement left beside `output`."""
+    retired = _sibling(output, "old")
+    if retired.exists() and not output.exists():
+        retired.rename(output)
 
 
 def check_output(output: Path, *, force: bool) -> None:
@@ -131,11 +178,11 @@ def write_manifest(
     return manifest
 
 
-def read_manifest(directory: Path, stage: Stage) -> Manifest:
-    """Read the manifest of a finished stage and check that its files are there with their sizes.
+def load_manifest(directory: Path, stage: Stage) -> Manifest:
+    """Read the manifest of a stage, without a look at its files.
 
     Raises:
-        InputError: if the directory is not a finished result of that stage.
+        InputError: if the directory is not a result of that stage.
     """
     path = directory / MANIFEST
     remedy = f"make the {stage} again"
@@ -147,12 +194,28 @@ def read_manifest(directory: Path, stage: Stage) -> Manifest:
         raise InputError(f"{path}: is not a manifest of this version of trtqwen; {remedy}") from None
     if manifest.stage != stage:
         raise InputError(f"{directory}: holds a finished {manifest.stage}, not a {stage}; name the {stage} directory")
+    return manifest
+
+
+def damage(directory: Path, manifest: Manifest) -> str | None:
+    """What is wrong with the first file that is not there in the size that the manifest says; None if nothing is."""
     for name, record in manifest.outputs.items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
         if size != record.size:
-            state = "is missing" if size is None else f"has {size} bytes instead of {record.size}"
-            raise InputError(f"{file}: {state}; {remedy}")
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {record.size}"
+    return None
+
+
+def read_manifest(directory: Path, stage: Stage) -> Manifest:
+    """Read the manifest of a finished stage and check that its files are there with their sizes.
+
+    Raises:
+        InputError: if the directory is not a finished result of that stage.
+    """
+    manifest = load_manifest(directory, stage)
+    if problem := damage(directory, manifest):
+        raise InputError(f"{directory}: {problem}; make the {stage} again")
     return manifest
 
 
@@ -164,20 +227,59 @@ def cached(directory: Path, stage: Stage, key: str) -> bool:
         return False
 
 
-def _sweep(output: Path) -> None:
-    """Remove what killed runs left beside `output`."""
-    for leftover in output.parent.glob(f".{glob.escape(output.name)}.*.tmp"):
-        pid = leftover.suffixes[-2].lstrip(".")
-        if pid.isdecimal() and (int(pid) == os.getpid() or not Path(f"/proc/{pid}").exists()):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _sibling(output: Path, suffix: str) -> Path:
+    return output.with_name(f".{output.name}.{suffix}")
+
+
+def _refuse_second_writer(output: Path, pid: int) -> None:
+    raise OutputError(f"{output}: process {pid} is writing it; wait until that is done, or choose another directory")
+
+
+def _open_lock(path: Path) -> TextIO:
+    make_directory(path.parent)
+    try:
+        return path.open("a+", encoding="ascii")
+    except OSError as problem:
+        raise OutputError(_cannot_create(path.parent, problem)) from None
+
+
+def _is_at(file: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _cannot_create(directory: Path, problem: OSError) -> str:
+    return f"{directory}: cannot be created or written ({problem.strerror}); choose a directory that can be"
+
+
+def _fresh_temporary(output: Path) -> Path:
+    """Clear away what a killed run left beside `output`, whose lock is ours, and start anew."""
+    retired, temporary = _sibling(output, "old"), _sibling(output, "tmp")
+    recover(output)
+    for leftover in (retired, temporary):
+        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.exists():
+            raise OutputError(f"{leftover}: is left of a killed run and cannot be removed; remove it as its owner")
+    make_directory(temporary)
+    return temporary
 
 
 def _replace(temporary: Path, output: Path) -> None:
-    # Two renames: a kill between them leaves the old result beside its place, never a mixture.
-    retired = output.with_name(f".{output.name}.{os.getpid()}.old")
-    output.rename(retired)
-    temporary.rename(output)
-    shutil.rmtree(retired)
+    """Swap the two in one step; where the file system has none, in two, and `recover` mends a kill between them."""
+    if not _exchange(temporary, output):
+        retired = _sibling(output, "old")
+        output.rename(retired)
+        temporary.rename(output)
+        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)  # glibc 2.28
+    return renameat2 is not None and not renameat2(
+        _AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE
+    )
 
 
 def _sync_tree(directory: Path) -> None:

@@ -2,31 +2,78 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from trtqwen.artifact import Manifest, Stage, cached, check_output
-from trtqwen.checkpoint.convert import ConversionPlan, Inspect, Progress, plan_conversion, run_conversion
-from trtqwen.engine.builder import build_engine, engine_key
-from trtqwen.errors import OutputError
+from trtqwen import __version__
+from trtqwen.artifact import Manifest, Stage, cached, damage, load_manifest, locked, recover
+from trtqwen.checkpoint.convert import (
+    ConversionPlan,
+    Inspect,
+    Progress,
+    check_kv_cache,
+    plan_conversion,
+    run_conversion,
+)
+from trtqwen.engine.builder import build_engine, check_max_seq_len, engine_key, engine_parameters
+from trtqwen.engine.flags import build_command
+from trtqwen.engine.job import Watch
+from trtqwen.errors import InputError, OutputError
 from trtqwen.recipe import Recipe
 from trtqwen.triton.repository import repository_key, write_repository
+
+_SECTIONS: dict[Stage, str] = {"checkpoint": "checkpoint", "engine": "engine", "repository": "serve"}
 
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage of a build: where its result goes and the manifest key it will have."""
+    """One stage of a build: where its result goes and the manifest key it will have.
+
+    Attributes:
+        inputs: digests of what it is made of, as far as they are to be named when they change.
+        parameters: its section of the recipe.
+    """
 
     stage: Stage
     directory: Path
     key: str
+    inputs: dict[str, str]
+    parameters: dict[str, Any]
 
     @property
     def done(self) -> bool:
         """Whether the directory already holds this very result."""
         return cached(self.directory, self.stage, self.key)
+
+    def why(self) -> str | None:
+        """Why it has to be made, in words that follow "because"; None if it is done."""
+        if not _occupied(self.directory):
+            return "it is not there"
+        try:
+            manifest = load_manifest(self.directory, self.stage)
+        except InputError:
+            return "other files are in its place"
+        if manifest.key == self.key:
+            return damage(self.directory, manifest)
+        return " and ".join(self._changes(manifest)[:3]) or "what it was made with changed"
+
+    def _changes(self, made: Manifest) -> list[str]:
+        if made.tool_version != __version__:
+            return [f"trtqwen changed from {made.tool_version} to {__version__}"]
+        section, article = _SECTIONS[self.stage], "" if self.stage == "checkpoint" else "the "
+        settings = [
+            f"{section}.{name} changed from {_word(made.parameters[name])} to {_word(value)}"
+            for name, value in self.parameters.items()
+            if name in made.parameters and made.parameters[name] != value
+        ]
+        inputs = [
+            f"{article}{name} changed" for name, digest in self.inputs.items() if made.inputs.get(name) != digest
+        ]
+        return settings + inputs
 
 
 @dataclass(frozen=True)
@@ -43,22 +90,33 @@ class BuildPlan:
     def stages(self) -> tuple[StagePlan, StagePlan, StagePlan]:
         return self.checkpoint, self.engine, self.repository
 
+    @property
+    def engine_command(self) -> list[str] | None:
+        """The trtllm-build call that makes the engine; None if trtqwen makes it itself."""
+        if self.recipe.engine.builder == "torch":
+            return None
+        return build_command(self.recipe, self.checkpoint.directory, self.engine.directory)
+
 
 @dataclass(frozen=True)
 class StageResult:
     """What became of a stage.
 
     Attributes:
-        reused: whether an earlier result was taken as it is.
+        why: why it was made; None if an earlier result was taken as it is.
         seconds: time it took.
         nbytes: size of its directory.
     """
 
     stage: Stage
     directory: Path
-    reused: bool
+    why: str | None
     seconds: float
     nbytes: int
+
+    @property
+    def reused(self) -> bool:
+        return self.why is None
 
 
 def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> BuildPlan:
@@ -67,17 +125,28 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
     Args:
         engines: parent of the directories that are named after recipes.
         repository: where the model repository goes.
+
+    Raises:
+        SourceError, CheckpointError, InputError: if the model cannot be converted or built as the recipe asks.
     """
     conversion = plan_conversion(model, recipe.checkpoint)
+    check_max_seq_len(recipe.engine, conversion.source.config.max_position_embeddings)
     checkpoint_key = conversion.key()
     built_key = engine_key(checkpoint_key, recipe.engine)
     home = engines / recipe.name
+    engine = home / "engine"
     return BuildPlan(
         recipe,
         conversion,
-        StagePlan("checkpoint", home / "checkpoint", checkpoint_key),
-        StagePlan("engine", home / "engine", built_key),
-        StagePlan("repository", repository, repository_key(home / "engine", built_key, recipe.serve)),
+        StagePlan("checkpoint", home / "checkpoint", checkpoint_key, conversion.inputs(), conversion.parameters),
+        StagePlan("engine", engine, built_key, {"checkpoint": checkpoint_key}, engine_parameters(recipe.engine)),
+        StagePlan(
+            "repository",
+            repository,
+            repository_key(engine, built_key, recipe.serve),
+            {"engine": built_key},
+            recipe.serve.model_dump(),
+        ),
     )
 
 
@@ -88,68 +157,118 @@ def run_build(
     progress: Progress = lambda count: None,
     calibrated: Progress = lambda layers: None,
     inspect: Inspect = lambda plan, directory, ranges: None,
+    watch: Watch = lambda progress: None,
+    on_busy: Callable[[int], None] = lambda pid: None,
     on_stage: Callable[[StageResult], None] = lambda result: None,
 ) -> list[StageResult]:
-    """Carry out what is not done yet.
+    """Carry out what is not done yet. Waits while another build works in the same directories.
 
     Args:
-        force: replace directories that hold another result.
+        force: replace what `check_build` protects.
         progress: called with the bytes of checkpoint written since the last call.
         calibrated: called with the number of layers calibrated since the last call.
         inspect: called with the checkpoint's directory before its manifest is written.
+        watch: called with every line that trtllm-build prints.
+        on_busy: called with the id of a process that has to be waited for.
         on_stage: called when a stage is complete.
 
     Raises:
-        OutputError: before anything is written, if a stage's directory holds another result and `force` is not set.
-        EngineError: after the checkpoint is written, if the engine's builder is not on this machine.
+        OutputError: before anything is written, from `check_build`.
+        InputError: before anything is written, if an INT8 KV cache would ruin the answers and `force` is not set.
+        EngineError: after the checkpoint is written, if the engine cannot be built on this machine or fails to.
     """
-    for stage in plan.stages:
-        if not stage.done:
-            _refuse_other_result(stage, force)
-    actions: list[tuple[StagePlan, Callable[[], Manifest]]] = [
-        (
+    home = plan.engine.directory.parent
+    results = []
+
+    def run(stage: StagePlan, action: Callable[[], Manifest]) -> None:
+        results.append(_run_stage(stage, action))
+        on_stage(results[-1])
+
+    with locked(home.with_name(f".{home.name}.build"), on_busy):
+        for stage in plan.stages:
+            recover(stage.directory)
+        check_build(plan, force=force)
+        if not plan.checkpoint.done:
+            check_kv_cache(plan.conversion, force=force)
+        # From here on force is set: what may not be replaced was refused above.
+        run(
             plan.checkpoint,
             lambda: run_conversion(
                 plan.conversion,
                 plan.checkpoint.directory,
-                force=force,
+                force=True,
                 progress=progress,
                 calibrated=calibrated,
                 inspect=inspect,
             ),
-        ),
-        (
+        )
+        engine, repository = plan.engine.directory, plan.repository.directory
+        run(
             plan.engine,
-            lambda: build_engine(plan.checkpoint.directory, plan.recipe.engine, plan.engine.directory, force=force),
-        ),
-        (
-            plan.repository,
-            lambda: write_repository(
-                plan.engine.directory, plan.recipe.serve, plan.repository.directory, force=force
+            lambda: build_engine(
+                plan.checkpoint.directory,
+                plan.recipe.engine,
+                engine,
+                force=True,
+                serve=plan.recipe.serve,
+                card=plan.recipe.host.card if plan.recipe.host else None,
+                watch=watch,
             ),
-        ),
-    ]
-    results = []
-    for stage, action in actions:
-        results.append(_run_stage(stage, action))
-        on_stage(results[-1])
+        )
+        with locked(repository.with_name(f".{repository.name}.build"), on_busy):
+            run(plan.repository, lambda: write_repository(engine, plan.recipe.serve, repository, force=True))
     return results
+
+
+def check_build(plan: BuildPlan, *, force: bool) -> None:
+    """Refuse to replace what a build of this model has not made, unless `force` is set.
+
+    Raises:
+        OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.
+    """
+    made: dict[Stage, Manifest] = {}
+    for stage in plan.stages:
+        if not force and _occupied(stage.directory):
+            try:
+                made[stage.stage] = load_manifest(stage.directory, stage.stage)
+            except InputError:
+                raise OutputError(
+                    f"{stage.directory}: holds files that are not a finished {stage.stage}; pass --force to replace "
+                    "them or choose another directory"
+                ) from None
+    if (checkpoint := made.get("checkpoint")) is not None:
+        old, new = _weights(checkpoint.inputs), _weights(plan.checkpoint.inputs)
+        if old != new:
+            changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
+            raise OutputError(
+                f"{plan.checkpoint.directory}: holds the checkpoint of another model ({changed[0]} differs from "
+                f"{plan.conversion.source.directory}'s); pass --force to replace it and its engine, or choose "
+                "another --engines directory"
+            )
+    elif (engine := made.get("engine")) is not None and engine.inputs.get("checkpoint") != plan.checkpoint.key:
+        raise OutputError(
+            f"{plan.engine.directory}: holds an engine whose checkpoint is gone, perhaps one of another model; pass "
+            "--force to replace it or choose another --engines directory"
+        )
 
 
 def _run_stage(stage: StagePlan, action: Callable[[], Manifest]) -> StageResult:
     start = time.perf_counter()
-    reused = stage.done
-    if not reused:
+    why = stage.why()
+    if why is not None:
         action()
     nbytes = sum(path.stat().st_size for path in stage.directory.rglob("*") if path.is_file())
-    return StageResult(stage.stage, stage.directory, reused, time.perf_counter() - start, nbytes)
+    return StageResult(stage.stage, stage.directory, why, time.perf_counter() - start, nbytes)
 
 
-def _refuse_other_result(stage: StagePlan, force: bool) -> None:
-    try:
-        check_output(stage.directory, force=force)
-    except OutputError:
-        raise OutputError(
-            f"{stage.directory}: holds another {stage.stage} (other model, recipe or version); "
-            "pass --force to replace it"
-        ) from None
+def _occupied(directory: Path) -> bool:
+    return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+
+
+def _weights(inputs: dict[str, str]) -> dict[str, str]:
+    return {name: digest for name, digest in inputs.items() if name.endswith(".safetensors")}
+
+
+def _word(value: Any) -> str:
+    """A value as YAML has it: `null`, `true`, `int8_sq`."""
+    return value if isinstance(value, str) else json.dumps(value)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class TrtQwenError(Exception):
     """Base of all errors that trtqwen raises on purpose.
@@ -39,6 +44,10 @@ class EngineError(TrtQwenError):
     """An engine cannot be built or run."""
 
 
+class ContainerError(TrtQwenError):
+    """A container cannot be started."""
+
+
 class RequestError(TrtQwenError):
     """One inference request cannot be served; the engine goes on with the others."""
 
@@ -51,3 +60,15 @@ class PortInUseError(ServerError):
     """A port that the server needs is taken."""
 
     exit_code = 2
+
+
+def first_problem(problem: ValidationError) -> str:
+    """The first of what pydantic found, as a part of a sentence that names field and value."""
+    first = problem.errors()[0]
+    field = ".".join(map(str, first["loc"]))
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"field {field!r} is unknown"
+    if not field or first["type"] == "value_error":
+        return f"{field + ': ' if field else ''}{message}"
+    return f"field {field!r}: {message[0].lower()}{message[1:]} (got {first['input']!r})"

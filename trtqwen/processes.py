@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1
-_SESSION, _STATE = 3, 0  # fields of /proc/PID/stat, counted after the program's name
+_STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
@@ -29,12 +29,16 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], Non
 
 
 def living(session: int) -> Iterator[int]:
-    """Process ids of a session. MPI gives every rank a process group of its own, but they stay in its session."""
+    """Process ids of a session. MPI gives every rank a process group of its own, but they stay in its session.
+
+    One that has ended counts until init has taken it away; a child of ours does not: we take it away ourselves.
+    """
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
                 fields = (entry / "stat").read_text().rpartition(")")[2].split()
-                if int(fields[_SESSION]) == session and fields[_STATE] != "Z":
+                ours = fields[_STATE] == "Z" and int(fields[_PARENT]) == os.getpid()
+                if int(fields[_SESSION]) == session and not ours:
                     yield int(entry.name)
 
 

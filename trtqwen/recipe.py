@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import RecipeError
+from trtqwen.errors import RecipeError, first_problem
 from trtqwen.hf.known import model_names
 
 BUNDLED = Path(__file__).parent / "recipes"
@@ -333,13 +333,8 @@ def recipe_names() -> list[str]:
 
 def _first_problem(problem: ValidationError, model: type[BaseModel]) -> str:
     first = problem.errors()[0]
-    field = ".".join(map(str, first["loc"]))
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"field {field!r} is unknown{_near_field(field, model)}"
-    if not field or first["type"] == "value_error":
-        return f"{field + ': ' if field else ''}{message}"
-    return f"field {field!r}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+    unknown = first["type"] == "extra_forbidden"
+    return first_problem(problem) + (_near_field(".".join(map(str, first["loc"])), model) if unknown else "")
 
 
 def _near_field(field: str, model: type[BaseModel]) -> str:

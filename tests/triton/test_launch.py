@@ -19,7 +19,7 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from tests.standins import mpirun, tritonserver
+from tests.standins import host, mpirun, tritonserver
 from trtqwen.artifact import write_manifest
 from trtqwen.errors import InputError, ServerError
 from trtqwen.host import Gpu, Host
@@ -150,9 +150,13 @@ def test_a_repository_tells_ranks_and_replicas(trt_repository: Callable[..., Pat
 
 @pytest.fixture
 def standins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """mpirun and tritonserver on PATH; returns the file in which the latter's processes record themselves."""
+    """A machine with four GPUs, TensorRT-LLM, mpirun and tritonserver.
+
+    Returns:
+        The file in which the processes of tritonserver record themselves.
+    """
+    host.install(tmp_path, monkeypatch)
     programs = tmp_path / "bin"
-    programs.mkdir()
     for module in (mpirun, tritonserver):
         assert module.__file__ is not None
         program = programs / Path(module.__file__).stem
@@ -161,6 +165,7 @@ def standins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("STANDIN_RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("SLURM_JOB_ID", "1")
+    monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     return tmp_path / "record"
 
 
@@ -177,7 +182,7 @@ def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], st
         while len(ranks := records(standins)) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert [record["environment"] for record in ranks] == [
-            {"OMPI_COMM_WORLD_RANK": str(rank)} for rank in range(4)
+            {"OMPI_COMM_WORLD_RANK": str(rank), "NCCL_P2P_DISABLE": "1"} for rank in range(4)
         ]
         assert set(living(session)) >= {record["pid"] for record in ranks}
     assert not list(living(session))
@@ -208,10 +213,18 @@ def test_a_dead_rank_ends_the_group(
 def test_without_mpirun_one_sentence_says_so(
     trt_repository: Callable[..., Path], standins: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (standins.parent / "bin" / "mpirun").unlink()
+    (standins.parent / "bin" / "mpirun").unlink()  # the real one is not on a machine without GPUs
     monkeypatch.setenv("PATH", str(standins.parent / "bin"))
     with (
         pytest.raises(ServerError, match="mpirun is not on this machine"),
         TritonServer(trt_repository(2), ports=Ports(0, 0, 0)),
     ):
         pass
+
+
+def test_an_engine_of_another_release_is_not_started(
+    trt_repository: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host.install(tmp_path, monkeypatch, tensorrt_llm="1.0.0", tensorrt="10.11.0.33")
+    with pytest.raises(ServerError, match=r"was built by TensorRT-LLM 1\.2\.1, here is TensorRT-LLM 1\.0\.0"):
+        TritonServer(trt_repository(1), ports=Ports(0, 0, 0))

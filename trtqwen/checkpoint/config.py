@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.errors import CheckpointError
+from trtqwen.errors import CheckpointError, first_problem
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
 from trtqwen.recipe import DtypeChoice, EmbeddingSharding, Release
 from trtqwen.releases import release_facts
@@ -190,8 +190,6 @@ def read_checkpoint_config(directory: Path) -> CheckpointConfig:
     except OSError:
         raise CheckpointError(f"{path}: is missing; name a directory that `trtqwen convert` wrote") from None
     except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise CheckpointError(f"{path}: field {field!r}: {first['msg'].lower()}; convert the model again") from None
+        raise CheckpointError(f"{path}: {first_problem(problem)}; convert the model again") from None
     except ValueError:
         raise CheckpointError(f"{path}: is not JSON; convert the model again") from None

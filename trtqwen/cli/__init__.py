@@ -4,25 +4,58 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from trtqwen import __version__
-from trtqwen.cli import build, convert, demo, explain, infer, plan, recipe, repo, selftest, serve, verify
-from trtqwen.cli.output import stderr
 from trtqwen.errors import TrtQwenError
+
+# Each is a module here with a function (or, for a command with subcommands, a Typer) named `command`.
+COMMANDS = {
+    "demo": "The whole way on this machine, with the bundled model.",
+    "convert": "Hugging Face weights to a TensorRT-LLM checkpoint.",
+    "verify": "Compare a checkpoint with the model it was made from.",
+    "recipe": "List, show and check recipes.",
+    "plan": "Memory, concurrency and speed of a recipe, before a GPU is touched.",
+    "build": "Checkpoint, engine and model repository of a recipe in one go.",
+    "explain": "Cause and remedy for what a log says.",
+    "repo": "The model repository of an engine, alone.",
+    "serve": "Triton on a model repository.",
+    "infer": "Stream one answer of a running server.",
+    "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
+}
+
+
+class _LazyGroup(TyperGroup):
+    """Imports the module of the one command that is run; --help needs none of them."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        return name, name and _load(name), rest
+
+
+def _load(name: str) -> Any:
+    command = import_module(f"trtqwen.cli.{name}").command
+    if not isinstance(command, typer.Typer):
+        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone.command(name)(command)
+        command = alone
+    return typer.main.get_command(command)
+
 
 app = typer.Typer(
     name="trtqwen",
+    cls=_LazyGroup,
     help="From Hugging Face Qwen2.5 weights to a served TensorRT-LLM engine.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, convert, verify, plan, build, explain, repo, serve, infer, selftest):
-    app.command(module.__name__.rpartition(".")[2])(module.command)
-app.add_typer(recipe.app, name="recipe")
+for name, summary in COMMANDS.items():
+    app.command(name, help=summary)(lambda: None)
 
 
 def _version(value: bool) -> None:
@@ -47,7 +80,7 @@ def main() -> None:
     try:
         app()
     except TrtQwenError as problem:
-        stderr.print(f"error: {problem}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        typer.secho(f"error: {problem}", fg="red", bold=True, err=True)
         sys.exit(problem.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

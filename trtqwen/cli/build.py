@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
+from trtqwen.build import BuildPlan, StageResult, check_build, plan_build, run_build
 from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
-from trtqwen.cli.output import DryRun, Force, Json, print_json, progress_bars, size, stderr, stdout
+from trtqwen.cli.output import (
+    Bars,
+    DryRun,
+    Force,
+    ImageName,
+    InContainer,
+    Json,
+    Wheels,
+    print_json,
+    progress_bars,
+    size,
+    stderr,
+    stdout,
+)
+from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, run_container
+from trtqwen.engine.job import BuildProgress, Watch
+from trtqwen.engine.provenance import read_provenance
+from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
+from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
 
 
@@ -24,46 +42,102 @@ def command(
     no_quality: NoQuality = False,
     force: Force = False,
     dry_run: DryRun = False,
+    in_container: InContainer = False,
+    image: ImageName = None,
+    wheels: Wheels = None,
     json: Json = False,
 ) -> None:
-    """Build a recipe: convert, build the engine, write the model repository. What is up to date is kept."""
+    """Build a recipe: convert, build the engine, write the model repository. What is up to date is kept.
+
+    With --in-container, trtqwen itself is mounted into the image. What it needs and the image lacks (typer and
+    tritonclient, at least) pip installs in the container at each start: from the package index, or without a network
+    from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has it all needs neither.
+    """
     loaded = load_recipe(recipe)
-    plan = plan_build(loaded, model, engines, repo or Path("triton_repo") / loaded.name)
+    repository = repo or Path("triton_repo") / loaded.name
+    container = None
+    if in_container:
+        flags = _flags(no_quality=no_quality, force=force, json=json)
+        options = ContainerOptions(image, wheels, read_host().driver)
+        container = plan_build_container(recipe, loaded, model, engines, repository, flags, options)
+        if not dry_run:
+            run_container(container)
+    plan = plan_build(loaded, model, engines, repository)
     if dry_run:
-        _print_plan(plan, json)
+        check_build(plan, force=force)
+        _print_plan(plan, container, json)
         return
-    with progress_bars() as bars:
-        results = run_build(
-            plan,
-            force=force,
-            calibrated=calibration_bar(bars, plan.conversion),
-            progress=bars.add("converting", plan.conversion.nbytes),
-            inspect=quality_inspector(bars, wanted=not no_quality),
-            on_stage=lambda result: _note(result, json),
-        )
+    try:
+        with progress_bars() as bars:
+            results = run_build(
+                plan,
+                force=force,
+                calibrated=calibration_bar(bars, plan.conversion),
+                progress=bars.add("converting", plan.conversion.nbytes),
+                inspect=quality_inspector(bars, wanted=not no_quality),
+                watch=_watch(bars),
+                on_busy=lambda pid: stderr.print(f"waiting for another build (pid {pid})", highlight=False),
+                on_stage=lambda result: _note(result, json),
+            )
+    except BuildFailed as problem:
+        for line in log_tail(problem.log):
+            stderr.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        raise
+    record = read_provenance(plan.engine.directory)
+    changes = record.changes if record else []
     if json:
-        print_json({"recipe": loaded.name, "stages": [_as_json(result) for result in results]})
+        content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
+        print_json(content | {"changed_by_builder": [change.model_dump() for change in changes]})
     else:
+        for change in changes:
+            stdout.print(f"trtllm-build changed {change}", style="yellow", markup=False, highlight=False)
         stdout.print(f"ready: trtqwen serve --repo {plan.repository.directory}", highlight=False)
 
 
-def _print_plan(plan: BuildPlan, json: bool) -> None:
-    stages = [
-        {"stage": stage.stage, "directory": str(stage.directory), "key": stage.key, "up_to_date": stage.done}
-        for stage in plan.stages
-    ]
+def _watch(bars: Bars) -> Watch:
+    """On a terminal a bar of the ranks with the log's latest line; elsewhere a note for each rank."""
+    show, told = bars.tail("building"), 0
+
+    def on_progress(progress: BuildProgress) -> None:
+        nonlocal told
+        show(progress.line, progress.ranks_done, progress.ranks)
+        if not stderr.is_terminal and progress.ranks_done > told:
+            told = progress.ranks_done
+            stderr.print(f"engine: {told} of {progress.ranks} ranks built", highlight=False)
+
+    return on_progress
+
+
+def _flags(**given: bool) -> list[str]:
+    return [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
+
+
+def _print_plan(plan: BuildPlan, container: ContainerPlan | None, json: bool) -> None:
     if json:
-        print_json({"recipe": plan.recipe.name, "stages": stages})
+        stages = [
+            {"stage": stage.stage, "directory": str(stage.directory), "key": stage.key, "up_to_date": stage.done}
+            | {"why": stage.why()}
+            for stage in plan.stages
+        ]
+        content = {"recipe": plan.recipe.name, "stages": stages, "engine_command": plan.engine_command}
+        print_json(content | {"container": container and container.command})
         return
-    table = Table("stage", "directory", "to do")
-    for stage in stages:
-        table.add_row(str(stage["stage"]), str(stage["directory"]), "nothing" if stage["up_to_date"] else "make")
-    stdout.print(table)
+    for stage in plan.stages:
+        why = stage.why()
+        todo = f"would be made, because {why}" if why else "up to date"
+        stdout.print(f"{stage.stage:<10} {stage.directory}: {todo}", markup=False, highlight=False, soft_wrap=True)
+    if plan.engine_command:
+        stdout.print(shlex.join(plan.engine_command), markup=False, highlight=False, soft_wrap=True)
+    if container:
+        stdout.print(container.shell(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _note(result: StageResult, json: bool) -> None:
-    what = "up to date" if result.reused else f"{size(result.nbytes)} in {result.seconds:.1f} s"
-    (stderr if json else stdout).print(f"{result.stage:<10} {result.directory}: {what}", highlight=False)
+    why = result.why
+    what = f"{size(result.nbytes)} in {result.seconds:.1f} s, because {why}" if why else "up to date"
+    (stderr if json else stdout).print(
+        f"{result.stage:<10} {result.directory}: {what}", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _as_json(result: StageResult) -> dict[str, object]:
@@ -71,6 +145,7 @@ def _as_json(result: StageResult) -> dict[str, object]:
         "stage": result.stage,
         "directory": str(result.directory),
         "reused": result.reused,
+        "why": result.why,
         "seconds": round(result.seconds, 3),
         "bytes": result.nbytes,
     }

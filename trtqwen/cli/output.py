@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -23,7 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from trtqwen.checkpoint.convert import Progress as OnProgress
+_TAIL_WIDTH = 60  # characters of a log's line in a bar
 
 stdout = Console()
 stderr = Console(stderr=True)
@@ -31,6 +33,13 @@ stderr = Console(stderr=True)
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
+InContainer = Annotated[
+    bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release, with docker.")
+]
+ImageName = Annotated[str | None, typer.Option("--image", help="With --in-container: this image, by tag or digest.")]
+Wheels = Annotated[
+    Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
+]
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -43,10 +52,23 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
-    def add(self, title: str, total: int, *, unit: str = "bytes") -> OnProgress:
+    def add(self, title: str, total: int, *, unit: str = "bytes") -> Callable[[int], None]:
         """A bar with bytes and rate, or with a count of what `unit` names; call the result with what was done."""
         task = self._progress.add_task(title, total=total, unit=unit)
         return lambda count: self._progress.advance(task, count)
+
+    def tail(self, title: str) -> Callable[[str, int, int], None]:
+        """A bar of counted results with the latest line of a log; call the result with line, count and total."""
+        task = None
+
+        def show(line: str, done: int, total: int) -> None:
+            nonlocal task
+            if task is None:
+                task = self._progress.add_task(title, unit="ranks")
+            short = line.strip()[-_TAIL_WIDTH:]
+            self._progress.update(task, description=f"{title}  {escape(short)}", completed=done, total=total)
+
+        return show
 
 
 class _Amount(ProgressColumn):

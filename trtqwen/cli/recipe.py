@@ -15,11 +15,11 @@ from trtqwen.plan.plan import model_config
 from trtqwen.plan.show import layout_name
 from trtqwen.recipe import Recipe, load_recipe, recipe_names
 
-app = typer.Typer(help="List, show and check recipes.", no_args_is_help=True)
+command = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
 Name = Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]
 
 
-@app.command("list")
+@command.command("list")
 def list_recipes(json: Json = False) -> None:
     """List the recipes that ship with trtqwen."""
     recipes = [load_recipe(name) for name in recipe_names()]
@@ -37,7 +37,7 @@ def list_recipes(json: Json = False) -> None:
             stdout.print(line + Text(f"  {description}"), soft_wrap=True)
 
 
-@app.command()
+@command.command()
 def show(recipe: Name, json: Json = False) -> None:
     """Show a recipe with every field, those that the file leaves out included."""
     loaded = load_recipe(recipe)
@@ -49,7 +49,7 @@ def show(recipe: Name, json: Json = False) -> None:
         stdout.print(text, end="", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
+@command.command()
 def check(
     recipes: Annotated[list[str], typer.Argument(help="Names of bundled recipes, or YAML files.")], json: Json = False
 ) -> None:

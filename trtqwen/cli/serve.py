@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from trtqwen.artifact import MANIFEST
-from trtqwen.cli.output import Json, print_json, stderr, stdout
+from trtqwen.cli.output import DryRun, ImageName, InContainer, Json, Wheels, print_json, stderr, stdout
+from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
 from trtqwen.errors import InputError
+from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 
@@ -26,11 +28,36 @@ def command(
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8002,
     log: Annotated[Path | None, typer.Option(help="File for Triton's log.")] = None,
+    dry_run: DryRun = False,
+    in_container: InContainer = False,
+    image: ImageName = None,
+    wheels: Wheels = None,
     json: Json = False,
 ) -> None:
-    """Serve a model repository with Triton Inference Server; Ctrl-C drains and stops."""
+    """Serve a model repository with Triton Inference Server; Ctrl-C drains and stops.
+
+    With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
+    elsewhere. `trtqwen build --help` says what else a container needs.
+    """
+    if in_container:
+        if recipe is None:
+            raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
+        loaded = load_recipe(recipe)
+        flags = [f"--host={host}", f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
+        flags += [f"--metrics-port={metrics_port}", *(["--json"] if json else [])]
+        options = ContainerOptions(image, wheels, read_host().driver)
+        plan = plan_serve_container(loaded, repo or DEFAULT / loaded.name, flags, log, options)
+        if not dry_run:
+            run_container(plan)
+        _print_dry_run({"container": plan.command}, plan.shell(), json)
+        return
     repository = _choose(recipe, repo)
     server = TritonServer(repository, ports=Ports(http_port, grpc_port, metrics_port), host=host, log=log)
+    if dry_run:
+        launch = server.launch()
+        content = {"command": launch.command, "environment": dict(launch.environment)}
+        _print_dry_run({"repository": str(repository), **content}, launch.shell(), json)
+        return
     with serve_until_signal(server):
         stderr.print(f"starting Triton on {repository} ...", highlight=False)
         server.wait_until_ready()
@@ -41,6 +68,13 @@ def command(
             stdout.print("ready: " + ", ".join(f"{name} {url}" for name, url in endpoints.items()), highlight=False)
             stdout.print(f'try:   trtqwen infer "Hello" --url {server.grpc_url}', highlight=False)
     stderr.print("stopped", highlight=False)
+
+
+def _print_dry_run(content: dict[str, Any], text: str, json: bool) -> None:
+    if json:
+        print_json(content)
+    else:
+        stdout.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _choose(recipe: str | None, repo: Path | None) -> Path:

@@ -26,7 +26,27 @@ def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
 
     The checkpoint's key covers TensorRT-LLM's release and the precision.
     """
-    return stage_key("engine", {"checkpoint": checkpoint_key}, _parameters(recipe))
+    return stage_key("engine", {"checkpoint": checkpoint_key}, engine_parameters(recipe))
+
+
+def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
+    """What of a recipe changes the engine."""
+    if recipe.builder == "torch":
+        return {"builder": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    return recipe.model_dump(exclude=set(NOT_IN_RESULT))
+
+
+def check_max_seq_len(recipe: EngineRecipe, max_position_embeddings: int) -> None:
+    """Refuse requests that are longer than the model's context.
+
+    Raises:
+        InputError: with the remedy.
+    """
+    if recipe.max_seq_len > max_position_embeddings:
+        raise InputError(
+            f"engine.max_seq_len {recipe.max_seq_len} exceeds the model's max_position_embeddings "
+            f"{max_position_embeddings}; lower it in the recipe, or stretch the context by checkpoint.yarn_factor"
+        )
 
 
 def build_engine(
@@ -55,11 +75,7 @@ def build_engine(
     """
     source = read_manifest(checkpoint, "checkpoint")
     config = read_checkpoint_config(checkpoint)
-    if recipe.max_seq_len > config.max_position_embeddings:
-        raise InputError(
-            f"engine.max_seq_len {recipe.max_seq_len} exceeds the model's max_position_embeddings "
-            f"{config.max_position_embeddings}; lower it in the recipe"
-        )
+    check_max_seq_len(recipe, config.max_position_embeddings)
     check_output(output, force=force)
     job = BuildJob(
         checkpoint=checkpoint,
@@ -78,7 +94,7 @@ def build_engine(
         if (checkpoint / TOKENIZER_DIRECTORY).is_dir():
             shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)
         known = {name: record.digest for name, record in source.outputs.items() if name != "config.json"}
-        return write_manifest(directory, "engine", {"checkpoint": source.key}, _parameters(recipe), known)
+        return write_manifest(directory, "engine", {"checkpoint": source.key}, engine_parameters(recipe), known)
 
 
 def _settings(source: Manifest, checkpoint: Path) -> CheckpointRecipe:
@@ -89,10 +105,3 @@ def _settings(source: Manifest, checkpoint: Path) -> CheckpointRecipe:
             f"{checkpoint}: was converted by trtqwen {source.tool_version} with settings that this version does not "
             "know; convert the model again"
         ) from None
-
-
-def _parameters(recipe: EngineRecipe) -> dict[str, Any]:
-    """What of a recipe changes the engine."""
-    if recipe.builder == "torch":
-        return {"builder": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
-    return recipe.model_dump(exclude=set(NOT_IN_RESULT))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import SourceError
+from trtqwen.errors import SourceError, first_problem
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 TRAINED_CONTEXT = 32768  # tokens; Qwen2.5 reads more only by YaRN, whatever max_position_embeddings says
@@ -114,8 +114,4 @@ def load_config(directory: Path) -> HfConfig:
     try:
         return HfConfig.model_validate(data)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(map(str, first["loc"]))
-        raise SourceError(
-            f"{path}: field {field!r}: {first['msg'].lower()} (got {first['input']!r}); fix the file"
-        ) from None
+        raise SourceError(f"{path}: {first_problem(problem)}; fix the file") from None

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import EngineError, RequestError, TrtQwenError
+from trtqwen.errors import EngineError, RequestError, TrtQwenError, first_problem
 from trtqwen.runtime.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
 from trtqwen.runtime.config import WorkerConfig, scheduler_config
 from trtqwen.runtime.model import Qwen2Model
@@ -71,7 +71,7 @@ class StepLoop:
         try:
             self._scheduler.add(Request.model_validate(fields))
         except (RequestError, ValidationError) as problem:
-            error = str(problem) if isinstance(problem, RequestError) else _first_problem(problem)
+            error = str(problem) if isinstance(problem, RequestError) else first_problem(problem)
             self._emit([Response(request_id=fields["id"], finish_reason=FinishReason.ERROR, error=error)])
 
     def _step(self) -> None:
@@ -185,11 +185,6 @@ def _leave(events: IO[str], error: str) -> None:
     events.write(json.dumps({"fatal": error}) + "\n")
     events.flush()
     os._exit(1)
-
-
-def _first_problem(problem: ValidationError) -> str:
-    first = problem.errors()[0]
-    return f"{'.'.join(map(str, first['loc']))}: {first['msg'].lower()} (got {first['input']!r})"
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from trtqwen.artifact import read_manifest
+from trtqwen.engine.provenance import check_provenance
 from trtqwen.errors import InputError, PortInUseError, ServerError
 from trtqwen.host import read_host
 from trtqwen.processes import die_with_parent, kill_session, programs
@@ -57,7 +58,8 @@ class TritonServer:
     Raises:
         InputError: if the repository or its engine is not finished.
         PortInUseError: if a port is taken.
-        ServerError: if there is no tritonserver, or no mpirun for an engine of several ranks.
+        ServerError: if the engine does not run on this machine, or there is no tritonserver, or no mpirun for an
+            engine of several ranks.
     """
 
     def __init__(
@@ -72,6 +74,8 @@ class TritonServer:
         read_manifest(repository, "repository")
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
+        if self._deployment.engine is not None:
+            _check_engine(self._deployment.engine)
         self._installation = find_tritonserver()
         self.host = host
         self.ports = _claim(ports or Ports(), host)
@@ -281,6 +285,12 @@ def serve_until_signal(server: TritonServer) -> Iterator[None]:
         server.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _check_engine(engine: Path) -> None:
+    problems = check_provenance(engine, read_host())
+    if problems:
+        raise ServerError(str(problems[0]))
 
 
 def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
