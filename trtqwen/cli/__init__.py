@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtqwen import __version__
-from trtqwen.cli import build, convert, demo, infer, repo, serve, verify
+from trtqwen.cli import build, convert, demo, doctor, infer, repo, serve, verify
 from trtqwen.cli.output import stderr
 from trtqwen.errors import TrtQwenError
 
@@ -20,7 +20,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for module in (demo, convert, verify, build, repo, serve, infer):
+for module in (demo, convert, verify, build, repo, serve, infer, doctor):
     app.command(module.__name__.rpartition(".")[2])(module.command)
 
 
