@@ -25,6 +25,7 @@ COMMANDS = {
     "repo": "The model repository of an engine, alone.",
     "serve": "Triton on a model repository.",
     "infer": "Stream one answer of a running server.",
+    "doctor": "What is wrong here, and the remedy.",
     "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
 }
 

@@ -1,0 +1,89 @@
+"""All checks together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.doctor.conftest import IN_IMAGE
+from trtqwen.doctor.check import Problem, as_problem
+from trtqwen.doctor.run import CHECKS, examine
+from trtqwen.doctor.subject import Subject, System, completed
+from trtqwen.errors import InputError
+from trtqwen.host import Host
+from trtqwen.recipe import load_recipe
+
+# Appendix B of the project's list of pains; D25 is about dashboards, of which there are none yet.
+IDS = [f"D{number:02}" for number in range(1, 35) if number != 25]
+WARNINGS = {"D06", "D08", "D13", "D15", "D20", "D23", "D24", "D27", "D30", "D34"}
+
+
+def test_every_check_has_its_id_and_level() -> None:
+    assert [check.id for check in CHECKS] == IDS
+    assert {check.id for check in CHECKS if check.level == "warning"} == WARNINGS
+
+
+def test_a_host_alone_is_examined_and_the_rest_says_what_it_needs(machine: Callable[..., System]) -> None:
+    findings = {found.check.id: found.result for found in examine(Subject(Host(), machine()))}
+    assert {name for name, result in findings.items() if result.verdict == "ok"} == {"D07", "D08"}
+    assert all(result.verdict in ("ok", "skip") and result.evidence for result in findings.values())
+
+
+def test_whatever_is_not_ok_has_a_remedy(machine: Callable[..., System], tmp_path: Path) -> None:
+    host = IN_IMAGE.__class__(**{**vars(IN_IMAGE), "tensorrt_llm": "1.3.0", "tensorrt": "11.0", "driver": "500.1"})
+    subject = Subject(
+        host,
+        machine(environ={"SLURM_JOB_ID": "1"}, shm=0.06),
+        load_recipe("qwen2.5-7b-fp16-tp4-4090d"),
+        model=tmp_path,
+        checkpoint=tmp_path,
+        engine=tmp_path,
+        repository=tmp_path,
+        url="127.0.0.1:1",
+    )
+    findings = list(examine(subject))
+    bad = [found for found in findings if found.result.verdict in ("warn", "fail")]
+    assert {"D01", "D02", "D03", "D04", "D05", "D07", "D08", "D10", "D22", "D29"} <= {found.check.id for found in bad}
+    for found in bad:
+        assert found.result.remedy, found
+        assert found.check.level == "error" or found.result.verdict == "warn"
+
+
+def test_errors_become_problems() -> None:
+    problem = as_problem(InputError("a.json: is broken (1; 2); download it again"))
+    assert problem == Problem("a.json: is broken (1; 2)", "download it again")
+    assert as_problem(InputError("no remedy")) == Problem("no remedy", "")
+
+
+def test_what_was_built_of_a_recipe_is_found(tmp_path: Path) -> None:
+    for name in ("engines/qwen2-tiny-cpu/checkpoint", "engines/qwen2-tiny-cpu/engine", "triton_repo/qwen2-tiny-cpu"):
+        (tmp_path / name).mkdir(parents=True)
+    subject = completed(Subject(Host(), System(work=tmp_path), load_recipe("qwen2-tiny-cpu")))
+    assert subject.checkpoint == tmp_path / "engines/qwen2-tiny-cpu/checkpoint"
+    assert subject.engine == tmp_path / "engines/qwen2-tiny-cpu/engine"
+    assert subject.repository == tmp_path / "triton_repo/qwen2-tiny-cpu"
+    nothing = completed(Subject(Host(), System(work=tmp_path / "elsewhere"), load_recipe("qwen2-tiny-cpu")))
+    assert (nothing.checkpoint, nothing.engine, nothing.repository) == (None, None, None)
+
+
+def test_a_repository_names_its_engine(filled: Callable[..., Path], tmp_path: Path) -> None:
+    assert completed(Subject(Host(), repository=filled())).engine == tmp_path / "engine"
+    assert completed(Subject(Host(), repository=filled(engine_dir="/nowhere"))).engine is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"model": Path("/nowhere")}, "correct --model"),
+        ({"repository": Path("/nowhere")}, "correct --repo"),
+        ({"url": "http://127.0.0.1:8001"}, "--url http://127.0.0.1:8001: is not host:port"),
+        ({"metrics": "8002"}, "--metrics 8002"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        completed(Subject(Host(), **arguments))  # type: ignore[arg-type]
+    for good in ("127.0.0.1:8001", "[::1]:8001", "gpu-7.example:8001"):
+        completed(Subject(Host(), url=good))

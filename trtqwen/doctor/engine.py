@@ -1,0 +1,173 @@
+"""Checks of checkpoints and engines: do they fit this host, each other, and what they are to be used for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any, cast, get_args
+
+from trtqwen.checkpoint.config import read_checkpoint_config
+from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.doctor.subject import Skip, Subject
+from trtqwen.engine.config import read_engine_config
+from trtqwen.engine.provenance import check_provenance
+from trtqwen.hf.config import TRAINED_CONTEXT
+from trtqwen.recipe import Release
+from trtqwen.releases import last_engine_release, release_facts
+
+_CONVERT = "convert the model again with `trtqwen convert`"
+_REBUILD = "build the engine again with `trtqwen build`"
+
+
+class EngineProvenance(Check):
+    id = "D01"
+    level = "error"
+    title = "the engine was built for this host"
+
+    def run(self, subject: Subject) -> Result:
+        if subject.engine is None:
+            raise Skip("give --engine or --repo")
+        config = read_engine_config(subject.engine)
+        if config.builder == "torch":
+            return Result("ok", "a torch engine: runs wherever PyTorch does")
+        if subject.host.tensorrt_llm is None and not subject.host.gpus:
+            raise Skip(f"no TensorRT-LLM and no GPU here; the engine is of {config.version}")
+        problems = [Problem(found.what, found.remedy) for found in check_provenance(subject.engine, subject.host)]
+        return self.judge(problems, f"TensorRT-LLM {config.version}, built on the like of this host")
+
+
+class CheckpointRelease(Check):
+    """A release stops at keys of newer ones, and takes a rotary scaling that it does not know for none."""
+
+    id = "D04"
+    level = "error"
+    title = "the checkpoint is for this release"
+
+    def run(self, subject: Subject) -> Result:
+        if subject.checkpoint is None:
+            raise Skip("give --checkpoint")
+        config = read_checkpoint_config(subject.checkpoint)
+        release = _release(subject)
+        facts = release_facts(release)
+        content: dict[str, Any] = json.loads((subject.checkpoint / "config.json").read_text(encoding="utf-8"))
+        problems = []
+        for section, keys in facts.unknown_checkpoint_keys.items():
+            holder = content.get(section, {}) if section else content
+            if refused := [key for key in keys if key in holder]:
+                text = f"config.json: {release} refuses {', '.join(refused)} in {section or 'its top level'}"
+                problems.append(Problem(text, f"{_CONVERT}, with checkpoint.release {release}"))
+        scaling = (config.rotary_scaling or {}).get("rope_type") or (config.rotary_scaling or {}).get("type")
+        if scaling is not None and scaling not in facts.rope_scalings:
+            text = f"rotary_scaling {scaling}: {release} computes {', '.join(facts.rope_scalings)}"
+            problems.append(Problem(text, "use a newer release"))
+        ranks = range(config.mapping.world_size)
+        missing = [rank for rank in ranks if not (subject.checkpoint / f"rank{rank}.safetensors").is_file()]
+        if missing:
+            text = (
+                f"{subject.checkpoint}: rank{missing[0]}.safetensors is missing, its mapping has {len(ranks)} ranks"
+            )
+            problems.append(Problem(text, _CONVERT))
+        return self.judge(
+            problems, f"{config.dtype}, {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}, {release}"
+        )
+
+
+def _release(subject: Subject) -> Release:
+    """What will read the checkpoint: the installed release, else the recipe's, else the last with engines."""
+    installed = (subject.host.tensorrt_llm or "").partition("+")[0]
+    if installed in get_args(Release):
+        return cast(Release, installed)
+    return subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
+
+
+class LongContext(Check):
+    id = "D17"
+    level = "error"
+    title = "long context has its YaRN"
+
+    def run(self, subject: Subject) -> Result:
+        problems, seen = [], []
+        for name, tokens, scaled in _contexts(subject):
+            seen.append(f"{name} {tokens:,} tokens{' with rope_scaling' if scaled else ''}")
+            if tokens > TRAINED_CONTEXT and not scaled:
+                text = f"{name}: {tokens:,} tokens, but no rope_scaling: Qwen2.5 has learned {TRAINED_CONTEXT:,}"
+                factor = -(-tokens // TRAINED_CONTEXT)
+                remedy = f"set checkpoint.yarn_factor {factor} and build again, or max_seq_len {TRAINED_CONTEXT}"
+                problems.append(Problem(text, remedy))
+            if scaled and tokens <= TRAINED_CONTEXT:
+                text = f"{name}: YaRN is on for {tokens:,} tokens; it is static and costs short prompts a little"
+                problems.append(Problem(text, "leave it out up to 32,768 tokens", "warning"))
+        return self.judge(problems, ", ".join(seen))
+
+
+def _contexts(subject: Subject) -> Iterator[tuple[str, int, bool]]:
+    """Who promises how long a context, and whether with a rotary scaling."""
+    if subject.recipe is None and subject.engine is None:
+        raise Skip("give a RECIPE or --engine")
+    recipe = subject.recipe
+    if recipe is not None:
+        scaled = recipe.checkpoint.yarn_factor is not None
+        if subject.model is not None:
+            scaled = scaled or subject.source.config.rope_scaling is not None
+        yield "recipe", recipe.engine.max_seq_len, scaled
+        if subject.checkpoint is not None:
+            checkpoint = read_checkpoint_config(subject.checkpoint)
+            yield "checkpoint", recipe.engine.max_seq_len, checkpoint.rotary_scaling is not None
+    if subject.engine is not None:
+        config = subject.engine_config
+        yield "engine", config.build_config.max_seq_len, config.pretrained_config.rotary_scaling is not None
+
+
+class Conflicts(Check):
+    """What the repository switches on and the engine was built without: TensorRT-LLM logs it and goes on."""
+
+    id = "D18"
+    level = "error"
+    title = "serving settings that the engine can honour"
+
+    def run(self, subject: Subject) -> Result:
+        if subject.engine is None:
+            raise Skip("give --engine or --repo")
+        config, build = subject.engine_config, subject.engine_config.build_config
+        kv_algorithm = config.pretrained_config.quantization.kv_cache_quant_algo
+        torch = config.builder == "torch"
+        paged = torch or bool(subject.plugin_config.get("use_paged_context_fmha"))
+        problems = []
+        if subject.recipe is not None and subject.recipe.engine.use_paged_context_fmha and not paged:
+            because = f": it has no kernel for a KV cache in {kv_algorithm}" if kv_algorithm else ""
+            text = f"the engine came out without use_paged_context_fmha, which the recipe asks for{because}"
+            problems.append(Problem(text, _REBUILD))
+        chunked, reuse = _serving(subject, unset_reuses=not torch)
+        if not paged:
+            on = [
+                name
+                for name, given in (("enable_chunked_context", chunked), ("enable_kv_cache_reuse", reuse))
+                if given
+            ]
+            if on:
+                text = f"{' and '.join(on)}: the engine has no use_paged_context_fmha, they are silently off"
+                problems.append(Problem(text, f"{_REBUILD} with engine.use_paged_context_fmha, or set them False"))
+        if chunked is False and build.max_num_tokens < build.max_seq_len:
+            text = (
+                f"prompts over {build.max_num_tokens:,} tokens will be refused, although max_seq_len is "
+                f"{build.max_seq_len:,}: enable_chunked_context is off"
+            )
+            problems.append(Problem(text, "set enable_chunked_context True, or build with a larger max_num_tokens"))
+        evidence = f"use_paged_context_fmha {'on' if paged else 'off'}, KV cache {kv_algorithm or '16 or 32 bit'}"
+        return self.judge(problems, evidence)
+
+
+def _serving(subject: Subject, *, unset_reuses: bool) -> tuple[bool | None, bool | None]:
+    """Whether chunked context and KV cache reuse are switched on, by the repository or the recipe; None: not known.
+
+    The C++ backend takes an unset enable_kv_cache_reuse for true, an unset enable_chunked_context for false.
+    """
+    if subject.repository is not None and (model := subject.model_files.get("tensorrt_llm")) is not None:
+        reuse = model.flag("enable_kv_cache_reuse")
+        return model.flag("enable_chunked_context") or False, unset_reuses if reuse is None else reuse
+    if subject.recipe is not None:
+        return subject.recipe.serve.enable_chunked_context, subject.recipe.serve.enable_kv_cache_reuse
+    return None, None
+
+
+CHECKS: tuple[Check, ...] = (EngineProvenance(), CheckpointRelease(), LongContext(), Conflicts())

@@ -1,0 +1,160 @@
+"""Checks of what is installed on the host: TensorRT-LLM, TensorRT, the driver, and the environment they run in."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from typing import cast, get_args
+
+from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.doctor.subject import Skip, Subject
+from trtqwen.recipe import Release
+from trtqwen.releases import Image, images, last_engine_release, newest_image, release_facts
+
+_BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so")
+_LAUNCHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_")
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparison: 1.3.0rc15 is (1, 3, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+class EnginePath(Check):
+    id = "D02"
+    level = "error"
+    title = "TensorRT-LLM builds and serves engines"
+
+    def run(self, subject: Subject) -> Result:
+        host, system = subject.host, subject.system
+        last = last_engine_release()
+        image = _last_image()
+        if host.tensorrt_llm is None:
+            raise Skip(f"no TensorRT-LLM here; engines are built in {image}")
+        if version(host.tensorrt_llm) > version(last):
+            text = f"TensorRT-LLM {host.tensorrt_llm}: upstream removed the engine path in summer 2026, after {last}"
+            return self.found(text, f"use {image}, or serve the model with upstream's llmapi")
+        problems = []
+        if host.trtllm_build is None:
+            problems.append(Problem("trtllm-build is not on PATH", f"use {image}, unchanged"))
+        if _build_config_is_gone():
+            problems.append(Problem("tensorrt_llm/builder.py has no BuildConfig", f"use {image}, unchanged"))
+        triton = (system.root / "opt/tritonserver/bin/tritonserver").is_file()
+        if triton and not (system.root / _BACKEND).is_file():
+            text = f"this Triton has no {_BACKEND.name}: it cannot serve engines"
+            problems.append(Problem(text, "use an image whose tag ends in -trtllm-python-py3"))
+        return self.judge(problems, f"TensorRT-LLM {host.tensorrt_llm}, {host.trtllm_build}")
+
+
+def _last_image() -> str:
+    return newest_image(last_engine_release()).image
+
+
+def _build_config_is_gone() -> bool:
+    package = importlib.util.find_spec("tensorrt_llm")  # finds the package, does not import it
+    if package is None or package.origin is None:
+        return False
+    builder = Path(package.origin).with_name("builder.py")
+    return not builder.is_file() or "class BuildConfig" not in builder.read_text(encoding="utf-8")
+
+
+class TensorRtVersion(Check):
+    id = "D03"
+    level = "error"
+    title = "TensorRT is the one TensorRT-LLM was made with"
+
+    def run(self, subject: Subject) -> Result:
+        installed, llm = subject.host.tensorrt, subject.host.tensorrt_llm
+        if installed is None:
+            raise Skip("no TensorRT here")
+        if version(installed)[:1] != (10,):
+            text = f"TensorRT {installed}: engines of TensorRT-LLM need TensorRT 10"
+            return self.found(text, f"use {_last_image()}")
+        pinned = release_facts(cast(Release, llm)).tensorrt if llm in get_args(Release) else None
+        if pinned is not None and version(installed)[:2] != version(pinned):
+            text = f"TensorRT {installed} beside TensorRT-LLM {llm}, which pins {pinned}"
+            return self.found(text, "a left-over or an upgrade by hand: use the image as it came")
+        return Result("ok", f"TensorRT {installed}")
+
+
+class Driver(Check):
+    id = "D05"
+    level = "error"
+    title = "the driver runs the image"
+
+    def run(self, subject: Subject) -> Result:
+        driver = subject.host.driver
+        if driver is None:
+            raise Skip("no NVIDIA driver here")
+        image = _image(subject)
+        if version(driver) >= version(image.driver):
+            return Result("ok", f"driver {driver}, {_tag(image)} needs {image.driver}")
+        names = {gpu.name for gpu in subject.host.gpus}
+        text = f"driver {driver}, but {_tag(image)} needs {image.driver}"
+        remedy = f"install driver {image.driver} or newer"
+        runs = [other for other in images() if version(driver) >= version(other.driver)]
+        if runs:
+            remedy += f", or use {runs[-1].image} (TensorRT-LLM {runs[-1].tensorrt_llm})"
+        if names and not any("GeForce" in name for name in names):
+            remedy += "; a data-centre card may also run it through cuda-compat"
+            return self.found(text, remedy, "warning")
+        return self.found(f"{text}: GeForce cards cannot use cuda-compat", remedy)
+
+
+def _image(subject: Subject) -> Image:
+    """The image this runs in if it is a known one, else the newest that holds the recipe's release."""
+    for image in images():
+        if image.image == subject.host.image:
+            return image
+    return newest_image(subject.recipe.checkpoint.release if subject.recipe else last_engine_release())
+
+
+def _tag(image: Image) -> str:
+    return image.image.partition(":")[2]
+
+
+class Environment(Check):
+    id = "D08"
+    level = "warning"
+    title = "environment variables"
+
+    def run(self, subject: Subject) -> Result:
+        environ = subject.system.environ
+        problems = []
+        hijacked = sorted(name for name in environ if name.startswith(_LAUNCHERS))
+        if hijacked:
+            text = f"{', '.join(hijacked)}: another launcher's, which mpi4py and mpirun obey"
+            problems.append(Problem(text, f"env {' '.join(f'-u {name}' for name in hijacked)} trtqwen ..."))
+        if environ.get("NCCL_SHM_DISABLE", "0") != "0":
+            text = "NCCL_SHM_DISABLE is set: without peer-to-peer, NCCL falls back to sockets"
+            problems.append(Problem(text, "unset NCCL_SHM_DISABLE"))
+        problems += _peer_to_peer(subject) + _visible(subject)
+        seen = sorted(name for name in environ if name.startswith(("NCCL_", "CUDA_VISIBLE_DEVICES")))
+        return self.judge(problems, ", ".join(f"{name}={environ[name]}" for name in seen) or "nothing in the way")
+
+
+def _peer_to_peer(subject: Subject) -> list[Problem]:
+    """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data."""
+    environ = subject.system.environ
+    cards = [gpu for gpu in subject.host.gpus if "GeForce" in gpu.name]
+    several = len(cards) > 1 and subject.local_ranks > 1
+    off = environ.get("NCCL_P2P_DISABLE", "0") != "0" or environ.get("NCCL_P2P_LEVEL") == "LOC"
+    if several and not off:
+        return [Problem(f"NCCL_P2P_DISABLE is not set for {len(cards)} GeForce cards", "export NCCL_P2P_DISABLE=1")]
+    return []
+
+
+def _visible(subject: Subject) -> list[Problem]:
+    value = subject.system.environ.get("CUDA_VISIBLE_DEVICES")
+    if value is None or not subject.host.gpus:
+        return []
+    visible = 0 if value.strip() in ("", "-1", "NoDevFiles") else len(value.split(","))
+    if visible >= subject.local_ranks:
+        return []
+    text = f"CUDA_VISIBLE_DEVICES={value!r} shows {visible} GPUs, {subject.local_ranks} ranks are to run here"
+    return [Problem(text, "unset CUDA_VISIBLE_DEVICES or name a GPU for each rank")]
+
+
+CHECKS: tuple[Check, ...] = (EnginePath(), TensorRtVersion(), Driver(), Environment())
