@@ -67,7 +67,7 @@ def test_the_stages_are_made_once_and_then_kept(tmp_path: Path) -> None:
 def test_what_changes_is_made_again_and_nothing_else(tmp_path: Path) -> None:
     build(tmp_path)
     changed = with_settings(TINY, "serve", max_queue_size=7)
-    assert whys(build(tmp_path, changed)) == [None, None, "serve.max_queue_size changed from 0 to 7"]
+    assert whys(build(tmp_path, changed)) == [None, None, "serve.max_queue_size changed from 256 to 7"]
     changed = with_settings(changed, "engine", max_batch_size=3)
     assert whys(build(tmp_path, changed)) == [
         None,

@@ -62,10 +62,10 @@ def test_a_build_says_why_it_makes_what(tmp_path: Path, monkeypatch: pytest.Monk
     assert CliRunner().invoke(app, run).output.count("because it is not there") == 3
     assert CliRunner().invoke(app, run).output.count(": up to date\n") == 3
     recipe.write_text(text + "  max_queue_size: 9\n")
-    assert "would be made, because serve.max_queue_size changed from 0 to 9" in dry(run)
+    assert "would be made, because serve.max_queue_size changed from 256 to 9" in dry(run)
     output = CliRunner().invoke(app, run).output
     assert output.count(": up to date\n") == 2
-    assert output.count("because serve.max_queue_size changed from 0 to 9\n") == 1
+    assert output.count("because serve.max_queue_size changed from 256 to 9\n") == 1
 
 
 def dry(arguments: list[str]) -> str:
