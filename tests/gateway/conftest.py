@@ -1,0 +1,166 @@
+"""Real gateways in front of real Tritons: one with the bundled model's engine, one with a stand-in that obeys."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from scripts.stand_in_engine import write_stand_in_repository
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.process import GatewayProcess
+from trtqwen.recipe import ServeRecipe
+from trtqwen.triton.repository import write_repository
+from trtqwen.triton.server import Ports, TritonServer
+
+# After the template of Qwen2.5-Instruct, without its default system prompt.
+TOOLS_TEMPLATE = (Path(__file__).parent / "data" / "qwen_tools.jinja").read_text(encoding="utf-8")
+
+
+@dataclass
+class Running:
+    """A gateway, and the Triton behind it."""
+
+    gateway: GatewayProcess
+    triton: TritonServer
+    model: str = field(default="qwen", init=False)
+    key: str = "none"
+
+    @property
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key=self.key, max_retries=0, timeout=60)
+
+    def ask(self, text: str, **options: Any) -> tuple[int, dict[str, str], Any]:
+        """Status, headers and body of a chat, by a client that checks nothing."""
+        body = {"model": self.model, "messages": [{"role": "user", "content": text}], **options}
+        status, headers, content = self.post("/v1/chat/completions", body)
+        return status, headers, json.loads(content)
+
+    def chat(self, text: str, **options: Any) -> Any:
+        messages = options.pop("messages", [{"role": "user", "content": text}])
+        return self.client.chat.completions.create(model=self.model, messages=messages, **options)
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
+
+    def post(self, path: str, body: Any, headers: dict[str, str] | None = None) -> tuple[int, dict[str, str], str]:
+        """Status, headers and text of an answer, by a client that checks nothing."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.config.port, timeout=60)
+        try:
+            connection.request("POST", path, content, self._headers | (headers or {}))
+            answer = connection.getresponse()
+            return answer.status, dict(answer.getheaders()), answer.read().decode()
+        finally:
+            connection.close()
+
+    def get(self, path: str) -> tuple[int, str]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.config.port, timeout=10)
+        try:
+            connection.request("GET", path)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode()
+        finally:
+            connection.close()
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", self.gateway.config.port), timeout=10)
+
+    def metric(self, name: str) -> float:
+        """A gateway metric, the sum over its labels' values."""
+        lines = [line for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]
+        return sum(float(line.split()[-1]) for line in lines if line.startswith((f"{name} ", f"{name}{{")))
+
+    def used_blocks(self) -> float:
+        """KV cache blocks in use, as the engine tells Triton."""
+        with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=5) as answer:
+            [line] = [line for line in answer.read().decode().splitlines() if 'block_type="used"' in line]
+        return float(line.split()[-1])
+
+
+def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+@pytest.fixture(scope="session")
+def engine_repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model: 16 requests in the batch, 512 tokens each."""
+    output = tmp_path_factory.mktemp("gateway") / "repository"
+    write_repository(bundled_engine(), ServeRecipe(triton_max_batch_size=8), output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def stand_in_repository(engine_repository: Path) -> Path:
+    """Its copy with an engine that obeys, a template with tools, and guided decoding on paper."""
+    output = engine_repository.with_name("stand-in")
+    write_stand_in_repository(
+        engine_repository, output, step_ms=1, chat_template=TOOLS_TEMPLATE, guided_decoding_backend="xgrammar"
+    )
+    return output
+
+
+@contextmanager
+def quick_triton(repository: Path) -> Iterator[TritonServer]:
+    """A Triton that is not asked to leave politely: nothing of it is needed afterwards."""
+    with TritonServer(repository, ports=Ports(0, 0, 0)) as triton:
+        group = triton.pid
+        try:
+            yield triton
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+
+
+@contextmanager
+def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> Iterator[Running]:
+    config = {"repository": repository, "triton": (server.grpc_url,), "port": 0, "model_name": "qwen"}
+    with GatewayProcess(GatewayConfig(**{**config, **settings})) as gateway:
+        yield Running(gateway, server)
+
+
+@pytest.fixture(scope="module")
+def live(engine_repository: Path) -> Iterator[Running]:
+    """A gateway in front of the bundled model."""
+    with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def stand_in_triton(stand_in_repository: Path) -> Iterator[TritonServer]:
+    with quick_triton(stand_in_repository) as triton:
+        yield triton
+
+
+@pytest.fixture(scope="session")
+def obedient(stand_in_repository: Path, stand_in_triton: TritonServer) -> Iterator[Running]:
+    """A gateway in front of the stand-in."""
+    with quick_gateway(stand_in_triton, stand_in_repository) as running:
+        yield running
+
+
+@pytest.fixture
+def another_gateway(stand_in_repository: Path, stand_in_triton: TritonServer) -> Iterator[Callable[..., Running]]:
+    """Starts gateways in front of the stand-in with other settings."""
+    with ExitStack() as started:
+        yield lambda **settings: started.enter_context(
+            quick_gateway(stand_in_triton, stand_in_repository, **settings)
+        )

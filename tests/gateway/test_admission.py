@@ -1,0 +1,122 @@
+"""Admission: never more than the batch and the cache, never out of turn, nothing lost, whatever happens."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from trtqwen.gateway.admission import Admission, Capacity, QueueFull, QueueLimits, Ticket
+
+REQUESTS, TOKENS, LARGEST = 3, 100, 80
+QUEUE = QueueLimits(requests=5, tokens=150)
+
+
+class AdmissionMachine(RuleBasedStateMachine):
+    """Arrivals, ends, cancellations and failing replicas in any order, beside a list that remembers who is where."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.admission = Admission(2, Capacity(REQUESTS, TOKENS), QUEUE, LARGEST)
+        self.waiting: list[Ticket] = []
+        self.running: list[tuple[Ticket, int]] = []
+        self.up = [True, True]
+
+    def note(self, admitted: list[tuple[Ticket, int]]) -> None:
+        for ticket, replica in admitted:
+            assert ticket is self.waiting.pop(0), "somebody overtook"
+            assert self.up[replica]
+            self.running.append((ticket, replica))
+
+    @rule(sizes=st.lists(st.integers(1, LARGEST), min_size=1, max_size=3))
+    def arrive(self, sizes: list[int]) -> None:
+        tickets = [Ticket(size) for size in sizes]
+        before = self.admission.queued, self.admission.in_flight, self.admission.queued_tokens
+        self.waiting += tickets
+        try:
+            self.note(self.admission.arrive(tickets))
+        except QueueFull:
+            self.waiting = [ticket for ticket in self.waiting if ticket not in tickets]
+            assert before == (self.admission.queued, self.admission.in_flight, self.admission.queued_tokens)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        ticket, replica = data.draw(st.sampled_from(self.running))
+        self.running.remove((ticket, replica))
+        self.admission.leave(ticket)
+        self.admission.leave(ticket)
+        self.note(self.admission.admit())
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        ticket = data.draw(st.sampled_from(self.waiting))
+        self.waiting.remove(ticket)
+        self.admission.leave(ticket)
+        self.note(self.admission.admit())
+
+    @rule(replica=st.integers(0, 1), up=st.booleans())
+    def change(self, replica: int, up: bool) -> None:
+        self.up[replica] = up
+        self.admission.set_up(replica, up)
+        self.note(self.admission.admit())
+
+    @invariant()
+    def within_limits(self) -> None:
+        for number in range(2):
+            mine = [ticket.tokens for ticket, replica in self.running if replica == number]
+            assert len(mine) <= REQUESTS
+            assert sum(mine) <= TOKENS
+        assert self.admission.queued == len(self.waiting) <= QUEUE.requests
+        assert self.admission.queued_tokens == sum(ticket.tokens for ticket in self.waiting) <= QUEUE.tokens
+        assert self.admission.in_flight == len(self.running)
+        assert self.admission.in_flight_tokens == sum(ticket.tokens for ticket, _ in self.running)
+
+    @invariant()
+    def nobody_waits_without_need(self) -> None:
+        if self.waiting:
+            head = self.waiting[0].tokens
+            for number in range(2):
+                mine = [ticket.tokens for ticket, replica in self.running if replica == number]
+                assert not self.up[number] or len(mine) == REQUESTS or sum(mine) + head > TOKENS
+
+    def teardown(self) -> None:
+        for ticket, _ in self.running:
+            self.admission.leave(ticket)
+        for ticket in self.waiting:
+            self.admission.leave(ticket)
+        assert (self.admission.in_flight, self.admission.in_flight_tokens) == (0, 0)
+        assert (self.admission.queued, self.admission.queued_tokens) == (0, 0)
+
+
+TestAdmission = AdmissionMachine.TestCase
+
+
+def test_a_ticket_goes_to_the_replica_with_the_fewest_tokens_to_do() -> None:
+    admission = Admission(3, Capacity(10, 100), QUEUE, LARGEST)
+    sizes = [50, 20, 30, 5, 5, 40]
+    places = [admission.arrive([Ticket(size)])[0][1] for size in sizes]
+    assert places == [0, 1, 2, 1, 1, 1]  # 20, 25 and 30 are less than replica 2's 30 or replica 0's 50
+
+
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
+def test_all_who_are_taken_in_get_their_turn_in_order(sizes: list[int]) -> None:
+    admission = Admission(1, Capacity(2, 30), QueueLimits(1000, 10000), 30)
+    tickets = [Ticket(size) for size in sizes]
+    served = []
+    running = [ticket for ticket, _ in admission.arrive(tickets)]
+    while running:
+        served.append(running.pop(0))
+        admission.leave(served[-1])
+        running += [ticket for ticket, _ in admission.admit()]
+    assert served == tickets
+
+
+def test_an_arrival_is_taken_in_whole_or_not_at_all() -> None:
+    admission = Admission(1, Capacity(1, 100), QueueLimits(requests=1, tokens=100), 100)
+    with pytest.raises(QueueFull):
+        admission.arrive([Ticket(1), Ticket(1), Ticket(1)])
+    assert (admission.in_flight, admission.queued) == (0, 0)
+    assert len(admission.arrive([Ticket(1), Ticket(1)])) == 1

@@ -1,0 +1,84 @@
+"""Death and stops: whoever is killed, every open client hears of it soon, and readiness turns red."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.conftest import Running, quick_gateway, quick_triton, wait_for
+from tests.gateway.deaths import LONG, Streams, check_death, process
+from trtqwen.errors import InputError, ServerError
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.process import GatewayProcess
+from trtqwen.triton.server import TritonServer
+
+pytestmark = pytest.mark.triton
+PROBE = 1.5  # seconds; 2 by default
+
+
+def test_deaths_behind_the_gateway_are_errors_and_a_return_is_noticed(stand_in_repository: Path) -> None:
+    repository = stand_in_repository
+    with (
+        quick_triton(repository) as triton,
+        quick_gateway(triton, repository, probe_seconds=PROBE) as target,
+    ):
+        backend = process(triton.pid, "tensorrt_llm/1/model.py")
+        check_death(target, lambda: os.kill(backend, signal.SIGKILL))
+        os.killpg(triton.pid, signal.SIGKILL)
+        triton.stop()
+        with TritonServer(repository, ports=triton.ports) as again:
+            assert wait_for(lambda: target.get("/ready")[0] == 200, 2 + 2 * PROBE)
+            check_death(target, lambda: os.killpg(again.pid, signal.SIGKILL))
+
+
+def test_the_gateway_s_death_is_an_error_and_frees_the_engine(obedient: Running, another_gateway: Any) -> None:
+    target = another_gateway()
+    streams = Streams(target, 3)
+    os.kill(target.gateway.pid, signal.SIGKILL)
+    killed = time.monotonic()
+    streams.join()
+    assert all(streams.errors)
+    assert max(streams.ended) - killed < 2
+    assert obedient.chat("still there", max_tokens=50).choices[0].message.content == "still there"
+
+
+def test_a_stop_finishes_what_runs_and_refuses_the_rest(obedient: Running, another_gateway: Any) -> None:
+    target = another_gateway()
+    streams = Streams(target, 3)
+    os.kill(target.gateway.pid, signal.SIGTERM)
+    assert wait_for(lambda: target.get("/ready")[0] == 503, 1)
+    with pytest.raises(openai.APIStatusError, match="stopping") as caught:
+        target.chat("hi")
+    assert caught.value.status_code == 503
+    streams.join()
+    assert streams.errors == [None] * 3
+    whole = obedient.chat(LONG, max_tokens=450).choices[0].message.content
+    assert streams.texts == [whole] * 3
+    assert target.gateway.stop() == 0
+
+
+def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(another_gateway: Any) -> None:
+    target = another_gateway(drain_seconds=0.05)
+    pid = target.gateway.pid
+    streams = Streams(target, 1)
+    target.gateway._process.stdin.close()
+    assert wait_for(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes(), 5)  # a zombie, until it is waited for
+    streams.join()
+    assert "stopping" in str(streams.errors[0])
+    assert target.gateway.stop() == 0
+
+
+def test_what_cannot_start_says_why(stand_in_repository: Path, tmp_path: Path, obedient: Running) -> None:
+    with pytest.raises(InputError, match="the gateway cannot listen there"):
+        GatewayProcess(GatewayConfig(repository=stand_in_repository, port=obedient.gateway.config.port))
+    gateway = GatewayProcess(GatewayConfig(repository=tmp_path, port=0))
+    gateway.start()
+    with pytest.raises(ServerError, match=r"with code 2: .* is not a finished repository"):
+        gateway.wait_until_ready()
+    gateway.stop()

@@ -1,0 +1,179 @@
+"""Keys, rates, sizes, queues, deadlines: what is too much is refused early, in order, and says when to come back.
+
+One gateway has all limits at once, and a second replica that does not exist.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.conftest import Running, quick_gateway, wait_for
+from tests.gateway.deaths import LONG
+from trtqwen.triton.server import TritonServer
+
+pytestmark = pytest.mark.triton
+ALICE, BOB, CAROL = "sk-alice-0123456789", "sk-bob-01234567890", "sk-carol-0123456789"
+KEYS = f"""\
+keys:
+  - {{name: alice, key: {ALICE}}}
+  - {{name: bob, key: {BOB}, requests_per_minute: 2, tokens_per_minute: 5000}}
+  - {{name: carol, key: {CAROL}, tokens_per_minute: 100}}
+"""
+LIMITS = {
+    **{"max_body_bytes": 2000, "max_header_bytes": 4096, "body_seconds": 1, "max_choices": 2},
+    **{"default_max_tokens": 5, "max_tokens": 460, "kv_cache_tokens": 470, "max_queued_requests": 1},
+    **{"queue_seconds": 1.5, "probe_seconds": 0.5, "stall_seconds": 1.5, "request_seconds": 30},
+}
+HEAD = (
+    "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    f"Authorization: Bearer {ALICE}\r\n"
+)
+
+
+@pytest.fixture(scope="module")
+def limited(
+    stand_in_repository: Path, stand_in_triton: TritonServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    keys.write_text(KEYS)
+    replicas = (stand_in_triton.grpc_url, "127.0.0.1:9")
+    with quick_gateway(stand_in_triton, stand_in_repository, api_keys=keys, triton=replicas, **LIMITS) as running:
+        yield replace(running, key=ALICE)
+
+
+@contextmanager
+def busy(target: Running) -> Iterator[None]:
+    """While the block runs, an answer that does not come takes up nearly the whole cache."""
+    body = {"model": "qwen", "messages": [{"role": "user", "content": "/hang"}], "max_tokens": 440}
+    content = json.dumps(body).encode()
+    with target.connect() as connection:
+        connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 1, 2)
+        yield
+        connection.shutdown(socket.SHUT_RDWR)
+    assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0, 2)
+
+
+def raw(target: Running, content: bytes) -> bytes:
+    """Whatever comes back for these bytes, until the server closes."""
+    answer = b""
+    with target.connect() as connection:
+        try:
+            connection.sendall(content)
+            while part := connection.recv(65536):
+                answer += part
+        except ConnectionError:
+            pass
+    return answer
+
+
+@pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer wrong", f"Basic {ALICE}", f"Bearer {ALICE[:-1]}\xff"])
+def test_without_a_key_nothing_is_answered(limited: Running, header: str | None) -> None:
+    headers = {"Authorization": header or ""}
+    for path, body in (("/v1/chat/completions", {}), ("/generate", {}), ("/v1/completions", b"{broken")):
+        status, _, text = limited.post(path, body, headers)
+        assert (status, json.loads(text)["error"]["type"]) == (401, "authentication_error")
+    assert [limited.get(path)[0] for path in ("/health", "/ready", "/metrics")] == [200] * 3
+
+
+def test_keys_have_rates(limited: Running) -> None:
+    assert [limited.ask("hello")[0] for _ in range(4)] == [200] * 4
+    bob, carol = replace(limited, key=BOB), replace(limited, key=CAROL)
+    for _ in range(2):
+        bob.chat("hello")
+    with pytest.raises(openai.RateLimitError, match="rate of requests is used up") as caught:
+        bob.chat("hello")
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 30
+    assert carol.ask("hello", max_tokens=60)[0] == 200
+    status, headers, body = carol.ask("hello", max_tokens=60)
+    assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
+    assert "retry-after" in headers
+    status, _, body = carol.ask("hello", max_tokens=300)
+    assert (status, "more than the key's rate ever allows" in body["error"]["message"]) == (429, True)
+    assert "sk-" not in json.dumps(body)
+
+
+def test_large_bodies_and_headers_are_refused(limited: Running) -> None:
+    status, _, text = limited.post("/v1/chat/completions", b" " * 2001)
+    assert (status, json.loads(text)["error"]["code"]) == (413, "body_too_large")
+    status, _, text = limited.post("/v1/chat/completions", {}, {"X-Long": "x" * 5000})
+    assert (status, json.loads(text)["error"]["code"]) == (431, "headers_too_large")
+    chunks = (b"64\r\n" + b" " * 100 + b"\r\n") * 30
+    assert raw(limited, f"{HEAD}Transfer-Encoding: chunked\r\n\r\n".encode() + chunks).startswith(b"HTTP/1.1 413")
+    assert raw(limited, HEAD.encode() + b"X: " + b"x" * 300_000).startswith(b"HTTP/1.1 431")
+    assert raw(limited, b"nonsense\r\n\r\n").startswith(b"HTTP/1.1 400")
+
+
+@pytest.mark.parametrize(("rest", "answer"), [("Content-Length: 100\r\n\r\nslow", b"HTTP/1.1 408"), ("", b"")])
+def test_slow_clients_are_not_waited_for(limited: Running, rest: str, answer: bytes) -> None:
+    begun = time.monotonic()
+    got = raw(limited, f"{HEAD}{rest}".encode())
+    assert got[: len(answer)] == answer
+    assert bool(got) == bool(answer)  # headers that do not end get no answer at all
+    assert time.monotonic() - begun < 3
+
+
+def test_limits_of_answers_have_a_default_and_a_cap(limited: Running) -> None:
+    assert limited.ask(LONG)[2]["usage"]["completion_tokens"] == 5
+    assert limited.ask("hi", max_tokens=461)[2]["error"]["message"] == "max_tokens is 461; this server allows 460"
+    assert "one request may have 2 answers" in limited.ask("hi", n=3)[2]["error"]["message"]
+    status, _, body = limited.ask("hello " * 5, max_tokens=460)
+    assert (status, body["error"]["code"]) == (400, "kv_cache_exceeded")
+
+
+def test_who_does_not_fit_waits_and_the_next_is_refused(limited: Running) -> None:
+    refused = limited.metric("trtqwen_gateway_refused_total")
+    answers: list[Any] = []
+    with busy(limited):
+        second = threading.Thread(target=lambda: answers.append(limited.ask("hello", max_tokens=400)))
+        second.start()
+        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1, 1)
+        assert limited.metric("trtqwen_gateway_queued_tokens") > 400
+        status, headers, body = limited.ask("hello", max_tokens=400)
+        assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
+        assert 1 <= int(headers["retry-after"]) <= 60
+    second.join()
+    assert answers[0][2]["choices"][0]["message"]["content"] == "hello"
+    assert limited.metric("trtqwen_gateway_refused_total") == refused + 2  # the second was the one that left
+
+
+def test_a_turn_that_does_not_come_is_429(limited: Running) -> None:
+    with busy(limited):
+        status, headers, body = limited.ask("hello", max_tokens=400)
+        assert (status, body["error"]["code"]) == (429, "queue_timeout")
+        assert "retry-after" in headers
+
+
+def test_a_client_that_leaves_the_queue_loses_its_place(limited: Running) -> None:
+    body = {"model": "qwen", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 400}
+    content = json.dumps(body).encode()
+    with busy(limited):
+        with limited.connect() as connection:
+            connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1, 1)
+            connection.shutdown(socket.SHUT_RDWR)
+        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 0, 1)
+    assert limited.metric("trtqwen_gateway_in_flight_tokens") == 0
+
+
+def test_a_wedged_engine_is_not_ready_and_its_answers_end(limited: Running) -> None:
+    """And the replica that never was there got no request in any of these tests."""
+    assert limited.metric("trtqwen_gateway_replica_up") == 1
+    answers: list[Any] = []
+    asking = threading.Thread(target=lambda: answers.append(limited.ask("/sleep 4")))
+    asking.start()
+    assert wait_for(lambda: limited.get("/ready")[0] == 503, 3)
+    asking.join()
+    assert (answers[0][0], answers[0][2]["error"]["code"]) == (504, "stalled")
+    assert wait_for(lambda: limited.get("/ready")[0] == 200, 5)

@@ -1,0 +1,273 @@
+"""The official client against the bundled model: chat, completions, usage, seeds, streams, and what ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from typing import Any
+
+import openai
+import pytest
+
+from tests.gateway.conftest import Running, wait_for
+from tests.gateway.deaths import check_death, process
+from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.triton.client import stream
+from trtqwen.triton.repository import tokenizer_directory
+
+pytestmark = pytest.mark.triton
+GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
+
+
+def streamed(chunks: Any) -> tuple[dict[int, str], dict[int, str], Any]:
+    """Text and finish reason of each choice, and the usage."""
+    texts: dict[int, str] = {}
+    reasons: dict[int, str] = {}
+    usage = None
+    for chunk in chunks:
+        usage = usage or chunk.usage
+        for choice in chunk.choices:
+            texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+            if choice.finish_reason:
+                assert choice.index not in reasons
+                reasons[choice.index] = choice.finish_reason
+    return texts, reasons, usage
+
+
+@pytest.mark.parametrize("prompt", ["你好", "Hello!", "🐱是什么意思？", "こんにちは"])
+def test_a_streamed_answer_is_the_unstreamed_one(live: Running, prompt: str) -> None:
+    whole = live.chat(prompt, max_tokens=24, **GREEDY)
+    chunks = live.chat(prompt, max_tokens=24, stream=True, stream_options={"include_usage": True}, **GREEDY)
+    texts, reasons, usage = streamed(chunks)
+    [choice] = whole.choices
+    assert texts == {0: choice.message.content}
+    assert reasons == {0: choice.finish_reason}
+    assert usage == whole.usage
+    assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+
+
+def test_the_answer_is_the_ensemble_s(live: Running) -> None:
+    """The same as Triton's own text models make of the same prompt."""
+    tokenizer = Tokenizer(tokenizer_directory(live.gateway.config.repository))
+    assert tokenizer.chat_template
+    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello!"}]
+    prompt = render_chat(tokenizer.chat_template, messages)
+    pieces = list(stream(live.triton.grpc_url, prompt, 24, chat=False))
+    answer = live.chat("", messages=messages, max_tokens=24, **GREEDY)
+    assert answer.choices[0].message.content == "".join(piece.text for piece in pieces)
+    assert answer.usage.prompt_tokens == len(tokenizer.encode(prompt))
+    assert answer.usage.completion_tokens == sum(piece.num_tokens for piece in pieces)
+
+
+def test_limits_and_ends_are_told(live: Running) -> None:
+    short = live.chat("Hello!", max_tokens=3, **GREEDY)
+    assert short.choices[0].finish_reason == "length"
+    assert short.usage.completion_tokens == 3
+    newer = live.chat("Hello!", max_completion_tokens=2, **GREEDY)
+    assert newer.usage.completion_tokens == 2
+    whole = live.chat("Hello!", max_tokens=100, **GREEDY)
+    assert whole.choices[0].finish_reason == "stop"
+    assert "<|im_end|>" not in whole.choices[0].message.content
+    forever = live.chat("Hello!", max_tokens=60, temperature=0, extra_body={"ignore_eos": True})
+    assert forever.usage.completion_tokens == 60
+
+
+def test_seeds_decide_and_are_told(live: Running) -> None:
+    options = {"max_tokens": 24, "temperature": 1.5, "top_p": 1.0, "extra_body": {"top_k": 0, "ignore_eos": True}}
+    first = live.chat("Hello!", **options)
+    again = live.chat("Hello!", seed=first.seed, **options)
+    other = live.chat("Hello!", seed=first.seed + 1, **options)
+    text = first.choices[0].message.content
+    assert again.choices[0].message.content == text
+    assert other.choices[0].message.content != text
+    chunks = list(live.chat("Hello!", seed=first.seed, stream=True, **options))
+    assert chunks[0].seed == first.seed
+    assert streamed(chunks)[0] == {0: text}
+    assert live.chat("Hello!", seed=-5, **options).seed == -5
+
+
+def test_several_answers_differ_and_the_first_is_the_single_one(live: Running) -> None:
+    extra = {"top_k": 0, "ignore_eos": True}
+    options = {"max_tokens": 24, "seed": 11, "temperature": 2, "top_p": 1.0, "extra_body": extra}
+    single = live.chat("Hello!", **options).choices[0].message.content
+    several = live.chat("Hello!", n=4, **options)
+    texts = [choice.message.content for choice in several.choices]
+    assert [choice.index for choice in several.choices] == [0, 1, 2, 3]
+    assert texts[0] == single
+    assert len(set(texts)) == 4
+    streams, reasons, _ = streamed(live.chat("Hello!", n=4, stream=True, **options))
+    assert streams == dict(enumerate(texts))
+    assert len(reasons) == 4
+
+
+def test_stop_strings_end_an_answer_across_tokens(live: Running) -> None:
+    whole = live.chat("Hello!", max_tokens=24, **GREEDY).choices[0].message.content
+    middle = len(whole) // 2
+    stop = whole[middle : middle + 5]
+    for streaming in (False, True):
+        answer = live.chat("Hello!", max_tokens=24, stop=[stop, "nowhere"], stream=streaming, **GREEDY)
+        texts, reasons, _ = (
+            streamed(answer) if streaming else ({0: answer.choices[0].message.content}, {0: "stop"}, None)
+        )
+        assert texts == {0: whole[: whole.index(stop)]}
+        assert reasons == {0: "stop"}
+    assert wait_for(lambda: live.used_blocks() == 0, 5)
+
+
+def test_completions_take_prompts_as_they_are(live: Running) -> None:
+    options = {"model": "qwen", "max_tokens": 6, **GREEDY}
+    tokenizer = Tokenizer(tokenizer_directory(live.gateway.config.repository))
+    texts = ["Hello", "你好"]
+    separate = [live.client.completions.create(prompt=text, **options).choices[0].text for text in texts]
+    together = live.client.completions.create(prompt=texts, n=2, **options)
+    assert [choice.text for choice in together.choices] == [separate[0]] * 2 + [separate[1]] * 2
+    assert together.usage.prompt_tokens == sum(len(tokenizer.encode(text)) for text in texts)
+    ids = live.client.completions.create(prompt=tokenizer.encode("Hello"), **options)
+    assert ids.choices[0].text == separate[0]
+    echoed = live.client.completions.create(prompt="Hello", echo=True, **options)
+    assert echoed.choices[0].text == "Hello" + separate[0]
+    chunks = list(live.client.completions.create(prompt="Hello", stream=True, echo=True, **options))
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "Hello" + separate[0]
+    assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["length"]
+    default = live.client.completions.create(model="qwen", prompt="Hello", extra_body={"ignore_eos": True})
+    assert default.usage.completion_tokens == 16
+
+
+def test_the_model_is_listed(live: Running) -> None:
+    [model] = live.client.models.list().data
+    assert model.id == "qwen"
+    assert live.client.models.retrieve("qwen").id == "qwen"
+    with pytest.raises(openai.NotFoundError, match="'other' does not exist"):
+        live.client.models.retrieve("other")
+
+
+def test_sixty_four_streams_at_once(live: Running) -> None:
+    """More than the batch and its queue hold: a retrying client sees every one of them answered."""
+
+    async def run() -> list[str]:
+        client = openai.AsyncOpenAI(base_url=f"{live.gateway.url}/v1", api_key="none", max_retries=8, timeout=60)
+
+        async def one(number: int) -> str:
+            stream = await client.chat.completions.create(
+                model="qwen",
+                messages=[{"role": "user", "content": "Hello!"}],
+                max_tokens=4 + number % 8,
+                stream=True,
+                **GREEDY,
+            )
+            return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+        return await asyncio.gather(*(one(number) for number in range(64)))
+
+    texts = asyncio.run(run())
+    whole = live.chat("Hello!", max_tokens=11, **GREEDY).choices[0].message.content
+    assert all(text and whole.startswith(text) for text in texts)
+    assert len(Counter(texts)) == 8
+    assert wait_for(lambda: live.used_blocks() == 0, 5)
+    assert live.metric("trtqwen_gateway_in_flight") == live.metric("trtqwen_gateway_queued") == 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_blocks(live: Running, stream: bool) -> None:
+    body = {
+        "model": "qwen",
+        "messages": [{"role": "user", "content": "Hello!"}],
+        "max_tokens": 450,
+        "ignore_eos": True,
+        "stream": stream,
+        "n": 2,
+    }
+    content = json.dumps(body).encode()
+    with live.connect() as connection:
+        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+        assert wait_for(lambda: live.used_blocks() > 0, 5)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+    assert wait_for(lambda: live.used_blocks() == 0, 1.5)
+    assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0, 1)
+
+
+def test_plain_generation_answers_as_triton_does(live: Running) -> None:
+    body = {"text_input": "Hello", "max_tokens": 6, "id": "mine"}
+    status, _, text = live.post("/generate", body)
+    assert status == 200
+    whole = json.loads(text)
+    assert (whole["id"], whole["model_name"], whole["model_version"]) == ("mine", "qwen", "1")
+    assert (
+        whole["text_output"]
+        == live.client.completions.create(model="qwen", prompt="Hello", max_tokens=6, **GREEDY).choices[0].text
+    )
+    _, headers, text = live.post("/generate_stream", body)
+    assert headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(line.removeprefix("data: ")) for line in text.splitlines() if line]
+    assert "".join(event["text_output"] for event in events) == whole["text_output"]
+    echoed = json.loads(live.post("/generate", body | {"exclude_input_in_output": False})[2])
+    assert echoed["text_output"] == "Hello" + whole["text_output"]
+
+
+ERRORS = [
+    ({"max_tokens": 5000}, "context_length_exceeded", "max_tokens", "ask for 489 or fewer"),
+    ({"messages": [{"role": "user", "content": "word " * 600}]}, "context_length_exceeded", None, "512"),
+    ({"messages": []}, "invalid_value", "messages", "at least 1"),
+    ({"temperature": 3}, "invalid_value", "temperature", "less than or equal to 2"),
+    ({"temperature": "0.5"}, "invalid_value", "temperature", "valid number"),
+    ({"n": 17}, "invalid_value", "n", "16 answers"),
+    ({"stop": ["a"] * 5}, "invalid_value", "stop", "at most 4"),
+    ({"stop": ""}, "invalid_value", "stop", "at least 1 character"),
+    ({"typo": 1}, "unknown_field", "typo", "Unrecognized request argument"),
+    ({"logit_bias": {"5": 1}}, "unsupported", "logit_bias", "leave it out"),
+    ({"logprobs": True, "top_logprobs": 2}, "unsupported", "top_logprobs", "chosen token"),
+    ({"response_format": {"type": "json_object"}}, "unsupported", "response_format", "guided decoding"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported", "tools", "no place for tools"),
+]
+
+
+@pytest.mark.parametrize(("change", "code", "param", "text"), ERRORS)
+def test_what_cannot_be_done_is_refused(
+    live: Running, change: dict[str, Any], code: str, param: str | None, text: str
+) -> None:
+    body = {"model": "qwen", "messages": [{"role": "user", "content": "Hello!"}]} | change
+    status, _, answer = live.post("/v1/chat/completions", body)
+    error = json.loads(answer)["error"]
+    assert status == 400
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == code
+    assert param is None or error["param"] == param
+    assert text in error["message"]
+
+
+def test_neutral_values_of_unsupported_fields_are_accepted(live: Running) -> None:
+    answer = live.chat(
+        "Hello!", max_tokens=2, logit_bias={}, modalities=["text"], store=False, user="me", metadata={"a": "b"}
+    )
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_an_unknown_model_or_route_is_404(live: Running) -> None:
+    with pytest.raises(openai.NotFoundError, match="this server has 'qwen'"):
+        live.client.chat.completions.create(model="gpt-4", messages=[{"role": "user", "content": "hi"}])
+    assert live.post("/v1/embeddings", {})[0] == 404
+    assert live.get("/v1/chat/completions")[0] == 405
+
+
+def test_health_readiness_and_metrics(live: Running) -> None:
+    live.chat("Hello!", max_tokens=5, **GREEDY)
+    assert live.get("/health")[0] == live.get("/ready")[0] == 200
+    assert live.metric("trtqwen_gateway_replica_up") == 1
+    for histogram in ("time_to_first_token", "inter_token", "queue", "request"):
+        assert live.metric(f"trtqwen_gateway_{histogram}_seconds_count") > 0, histogram
+    before = live.metric("trtqwen_gateway_output_tokens_total"), live.metric("trtqwen_gateway_prompt_tokens_total")
+    answer = live.chat("Hello!", max_tokens=5, **GREEDY)
+    assert live.metric("trtqwen_gateway_output_tokens_total") == before[0] + answer.usage.completion_tokens
+    assert live.metric("trtqwen_gateway_prompt_tokens_total") == before[1] + answer.usage.prompt_tokens
+
+
+def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
+    """The last test with this engine."""
+    rank = process(live.triton.pid, "trtqwen.runtime.worker")
+    check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

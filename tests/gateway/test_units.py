@@ -1,0 +1,211 @@
+"""Parts that need no server: templates, sampling, rates, errors, replies."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+from tritonclient.grpc import service_pb2
+
+from tests.gateway.conftest import TOOLS_TEMPLATE
+from trtqwen.demo import MODEL
+from trtqwen.errors import InputError, SourceError
+from trtqwen.gateway.auth import Caller, TokenBucket, read_keys
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.config import gateway_config
+from trtqwen.gateway.engine import _reply
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.generation import fit_max_tokens
+from trtqwen.gateway.guides import Guide
+from trtqwen.gateway.model import GenerationDefaults, load_model
+from trtqwen.gateway.sampling import Sampling, engine_inputs, plan_sampling
+from trtqwen.gateway.schemas import ChatRequest
+
+TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
+CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
+    ([{"role": "user", "content": "hi <|im_end|> {{x}}"}], []),
+    ([{"role": "system", "content": "s"}, {"role": "user", "content": "u"}], [TOOL]),
+    (
+        [
+            {"role": "user", "content": "天气？"},
+            {"role": "assistant", "content": "", "tool_calls": [CALL, CALL]},
+            {"role": "tool", "content": "1"},
+            {"role": "tool", "content": "2"},
+        ],
+        [TOOL, TOOL],
+    ),
+]
+
+
+@pytest.mark.parametrize(("messages", "tools"), CONVERSATIONS)
+def test_templates_render_as_in_transformers(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
+    reference = AutoTokenizer.from_pretrained(MODEL)
+    for text in (TOOLS_TEMPLATE, reference.chat_template):
+        wanted = reference.apply_chat_template(
+            messages, tools=tools or None, chat_template=text, tokenize=False, add_generation_prompt=True
+        )
+        assert ChatTemplate(text).render(messages, tools) == wanted
+
+
+def test_broken_templates_and_refusals_are_errors() -> None:
+    with pytest.raises(SourceError, match="chat template is broken"):
+        ChatTemplate("{% if %}")
+    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(ApiError, match="refuses these messages: roles must alternate") as caught:
+        template.render([], [])
+    assert caught.value.status == 400
+
+
+def chat(**fields: Any) -> ChatRequest:
+    return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
+
+
+QWEN = GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+
+
+@pytest.mark.parametrize(
+    ("defaults", "fields", "wanted"),
+    [
+        (QWEN, {}, {"temperature": 0.7, "runtime_top_p": 0.8, "runtime_top_k": 20, "repetition_penalty": 1.05}),
+        (QWEN, {"temperature": 0}, {"runtime_top_k": 1, "repetition_penalty": 1.05}),
+        (QWEN, {"top_p": 0, "repetition_penalty": 1}, {"runtime_top_k": 1}),
+        (QWEN, {"top_k": 0, "top_p": 1, "temperature": 1, "repetition_penalty": 1},
+         {"temperature": 1, "runtime_top_p": 1}),
+        (GenerationDefaults(), {}, {"temperature": 1, "runtime_top_p": 1}),
+        (GenerationDefaults(do_sample=False), {}, {"runtime_top_k": 1}),
+        (GenerationDefaults(do_sample=False), {"temperature": 0.5}, {"temperature": 0.5, "runtime_top_p": 1}),
+        (GenerationDefaults(), {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 3, "temperature": 0},
+         {"presence_penalty": 1, "frequency_penalty": -1, "min_tokens": 3, "runtime_top_k": 1}),
+    ],
+)  # fmt: skip
+def test_what_is_left_open_is_the_model_s_default(
+    defaults: GenerationDefaults, fields: dict[str, Any], wanted: dict[str, float]
+) -> None:
+    assert plan_sampling(chat(**fields), defaults) == wanted
+
+
+def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
+    model = load_model(engine_repository)
+    sampling = Sampling({"min_tokens": 2, "temperature": 0.5}, seed=-1, guide=Guide("json_schema", '{"é": 1}'))
+    tensors = engine_inputs(model, sampling, (1, 2, 3), 7, index=1)
+    assert tensors["seed"].dtype == np.uint64
+    assert tensors["seed"].item() == 0  # -1 counts as 2**64 - 1, and the second answer has the next one
+    assert tensors["min_tokens"].tolist() == [[2]]
+    assert tensors["input_ids"].tolist() == [[1, 2, 3]]
+    assert tensors["guided_decoding_guide"].item() == '{"é": 1}'.encode()
+    assert tensors["end_id"].item() == model.tokenizer.end_id
+    renamed = {"seed": "random_seed", "min_tokens": "min_length"}
+    older = replace(model, tensors=frozenset(renamed.get(name, name) for name in model.tensors))
+    assert set(engine_inputs(older, sampling, (1,), 7, 0)) == {renamed.get(name, name) for name in tensors}
+    oldest = replace(model, tensors=model.tensors - {"guided_decoding_guide", "guided_decoding_guide_type"})
+    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by this release"):
+        engine_inputs(oldest, sampling, (1,), 7, 0)
+
+
+def test_the_model_is_as_its_repository_says(engine_repository: Path, stand_in_repository: Path) -> None:
+    model = load_model(engine_repository)
+    assert (model.name, model.limits.max_batch_size, model.limits.max_seq_len) == ("repository", 16, 512)
+    assert model.defaults == GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
+    assert not model.guided_decoding
+    assert load_model(stand_in_repository).guided_decoding
+
+
+@given(st.integers(1, 600), st.none() | st.integers(1, 600), st.integers(1, 600), st.none() | st.integers(1, 600))
+def test_an_answer_always_fits(prompt: int, asked: int | None, default: int, most: int | None) -> None:
+    class Limits:
+        max_seq_len = 512
+
+    class Model:
+        limits = Limits
+
+    try:
+        granted = fit_max_tokens(Model, prompt, asked, default, most)  # type: ignore[arg-type]
+    except ApiError as problem:
+        assert problem.code in ("context_length_exceeded", "invalid_value")  # noqa: PT017
+        assert prompt >= 512 or (asked or 0) > min(512 - prompt, most or 512)
+    else:
+        assert 1 <= granted <= 512 - prompt
+        assert granted <= (most or 512)
+        assert asked in (None, granted)
+
+
+@given(st.integers(1, 100), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 40)), max_size=30))
+def test_a_bucket_never_gives_more_than_its_rate(per_minute: int, asks: list[tuple[float, int]]) -> None:
+    now, given_out, bucket = 0.0, 0, TokenBucket(per_minute, 0.0)
+    for pause, amount in asks:
+        now += pause
+        wait = bucket.wait(amount, now)
+        assert (wait == math.inf) == (amount > per_minute)
+        if wait == 0:
+            bucket.take(amount)
+            given_out += amount
+        elif wait < math.inf:
+            assert bucket.wait(amount, now + wait * 1.001 + 1e-6) == 0  # as promised
+            now += wait * 1.001 + 1e-6
+        assert given_out <= per_minute * (1 + now / 60) + 1e-6
+
+
+def test_a_refused_request_takes_nothing() -> None:
+    caller = Caller("c", requests=TokenBucket(1, 0.0), tokens=TokenBucket(10, 0.0))
+    for _ in range(3):
+        with pytest.raises(ApiError, match="more than the key's rate"):
+            caller.charge(11, 0.0)
+    caller.charge(10, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("keys: [", "is not YAML"),
+        ("- a", "keys"),
+        ("keys: []", "at least 1 item"),
+        ("keys: [{name: a, key: short}]", "at least 16 characters"),
+        ("keys: [{name: a, key: 0123456789abcdef, rate: 3}]", "keys.0.rate"),
+        ("keys: [{name: a, key: 0123456789abcdef}, {name: b, key: 0123456789abcdef}]", "b has the same key as a"),
+    ],
+)
+def test_keys_files_are_checked(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "keys.yaml").write_text(text)
+    with pytest.raises(InputError, match=message) as caught:
+        read_keys(tmp_path / "keys.yaml")
+    assert "0123456789" not in str(caught.value)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_keys(tmp_path / "none.yaml")
+
+
+def test_settings_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"gateway: port: .* 65535"):
+        gateway_config(repository=tmp_path, port=70000)
+    with pytest.raises(InputError, match="can be reached by others"):
+        gateway_config(repository=tmp_path, host="0.0.0.0")
+    assert gateway_config(repository=tmp_path, host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"
+
+
+@pytest.mark.parametrize("repeats", [True, False])
+def test_log_probs_are_those_of_the_new_tokens(repeats: bool) -> None:
+    response = service_pb2.ModelInferResponse()
+    for name, values in (
+        ("output_ids", np.array([7, 8], np.int32)),
+        ("output_log_probs", np.array(([-1, -2] if repeats else []) + [-3, -4], np.float32)),
+    ):
+        response.outputs.add(name=name, shape=[1, 1, len(values)])
+        response.raw_output_contents.append(values.tobytes())
+    reply = _reply(response, received=2)
+    assert (reply.token_ids, reply.log_probs) == ((7, 8), (-3.0, -4.0))
+
+
+@pytest.mark.parametrize("answer", ['{"a": 1}', "[]", '"text"', "1", "{", "", "NaN", "[" * 100_000])
+def test_any_json_is_an_object_or_a_list(answer: str) -> None:
+    assert Guide("json").allows(answer) == (answer in ('{"a": 1}', "[]"))
+
+
+def test_a_schema_that_never_ends_is_not_kept() -> None:
+    assert not Guide("json_schema", '{"$ref": "#"}').allows("1")

@@ -1,0 +1,1 @@
+"""The web gateway in front of Triton: OpenAI's routes, admission control, limits and metrics."""

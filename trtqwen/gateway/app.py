@@ -1,0 +1,58 @@
+"""The gateway as an ASGI application."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from trtqwen import __version__
+from trtqwen.gateway import routes
+from trtqwen.gateway.auth import read_keys
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.guard import Guard
+from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import load_model
+from trtqwen.gateway.runtime import running
+from trtqwen.gateway.sse import ClientGone
+
+
+def create_app(config: GatewayConfig) -> FastAPI:
+    """The application; it connects to Triton when a server starts it.
+
+    Raises:
+        InputError: if the repository, its chat template or the keys file cannot be used.
+    """
+    model = load_model(config.repository, config.model_name)
+    text = model.tokenizer.chat_template
+    template = None if text is None else ChatTemplate(text)
+    authenticator = read_keys(config.api_keys)
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with running(config, model, template, metrics) as runtime:
+            app.state.runtime = runtime
+            yield
+
+    app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.include_router(routes.router)
+    app.add_exception_handler(ApiError, routes.on_api_error)
+    app.add_exception_handler(RequestValidationError, routes.on_invalid_request)
+    app.add_exception_handler(HTTPException, routes.on_http_error)
+    app.add_exception_handler(ClientGone, routes.on_client_gone)
+    app.add_exception_handler(Exception, routes.on_failure)
+    app.add_middleware(
+        Guard,
+        authenticator=authenticator,
+        metrics=metrics,
+        max_header_bytes=config.max_header_bytes,
+        max_body_bytes=config.max_body_bytes,
+        body_seconds=config.body_seconds,
+    )
+    return app

@@ -1,0 +1,156 @@
+"""API keys from a file, and what each may ask for a minute."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtqwen.errors import InputError
+from trtqwen.gateway.errors import ApiError
+
+_MINUTE = 60.0
+
+
+class _Key(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    key: Annotated[str, Field(min_length=16)]
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: Annotated[list[_Key], Field(min_length=1)]
+
+
+class TokenBucket:
+    """Holds at most a minute's worth and fills evenly."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self._size = float(per_minute)
+        self._level = self._size
+        self._at = now
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` can be taken; 0 if it can be now, infinite if it never can."""
+        self._level = min(self._size, self._level + (now - self._at) * self._size / _MINUTE)
+        self._at = now
+        if amount > self._size:
+            return math.inf
+        return max(0.0, amount - self._level) * _MINUTE / self._size
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
+
+
+@dataclass
+class Caller:
+    """Who sends requests; without buckets, without limit."""
+
+    name: str
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
+
+    def charge(self, tokens: int, now: float) -> None:
+        """Take a request with so many tokens, prompt and longest answer, from the caller's rates.
+
+        Raises:
+            ApiError: 429 with the time to wait; then nothing is taken.
+        """
+        charges = [
+            (bucket, amount, unit)
+            for bucket, amount, unit in ((self.requests, 1, "requests"), (self.tokens, tokens, "tokens"))
+            if bucket is not None
+        ]
+        for bucket, amount, unit in charges:
+            wait = bucket.wait(amount, now)
+            if wait == math.inf:
+                message = f"{amount} {unit} are more than the key's rate ever allows; ask for fewer"
+                raise ApiError(429, message, "rate_limit_exceeded")
+            if wait > 0:
+                seconds = math.ceil(wait)
+                message = f"the key's rate of {unit} is used up; try again in {seconds} s"
+                raise ApiError(429, message, "rate_limit_exceeded", retry_after=seconds)
+        for bucket, amount, _ in charges:
+            bucket.take(amount)
+
+
+@dataclass
+class Authenticator:
+    """Tells callers by their keys; without keys, everybody is the same caller.
+
+    Attributes:
+        callers: by SHA-256 of their keys: the keys themselves are not kept.
+    """
+
+    callers: dict[bytes, Caller] = field(default_factory=dict)
+    anonymous: Caller = field(default_factory=lambda: Caller("anonymous"))
+
+    def authenticate(self, header: str | None) -> Caller:
+        """The caller of an `Authorization` header.
+
+        Raises:
+            ApiError: 401 without a known key.
+        """
+        if not self.callers:
+            return self.anonymous
+        scheme, _, key = (header or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise ApiError(401, "no API key; send it as `Authorization: Bearer KEY`", "missing_api_key")
+        digest = _digest(key.strip())
+        found = None
+        for known, caller in self.callers.items():  # all of them: the time must not tell how far a guess got
+            if hmac.compare_digest(known, digest):
+                found = caller
+        if found is None:
+            raise ApiError(401, "the API key is not known here; check it", "invalid_api_key")
+        return found
+
+
+def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) -> Authenticator:
+    """Read a keys file: YAML, `keys:` over entries of name, key, requests_per_minute and tokens_per_minute.
+
+    Raises:
+        InputError: if the file is missing or an entry cannot be used; keys are not repeated in the message.
+    """
+    if path is None:
+        return Authenticator()
+    try:
+        entries = _Keys.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).keys
+    except OSError as problem:
+        raise InputError(f"{path}: cannot be read ({problem.strerror}); name a file with API keys") from None
+    except yaml.YAMLError:
+        raise InputError(f"{path}: is not YAML; correct it") from None
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field_name = ".".join(map(str, first["loc"])) or "keys"
+        raise InputError(f"{path}: field {field_name!r}: {first['msg'].lower()}; correct it") from None
+    callers: dict[bytes, Caller] = {}
+    for entry in entries:
+        digest = _digest(entry.key)
+        if digest in callers:
+            raise InputError(f"{path}: {entry.name} has the same key as {callers[digest].name}; give each its own")
+        callers[digest] = Caller(
+            entry.name, _bucket(entry.requests_per_minute, clock), _bucket(entry.tokens_per_minute, clock)
+        )
+    return Authenticator(callers)
+
+
+def _bucket(per_minute: int | None, clock: Callable[[], float]) -> TokenBucket | None:
+    return None if per_minute is None else TokenBucket(per_minute, clock())
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

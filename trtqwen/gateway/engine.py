@@ -1,0 +1,139 @@
+"""The engine behind gRPC: each sequence is one stream to Triton's model `tensorrt_llm` on one of the replicas."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
+
+Array = npt.NDArray[Any]
+MODEL = "tensorrt_llm"
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted Triton is found within a second, not within two minutes
+)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """New tokens of a sequence.
+
+    Attributes:
+        log_probs: one for each token; empty unless asked for.
+    """
+
+    token_ids: tuple[int, ...]
+    log_probs: tuple[float, ...] = ()
+
+
+class _Call:
+    """A stream that runs; `failure` is why somebody else ended it."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+        self.heard = time.monotonic()
+        self.failure: ApiError | None = None
+
+    def abort(self, failure: ApiError) -> None:
+        self.failure = failure
+        self.stream.cancel()
+
+
+class Replica:
+    """One Triton server.
+
+    Attributes:
+        heard: when it last sent a token, in seconds of the monotonic clock.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+        self.heard = float("-inf")
+        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._calls: set[_Call] = set()
+
+    async def generate(
+        self, request_id: str, inputs: Mapping[str, Array], timeout: float
+    ) -> AsyncGenerator[Reply, None]:
+        """Yield a sequence's tokens as they come. Leaving the iterator early cancels the sequence in the engine.
+
+        Args:
+            inputs: tensors of `tensorrt_llm`.
+            timeout: seconds for the whole answer.
+
+        Raises:
+            ApiError: if the engine refuses, fails, or does not answer in time.
+        """
+        call = _Call(self._stub.ModelStreamInfer(_once(_request(request_id, inputs)), timeout=timeout))
+        self._calls.add(call)
+        received = 0
+        try:
+            while (message := await call.stream.read()) is not grpc.aio.EOF:
+                call.heard = self.heard = time.monotonic()
+                if message.error_message:
+                    raise from_engine(message.error_message)
+                reply = _reply(message.infer_response, received)
+                received += len(reply.token_ids)
+                yield reply
+        except grpc.RpcError as problem:
+            raise from_rpc(self.address, problem) from None
+        except asyncio.CancelledError:
+            if call.failure is not None:
+                raise call.failure from None
+            raise
+        finally:
+            self._calls.discard(call)
+            call.stream.cancel()
+
+    def abort_all(self, failure: ApiError) -> None:
+        """End every running sequence with an error."""
+        for call in tuple(self._calls):
+            call.abort(failure)
+
+    def abort_stalled(self, silence: float) -> None:
+        """End the sequences of which nothing was heard for so many seconds."""
+        for call in tuple(self._calls):
+            if time.monotonic() - call.heard > silence:
+                call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
+
+    async def close(self) -> None:
+        await self._channel.close()
+
+
+async def _once(request: Any) -> AsyncIterator[Any]:
+    yield request
+
+
+def _request(request_id: str, inputs: Mapping[str, Array]) -> Any:
+    request = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
+    for name, value in inputs.items():
+        request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
+        raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()
+        request.raw_input_contents.append(raw)
+    return request
+
+
+def _reply(response: Any, received: int) -> Reply:
+    ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.name == "output_ids":
+            ids = tuple(memoryview(raw).cast("i"))
+        elif output.name == "output_log_probs":
+            log_probs = tuple(memoryview(raw).cast("f"))
+    if len(log_probs) > len(ids):  # an engine may repeat those of the tokens before
+        log_probs = log_probs[received : received + len(ids)]
+    return Reply(ids, log_probs)

@@ -1,0 +1,80 @@
+"""Errors as OpenAI's clients expect them: a status and `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import grpc
+
+from trtqwen.errors import TrtQwenError
+
+_ENGINE_ERRORS = Path(__file__).with_name("engine_errors.json")
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    404: "not_found_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+    504: "timeout_error",
+}
+
+
+class ApiError(TrtQwenError):
+    """A request ends with this instead of an answer.
+
+    Args:
+        code: short name for programs, and the label under which the metrics count it.
+        param: the field of the request that is to blame.
+        retry_after: seconds after which another try may succeed.
+    """
+
+    def __init__(
+        self, status: int, message: str, code: str, *, param: str | None = None, retry_after: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+
+    @property
+    def body(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+
+def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    return ApiError(400, message, code, param=param)
+
+
+def unsupported(param: str, message: str) -> ApiError:
+    return ApiError(400, message, "unsupported", param=param)
+
+
+def from_engine(text: str) -> ApiError:
+    """The error that an engine's own error text amounts to: Triton's codes do not tell."""
+    for known in _known():
+        if known["text"] in text:
+            status: int = known["status"]
+            return ApiError(status, text, known["code"], retry_after=1 if status in (429, 503) else None)
+    return ApiError(500, f"the engine failed: {text}", "engine_error")
+
+
+def from_rpc(address: str, problem: grpc.RpcError) -> ApiError:
+    """The error that a failed gRPC call to a replica amounts to."""
+    code, details = problem.code(), problem.details() or ""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ApiError(504, "the answer was not finished in time; ask for fewer tokens", "timeout")
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return ApiError(503, f"the engine at {address} does not answer; try again", "engine_dead", retry_after=1)
+    return from_engine(details)
+
+
+@cache
+def _known() -> list[dict[str, Any]]:
+    errors: list[dict[str, Any]] = json.loads(_ENGINE_ERRORS.read_text(encoding="utf-8"))["errors"]
+    return errors

@@ -1,0 +1,140 @@
+"""Admission for coroutines: wait for a turn, hold it, give it back whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from trtqwen.gateway.admission import Admission, QueueFull, Ticket
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.metrics import Metrics
+
+_LONGEST_ADVICE = 60  # seconds of Retry-After
+
+
+class Gate:
+    """Hands out turns on the engine.
+
+    Args:
+        queue_seconds: how long a ticket may wait.
+    """
+
+    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+        self._admission = admission
+        self._metrics = metrics
+        self._queue_seconds = queue_seconds
+        self._turns: dict[Ticket, asyncio.Future[int]] = {}
+        self._draining = False
+        self._service_seconds = 1.0  # how long a turn lasts, averaged over the recent ones
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        return not self._turns
+
+    def check_room(self) -> None:
+        """Refuse at once what the queue has no place for: under overload, even tokenising it costs the others.
+
+        Raises:
+            ApiError: as `places` does.
+        """
+        self._refuse_at_the_door()
+        if 0 < self._admission.queue_limits.requests <= self._admission.queued:
+            raise self._too_busy("the queue is full", "queue_full")
+
+    @contextmanager
+    def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
+        """Queue one ticket for each count, all or none; whatever is still held afterwards is given back.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the gateway stops or no replica is up, 400 if a count is more
+                than a replica ever holds.
+        """
+        self._refuse_at_the_door()
+        largest = self._admission.largest
+        if max(token_counts) > largest:
+            message = f"prompt and answer of {max(token_counts)} tokens exceed the KV cache of {largest} tokens"
+            raise ApiError(400, f"{message}; lower max_tokens", "kv_cache_exceeded")
+        tickets = [Ticket(count) for count in token_counts]
+        try:
+            for ticket in tickets:
+                self._turns[ticket] = asyncio.get_running_loop().create_future()
+            self._grant(self._admission.arrive(tickets))
+            yield tickets
+        except QueueFull:
+            raise self._too_busy("the queue is full", "queue_full") from None
+        finally:
+            for ticket in tickets:
+                self.give_back(ticket)
+
+    async def turn(self, ticket: Ticket) -> int:
+        """Wait for the ticket's turn; returns the number of the replica to use.
+
+        Raises:
+            ApiError: 429 if the turn does not come in time.
+        """
+        begun = time.monotonic()
+        future = self._turns[ticket]
+        try:
+            return await asyncio.wait_for(future, self._queue_seconds)
+        except asyncio.TimeoutError:
+            raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout") from None
+        finally:
+            self._metrics.queue_seconds.observe(time.monotonic() - begun)
+
+    def give_back(self, ticket: Ticket, lasted: float | None = None) -> None:
+        """End a ticket, waiting or running; nothing happens the second time.
+
+        Args:
+            lasted: seconds that its turn took to a regular end.
+        """
+        if self._turns.pop(ticket, None) is None:
+            return
+        if lasted is not None:
+            self._service_seconds += 0.1 * (lasted - self._service_seconds)
+        self._admission.leave(ticket)
+        self._grant(self._admission.admit())
+
+    def set_up(self, replica: int, up: bool) -> None:
+        """Whether a replica takes requests; when none does, those who wait are told at once."""
+        self._admission.set_up(replica, up)
+        self._grant(self._admission.admit())
+        if not self._admission.any_up:
+            for future in self._turns.values():
+                if not future.done():
+                    future.set_exception(_down())
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on."""
+        self._draining = True
+
+    def _grant(self, admitted: Sequence[tuple[Ticket, int]]) -> None:
+        for ticket, replica in admitted:
+            future = self._turns[ticket]
+            if not future.done():
+                future.set_result(replica)
+        self._metrics.in_flight.set(self._admission.in_flight)
+        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+        self._metrics.queued.set(self._admission.queued)
+        self._metrics.queued_tokens.set(self._admission.queued_tokens)
+
+    def _refuse_at_the_door(self) -> None:
+        if self._draining:
+            raise ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
+        if not self._admission.any_up:
+            raise _down()
+
+    def _too_busy(self, what: str, code: str) -> ApiError:
+        rounds = (self._admission.queued + 1) / self._admission.slots
+        seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
+        return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+def _down() -> ApiError:
+    return ApiError(503, "the engine does not answer; try again", "engine_dead", retry_after=5)

@@ -1,0 +1,107 @@
+"""What holds an answer to JSON: the engine token by token, and the gateway by looking at the whole afterwards."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from jsonschema import Draft202012Validator, SchemaError, ValidationError
+from jsonschema.validators import extend
+from referencing import Registry
+from referencing.exceptions import Unresolvable
+
+from trtqwen.gateway.errors import bad_request, unsupported
+from trtqwen.gateway.model import ServedModel
+from trtqwen.gateway.schemas import ResponseFormat
+
+_LONGEST_SCHEMA = 64 << 10  # characters
+# A client's regular expression can run for ever; the engine's grammar has enforced it already.
+_Validator = extend(  # type: ignore[no-untyped-call]
+    Draft202012Validator, {"pattern": None, "patternProperties": None}
+)
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A guide in TensorRT-LLM's terms.
+
+    Attributes:
+        text: the schema; unused for kind `json`.
+    """
+
+    kind: Literal["json", "json_schema"]
+    text: str = ""
+
+    def allows(self, answer: str) -> bool:
+        """Whether a complete answer is what the guide asked for."""
+        try:
+            value = json.loads(answer)
+            if self.kind == "json":
+                return isinstance(value, (dict, list))
+            _Validator(json.loads(self.text), registry=Registry()).validate(value)
+        except (ValueError, ValidationError, Unresolvable, RecursionError):
+            return False
+        return True
+
+
+def plan_guide(model: ServedModel, response_format: ResponseFormat | None) -> Guide | None:
+    """The guide that a response format asks for; None for plain text.
+
+    Raises:
+        ApiError: if the engine has no guided decoding or the schema cannot be used.
+    """
+    if response_format is None or response_format.type == "text":
+        return None
+    require_guides(model, "response_format")
+    if response_format.type == "json_object":
+        return Guide("json")
+    if response_format.json_schema is None or response_format.json_schema.schema_ is None:
+        raise bad_request("response_format.json_schema has no schema; add it", param="response_format")
+    return schema_guide(response_format.json_schema.schema_, "response_format")
+
+
+def schema_guide(schema: dict[str, Any], param: str) -> Guide:
+    """A guide to a JSON schema, which is checked.
+
+    Raises:
+        ApiError: naming `param`, if it is no JSON schema or refers to what is not in it.
+    """
+    try:
+        text = json.dumps(schema, ensure_ascii=False)
+        text.encode()
+        Draft202012Validator.check_schema(schema)
+        foreign = [reference for reference in _references(schema) if not reference.startswith("#")]
+    except SchemaError as problem:
+        raise bad_request(f"the JSON schema is not valid: {problem.message}", param=param) from None
+    except UnicodeEncodeError:
+        raise bad_request("the JSON schema holds half a surrogate pair; send whole characters", param=param) from None
+    except RecursionError:
+        raise bad_request("the JSON schema is nested too deeply; flatten it", param=param) from None
+    if len(text) > _LONGEST_SCHEMA:
+        raise bad_request(f"the JSON schema has {len(text)} characters; {_LONGEST_SCHEMA} are allowed", param=param)
+    if foreign:
+        raise bad_request(f"the JSON schema refers to {foreign[0]!r}; only references within it work", param=param)
+    return Guide("json_schema", text)
+
+
+def require_guides(model: ServedModel, param: str) -> None:
+    """Raise an ApiError unless the engine can be held to JSON."""
+    if not model.guided_decoding:
+        raise unsupported(
+            param,
+            f"{param} needs guided decoding, which the engine was started without; leave it out, or set "
+            "guided_decoding_backend in the recipe's section serve and write the repository again",
+        )
+
+
+def _references(schema: Any) -> Iterator[str]:
+    if isinstance(schema, dict):
+        for key, value in schema.items():
+            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
+                yield value
+            yield from _references(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from _references(value)

@@ -1,0 +1,54 @@
+"""The gateway's own metrics, for Prometheus."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+_PREFIX = "trtqwen_gateway"
+_LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
+_INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
+_TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class Metrics:
+    """Counters, gauges and histograms of one gateway; labels take few values, never a request's own."""
+
+    def __init__(self) -> None:
+        self._registry = CollectorRegistry()
+        self.first_token_seconds = self._histogram(
+            "time_to_first_token_seconds", "From a request's arrival to its first token", _LATENCY
+        )
+        self.inter_token_seconds = self._histogram(
+            "inter_token_seconds", "Between two pieces of an answer as the engine sends them", _INTER_TOKEN
+        )
+        self.queue_seconds = self._histogram("queue_seconds", "Waiting for a turn on the engine", _LATENCY)
+        self.request_seconds = self._histogram("request_seconds", "From a request's arrival to its end", _LATENCY)
+        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
+        self.request_output_tokens = self._histogram("request_output_tokens", "Tokens of an answer", _TOKENS)
+        self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens sent to the engine")
+        self.output_tokens = self._counter("output_tokens", "Tokens received from the engine")
+        self.finished = self._counter("finished", "Answers, by why they ended", "reason")
+        self.refused = self._counter("refused", "Requests that ended with an error, by its code", "status", "code")
+        self.nan_guard = self._counter("nan_guard", "Answers ended because the engine sent only token 0")
+        self.guided_violations = self._counter(
+            "guided_violations", "Complete answers that break the JSON schema they were held to"
+        )
+        self.probes = self._counter("probes", "One-token requests that ask whether the engine works", "result")
+        self.in_flight = self._gauge("in_flight", "Sequences on the engine")
+        self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
+        self.queued = self._gauge("queued", "Sequences that wait for a turn")
+        self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
+        self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
+
+    def text(self) -> bytes:
+        """Everything in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
+
+    def _counter(self, name: str, text: str, *labels: str) -> Counter:
+        return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+
+    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
+        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry)

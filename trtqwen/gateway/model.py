@@ -1,0 +1,112 @@
+"""The model that Triton serves, as its repository describes it: names, limits, tokenizer, defaults, abilities."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from google.protobuf import text_format
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+
+from trtqwen.artifact import read_manifest
+from trtqwen.engine.config import BuildConfig, read_engine_config
+from trtqwen.errors import InputError, SourceError
+from trtqwen.gateway.errors import bad_request
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.repository import CONFIG, tokenizer_directory
+
+
+class GenerationDefaults(BaseModel):
+    """The sampling section of a model's generation_config.json; a missing file means sampling at temperature 1."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    do_sample: bool = True
+    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the gateway knows of the model.
+
+    Attributes:
+        created: seconds since 1970 when the repository was written.
+        fingerprint: changes with the engine and with the way it is run.
+        tensors: names of the inputs of `tensorrt_llm`; they differ between releases of TensorRT-LLM.
+        kv_cache_tokens: what the repository caps the KV cache at.
+        guided_decoding: whether the engine can be held to a JSON schema.
+    """
+
+    name: str
+    created: int
+    fingerprint: str
+    tokenizer: Tokenizer
+    defaults: GenerationDefaults
+    limits: BuildConfig
+    vocab_size: int
+    tensors: frozenset[str]
+    kv_cache_tokens: int | None
+    guided_decoding: bool
+
+    def encode(self, text: str, param: str) -> tuple[int, ...]:
+        """Token ids of a text.
+
+        Raises:
+            ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as problem:
+            what = f"{param}: character {problem.start} is half a surrogate pair"
+            raise bad_request(f"{what}; send whole characters", param=param) from None
+        return tuple(self.tokenizer.encode(text))
+
+
+def load_model(repository: Path, name: str | None = None) -> ServedModel:
+    """Read a finished model repository.
+
+    Args:
+        name: what clients call the model; None is the directory's name.
+
+    Raises:
+        InputError: if the repository, its engine's config or its tokenizer cannot be used.
+    """
+    manifest = read_manifest(repository, "repository")
+    path = repository / "tensorrt_llm" / CONFIG
+    try:
+        config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except (OSError, text_format.ParseError) as problem:
+        raise InputError(f"{path}: cannot be read ({problem}); write the repository again") from None
+    parameters = {key: value.string_value for key, value in config.parameters.items()}
+    cap = parameters.get("max_tokens_in_paged_kv_cache", "")
+    tokenizer = Tokenizer(tokenizer_directory(repository))
+    engine = read_engine_config(Path(parameters["gpt_model_path"]))
+    return ServedModel(
+        name=name or repository.resolve().name,
+        created=int(path.stat().st_mtime),
+        fingerprint=f"fp_{manifest.key[:12]}",
+        tokenizer=tokenizer,
+        defaults=_defaults(tokenizer.directory / "generation_config.json"),
+        limits=engine.build_config,
+        vocab_size=engine.pretrained_config.vocab_size,
+        tensors=frozenset(tensor.name for tensor in config.input),
+        kv_cache_tokens=int(cap) if cap.isdecimal() else None,
+        guided_decoding=bool(parameters.get("guided_decoding_backend")),
+    )
+
+
+def _defaults(path: Path) -> GenerationDefaults:
+    if not path.is_file():
+        return GenerationDefaults()
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return GenerationDefaults.model_validate({key: value for key, value in content.items() if value is not None})
+    except ValidationError as problem:
+        field = ".".join(map(str, problem.errors()[0]["loc"]))
+        raise SourceError(f"{path}: field {field!r} is out of range; correct it") from None

@@ -1,0 +1,138 @@
+"""Starts the gateway as a process of its own, and stops it when its streams have ended."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from trtqwen.errors import ServerError
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.listener import bind
+
+_GRACE_SECONDS = 10  # beyond the gateway's own time to drain
+
+
+class GatewayProcess:
+    """A running gateway; use as a context manager or call `start` and `stop`. It ends with this process.
+
+    Args:
+        log: file for what the gateway has to say; None keeps it in a temporary file while it runs.
+
+    Attributes:
+        config: its port is the one in use.
+
+    Raises:
+        InputError: if its address cannot be listened on.
+    """
+
+    def __init__(self, config: GatewayConfig, log: Path | None = None) -> None:
+        self._listener = bind(config)
+        self.config = config.model_copy(update={"port": self._listener.getsockname()[1]})
+        self._log = log
+        self._cleanup = ExitStack()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        host = "127.0.0.1" if self.config.host == "0.0.0.0" else self.config.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.port}"
+
+    @property
+    def pid(self) -> int:
+        return self._running.pid
+
+    def start(self) -> None:
+        """Start the process; `wait_until_ready` tells when it serves."""
+        if self._log is None:
+            home = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="trtqwen-gateway-"))
+            self._log = Path(home, "gateway.log")
+            self._cleanup.callback(setattr, self, "_log", None)
+        descriptor = self._listener.fileno()
+        with self._log.open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
+                stdin=subprocess.PIPE,  # its end is the end of this process
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            )
+        self._listener.close()
+
+    def wait_until_ready(self, timeout: float = 60) -> None:
+        """Return when the engine answers through the gateway; at once with an error when the gateway ends instead.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ServerError: with the last line that the gateway wrote.
+        """
+        deadline = time.monotonic() + timeout
+        while not self._answers():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServerError(f"the gateway was not ready within {timeout:g} s: {self._last_line()}")
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """Raise a ServerError if the gateway has ended by itself."""
+        code = self._running.poll()
+        if code is not None:
+            raise ServerError(f"the gateway ended with code {code}: {self._last_line()}")
+
+    def stop(self) -> int:
+        """Let running requests finish and end the process; returns its exit code. May be called again."""
+        self._listener.close()
+        process = self._process
+        if process is None:
+            return 0
+        process.terminate()
+        try:
+            process.wait(self.config.drain_seconds + _GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        if process.stdin is not None:
+            process.stdin.close()
+        self._cleanup.close()
+        return process.wait()
+
+    def __enter__(self) -> GatewayProcess:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def _running(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            raise ServerError("the gateway is not running; call start() first")
+        return self._process
+
+    def _answers(self) -> bool:
+        connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=2)
+        try:
+            connection.request("GET", "/ready")
+            return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
+
+    def _last_line(self) -> str:
+        lines = [] if self._log is None else self._log.read_text("utf-8", "replace").splitlines()
+        return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")

@@ -1,0 +1,66 @@
+"""What lives as long as the gateway: the model's facts, the replicas, the gate in front of them, and their watch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.engine import Replica
+from trtqwen.gateway.gate import Gate
+from trtqwen.gateway.generation import Generator
+from trtqwen.gateway.health import Monitor
+from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import ServedModel
+
+_HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the routes work with."""
+
+    config: GatewayConfig
+    model: ServedModel
+    template: ChatTemplate | None
+    metrics: Metrics
+    gate: Gate
+    generator: Generator
+    monitor: Monitor
+
+
+def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
+    """Limits from the engine's: what its batch and its KV cache hold, with a little more to keep them full."""
+    batch = model.limits.max_batch_size
+    cache = config.kv_cache_tokens or model.kv_cache_tokens or batch * model.limits.max_seq_len
+    capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
+    replicas = len(config.triton)
+    queue = QueueLimits(
+        requests=2 * replicas * batch if config.max_queued_requests is None else config.max_queued_requests,
+        tokens=2 * replicas * cache if config.max_queued_tokens is None else config.max_queued_tokens,
+    )
+    return Admission(replicas, capacity, queue, largest=cache)
+
+
+@asynccontextmanager
+async def running(
+    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics
+) -> AsyncIterator[Runtime]:
+    """Connect to the replicas and watch them until the block ends."""
+    replicas = [Replica(address) for address in config.triton]
+    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
+    monitor = Monitor(replicas, gate, metrics, config.probe_seconds, config.stall_seconds)
+    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
+    watch = asyncio.create_task(monitor.watch())
+    try:
+        yield Runtime(config, model, template, metrics, gate, generator, monitor)
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+        for replica in replicas:
+            await replica.close()

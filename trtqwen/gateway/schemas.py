@@ -1,0 +1,210 @@
+"""Requests as OpenAI names their fields.
+
+As OpenAI does, a field that nobody knows is refused, so that a typing error is not ignored. Fields of OpenAI's that
+do not change an answer are accepted; those that would, and cannot be honoured, are refused by `refuse_unsupported`.
+`top_k`, `repetition_penalty`, `min_tokens` and `ignore_eos` are additions, by the names that vLLM gave them.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from trtqwen.gateway.errors import unsupported
+
+StopString = Annotated[str, Field(min_length=1, max_length=256)]
+FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+
+_UNSUPPORTED = {
+    "audio": "answers are text",
+    "best_of": "ask for n answers and choose",
+    "function_call": "use tool_choice",
+    "functions": "use tools",
+    "logit_bias": "no engine here takes it",
+    "modalities": "answers are text",
+    "prediction": "there is no draft decoding",
+    "reasoning_effort": "the model does not reason apart from its answer",
+    "store": "nothing is kept",
+    "suffix": "the model completes at the end only",
+    "top_logprobs": "the engine tells the chosen token's probability alone",
+    "verbosity": "say in the prompt how long an answer should be",
+    "web_search_options": "there is no web search",
+}
+_NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {}, ["text"])
+
+
+class _Schema(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(_Schema):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
+class SamplingFields(_Schema):
+    """What chat and completions have in common; a sampling field left out is the model's own default."""
+
+    model: str
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    ignore_eos: bool = False
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    logit_bias: dict[str, float] | None = None
+    # Without effect on the answer:
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class TextPart(_Schema):
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Schema):
+    name: FunctionName
+    arguments: str
+
+
+class ToolCall(_Schema):
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class Message(_Schema):
+    """One turn; of the fields that an assistant's answer carries, those without effect are accepted back."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    name: str | None = None
+    tool_calls: list[ToolCall] | None = None
+    tool_call_id: str | None = None
+    refusal: str | None = None
+    annotations: list[Any] | None = None
+    audio: None = None
+    function_call: None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
+
+
+class Function(_Schema):
+    name: FunctionName
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(_Schema):
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionChoice(_Schema):
+    name: str
+
+
+class NamedTool(_Schema):
+    type: Literal["function"]
+    function: FunctionChoice
+
+
+class JsonSchema(_Schema):
+    name: str
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class ResponseFormat(_Schema):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class ChatRequest(SamplingFields):
+    """Body of `/v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    audio: dict[str, Any] | None = None
+    function_call: str | dict[str, Any] | None = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+    prediction: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    store: bool | None = None
+    verbosity: str | None = None
+    web_search_options: dict[str, Any] | None = None
+
+
+class CompletionRequest(SamplingFields):
+    """Body of `/v1/completions`; without `max_tokens`, as at OpenAI, an answer has 16 tokens at most."""
+
+    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    max_tokens: Annotated[int, Field(ge=1)] | None = 16
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    best_of: Annotated[int, Field(ge=1)] | None = None
+    suffix: str | None = None
+
+
+class GenerateRequest(_Schema):
+    """Body of `/generate` and `/generate_stream`: the names of Triton's ensemble, of which these are served."""
+
+    text_input: Annotated[str, Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)]
+    id: str = ""
+    stream: bool | None = None
+    exclude_input_in_output: bool = True
+    stop_words: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    temperature: Annotated[float, Field(ge=0)] | None = None
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
+
+
+def refuse_unsupported(request: SamplingFields) -> None:
+    """Raise an ApiError if the request asks for what would change the answer and cannot be done."""
+    for name, reason in _UNSUPPORTED.items():
+        value = getattr(request, name, None)
+        neutral = (1, request.n) if name == "best_of" else _NEUTRAL
+        if value is not None and value not in neutral:
+            raise unsupported(name, f"{name} is not supported: {reason}; leave it out")

@@ -1,0 +1,114 @@
+"""Server-sent events as raw frames, and clients that go away."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import TypeVar
+
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+_KEEP_ALIVE = b": keep-alive\n\n"
+_KEEP_ALIVE_SECONDS = 15.0  # proxies cut connections that are silent for longer
+_UNREAD_SECONDS = 60.0  # a client that does not read for so long counts as gone
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # nginx would collect the frames
+]
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):
+    """Nobody waits for the answer any more."""
+
+
+async def unless_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
+    """Await `work()`, but cancel it when the client closes the connection.
+
+    Raises:
+        ClientGone: if it did.
+    """
+
+    async def until_gone() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    task, gone = asyncio.ensure_future(work()), asyncio.create_task(until_gone())
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        for other in (task, gone):
+            other.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends frames as they come, a comment when none comes for long; stops when the client has gone.
+
+    Args:
+        frames: whole events with their blank lines; closed whatever happens.
+    """
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+        self._frames = frames
+        self._extra = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
+        self._sent_at = time.monotonic()
+        self._sending = False
+        self.background = None
+        self.status_code = 200
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._extra]})
+        tasks = asyncio.create_task(self._send_frames(send)), asyncio.create_task(self._watch(receive, send))
+        try:
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _send_frames(self, send: Send) -> None:
+        async with aclosing(self._frames):
+            async for frame in self._frames:
+                await self._send(send, frame)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _send(self, send: Send, frame: bytes) -> None:
+        self._sending = True
+        await send({"type": "http.response.body", "body": frame, "more_body": True})
+        self._sending = False
+        self._sent_at = time.monotonic()
+
+    async def _watch(self, receive: Receive, send: Send) -> None:
+        """Return when the client has gone."""
+        message: asyncio.Task[Message] = asyncio.ensure_future(receive())
+        try:
+            while True:
+                await asyncio.wait((message,), timeout=_KEEP_ALIVE_SECONDS)
+                if message.done():
+                    if message.result()["type"] == "http.disconnect":
+                        return
+                    message = asyncio.ensure_future(receive())
+                silence = time.monotonic() - self._sent_at
+                if self._sending and silence > _UNREAD_SECONDS:
+                    return
+                if not self._sending and silence >= _KEEP_ALIVE_SECONDS:
+                    await self._send(send, _KEEP_ALIVE)
+        finally:
+            message.cancel()
+
+
+def frame(content: str) -> bytes:
+    """An event that carries `content`, which has no line breaks."""
+    return f"data: {content}\n\n".encode()
+
+
+DONE = frame("[DONE]")
