@@ -145,7 +145,7 @@ def children(pid: int) -> list[int]:
 
 @pytest.mark.triton
 def test_serve_answers_and_stops_cleanly(repository: Path) -> None:
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--gateway-port", "0")
     command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports, "--json"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert server.stdout is not None
@@ -172,7 +172,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path) -> None:
 
 @pytest.mark.triton
 def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0")
+    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--gateway-port", "0")
     command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None

@@ -123,6 +123,7 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
         "--http-port=0",
         "--grpc-port=8001",
         "--metrics-port=8002",
+        "--gateway-port=8080",
         f"--log={home}/triton.log",
     ]
     code, output, problem = run(programs, "serve", "--in-container")

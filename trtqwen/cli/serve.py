@@ -11,6 +11,8 @@ from trtqwen.artifact import MANIFEST
 from trtqwen.cli.output import DryRun, ImageName, InContainer, Json, Wheels, print_json, stderr, stdout
 from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
 from trtqwen.errors import InputError
+from trtqwen.gateway.config import gateway_config
+from trtqwen.gateway.process import GatewayProcess
 from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
@@ -27,6 +29,11 @@ def command(
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8002,
+    gateway_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Of the web gateway; 0 picks a free one.")
+    ] = 8080,
+    api_keys: Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")] = None,
+    no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[Path | None, typer.Option(help="File for Triton's log.")] = None,
     dry_run: DryRun = False,
     in_container: InContainer = False,
@@ -34,7 +41,9 @@ def command(
     wheels: Wheels = None,
     json: Json = False,
 ) -> None:
-    """Serve a model repository with Triton Inference Server; Ctrl-C drains and stops.
+    """Serve a model repository with Triton Inference Server and a web gateway; Ctrl-C drains and stops.
+
+    The gateway answers OpenAI's routes and has a chat page at /. Beyond loopback it asks for --api-keys.
 
     With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
     elsewhere. `trtqwen build --help` says what else a container needs.
@@ -44,7 +53,9 @@ def command(
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
         loaded = load_recipe(recipe)
         flags = [f"--host={host}", f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
-        flags += [f"--metrics-port={metrics_port}", *(["--json"] if json else [])]
+        flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
+        flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
+        flags += [f"--{name}" for name, given in (("no-gateway", no_gateway), ("json", json)) if given]
         options = ContainerOptions(image, wheels, read_host().driver)
         plan = plan_serve_container(loaded, repo or DEFAULT / loaded.name, flags, log, options)
         if not dry_run:
@@ -58,15 +69,27 @@ def command(
         content = {"command": launch.command, "environment": dict(launch.environment)}
         _print_dry_run({"repository": str(repository), **content}, launch.shell(), json)
         return
-    with serve_until_signal(server):
+    gateway = None
+    if not no_gateway:
+        settings = gateway_config(
+            repository=repository, triton=(server.grpc_url,), host=host, port=gateway_port, api_keys=api_keys
+        )
+        gateway = GatewayProcess(settings)
+    with serve_until_signal(server, *([gateway] if gateway else [])):
         stderr.print(f"starting Triton on {repository} ...", highlight=False)
         server.wait_until_ready()
         endpoints = {"http": server.http_url, "grpc": server.grpc_url, "metrics": f"{server.metrics_url}/metrics"}
+        if gateway:
+            gateway.start()
+            gateway.wait_until_ready()
+            endpoints["gateway"] = gateway.url
         if json:
             print_json({"repository": str(repository), **endpoints})
         else:
             stdout.print("ready: " + ", ".join(f"{name} {url}" for name, url in endpoints.items()), highlight=False)
             stdout.print(f'try:   trtqwen infer "Hello" --url {server.grpc_url}', highlight=False)
+            if gateway:
+                stdout.print(f"       or chat at {gateway.url}", highlight=False)
     stderr.print("stopped", highlight=False)
 
 

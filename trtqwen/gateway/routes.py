@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fastapi import APIRouter, Request
@@ -31,6 +32,10 @@ T = TypeVar("T")
 router = APIRouter()
 _log = logging.getLogger(__name__)
 _LONG_BODY = 16 << 10  # bytes, tokenised in some milliseconds
+_PAGE = Path(__file__).with_name("chat.html").read_bytes()
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+)
 _OUR_FAULT = ApiError(500, "the gateway failed on this request; its log says why", "internal_error")
 
 
@@ -75,6 +80,12 @@ async def generate(request: Request, body: GenerateRequest) -> Response:
 async def generate_stream(request: Request, body: GenerateRequest) -> Response:
     """Plain text in, events out."""
     return await _generate(request, body, stream=True)
+
+
+@router.get("/", include_in_schema=False)
+async def chat_page() -> Response:
+    """The page for people."""
+    return Response(_PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _POLICY})
 
 
 @router.get("/v1/models")

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType, TracebackType
+from typing import Protocol
 
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.provenance import check_provenance
@@ -251,18 +252,31 @@ class TritonServer:
         return f"{message} ({advice})"
 
 
+class Service(Protocol):
+    """A process beside the server, started after it and stopped before it."""
+
+    def check(self) -> None:
+        """Raise a ServerError if it has ended by itself."""
+
+    def stop(self) -> object:
+        """Let running requests finish and end it, if it runs."""
+
+
 class _Signalled(BaseException):
     """Raised in the main thread by SIGINT and SIGTERM; not an Exception, so that nobody takes it for a failure."""
 
 
 @contextmanager
-def serve_until_signal(server: TritonServer) -> Iterator[None]:
+def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]:
     """Start the server; after the block, wait for SIGINT or SIGTERM, and stop it. A signal also ends the block.
 
     Only for the main thread.
 
+    Args:
+        others: started by the block; watched and stopped like the server.
+
     Raises:
-        ServerError: if the server ends by itself.
+        ServerError: if one of them ends by itself.
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
@@ -277,12 +291,14 @@ def serve_until_signal(server: TritonServer) -> Iterator[None]:
         server.start()
         yield
         while True:
-            server.check()
+            for service in (server, *others):
+                service.check()
             time.sleep(0.1)
     except _Signalled:
         pass
     finally:
-        server.stop()
+        for service in (*reversed(others), server):
+            service.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
 
