@@ -9,7 +9,7 @@ demo: .venv/installed
 	$(BIN)/trtqwen demo
 
 test: .venv/installed
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check

@@ -27,7 +27,7 @@ from pathlib import Path
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 server = TritonServer(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=2)
 with serve_until_signal(server):
-    print(server.pid, flush=True)
+    print(server.pid, *server.launch().command, flush=True)
     server.wait_until_ready()
     print("ready", flush=True)
 """
@@ -57,17 +57,19 @@ def gone(group: int, seconds: float) -> bool:
 
 
 @contextmanager
-def serving(repository: Path, *, ready: bool = True) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that serves until a signal, and its server's process group."""
+def serving(repository: Path, *, ready: bool = True) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """A process that serves until a signal, its server's session, and how its shared memory is called."""
     with subprocess.Popen(
         [sys.executable, "-c", SERVE, str(repository)], stdout=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
-        group = int(process.stdout.readline())
+        words = process.stdout.readline().split()
+        group = int(words[0])
+        [prefix] = [word.rpartition("=")[2] for word in words if "shm-region-prefix-name" in word]
         if ready:
             assert process.stdout.readline() == "ready\n"
         try:
-            yield process, group
+            yield process, group, prefix
         finally:
             process.kill()
             for pid in family(group):
@@ -112,19 +114,19 @@ def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[...
 @pytest.mark.triton
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Signals) -> None:
-    with serving(repository) as (process, group):
+    with serving(repository) as (process, group, prefix):
         commands = " ".join(family(group).values())
         assert "trtqwen.runtime.worker" in commands
         assert "triton_python_backend_stub" in commands
         process.send_signal(number)
         assert process.wait(20) == 0
         assert gone(group, 0)
-        assert not list(Path("/dev/shm").glob("trtqwen-*"))
+        assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
 
 @pytest.mark.triton
 def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
-    with serving(repository, ready=False) as (process, group):
+    with serving(repository, ready=False) as (process, group, _):
         process.terminate()
         assert process.wait(20) == 0
         assert gone(group, 0)
@@ -132,14 +134,14 @@ def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
 
 @pytest.mark.triton
 def test_nothing_survives_when_we_are_killed(repository: Path) -> None:
-    with serving(repository) as (process, group):
+    with serving(repository) as (process, group, _):
         process.kill()
         assert gone(group, 15)
 
 
 @pytest.mark.triton
 def test_a_server_that_dies_is_noticed(repository: Path) -> None:
-    with serving(repository) as (process, group):
+    with serving(repository) as (process, group, _):
         os.kill(group, signal.SIGKILL)
         assert process.wait(20) == 1
         assert gone(group, 5)
