@@ -24,7 +24,6 @@ CardName = Literal["rtx-4090d", "rtx-4090"]
 Positive = Annotated[int, Field(gt=0)]
 _TENSORRT_SERVING = (
     "replicas",
-    "enable_kv_cache_reuse",
     "enable_context_fmha_fp32_acc",
     "kv_cache_host_memory_bytes",
 )

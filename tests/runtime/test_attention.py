@@ -19,7 +19,7 @@ def make_batch(lengths: list[tuple[int, int]], seed: int) -> AttentionBatch:
     chunks = []
     for index, (start, count) in enumerate(lengths):
         blocks = tuple(order.pop() for _ in range(-(-(start + count) // BLOCK)))
-        chunks.append(Chunk(str(index), tuple(range(count)), start, blocks, samples=True))
+        chunks.append(Chunk(str(index), tuple(range(count)), start, blocks, samples=True, num_logits=1))
     return AttentionBatch(Step(tuple(chunks)), BLOCK, CPU)
 
 
@@ -39,7 +39,7 @@ def test_the_fast_path_agrees_with_the_plain_one(
 def test_the_plain_path_is_causal_attention() -> None:
     """One unbroken sequence in order of blocks is ordinary causal attention."""
     torch.manual_seed(0)
-    chunk = Chunk("a", tuple(range(8)), 0, (2, 5), samples=True)
+    chunk = Chunk("a", tuple(range(8)), 0, (2, 5), samples=True, num_logits=1)
     batch = AttentionBatch(Step((chunk,)), BLOCK, CPU)
     query, key, value = torch.randn(3, 8, 2, HEAD_SIZE)
     keys, values = torch.zeros(2, 8, 2, BLOCK, HEAD_SIZE)
@@ -52,9 +52,9 @@ def test_the_plain_path_is_causal_attention() -> None:
 
 
 def test_a_batch_lays_tokens_out_by_position() -> None:
-    step = Step((Chunk("a", (7, 8, 9), 3, (4, 1), True), Chunk("b", (5,), 0, (0,), False)))
+    step = Step((Chunk("a", (7, 8, 9), 3, (4, 1), True, 1), Chunk("b", (5,), 0, (0,), False, 0)))
     batch = AttentionBatch(step, BLOCK, CPU)
     assert batch.token_ids.tolist() == [7, 8, 9, 5]
     assert batch.positions.tolist() == [3, 4, 5, 0]
     assert batch.slots.tolist() == [4 * BLOCK + 3, 1 * BLOCK, 1 * BLOCK + 1, 0]
-    assert batch.sampled_rows.tolist() == [2]
+    assert batch.logit_rows.tolist() == [2]

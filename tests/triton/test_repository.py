@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from google.protobuf import text_format
+from transformers import AutoTokenizer
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from trtqwen.artifact import read_manifest, write_manifest
@@ -23,7 +24,8 @@ PLACEHOLDERS = {
     "${prompt_embedding_table_data_type}": "TYPE_FP16",
     "${encoder_input_features_data_type}": "TYPE_FP16",
 }
-MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "ensemble")
+MODELS = ("preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls")
+Engine = Callable[..., Path]
 
 
 def read(repository: Path, model: str) -> ModelConfig:
@@ -31,8 +33,25 @@ def read(repository: Path, model: str) -> ModelConfig:
 
 
 @pytest.fixture
-def copied_engine(bundled_engine: Callable[..., Path], tmp_path: Path) -> Path:
+def copied_engine(bundled_engine: Engine, tmp_path: Path) -> Path:
     return Path(shutil.copytree(bundled_engine(), tmp_path / "engine"))
+
+
+@pytest.fixture
+def tensorrt_engine(bundled_engine: Engine, tmp_path: Path) -> Engine:
+    """An engine directory as trtllm-build leaves it, as far as a repository looks at it."""
+
+    def make(tp_size: int = 1, version: str = "1.2.1", logits_dtype: str = "float32") -> Path:
+        engine = Path(shutil.copytree(bundled_engine(tp_size), tmp_path / "engine"))
+        config = json.loads((engine / "config.json").read_text("utf-8"))
+        config |= {"builder": "tensorrt_llm", "version": version}
+        config["pretrained_config"]["logits_dtype"] = logits_dtype
+        (engine / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (engine / "manifest.json").unlink()
+        write_manifest(engine, "engine", {}, {})
+        return engine
+
+    return make
 
 
 def as_upstream(tensors: list[dict[str, Any]]) -> dict[str, tuple[Any, ...]]:
@@ -63,9 +82,17 @@ def as_ours(tensors: Any) -> dict[str, tuple[Any, ...]]:
     }
 
 
+def test_the_models_are_upstreams(repository: Path) -> None:
+    assert set(MODELS) == set(UPSTREAM) == {path.parent.name for path in repository.glob("*/config.pbtxt")}
+
+
+@pytest.mark.parametrize("builder", ["torch", "tensorrt_llm"])
 @pytest.mark.parametrize("model", MODELS)
-def test_tensors_are_upstreams(repository: Path, model: str) -> None:
-    config = read(repository, model)
+def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, builder: str) -> None:
+    if builder == "torch":
+        config = read(repository, model)
+    else:
+        config = plan_repository(tensorrt_engine(), ServeRecipe()).configs[model]
     assert config.name == model
     assert as_ours(config.input) == as_upstream(UPSTREAM[model]["inputs"])
     assert as_ours(config.output) == as_upstream(UPSTREAM[model]["outputs"])
@@ -74,7 +101,31 @@ def test_tensors_are_upstreams(repository: Path, model: str) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_parameter_keys_are_upstreams(repository: Path, model: str) -> None:
     beyond = {"chat_template"} if model == "preprocessing" else set()
-    assert set(read(repository, model).parameters) == set(UPSTREAM[model]["parameters"]) | beyond
+    upstreams = {parameter["name"] for parameter in UPSTREAM[model]["parameters"]}
+    assert set(read(repository, model).parameters) == upstreams | beyond
+
+
+KINDS: dict[str, Callable[[str], Any]] = {
+    "int": int,
+    "float": float,
+    "bool": {"True": True, "False": False}.__getitem__,
+    "path": str,
+    "string": str,
+    "string;": str,
+}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_parameters_have_upstreams_types(tensorrt_engine: Engine, model: str) -> None:
+    serve = ServeRecipe(replicas=2, max_tokens_in_paged_kv_cache=4096, kv_cache_host_memory_bytes=1 << 30)
+    parameters = plan_repository(tensorrt_engine(2), serve).configs[model].parameters
+    filled = {key: value.string_value for key, value in parameters.items() if value.string_value}
+    for row in UPSTREAM[model]["parameters"]:
+        if row["name"] in filled:
+            KINDS[row["type"].split()[0]](filled[row["name"]])
+            choices = row.get("allowed", "").split("|")
+            assert len(choices) == 1 or filled[row["name"]] in choices
+    assert not [value for value in filled.values() if "${" in value]
 
 
 def test_ensemble_steps_are_upstreams(repository: Path) -> None:
@@ -90,6 +141,39 @@ def test_ensemble_steps_are_upstreams(repository: Path) -> None:
     ]
     assert config.platform == "ensemble"
     assert steps == UPSTREAM["ensemble"]["steps"]
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.0", "0.21.0", "1.0.0", "1.2.1", "1.2.0rc3"])
+def test_names_follow_the_release_that_built_the_engine(tensorrt_engine: Engine, version: str) -> None:
+    configs = plan_repository(tensorrt_engine(version=version), ServeRecipe()).configs
+    for model in ("tensorrt_llm", "ensemble", "tensorrt_llm_bls"):
+        names = {tensor.name for tensor in (*configs[model].input, *configs[model].output)}
+        old = version.startswith("0.")
+        assert ({"min_length", "random_seed"} <= names) == old
+        assert ({"min_tokens", "seed"} <= names) == (not old)
+        assert ("num_output_tokens" in names) == ("return_num_input_tokens" in names) == (not old)
+        assert ("guided_decoding_guide" in names) == (version != "0.18.2")
+        assert (
+            ("return_kv_cache_reuse_stats" in names) == ("return_perf_metrics" not in names) == (version == "0.18.2")
+        )
+    parameters = configs["preprocessing"].parameters
+    assert ("visual_model_path" in parameters) == ("multimodal_model_path" not in parameters) == (version == "0.18.2")
+    assert ("tokenizer_dir" in configs["tensorrt_llm"].parameters) == (version != "0.18.2")
+
+
+@pytest.mark.parametrize("version", ["0.18.2", "0.19.0", "1.2.1"])
+def test_every_step_of_the_ensemble_names_tensors_that_exist(tensorrt_engine: Engine, version: str) -> None:
+    configs = plan_repository(tensorrt_engine(version=version), ServeRecipe()).configs
+    ensemble = configs["ensemble"]
+    known = {tensor.name for tensor in ensemble.input}
+    for step in ensemble.ensemble_scheduling.step:
+        model = configs[step.model_name]
+        assert set(step.input_map) <= {tensor.name for tensor in model.input}
+        assert {tensor.name for tensor in model.input if not tensor.optional} <= set(step.input_map)
+        assert set(step.output_map) <= {tensor.name for tensor in model.output}
+        assert set(step.input_map.values()) <= known
+        known |= set(step.output_map.values())
+    assert {tensor.name for tensor in ensemble.output} <= known
 
 
 def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None:
@@ -147,24 +231,76 @@ def test_the_key_follows_engine_settings_and_place(bundled_engine: Callable[...,
 
 
 def test_python_models_are_copies_and_refer_to_nothing_outside_but_the_engine(repository: Path) -> None:
-    for model in ("preprocessing", "tensorrt_llm", "postprocessing"):
+    for model in ("preprocessing", "tensorrt_llm", "postprocessing", "tensorrt_llm_bls"):
         assert "class TritonPythonModel" in (repository / model / "1" / "model.py").read_text("utf-8")
-        tokenizer = repository / model / read(repository, model).parameters["tokenizer_dir"].string_value
-        assert tokenizer.resolve() == tokenizer_directory(repository).resolve()
+        parameters = read(repository, model).parameters
+        if "tokenizer_dir" in parameters:
+            tokenizer = repository / model / parameters["tokenizer_dir"].string_value
+            assert tokenizer.resolve() == tokenizer_directory(repository).resolve()
 
 
-def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(copied_engine: Path, tmp_path: Path) -> None:
-    config = json.loads((copied_engine / "config.json").read_text("utf-8"))
-    (copied_engine / "config.json").write_text(json.dumps({**config, "builder": "tensorrt_llm"}), encoding="utf-8")
-    (copied_engine / "manifest.json").unlink()
-    write_manifest(copied_engine, "engine", {}, {})
-    write_repository(copied_engine, ServeRecipe(), tmp_path / "repository")
+def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(tensorrt_engine: Engine, tmp_path: Path) -> None:
+    serve = ServeRecipe(
+        replicas=2,
+        enable_kv_cache_reuse=True,
+        enable_context_fmha_fp32_acc=True,
+        kv_cache_host_memory_bytes=1 << 33,
+        max_queue_size=256,
+    )
+    engine = tensorrt_engine(2, logits_dtype="float16")
+    write_repository(engine, serve, tmp_path / "repository")
     llm = read(tmp_path / "repository", "tensorrt_llm")
     assert llm.backend == "tensorrtllm"
     assert llm.model_transaction_policy.decoupled
+    assert [(group.count, group.kind) for group in llm.instance_group] == [(2, llm.instance_group[0].KIND_CPU)]
+    given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
+    assert given == {
+        "max_beam_width": "1",
+        "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        "gpt_model_type": "inflight_fused_batching",
+        "gpt_model_path": str(engine),
+        "batch_scheduler_policy": "guaranteed_no_evict",
+        "kv_cache_free_gpu_mem_fraction": "0.9",
+        "kv_cache_host_memory_bytes": "8589934592",
+        "exclude_input_in_output": "True",
+        "enable_kv_cache_reuse": "True",
+        "enable_chunked_context": "True",
+        "enable_context_fmha_fp32_acc": "True",
+        "gpu_device_ids": "0,1;2,3",
+        "tokenizer_dir": "../preprocessing/1/tokenizer",
+        "guided_decoding_backend": "xgrammar",
+        "xgrammar_tokenizer_info_path": str(tmp_path / "repository/tensorrt_llm/1/xgrammar_tokenizer_info.json"),
+        "executor_worker_path": "/opt/tritonserver/backends/tensorrtllm/trtllmExecutorWorker",
+    }
+    logits = {tensor.name: tensor.data_type for tensor in llm.output if tensor.name.endswith("_logits")}
+    assert logits == dict.fromkeys(("context_logits", "generation_logits"), DataType.TYPE_FP16)
     assert not (tmp_path / "repository" / "tensorrt_llm" / "1" / "model.py").exists()
     assert (tmp_path / "repository" / "tensorrt_llm" / "1").is_dir()
-    assert read(tmp_path / "repository", "preprocessing").backend == "python"
+    postprocessing = read(tmp_path / "repository", "postprocessing")
+    assert postprocessing.backend == "python"
+    assert postprocessing.parameters["holds_characters"].string_value == "True"
+
+
+def test_guided_decoding_of_a_tensorrt_engine_knows_the_tokenizer(tensorrt_engine: Engine, tmp_path: Path) -> None:
+    engine = tensorrt_engine()
+    write_repository(engine, ServeRecipe(), tmp_path / "repository")
+    path = read(tmp_path / "repository", "tensorrt_llm").parameters["xgrammar_tokenizer_info_path"].string_value
+    info = json.loads(Path(path).read_text("utf-8"))
+    tokenizer = AutoTokenizer.from_pretrained(engine / "tokenizer")
+    assert info["encoded_vocab"] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    assert json.loads(info["tokenizer_str"]) == json.loads(tokenizer.backend_tokenizer.to_str())
+    assert tokenizer.eos_token_id in info["stop_token_ids"]
+
+
+def test_one_engine_on_one_card_is_one_group(tensorrt_engine: Engine) -> None:
+    llm = plan_repository(tensorrt_engine(), ServeRecipe()).configs["tensorrt_llm"]
+    assert llm.parameters["gpu_device_ids"].string_value == "0"
+    assert llm.instance_group[0].count == 1
+
+
+def test_held_characters_need_a_single_process(tensorrt_engine: Engine) -> None:
+    with pytest.raises(InputError, match=r"serve\.postprocessing_instance_count: 4 processes cannot keep"):
+        plan_repository(tensorrt_engine(), ServeRecipe(postprocessing_instance_count=4))
 
 
 def test_an_engine_without_tokenizer_is_refused(copied_engine: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from trtqwen.errors import EngineError
 from trtqwen.runtime.request import FinishReason, Request, Response
 from trtqwen.triton.service import EngineService
+from trtqwen.triton.tensors import Limits
 
 BYTES = (b"a", b"b", b"\xe4", b"\xbd\xa0", b"c")  # ids 2 and 3 are one character
 
@@ -34,9 +35,10 @@ class PlayedExecutor:
 
     def answer(self, row: int, *token_ids: int, end: FinishReason | None = None, error: str | None = None) -> None:
         request_id = self.requests[row].id
-        self._callbacks[request_id](
-            Response(request_id=request_id, token_ids=token_ids, finish_reason=end, error=error)
-        )
+        self.respond(Response(request_id=request_id, token_ids=token_ids, finish_reason=end, error=error))
+
+    def respond(self, response: Response) -> None:
+        self._callbacks[response.request_id](response)
 
 
 class RecordingSender:
@@ -44,12 +46,14 @@ class RecordingSender:
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
+        self.tensors: list[Mapping[str, np.ndarray]] = []
         self.gone = False
         self.ended = False
 
     def send(self, tensors: Mapping[str, np.ndarray], *, final: bool) -> None:
         assert not self.ended
         self.ended = final
+        self.tensors.append(tensors)
         ids = tensors["output_ids"].reshape(-1).tolist() if tensors else None
         row = tensors["batch_index"].item() if "batch_index" in tensors else None
         self.sent.append((ids, row, final))
@@ -66,7 +70,8 @@ class RecordingSender:
 
 def start(rows: int = 1, dies_at: int | None = None, **inputs: Any) -> tuple[Any, ...]:
     executor, sender = PlayedExecutor(dies_at), RecordingSender()
-    service = EngineService(executor, BYTES, exclude_input=True)  # type: ignore[arg-type]
+    limits = Limits(vocab_size=5, max_batch_size=8)
+    service = EngineService(executor, limits, BYTES, exclude_input=True)  # type: ignore[arg-type]
     request = {
         "input_ids": np.zeros((rows, 2), np.int32),
         "input_lengths": np.full(rows, 2, np.int32),
@@ -180,4 +185,39 @@ def test_stop_without_an_id_is_upstreams_error() -> None:
 def test_a_bad_request_is_its_own_error() -> None:
     executor, sender, _ = start(beam_width=2)
     assert executor.requests == []
-    assert sender.sent == ["beam_width: is not supported by the embedded engine; leave the tensor out"]
+    assert sender.sent == [
+        "beam_width: is for beam search, which the embedded engine does not do; leave the tensor out"
+    ]
+
+
+def test_log_probs_and_logits_stay_with_their_tokens() -> None:
+    """Two tokens of one character leave together; logits come back in the order of their tokens."""
+    executor, sender, _ = start(streaming=True, return_log_probs=True, return_generation_logits=True)
+    rows = np.arange(20, dtype=np.float32).reshape(4, 5)
+    name = executor.requests[0].id
+    for index, (token_id, end) in enumerate([(0, None), (2, None), (3, None), (2, FinishReason.LENGTH)]):
+        executor.respond(
+            Response(
+                request_id=name,
+                token_ids=(token_id,),
+                log_probs=(-1.0 - index,),
+                generation_logits=rows[index].tobytes(),
+                context_logits=np.zeros((2, 5), np.float32).tobytes() if index == 0 else None,
+                finish_reason=end,
+            )
+        )
+    assert [tensors["output_ids"].reshape(-1).tolist() for tensors in sender.tensors] == [[0], [2, 3], [2]]
+    log_probs = [tensors["output_log_probs"].reshape(-1).tolist() for tensors in sender.tensors]
+    assert log_probs == [[-1.0], [-2.0, -3.0], [-4.0]]
+    assert [tensors["cum_log_probs"].item() for tensors in sender.tensors] == [-1.0, -6.0, -10.0]
+    logits = np.concatenate([tensors["generation_logits"][0, 0] for tensors in sender.tensors])
+    np.testing.assert_array_equal(logits, rows)
+    assert ["context_logits" in tensors for tensors in sender.tensors] == [True, False, False]
+
+
+def test_return_sequences_are_told_apart() -> None:
+    executor, sender, _ = start(num_return_sequences=2)
+    executor.answer(1, 4, end=FinishReason.LENGTH)
+    executor.answer(0, 1, end=FinishReason.LENGTH)
+    assert [tensors["sequence_index"].item() for tensors in sender.tensors] == [1, 0]
+    assert [final for _, _, final in sender.sent] == [False, True]

@@ -1,12 +1,13 @@
-"""The live server: the four models behind upstream's contract, over gRPC and HTTP."""
+"""The live server: the five models behind upstream's contract, over gRPC and HTTP."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,16 @@ import numpy as np
 import pytest
 
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
+from trtqwen.artifact import write_manifest
 from trtqwen.errors import ServerError
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.recipe import ServeRecipe
 from trtqwen.runtime.config import ExecutorConfig
 from trtqwen.runtime.executor import Executor
 from trtqwen.runtime.request import Request
 from trtqwen.triton.client import SamplingOptions, stream
-from trtqwen.triton.repository import tokenizer_directory
-from trtqwen.triton.server import TritonServer
+from trtqwen.triton.repository import tokenizer_directory, write_repository
+from trtqwen.triton.server import Ports, TritonServer
 
 pytestmark = pytest.mark.triton
 
@@ -56,7 +59,7 @@ def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, st
 
 
 DTYPES = {
-    **dict.fromkeys(("end_id", "beam_width", "min_tokens"), np.int32),
+    **dict.fromkeys(("end_id", "beam_width", "min_tokens", "num_return_sequences"), np.int32),
     **dict.fromkeys(("temperature", "top_p", "runtime_top_p"), np.float32),
     **dict.fromkeys(("repetition_penalty", "presence_penalty", "frequency_penalty"), np.float32),
     "seed": np.uint64,
@@ -72,7 +75,7 @@ def ask(server: TritonServer, *prompts: str | bytes, max_tokens: int = 16, **opt
     return list(Call(server, "ensemble", text_request(*prompts, max_tokens=max_tokens, **typed(options))))
 
 
-@pytest.mark.parametrize("model", ["preprocessing", "tensorrt_llm", "postprocessing", "ensemble"])
+@pytest.mark.parametrize("model", ["preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls"])
 def test_every_model_is_ready(server: TritonServer, model: str) -> None:
     with urllib.request.urlopen(f"http://{server.http_url}/v2/models/{model}/ready") as response:
         assert response.status == 200
@@ -226,7 +229,7 @@ def test_a_bad_request_fails_alone(server: TritonServer) -> None:
         "Prompt length": ask(server, "word " * 600),
         "QUERY: byte 0 is not UTF-8": ask(server, b"\xff\xfe"),
         "QUERY: the prompt is empty": ask(server, ""),
-        "beam_width: is not supported": ask(server, "a", beam_width=2),
+        "beam_width: is for beam search": ask(server, "a", beam_width=2),
     }
     for message, [reply] in cases.items():
         assert message in reply.error
@@ -329,3 +332,195 @@ def test_penalties_and_min_tokens_change_the_answer(server: TritonServer, tokeni
     [longer] = Call(server, "tensorrt_llm", ending | {"min_tokens": np.array([[4]], np.int32)})
     assert ended.ids == []
     assert len(longer.ids) >= 4
+
+
+def texts(replies: list[Reply]) -> str:
+    return "".join(reply.text for reply in replies if "text_output" in reply.outputs)
+
+
+def test_the_program_answers_as_the_ensemble(server: TritonServer) -> None:
+    for prompt in ("你好", "Hello, who are you?"):
+        request = text_request(prompt, max_tokens=24, **typed({"end_id": -1, "stream": True}))
+        expected = [reply.text for reply in Call(server, "ensemble", request)]
+        assert [reply.text for reply in Call(server, "tensorrt_llm_bls", request)] == expected
+        unstreamed = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
+        assert texts(list(Call(server, "tensorrt_llm_bls", unstreamed))) == "".join(expected)
+
+
+def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
+    prompts = [f"Tell me about the number {number}." for number in range(16)]
+    requests = [text_request(prompt, max_tokens=24, stream=True, **typed({"end_id": -1})) for prompt in prompts]
+    alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
+    before = metrics(server)[STEPS]
+    calls = [partial(Call, server, "tensorrt_llm_bls", request) for request in requests]
+    together = in_threads([lambda call=call: list(call()) for call in calls])
+    assert [texts(replies) for replies in together] == alone
+    assert metrics(server)[STEPS] - before < 16 * 24 / 2
+
+
+def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None:
+    request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
+    call = Call(server, "tensorrt_llm_bls", request)
+    replies = iter(call)
+    next(replies)
+    assert wait_for(lambda: metrics(server)[USED] > 0, 2)
+    call.cancel()
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+    steps = metrics(server)[STEPS]
+    time.sleep(0.3)
+    assert metrics(server)[STEPS] == steps
+
+
+def test_the_program_ends_at_a_stop_word_in_other_tokens(server: TritonServer, tokenizer: Tokenizer) -> None:
+    prompt = "Hello, who are you?"
+    [whole] = ask(server, prompt, max_tokens=40, end_id=-1)
+    word = next(
+        word
+        for begin in range(4, len(whole.text))
+        if (word := whole.text[begin : begin + 4]).isalpha()
+        and word not in whole.text[:begin]
+        and not whole.text[begin - 1].isspace()
+    )
+    request = text_request(prompt, max_tokens=40, stream=True, **typed({"end_id": -1}))
+    request["stop_words"] = np.array([[word.encode()]], np.object_)
+    expected = whole.text[: whole.text.index(word) + 4]
+    assert texts(list(Call(server, "ensemble", request))) != expected  # upstream's ids do not see it
+    assert texts(list(Call(server, "tensorrt_llm_bls", request))) == expected
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+
+
+def test_an_error_in_the_middle_of_a_stream_reaches_every_kind_of_client(server: TritonServer) -> None:
+    """Guided by one digit and with no end in sight, the second token has nothing to choose from."""
+    options = typed({"stream": True, "min_tokens": 5})
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        request = text_request("1 + 1 =", max_tokens=8, **options)
+        request["guided_decoding_guide_type"] = np.array([[b"regex"]], np.object_)
+        request["guided_decoding_guide"] = np.array([[b"[0-9]"]], np.object_)
+        replies = list(Call(server, model, request, f"fails in {model}"))
+        assert replies[0].text.isdigit()
+        assert "no token is left to choose" in replies[-1].error
+        assert ask(server, "你好", max_tokens=4)[0].text
+
+
+def test_bad_words_are_not_said(server: TritonServer, tokenizer: Tokenizer) -> None:
+    prompt = "Hello, who are you?"
+    [whole] = Call(server, "tensorrt_llm", id_request(tokenizer.encode(prompt), 24))
+    words = {token_id: tokenizer.decode([token_id]) for token_id in whole.ids}
+    said = next(token_id for token_id, word in words.items() if word.strip() and tokenizer.encode(word) == [token_id])
+    request = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
+    request["bad_words"] = np.array([[tokenizer.decode([said]).encode()]], np.object_)
+    [reply] = Call(server, "ensemble", request)
+    assert reply.text != tokenizer.decode(whole.ids)
+    assert said not in tokenizer.encode(reply.text)
+
+
+def test_log_probs_logits_and_return_sequences(server: TritonServer, tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello")
+    names = ("return_log_probs", "return_context_logits", "return_generation_logits", "return_perf_metrics")
+    options = {"num_return_sequences": 2, "runtime_top_p": 1.0, **dict.fromkeys(names, True)}
+    replies = list(Call(server, "tensorrt_llm", id_request(ids, 5, **typed(options))))
+    assert [reply.final for reply in replies] == [False, True]
+    assert {reply.outputs["sequence_index"].item() for reply in replies} == {0, 1}
+    assert replies[0].ids != replies[1].ids
+    for reply in replies:
+        assert reply.outputs["context_logits"].shape == (1, len(ids), 4096)
+        logits = reply.outputs["generation_logits"]
+        assert logits.shape == (1, 1, 5, 4096)
+        own = logits[0, 0].astype(np.float64)
+        log_probs = own[np.arange(5), reply.ids] - np.log(np.exp(own).sum(-1))
+        np.testing.assert_allclose(reply.outputs["output_log_probs"][0, 0], log_probs, rtol=1e-4, atol=1e-4)
+        assert reply.outputs["cum_log_probs"].item() == pytest.approx(log_probs.sum(), rel=1e-4)
+        assert reply.outputs["kv_cache_alloc_total_blocks"].item() == 1
+
+
+def test_guided_answers_are_json(server: TritonServer) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 6}, "age": {"type": "integer", "maximum": 99}},
+        "required": ["name", "age"],
+    }
+    request = text_request("Who are you?", max_tokens=120, stream=True)
+    request["guided_decoding_guide_type"] = np.array([[b"json_schema"]], np.object_)
+    request["guided_decoding_guide"] = np.array([[json.dumps(schema).encode()]], np.object_)
+    value = json.loads(texts(list(Call(server, "ensemble", request))))
+    assert set(value) == {"name", "age"}
+    request["guided_decoding_guide"] = np.array([[b"{"]], np.object_)
+    [reply] = Call(server, "ensemble", request)
+    assert "guided_decoding_guide: is no json_schema that can be followed" in reply.error
+
+
+def test_a_bias_of_words_changes_the_answer(server: TritonServer) -> None:
+    request = text_request("Hello", max_tokens=4, **typed({"end_id": -1}))
+    request["embedding_bias_words"] = np.array([[b"!"]], np.object_)
+    request["embedding_bias_weights"] = np.array([[1e4]], np.float32)
+    [reply] = Call(server, "ensemble", request)
+    assert reply.text == "!!!!"
+
+
+def test_a_bias_of_the_wrong_length_fails_alone(server: TritonServer) -> None:
+    """Upstream's engines end every request in flight for it."""
+    wrong = id_request([5, 6], 4) | {"embedding_bias": np.zeros((1, 4095), np.float32)}
+    right = id_request([5, 6], 200, **typed({"streaming": True}))
+    running = iter(Call(server, "tensorrt_llm", right))
+    next(running)
+    [reply] = Call(server, "tensorrt_llm", wrong)
+    assert "embedding_bias: has 4095 values" in reply.error
+    assert not [other for other in running if other.error]
+
+
+@pytest.fixture(scope="module")
+def older_server(
+    bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[TritonServer]:
+    """In the names of 0.18.2, with four processes for text and reuse of KV cache blocks."""
+    home = tmp_path_factory.mktemp("older")
+    engine = Path(shutil.copytree(bundled_engine(), home / "engine"))
+    config = json.loads((engine / "config.json").read_text("utf-8"))
+    (engine / "config.json").write_text(json.dumps(config | {"version": "0.18.2"}), encoding="utf-8")
+    (engine / "manifest.json").unlink()
+    write_manifest(engine, "engine", {}, {})
+    serve = ServeRecipe(postprocessing_instance_count=4, enable_kv_cache_reuse=True)
+    write_repository(engine, serve, home / "repository")
+    with TritonServer(home / "repository", ports=Ports(0, 0, 0), drain_seconds=2) as running:
+        yield running
+
+
+def test_an_older_releases_names_are_served(server: TritonServer, older_server: TritonServer) -> None:
+    sampling = SamplingOptions(top_p=1.0, temperature=2.0, seed=7, min_tokens=9)
+    pieces, expected = (
+        [piece.text for piece in stream(url, "Hello", 16, sampling=sampling, chat=False)]
+        for url in (older_server.grpc_url, server.grpc_url)
+    )
+    assert "".join(pieces) == "".join(expected)
+    options = {"top_p": np.float32(1), "temperature": np.float32(2), "random_seed": np.uint64(7)}
+    request = text_request("Hello", max_tokens=16, min_length=np.int32(9), stream=True, **options)
+    for model in ("ensemble", "tensorrt_llm_bls"):
+        assert texts(list(Call(older_server, model, request))) == "".join(expected)
+    [refused] = Call(older_server, "ensemble", text_request("Hello", max_tokens=4, seed=np.uint64(7)))
+    assert "unexpected inference input 'seed'" in refused.error
+
+
+def test_pieces_stay_in_order_with_four_processes_for_text(older_server: TritonServer) -> None:
+    """All prompts begin alike, so that the engine computes the beginning once."""
+    prompts = [f"{'The same beginning. ' * 12} Now tell me about {number}." for number in range(16)]
+    alone = [texts(list(Call(older_server, "ensemble", text_request(prompt, max_tokens=24)))) for prompt in prompts]
+    calls = [partial(Call, older_server, "ensemble", text_request(p, max_tokens=24, stream=True)) for p in prompts]
+    assert [texts(replies) for replies in in_threads([lambda call=call: list(call()) for call in calls])] == alone
+    assert metrics(older_server)["nv_trt_llm_kv_cache_block_metrics/reused"] > 100
+
+
+def test_the_metrics_endpoint_has_upstreams_families(server: TritonServer) -> None:
+    ask(server, "Hello", max_tokens=4)
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:
+        lines = response.read().decode().splitlines()
+    upstream = json.loads(Path(__file__).with_name("data").joinpath("upstream.json").read_text("utf-8"))["metrics"]
+    for family, row in upstream.items():
+        if "v1" in family or "disaggregated" in family:
+            continue
+        assert f"# TYPE {family} {row['kind']}" in lines
+        own = [line for line in lines if line.startswith(f"{family}{{") or line.startswith(f"{family}_count{{")]
+        for value in row["values"]:
+            [line] = [line for line in own if f'{row["label"]}="{value}"' in line]
+            assert 'model="tensorrt_llm"' in line
+            assert 'version="1"' in line
+    assert metrics(server)["nv_trt_llm_runtime_memory_metrics/cpu"] > 10_000_000

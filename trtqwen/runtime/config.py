@@ -18,6 +18,7 @@ class ExecutorConfig(BaseModel):
 
     batch_scheduler_policy: SchedulerPolicy = "guaranteed_no_evict"
     enable_chunked_context: bool = True
+    enable_kv_cache_reuse: bool = False
     max_tokens_in_paged_kv_cache: Annotated[int, Field(gt=0)] | None = None
     max_queue_size: Annotated[int, Field(ge=0)] = 0
 
@@ -52,5 +53,6 @@ def scheduler_config(engine: EngineConfig, executor: ExecutorConfig) -> Schedule
         vocab_size=engine.pretrained_config.vocab_size,
         batch_scheduler_policy=executor.batch_scheduler_policy,
         enable_chunked_context=executor.enable_chunked_context,
+        enable_kv_cache_reuse=executor.enable_kv_cache_reuse,
         max_queue_size=executor.max_queue_size,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import queue
 import subprocess
@@ -13,13 +12,12 @@ import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.config import read_engine_config
 from trtqwen.errors import EngineError
 from trtqwen.runtime.config import ExecutorConfig, WorkerConfig
-from trtqwen.runtime.request import FinishReason, IterationStats, Request, Response
+from trtqwen.runtime.request import Command, Event, FinishReason, IterationStats, Request, Response
 
 OnResponse = Callable[[Response], None]
 
@@ -69,13 +67,13 @@ class Executor:
             if request.id in self._callbacks:
                 raise EngineError(f"request id {request.id!r} is in flight already; use a new one")
             self._callbacks[request.id] = on_response
-            self._send({"request": request.model_dump(mode="json")})
+            self._send(Command(request=request))
 
     def cancel(self, request_id: str) -> None:
         """End a request; it answers with finish reason `CANCELLED` unless it has ended already."""
         with self._lock:
             if self._death is None:
-                self._send({"cancel": request_id})
+                self._send(Command(cancel=request_id))
 
     def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
         """Run requests together and wait for all; each one's responses in order."""
@@ -93,12 +91,22 @@ class Executor:
             finished.get()
         return [responses[request.id] for request in requests]
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served."""
+        return self._death is None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the ranks' processes."""
+        return sum(map(_resident_bytes, self._processes))
+
     def stats(self) -> IterationStats:
         """The step loop's own account, taken between two steps."""
         with self._lock:
             if self._death is not None:
                 raise EngineError(f"the engine has died ({self._death}); start the server again")
-            self._send({"stats": True})
+            self._send(Command(stats=True))
         stats = self._stats.get()
         if stats is None:
             raise EngineError(f"the engine has died ({self._death}); start the server again")
@@ -141,11 +149,11 @@ class Executor:
             env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 
-    def _send(self, command: dict[str, Any]) -> None:
+    def _send(self, command: Command) -> None:
         pipe = self._processes[0].stdin
         assert pipe is not None
         try:
-            pipe.write(json.dumps(command) + "\n")
+            pipe.write(command.model_dump_json(exclude_defaults=True) + "\n")
             pipe.flush()
         except OSError:
             pass  # the rank is gone; its reader tells everyone
@@ -155,23 +163,23 @@ class Executor:
         assert pipe is not None
         with pipe:
             for line in pipe:
-                self._handle(json.loads(line))
+                self._handle(Event.model_validate_json(line))
         self._die(f"rank {rank} ended with code {self._processes[rank].wait()}")
 
-    def _handle(self, event: dict[str, Any]) -> None:
-        if "response" in event:
-            response = Response.model_validate(event["response"])
+    def _handle(self, event: Event) -> None:
+        if event.response is not None:
+            response = event.response
             with self._lock:
                 final = response.finish_reason is not None
                 callback = (self._callbacks.pop if final else self._callbacks.get)(response.request_id, None)
             if callback is not None:
                 callback(response)
-        elif "stats" in event:
-            self._stats.put(IterationStats.model_validate(event["stats"]))
-        elif "ready" in event:
+        elif event.stats is not None:
+            self._stats.put(event.stats)
+        elif event.ready:
             self._ready.set()
-        elif "fatal" in event:
-            self._die(event["fatal"])
+        elif event.fatal is not None:
+            self._die(event.fatal)
 
     def _die(self, reason: str) -> None:
         """One rank's end is everyone's: stop the others and answer whoever waits. The first reason counts."""
@@ -187,3 +195,11 @@ class Executor:
             callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
         self._stats.put(None)
         self._ready.set()
+
+
+def _resident_bytes(process: subprocess.Popen[str]) -> int:
+    try:
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0  # it has just ended
+    return pages * os.sysconf("SC_PAGE_SIZE")

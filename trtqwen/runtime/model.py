@@ -69,7 +69,7 @@ class Qwen2Model:
         """Compute a step's tokens and put their keys and values into the cache.
 
         Returns:
-            float32 logits of the sampled rows, [rows, vocab_size], on rank 0; None on the other ranks.
+            float32 logits of the rows that want them, [rows, vocab_size], on rank 0; None on the other ranks.
         """
         communicator = self._communicator
         if self._embedding is not None:
@@ -85,10 +85,10 @@ class Qwen2Model:
             communicator.send(hidden)
             logits = None
         else:
-            hidden = rms_norm(hidden[batch.sampled_rows], self._gain, self._config.norm_epsilon)
+            hidden = rms_norm(hidden[batch.logit_rows], self._gain, self._config.norm_epsilon)
             logits = communicator.gather(F.linear(hidden, self._head))
         padded = -(-self._config.vocab_size // communicator.tp_size) * communicator.tp_size
-        rows = torch.empty(len(batch.sampled_rows), padded, dtype=self._dtype, device=self._device)
+        rows = torch.empty(len(batch.logit_rows), padded, dtype=self._dtype, device=self._device)
         logits = communicator.to_rank_0(logits, rows)
         return None if logits is None else logits[:, : self._config.vocab_size].float()
 

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+TokenId = Annotated[int, Field(ge=0)]
+Word = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar"]
+
+
+def _is_bias(value: float) -> float:
+    if math.isnan(value) or value == math.inf:
+        raise ValueError("Input should be a finite number, or -inf to forbid a token")
+    return value
 
 
 class _Message(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        ser_json_bytes="base64",
+        val_json_bytes="base64",
+        ser_json_inf_nan="constants",
+    )
 
 
 class SamplingConfig(_Message):
@@ -39,6 +56,29 @@ class SamplingConfig(_Message):
         return self.top_k == 1 or self.temperature == 0 or (self.top_k == 0 and self.top_p == 0)
 
 
+class OutputConfig(_Message):
+    """What a response carries beside tokens.
+
+    Attributes:
+        return_log_probs: each token's log probability by the model itself, before penalties and masks.
+        return_context_logits: the logits after every prompt token; such a request reuses no KV cache blocks.
+        return_generation_logits: the logits that each token was chosen from, before penalties and masks.
+        return_perf_metrics: times and blocks, with the last response.
+    """
+
+    return_log_probs: bool = False
+    return_context_logits: bool = False
+    return_generation_logits: bool = False
+    return_perf_metrics: bool = False
+
+
+class GuidedDecodingParams(_Message):
+    """The form that an answer must have: any JSON, or what the schema, regular expression or grammar describes."""
+
+    guide_type: GuideType
+    guide: str = ""
+
+
 class Request(_Message):
     """One generation request.
 
@@ -48,14 +88,20 @@ class Request(_Message):
         max_tokens: answer tokens at most; lowered to what max_seq_len leaves, as TensorRT-LLM does.
         end_id: this token ends the answer and is not part of it.
         stop_words: token sequences that end the answer and are part of it.
+        bad_words: token sequences that are never completed.
+        embedding_bias: added to the logits, by token id; -inf forbids a token.
     """
 
     id: str
-    input_token_ids: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)]
+    input_token_ids: Annotated[tuple[TokenId, ...], Field(min_length=1)]
     max_tokens: Annotated[int, Field(gt=0)]
     end_id: int | None = None
-    stop_words: tuple[Annotated[tuple[int, ...], Field(min_length=1)], ...] = ()
+    stop_words: tuple[Word, ...] = ()
+    bad_words: tuple[Word, ...] = ()
+    embedding_bias: dict[TokenId, Annotated[float, AfterValidator(_is_bias)]] = {}
     sampling: SamplingConfig = SamplingConfig()
+    output: OutputConfig = OutputConfig()
+    guided_decoding: GuidedDecodingParams | None = None
 
 
 class FinishReason(str, Enum):
@@ -68,16 +114,35 @@ class FinishReason(str, Enum):
     ERROR = "error"
 
 
+class PerfMetrics(_Message):
+    """A request's own account, by TensorRT-LLM's names: nanoseconds on one monotonic clock, and KV cache blocks."""
+
+    arrival_time_ns: int
+    first_scheduled_time_ns: int
+    first_token_time_ns: int
+    last_token_time_ns: int
+    kv_cache_alloc_total_blocks: int
+    kv_cache_alloc_new_blocks: int
+    kv_cache_reused_blocks: int
+
+
 class Response(_Message):
     """New tokens of a request; the last response carries a finish reason.
 
     Attributes:
         token_ids: the tokens since the response before.
+        log_probs: one for each of them, if asked for.
+        context_logits: float32 [prompt tokens, vocab_size], with the first token.
+        generation_logits: float32 [tokens of this response, vocab_size].
         error: what went wrong, if `finish_reason` is `ERROR`.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
+    log_probs: tuple[float, ...] = ()
+    context_logits: bytes | None = None
+    generation_logits: bytes | None = None
+    perf_metrics: PerfMetrics | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
 
@@ -92,6 +157,10 @@ class IterationStats(_Message):
         max_active: most requests that ever shared a step.
         paused: how often a request lost its blocks to an older one.
         used_blocks, max_blocks: KV cache blocks.
+        reused_blocks: how often a block was found computed already, since the start.
+        context_requests, generation_requests: those of the batch in either phase.
+        step_context_tokens: prompt tokens of the last step; 0 if nothing runs.
+        paused_requests: those that wait for blocks that were taken from them.
     """
 
     iterations: int = 0
@@ -103,3 +172,25 @@ class IterationStats(_Message):
     paused: int = 0
     used_blocks: int = 0
     max_blocks: int = 0
+    reused_blocks: int = 0
+    context_requests: int = 0
+    generation_requests: int = 0
+    step_context_tokens: int = 0
+    paused_requests: int = 0
+
+
+class Command(_Message):
+    """What the client tells rank 0, one a line of JSON; exactly one field is set."""
+
+    request: Request | None = None
+    cancel: str | None = None
+    stats: bool = False
+
+
+class Event(_Message):
+    """What a rank tells the client, one a line of JSON; exactly one field is set."""
+
+    ready: bool = False
+    response: Response | None = None
+    stats: IterationStats | None = None
+    fatal: str | None = None

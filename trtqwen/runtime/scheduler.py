@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trtqwen.errors import RequestError
-from trtqwen.runtime.kv_cache import BlockPool
+from trtqwen.runtime.kv_cache import BlockPool, block_key
 from trtqwen.runtime.request import FinishReason, IterationStats, Request, Response
 
 SchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
+
+# Logits that one request may ask for: they cross two processes and a gRPC message, whose limit is 2 GiB.
+MOST_LOGITS_BYTES = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class SchedulerConfig:
     vocab_size: int
     batch_scheduler_policy: SchedulerPolicy = "guaranteed_no_evict"
     enable_chunked_context: bool = True
+    enable_kv_cache_reuse: bool = False
     max_queue_size: int = 0
 
 
@@ -45,6 +49,7 @@ class Chunk:
         start: position of the first of them.
         block_ids: the sequence's KV cache blocks, in order of position.
         samples: whether the last token is the last known one, so that the step gives a new token.
+        num_logits: how many of the last tokens' logits are needed: all of them where the request wants to see them.
     """
 
     request_id: str
@@ -52,6 +57,7 @@ class Chunk:
     start: int
     block_ids: tuple[int, ...]
     samples: bool
+    num_logits: int
 
     @property
     def end(self) -> int:
@@ -67,13 +73,22 @@ class Step:
 
 @dataclass(eq=False)
 class Sequence:
-    """A request on its way: the tokens known so far and how many of them are computed."""
+    """A request on its way: the tokens known so far and how many of them are computed.
+
+    Attributes:
+        block_keys: keys of the full blocks, as far as they were needed.
+        num_published: how many of its blocks others can find.
+        num_reused: how many blocks it found computed already, pauses included.
+    """
 
     request: Request
     max_tokens: int
     token_ids: list[int]
     num_computed: int = 0
     block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_published: int = 0
+    num_reused: int = 0
 
     @property
     def output(self) -> list[int]:
@@ -86,6 +101,11 @@ class Sequence:
     def ends_with(self, word: tuple[int, ...]) -> bool:
         """Whether the answer's last tokens are `word`."""
         return len(word) <= self.num_output and tuple(self.token_ids[-len(word) :]) == word
+
+    @property
+    def paused(self) -> bool:
+        """Whether it has begun, but lost its blocks."""
+        return self.num_output > 0 and not self.block_ids
 
     @property
     def num_missing(self) -> int:
@@ -188,6 +208,8 @@ class Scheduler:
             if sequence is None:
                 continue
             sequence.num_computed = chunk.end
+            if self.config.enable_kv_cache_reuse:
+                self._publish(sequence)
             if chunk.samples:
                 responses.append(self._append(sequence, sampled[chunk.request_id]))
         return responses
@@ -199,6 +221,10 @@ class Scheduler:
                 "waiting": len(self._waiting),
                 "used_blocks": self.pool.num_blocks - self.pool.num_free,
                 "max_blocks": self.pool.num_blocks,
+                "generation_requests": (generation := sum(sequence.in_generation for sequence in self._running)),
+                "context_requests": len(self._running) - generation,
+                "step_context_tokens": self._stats.step_context_tokens if self._running else 0,
+                "paused_requests": sum(sequence.paused for sequence in self._waiting),
             }
         )
 
@@ -211,12 +237,14 @@ class Scheduler:
                 f"Prompt length ({length}) exceeds maximum input length ({config.max_seq_len - 1}). "
                 "Shorten the prompt or build the engine with a larger max_seq_len"
             )
-        if max(request.input_token_ids) >= config.vocab_size:
+        bad_ids = [token_id for word in request.bad_words for token_id in word]
+        largest = max(*request.input_token_ids, *bad_ids, *request.embedding_bias, 0)
+        if largest >= config.vocab_size:
             raise RequestError(
-                f"token id {max(request.input_token_ids)} is outside the vocabulary of {config.vocab_size}; "
-                "use the model's own tokenizer"
+                f"token id {largest} is outside the vocabulary of {config.vocab_size}; use the model's own tokenizer"
             )
         max_tokens = min(request.max_tokens, config.max_seq_len - length)
+        self._check_logits(request, max_tokens)
         sequence = Sequence(request, max_tokens, list(request.input_token_ids))
         # Whoever is paused computes its answer so far again, as context.
         recomputed = sequence.final_tokens if config.batch_scheduler_policy == "max_utilization" else length
@@ -232,6 +260,16 @@ class Scheduler:
             )
         return sequence
 
+    def _check_logits(self, request: Request, max_tokens: int) -> None:
+        rows = len(request.input_token_ids) * request.output.return_context_logits
+        rows += max_tokens * request.output.return_generation_logits
+        nbytes = 4 * rows * self.config.vocab_size
+        if nbytes > MOST_LOGITS_BYTES:
+            raise RequestError(
+                f"the logits of {rows} tokens are {nbytes >> 20} MiB, and at most {MOST_LOGITS_BYTES >> 20} MiB are "
+                "returned; ask with a shorter prompt or fewer max_tokens"
+            )
+
     def _chunk_length(self, missing: int, budget: int) -> int:
         if missing <= budget:
             return missing
@@ -244,21 +282,54 @@ class Scheduler:
         chunks: list[Chunk] = []
         while self._waiting and len(self._running) < self.config.max_batch_size:
             sequence = self._waiting[0]
-            length = self._chunk_length(sequence.num_missing, budget)
-            if length == 0 or not self._fits(sequence, length):
+            reused = self._find_reusable(sequence)
+            known = len(reused) * self.config.tokens_per_block
+            length = self._chunk_length(sequence.num_missing - known, budget)
+            if length == 0 or not self._fits(sequence, known + length, reused):
                 break
             self._waiting.popleft()
             self._running.append(sequence)
-            self.pool.grow(sequence.block_ids, length)
+            self.pool.share(reused)
+            sequence.block_ids, sequence.num_published = reused, len(reused)
+            sequence.num_computed = known
+            sequence.num_reused += len(reused)
+            self._stats = self._stats.model_copy(update={"reused_blocks": self._stats.reused_blocks + len(reused)})
+            self.pool.grow(sequence.block_ids, known + length)
             chunks.append(self._chunk(sequence, length))
             budget -= length
         return chunks
 
-    def _fits(self, sequence: Sequence, length: int) -> bool:
+    def _find_reusable(self, sequence: Sequence) -> list[int]:
+        """Blocks that hold how the sequence begins; its last known token is always computed, to sample from."""
+        if not self.config.enable_kv_cache_reuse or sequence.request.output.return_context_logits:
+            return []
+        full = (len(sequence.token_ids) - 1) // self.config.tokens_per_block
+        self._extend_keys(sequence, full)
+        return self.pool.find(sequence.block_keys[:full])
+
+    def _publish(self, sequence: Sequence) -> None:
+        full = sequence.num_computed // self.config.tokens_per_block
+        self._extend_keys(sequence, full)
+        for index in range(sequence.num_published, full):
+            self.pool.publish(sequence.block_ids[index], sequence.block_keys[index])
+        sequence.num_published = full
+
+    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+        size = self.config.tokens_per_block
+        for index in range(len(sequence.block_keys), count):
+            before = sequence.block_keys[-1] if index else b""
+            sequence.block_keys.append(block_key(before, sequence.token_ids[index * size : (index + 1) * size]))
+
+    def _fits(self, sequence: Sequence, num_tokens: int, reused: list[int]) -> bool:
+        """Whether there are blocks for a sequence to join: for its first `num_tokens` tokens, or for its end and
+        everyone else's."""
+        blocks_for = self.pool.blocks_for
         if self.config.batch_scheduler_policy == "max_utilization":
-            return self.pool.blocks_for(length) <= self.pool.num_free
-        promised = sum(self.pool.blocks_for(other.final_tokens) for other in self._running)
-        return promised + self.pool.blocks_for(sequence.final_tokens) <= self.pool.num_blocks
+            needed = blocks_for(num_tokens)
+        else:
+            promised = sum(blocks_for(other.final_tokens) - len(other.block_ids) for other in self._running)
+            needed = promised + blocks_for(sequence.final_tokens)
+        return needed - self.pool.num_held(reused) <= self.pool.num_free
 
     def _pause_for(self, sequence: Sequence, length: int) -> int:
         """Give `sequence` the blocks of its next `length` tokens, pausing the youngest (itself at last) as needed."""
@@ -275,12 +346,15 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.num_computed, sequence.num_computed + length
+        samples = end == len(sequence.token_ids)
+        everything = sequence.request.output.return_context_logits and sequence.num_output == 0
         return Chunk(
             request_id=sequence.request.id,
             token_ids=tuple(sequence.token_ids[start:end]),
             start=start,
             block_ids=tuple(sequence.block_ids),
-            samples=end == len(sequence.token_ids),
+            samples=samples,
+            num_logits=length if everything else int(samples),
         )
 
     def _append(self, sequence: Sequence, token_id: int) -> Response:
@@ -319,5 +393,6 @@ class Scheduler:
                 "generation_tokens": stats.generation_tokens + generation,
                 "max_active": max(stats.max_active, len(chunks)),
                 "paused": stats.paused + paused,
+                "step_context_tokens": tokens - generation,
             }
         )

@@ -13,76 +13,145 @@ import queue
 import signal
 import sys
 import threading
-from dataclasses import asdict
-from typing import IO, Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import IO
 
 import torch
-from pydantic import ValidationError
 
+from trtqwen.checkpoint.convert import TOKENIZER_DIRECTORY
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import EngineError, RequestError, TrtQwenError, first_problem
+from trtqwen.errors import EngineError, RequestError, TrtQwenError
 from trtqwen.runtime.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
 from trtqwen.runtime.config import WorkerConfig, scheduler_config
+from trtqwen.runtime.guided import GuidedDecoder, check_installed
 from trtqwen.runtime.model import Qwen2Model
+from trtqwen.runtime.output import OutputCollector
 from trtqwen.runtime.parallel import Communicator, ProcessGroup, SingleRank
-from trtqwen.runtime.request import FinishReason, Request, Response
-from trtqwen.runtime.sampling import Sampler
+from trtqwen.runtime.request import Command, Event, FinishReason, Request, Response
+from trtqwen.runtime.sampling import Guide, Sampled, Sampler
 from trtqwen.runtime.scheduler import Chunk, Scheduler, SchedulerConfig, Step
 
 _DEVICE = torch.device("cpu")
 _DTYPE = torch.float32  # what CPUs compute in; every 16-bit weight is exact in it
+_COMPILERS = 4  # guides compiled at a time
+
+
+@dataclass(frozen=True)
+class _Compiled:
+    """A guided request whose guide is compiled, or why it could not be."""
+
+    request: Request
+    guide: Guide | RequestError
+
+
+Commands = queue.Queue["Command | _Compiled"]
 
 
 class StepLoop:
     """Rank 0's loop: take in commands, decide a step, compute it with the other ranks, hand out tokens."""
 
     def __init__(
-        self, limits: SchedulerConfig, model: Qwen2Model, communicator: Communicator, events: IO[str]
+        self,
+        limits: SchedulerConfig,
+        model: Qwen2Model,
+        communicator: Communicator,
+        decoder: GuidedDecoder,
+        commands: Commands,
+        events: IO[str],
     ) -> None:
         self._scheduler = Scheduler(limits)
         self._sampler = Sampler()
+        self._output = OutputCollector()
         self._model = model
         self._communicator = communicator
+        self._decoder = decoder
+        self._compilers = ThreadPoolExecutor(_COMPILERS, "compile")
+        self._compiling: set[str] = set()
+        self._commands = commands
         self._events = events
 
-    def run(self, commands: queue.Queue[str]) -> None:
+    def run(self) -> None:
         """Serve for ever; waits for a command only when no request is in flight."""
-        self._write({"ready": True})
+        self._write(Event(ready=True))
         while True:
             if self._scheduler.idle:
-                self._handle(commands.get())
-            while not commands.empty():
-                self._handle(commands.get())
+                self._handle(self._commands.get())
+            while not self._commands.empty():
+                self._handle(self._commands.get())
             self._step()
 
-    def _handle(self, line: str) -> None:
-        command = json.loads(line)
-        if "request" in command:
-            self._accept(command["request"])
-        elif "cancel" in command:
-            response = self._scheduler.cancel(command["cancel"])
-            if response is not None:
-                self._emit([response])
-        elif "stats" in command:
-            self._write({"stats": self._scheduler.stats().model_dump()})
+    def _handle(self, command: Command | _Compiled) -> None:
+        if isinstance(command, _Compiled):
+            self._admit_guided(command)
+        elif command.request is not None:
+            self._accept(command.request)
+        elif command.cancel is not None:
+            self._cancel(command.cancel)
+        elif command.stats:
+            stats = self._scheduler.stats()
+            waiting = stats.waiting + len(self._compiling)
+            self._write(Event(stats=stats.model_copy(update={"waiting": waiting})))
 
-    def _accept(self, fields: dict[str, Any]) -> None:
+    def _accept(self, request: Request) -> None:
+        self._output.arrived(request)
         try:
-            self._scheduler.add(Request.model_validate(fields))
-        except (RequestError, ValidationError) as problem:
-            error = str(problem) if isinstance(problem, RequestError) else first_problem(problem)
-            self._emit([Response(request_id=fields["id"], finish_reason=FinishReason.ERROR, error=error)])
+            if request.guided_decoding is None:
+                self._scheduler.add(request)
+            else:
+                self._compile(request)
+        except RequestError as problem:
+            self._emit([_error(request, problem)])
+
+    def _compile(self, request: Request) -> None:
+        """Compile the guide beside the step loop: a large schema takes seconds, and everyone else goes on."""
+        check_installed()
+
+        def compile_guide() -> None:
+            try:
+                prepared, guide = self._decoder.prepare(request)
+                self._commands.put(_Compiled(prepared, guide))
+            except RequestError as problem:
+                self._commands.put(_Compiled(request, problem))
+            except Exception as problem:
+                error = RequestError(f"guided decoding is not possible on this server: {problem}")
+                self._commands.put(_Compiled(request, error))
+
+        self._compiling.add(request.id)
+        self._compilers.submit(compile_guide)
+
+    def _admit_guided(self, compiled: _Compiled) -> None:
+        request, guide = compiled.request, compiled.guide
+        if request.id not in self._compiling:
+            return  # cancelled meanwhile
+        self._compiling.remove(request.id)
+        try:
+            if isinstance(guide, RequestError):
+                raise guide
+            self._scheduler.add(request)
+            self._sampler.guide(request.id, guide)
+        except RequestError as problem:
+            self._emit([_error(request, problem)])
+
+    def _cancel(self, request_id: str) -> None:
+        response = self._scheduler.cancel(request_id)
+        if request_id in self._compiling:
+            self._compiling.remove(request_id)
+            response = Response(request_id=request_id, finish_reason=FinishReason.CANCELLED)
+        if response is not None:
+            self._emit([response])
 
     def _step(self) -> None:
         step = self._scheduler.schedule()
         if step is None:
             return
         try:
+            self._output.scheduled([self._scheduler[chunk.request_id] for chunk in step.chunks])
             self._communicator.broadcast(_encode(step))
             logits = _compute(self._model, step, self._scheduler.config.tokens_per_block)
             assert logits is not None
-            responses = self._sample(step, logits)
+            responses = self._sample(step, self._output.computed(step, logits))
         except Exception as problem:
             self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
             if not isinstance(self._communicator, SingleRank):
@@ -91,25 +160,29 @@ class StepLoop:
         self._emit(responses)
 
     def _sample(self, step: Step, logits: torch.Tensor) -> list[Response]:
-        sampling = [chunk.request_id for chunk in step.chunks if chunk.samples]
-        tokens = self._sampler.sample(logits, [self._scheduler[request_id] for request_id in sampling])
+        names = [chunk.request_id for chunk in step.chunks if chunk.samples]
+        results = dict(
+            zip(names, self._sampler.sample(logits, [self._scheduler[name] for name in names]), strict=True)
+        )
         failed = [
-            self._scheduler.fail(request_id, "the logits are not finite; convert the model to bfloat16")
-            for request_id, token in zip(sampling, tokens, strict=True)
-            if token is None
+            self._scheduler.fail(name, str(result))
+            for name, result in results.items()
+            if isinstance(result, RequestError)
         ]
-        sampled = {name: token for name, token in zip(sampling, tokens, strict=True) if token is not None}
-        return failed + self._scheduler.update(step, sampled)
+        sampled = {name: result for name, result in results.items() if isinstance(result, Sampled)}
+        responses = self._scheduler.update(step, {name: result.token_id for name, result in sampled.items()})
+        return failed + [self._output.complete(response, sampled[response.request_id]) for response in responses]
 
     def _emit(self, responses: list[Response]) -> None:
         for response in responses:
             if response.finish_reason is not None:
                 self._sampler.forget(response.request_id)
-        self._write(*({"response": response.model_dump(mode="json")} for response in responses))
+                self._output.forget(response.request_id)
+        self._write(*(Event(response=response) for response in responses))
 
-    def _write(self, *events: dict[str, Any]) -> None:
+    def _write(self, *events: Event) -> None:
         if events:
-            self._events.write("".join(json.dumps(event) + "\n" for event in events))
+            self._events.write("".join(event.model_dump_json(exclude_defaults=True) + "\n" for event in events))
             self._events.flush()
 
 
@@ -118,7 +191,7 @@ def main() -> None:
     config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client, which closes our input
     events, sys.stdout = sys.stdout, sys.stderr  # stray prints must not mix with events
-    commands: queue.Queue[str] = queue.Queue()
+    commands: Commands = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin, commands), daemon=True).start()
     try:
         _run(config, commands, events)
@@ -128,7 +201,7 @@ def main() -> None:
         _leave(events, f"{type(problem).__name__}: {problem}")
 
 
-def _run(config: WorkerConfig, commands: queue.Queue[str], events: IO[str]) -> None:
+def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
     torch.set_num_threads(config.threads)
     engine = read_engine_config(config.engine)
     limits = scheduler_config(engine, config.executor)
@@ -149,7 +222,8 @@ def _run(config: WorkerConfig, commands: queue.Queue[str], events: IO[str]) -> N
     )
     communicator.broadcast(b"ready" if config.rank == 0 else None)
     if config.rank == 0:
-        StepLoop(limits, model, communicator, events).run(commands)
+        decoder = GuidedDecoder(config.engine / TOKENIZER_DIRECTORY, limits.vocab_size)
+        StepLoop(limits, model, communicator, decoder, commands, events).run()
     while True:
         _compute(model, _decode(communicator.broadcast(None)), limits.tokens_per_block)
 
@@ -175,14 +249,18 @@ def _decode(data: bytes) -> Step:
     return Step(tuple(Chunk(**chunk) for chunk in chunks))
 
 
-def _read(lines: IO[str], commands: queue.Queue[str]) -> None:
+def _error(request: Request, problem: RequestError) -> Response:
+    return Response(request_id=request.id, finish_reason=FinishReason.ERROR, error=str(problem))
+
+
+def _read(lines: IO[str], commands: Commands) -> None:
     for line in lines:
-        commands.put(line)
+        commands.put(Command.model_validate_json(line))
     os._exit(0)
 
 
 def _leave(events: IO[str], error: str) -> None:
-    events.write(json.dumps({"fatal": error}) + "\n")
+    events.write(Event(fatal=error).model_dump_json(exclude_defaults=True) + "\n")
     events.flush()
     os._exit(1)
 

@@ -15,6 +15,7 @@ from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, ser
 
 from trtqwen.errors import ServerError
 from trtqwen.hf.tokenizer import render_chat
+from trtqwen.triton.contract import older_names
 
 Array = npt.NDArray[Any]
 
@@ -38,7 +39,7 @@ class Piece:
     """Part of an answer.
 
     Attributes:
-        num_tokens: how many tokens it was; TensorRT-LLM's C++ backend does not tell, and it is 0.
+        num_tokens: how many tokens it was; TensorRT-LLM's C++ backend and older releases do not tell, and it is 0.
     """
 
     text: str
@@ -74,7 +75,8 @@ def stream(
         finished = False
         try:
             text = _rendered(stub, prompt) if chat else prompt
-            request = _request("ensemble", request_id, _inputs(text, max_tokens, sampling or SamplingOptions()))
+            inputs = _as_known(stub, _inputs(text, max_tokens, sampling or SamplingOptions()))
+            request = _request("ensemble", request_id, inputs)
             for reply in stub.ModelStreamInfer(iter([request])):
                 if reply.error_message:
                     finished = True
@@ -108,6 +110,15 @@ def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, 
         if value is not None:
             inputs[name] = np.array([[value]], _DTYPES.get(name, np.float32))
     return inputs
+
+
+def _as_known(stub: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """The inputs by the names of the release that the server's engine is from; counts only where it has them."""
+    metadata = stub.ModelMetadata(service_pb2.ModelMetadataRequest(name="ensemble"))
+    known = {tensor.name for tensor in metadata.inputs}
+    older = older_names()
+    named = {name if name in known else older.get(name, name): value for name, value in inputs.items()}
+    return {name: value for name, value in named.items() if name in known or name != "return_num_output_tokens"}
 
 
 def _request(model: str, request_id: str, inputs: Mapping[str, Array]) -> Any:

@@ -13,6 +13,9 @@ from pydantic import ValidationError
 from trtqwen.errors import InputError
 from trtqwen.runtime.config import ExecutorConfig
 
+FROM_PROGRAM = "from_program"  # parameter of a request that another model sends to `tensorrt_llm`
+HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
+
 
 @dataclass(frozen=True)
 class EngineParameters:
@@ -66,7 +69,12 @@ def engine_parameters(args: Mapping[str, str]) -> EngineParameters:
 def _executor_config(parameters: Mapping[str, str], config: Mapping[str, Any]) -> ExecutorConfig:
     given = {
         key: parameters[key]
-        for key in ("batch_scheduler_policy", "enable_chunked_context", "max_tokens_in_paged_kv_cache")
+        for key in (
+            "batch_scheduler_policy",
+            "enable_chunked_context",
+            "enable_kv_cache_reuse",
+            "max_tokens_in_paged_kv_cache",
+        )
         if key in parameters
     }
     queue = config.get("dynamic_batching", {}).get("default_queue_policy", {}).get("max_queue_size", 0)

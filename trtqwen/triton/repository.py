@@ -1,4 +1,4 @@
-"""Writes the model repository of an engine: four models in the tensor contract of upstream's in-flight batching."""
+"""Writes the model repository of an engine: five models in the tensor contract of upstream's in-flight batching."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import json_format, text_format
+import tokenizers
+from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from trtqwen.artifact import Manifest, finished_directory, read_manifest, stage_key, write_manifest
@@ -19,15 +19,17 @@ from trtqwen.engine.config import Builder, read_engine_config
 from trtqwen.errors import InputError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import ServeRecipe
+from trtqwen.triton.contract import model_config, model_names
+from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
 CONFIG = "config.pbtxt"
-_CONTRACT = Path(__file__).with_name("contract.json")
 _MODELS = Path(__file__).with_name("models")
 _BACKENDS: dict[Builder, str] = {"torch": "python", "tensorrt_llm": "tensorrtllm"}
 
 # The repository carries its own copy of the tokenizer: building the engine again under a running server does not
 # change it, and the manifest accounts for it. Models find it relative to their directory, so a repository can move.
 _TOKENIZER = Path("preprocessing", "1", TOKENIZER_DIRECTORY)
+_TOKENIZER_INFO = Path("tensorrt_llm", "1", "xgrammar_tokenizer_info.json")
 _TOKENIZER_FROM_MODEL = Path("..") / _TOKENIZER
 
 
@@ -40,12 +42,14 @@ class RepositoryPlan:
         engine_key: its manifest key.
         configs: each model's config, by model name.
         python_models: the models that get a `model.py`.
+        guided: whether TensorRT-LLM's guided decoding is on, which needs a file about the tokenizer.
     """
 
     engine: Path
     engine_key: str
     configs: Mapping[str, ModelConfig]
     python_models: tuple[str, ...]
+    guided: bool
 
 
 def repository_key(engine: Path, engine_key: str, serve: ServeRecipe) -> str:
@@ -58,30 +62,43 @@ def tokenizer_directory(repository: Path) -> Path:
     return repository / _TOKENIZER
 
 
-def plan_repository(engine: Path, serve: ServeRecipe) -> RepositoryPlan:
+def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None) -> RepositoryPlan:
     """Work out every model's config for a finished engine.
+
+    Args:
+        output: where the repository will lie. TensorRT-LLM's guided decoding reads a file in it by its absolute path,
+            and is off without.
 
     Raises:
         InputError: if the engine is not finished or has no tokenizer.
     """
     engine = engine.resolve()
     manifest = read_manifest(engine, "engine")
-    builder = read_engine_config(engine).builder
+    built = _built(engine)
     if not (engine / TOKENIZER_DIRECTORY).is_dir():
         raise InputError(
             f"{engine / TOKENIZER_DIRECTORY}: is missing, but Triton's text models need it; put tokenizer.json and "
             "tokenizer_config.json beside the model's weights and build again"
         )
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
-    configs = {
-        "preprocessing": _preprocessing(serve, tokenizer),
-        "tensorrt_llm": _tensorrt_llm(serve, engine, builder),
-        "postprocessing": _postprocessing(serve),
-        "ensemble": _model("ensemble", serve),
-    }
+    configs = {name: model_config(name, built.release, built.logits_dtype) for name in model_names()}
+    for config in configs.values():
+        config.max_batch_size = serve.triton_max_batch_size
+    _preprocessing(configs["preprocessing"], serve, engine, tokenizer)
+    _tensorrt_llm(configs["tensorrt_llm"], serve, engine, built)
+    _postprocessing(configs["postprocessing"], serve, built)
+    _bls(configs["tensorrt_llm_bls"])
     configs["ensemble"].platform = "ensemble"
+    # Upstream has it from 0.19.
+    guided = built.builder == "tensorrt_llm" and "guided_decoding_backend" in configs["tensorrt_llm"].parameters
+    if guided and output is not None:
+        _set_parameters(
+            configs["tensorrt_llm"],
+            guided_decoding_backend="xgrammar",
+            xgrammar_tokenizer_info_path=str(output.resolve() / _TOKENIZER_INFO),
+        )
     python_models = tuple(name for name, config in configs.items() if config.backend == "python")
-    return RepositoryPlan(engine, manifest.key, configs, python_models)
+    return RepositoryPlan(engine, manifest.key, configs, python_models, guided)
 
 
 def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: bool = False) -> Manifest:
@@ -91,7 +108,7 @@ def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: b
         InputError: if the engine is not finished or has no tokenizer.
         OutputError: if `output` exists and `force` is not set.
     """
-    plan = plan_repository(engine, serve)
+    plan = plan_repository(engine, serve, output)
     with finished_directory(output, force=force) as directory:
         for name, config in plan.configs.items():
             version = directory / name / "1"
@@ -103,6 +120,8 @@ def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: b
                 # Triton wants a version directory with something in it that no copy or archive drops.
                 (version / ".keep").touch()
         shutil.copytree(plan.engine / TOKENIZER_DIRECTORY, tokenizer_directory(directory))
+        if plan.guided:
+            (directory / _TOKENIZER_INFO).write_text(_tokenizer_info(plan.engine), encoding="utf-8")
         return write_manifest(directory, "repository", {"engine": plan.engine_key}, _parameters(engine, serve))
 
 
@@ -117,33 +136,41 @@ def _parameters(engine: Path, serve: ServeRecipe) -> dict[str, Any]:
     return {**serve.model_dump(), "engine": str(engine.resolve())}  # the configs name the engine by its path
 
 
-@cache
-def _contract() -> Mapping[str, Any]:
-    models: dict[str, Any] = json.loads(_CONTRACT.read_text(encoding="utf-8"))["models"]
-    return models
+@dataclass(frozen=True)
+class _Built:
+    """What of an engine its configs depend on.
+
+    Attributes:
+        release: the TensorRT-LLM release that built it, or None.
+    """
+
+    builder: Builder
+    release: str | None
+    logits_dtype: str
+    world_size: int
 
 
-def _model(name: str, serve: ServeRecipe, backend: str = "") -> ModelConfig:
-    config = json_format.ParseDict(_contract()[name], ModelConfig())
-    config.name = name
-    config.backend = backend
-    config.max_batch_size = serve.triton_max_batch_size
-    return config
+def _built(engine: Path) -> _Built:
+    config = read_engine_config(engine)
+    raw = json.loads((engine / "config.json").read_text(encoding="utf-8"))
+    logits_dtype = raw["pretrained_config"].get("logits_dtype", "float32") if config.builder != "torch" else "float32"
+    return _Built(config.builder, config.version, logits_dtype, config.pretrained_config.mapping.world_size)
 
 
-def _preprocessing(serve: ServeRecipe, tokenizer: Tokenizer) -> ModelConfig:
-    config = _model("preprocessing", serve, "python")
-    _set_parameters(config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), add_special_tokens="False")
+def _preprocessing(config: ModelConfig, serve: ServeRecipe, engine: Path, tokenizer: Tokenizer) -> None:
+    config.backend = "python"
+    _set_parameters(
+        config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), add_special_tokens="False", gpt_model_path=str(engine)
+    )
     if tokenizer.chat_template is not None:
         # Beyond upstream: lets a client render a conversation with nothing but the server's address.
         config.parameters["chat_template"].string_value = tokenizer.chat_template
     _set_instances(config, serve.preprocessing_instance_count)
     _set_batching(config, serve)
-    return config
 
 
-def _tensorrt_llm(serve: ServeRecipe, engine: Path, builder: Builder) -> ModelConfig:
-    config = _model("tensorrt_llm", serve, _BACKENDS[builder])
+def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: _Built) -> None:
+    config.backend = _BACKENDS[built.builder]
     cap = serve.max_tokens_in_paged_kv_cache
     _set_parameters(
         config,
@@ -155,26 +182,64 @@ def _tensorrt_llm(serve: ServeRecipe, engine: Path, builder: Builder) -> ModelCo
         kv_cache_free_gpu_mem_fraction=str(serve.kv_cache_free_gpu_mem_fraction),
         exclude_input_in_output=str(serve.exclude_input_in_output),
         enable_kv_cache_reuse=str(serve.enable_kv_cache_reuse),
-        enable_context_fmha_fp32_acc=str(serve.enable_context_fmha_fp32_acc),
-        kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
         enable_chunked_context=str(serve.enable_chunked_context),
-        tokenizer_dir=str(_TOKENIZER_FROM_MODEL),
     )
+    if "tokenizer_dir" in config.parameters or built.builder == "torch":  # upstream has it from 0.19
+        config.parameters["tokenizer_dir"].string_value = str(_TOKENIZER_FROM_MODEL)
+    if built.builder == "tensorrt_llm":
+        _set_parameters(
+            config,
+            enable_context_fmha_fp32_acc=str(serve.enable_context_fmha_fp32_acc),
+            kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
+            gpu_device_ids=_gpu_device_ids(serve.replicas, built.world_size),
+        )
     config.model_transaction_policy.decoupled = True
-    _set_instances(config, 1)
+    _set_instances(config, serve.replicas)
     _set_batching(config, serve)
-    return config
 
 
-def _postprocessing(serve: ServeRecipe) -> ModelConfig:
-    config = _model("postprocessing", serve, "python")
+def _tokenizer_info(engine: Path) -> str:
+    """What upstream's `generate_xgrammar_tokenizer_info.py` writes of a tokenizer."""
+    tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
+    backend = tokenizers.Tokenizer.from_file(str(engine / TOKENIZER_DIRECTORY / "tokenizer.json"))
+    tokens = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
+    info = {
+        "encoded_vocab": [tokens.get(token_id, "") for token_id in range(max(tokens) + 1)],
+        "tokenizer_str": backend.to_str(),
+        "stop_token_ids": list(tokenizer.stop_ids),
+    }
+    return json.dumps(info, ensure_ascii=False)
+
+
+def _gpu_device_ids(replicas: int, world_size: int) -> str:
+    """One group a replica, one GPU a rank: `0,1;2,3`."""
+    groups = (range(replica * world_size, (replica + 1) * world_size) for replica in range(replicas))
+    return ";".join(",".join(map(str, group)) for group in groups)
+
+
+def _postprocessing(config: ModelConfig, serve: ServeRecipe, built: _Built) -> None:
+    config.backend = "python"
     _set_parameters(
         config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), skip_special_tokens=str(serve.skip_special_tokens)
     )
+    if built.builder == "tensorrt_llm":
+        if serve.postprocessing_instance_count > 1:
+            raise InputError(
+                f"serve.postprocessing_instance_count: {serve.postprocessing_instance_count} processes cannot keep "
+                "the characters together that TensorRT-LLM splits over responses; set it to 1"
+            )
+        # Beyond upstream: the C++ backend sends tokens as they come, the embedded engine whole characters.
+        config.parameters[HOLDS_CHARACTERS].string_value = "True"
     _set_instances(config, serve.postprocessing_instance_count)
     # Without it, the pieces of a stream overtake each other.
     config.dynamic_batching.preserve_ordering = True
-    return config
+
+
+def _bls(config: ModelConfig) -> None:
+    config.backend = "python"
+    _set_parameters(config, tensorrt_llm_model_name="tensorrt_llm")
+    config.model_transaction_policy.decoupled = True
+    _set_instances(config, 1)  # one instance serves many requests at a time, unlike upstream's
 
 
 def _set_parameters(config: ModelConfig, **values: str) -> None:

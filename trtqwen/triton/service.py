@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy.typing as npt
@@ -12,11 +14,13 @@ import numpy.typing as npt
 from trtqwen.errors import TrtQwenError
 from trtqwen.hf.tokenizer import CharacterStream
 from trtqwen.runtime.executor import Executor
-from trtqwen.runtime.request import FinishReason, IterationStats, Response
-from trtqwen.triton.tensors import Generation, asks_to_stop, read_generation, write_tokens
+from trtqwen.runtime.request import FinishReason, Response
+from trtqwen.triton.metrics import Gauges, gauges
+from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
 
 Array = npt.NDArray[Any]
-Gauges = dict[tuple[str, str, str], float]
+OnFinished = Callable[[int, int], None]
+_ERRORS_KEPT = 1024
 
 
 class Sender(Protocol):
@@ -32,8 +36,76 @@ class Sender(Protocol):
         """Whether the client has gone or cancelled."""
 
 
+@dataclass(frozen=True)
+class _Token:
+    """A token of an answer, and what the executor said of it."""
+
+    token_id: int
+    log_prob: float | None
+    logits: bytes | None
+
+
+class _Progress:
+    """One sequence of an answer: what has come and is not yet sent.
+
+    Attributes:
+        num_tokens: how many have come.
+    """
+
+    def __init__(self, token_bytes: Sequence[bytes]) -> None:
+        self.num_tokens = 0
+        self._characters = CharacterStream(token_bytes)
+        self._tokens: list[_Token] = []
+        self._ready = 0
+        self._cum_log_prob = 0.0
+        self._context_logits: bytes | None = None
+
+    def take(self, response: Response) -> None:
+        self._tokens += _tokens(response)
+        self.num_tokens += len(response.token_ids)
+        self._ready += len(self._characters.push(response.token_ids))
+        self._context_logits = response.context_logits or self._context_logits
+
+    def ready_part(self, response: Response) -> Part | None:
+        """What can be sent of a stream: tokens up to a character's end, at the end of the answer all of them."""
+        if response.finish_reason is not None:
+            return self.whole_part((), response)
+        ready, self._tokens = self._tokens[: self._ready], self._tokens[self._ready :]
+        self._ready = 0
+        return self._part((), ready, response) if ready else None
+
+    def whole_part(self, prompt: Sequence[int], response: Response) -> Part:
+        """All that is left."""
+        ready, self._tokens = self._tokens, []
+        return self._part(prompt, ready, response)
+
+    def _part(self, prompt: Sequence[int], tokens: Sequence[_Token], response: Response) -> Part:
+        log_probs = [token.log_prob for token in tokens if token.log_prob is not None]
+        self._cum_log_prob += sum(log_probs)
+        context_logits, self._context_logits = self._context_logits, None
+        return Part(
+            token_ids=[*prompt, *(token.token_id for token in tokens)],
+            num_generated=len(tokens),
+            log_probs=log_probs,
+            cum_log_prob=self._cum_log_prob,
+            context_logits=context_logits,
+            generation_logits=b"".join(token.logits for token in tokens if token.logits is not None),
+            perf_metrics=response.perf_metrics,
+        )
+
+
+def _tokens(response: Response) -> list[_Token]:
+    count = len(response.token_ids)
+    log_probs: Sequence[float | None] = response.log_probs or [None] * count
+    logits: list[bytes | None] = [None] * count
+    if response.generation_logits is not None:
+        size = len(response.generation_logits) // count
+        logits = [response.generation_logits[index * size : (index + 1) * size] for index in range(count)]
+    return [_Token(*token) for token in zip(response.token_ids, log_probs, logits, strict=True)]
+
+
 class Answer:
-    """One Triton request on its way: turns its rows' tokens into responses. Thread-safe."""
+    """One Triton request on its way: turns its sequences' tokens into responses. Thread-safe."""
 
     def __init__(
         self, generation: Generation, sender: Sender, token_bytes: Sequence[bytes], *, exclude_input: bool
@@ -41,35 +113,32 @@ class Answer:
         self._generation = generation
         self._sender = sender
         self._exclude_input = exclude_input if generation.exclude_input is None else generation.exclude_input
-        self._rows = {request.id: row for row, request in enumerate(generation.requests)}
-        self._characters = [CharacterStream(token_bytes) for _ in generation.requests]
-        self._tokens: list[list[int]] = [[] for _ in generation.requests]
-        self._open = set(self._rows)
+        self._indices = {request.id: index for index, request in enumerate(generation.requests)}
+        self._progress = [_Progress(token_bytes) for _ in generation.requests]
+        self._open = set(self._indices)
         self._lock = threading.Lock()
 
     @property
     def request_ids(self) -> list[str]:
-        """Ids of the rows that have not ended."""
+        """Ids of the sequences that have not ended."""
         with self._lock:
             return sorted(self._open)
 
     def take(self, response: Response) -> None:
-        """Send on what the executor has for one row; the last row's last response is the final one."""
+        """Send on what the executor has for one sequence; the last one's last response is the final one."""
         with self._lock:
             if response.request_id not in self._open:
                 return
             ended = response.finish_reason is not None
             if ended:
                 self._open.remove(response.request_id)
-            row = self._rows[response.request_id]
-            token_ids = (self._delta if self._generation.streaming else self._whole)(row, response)
-            if ended or token_ids:
-                prompt = () if self._with_delta(response) else self._generation.requests[row].input_token_ids
-                tensors = write_tokens(self._generation, row, [*prompt, *token_ids], len(token_ids))
-                self._sender.send(tensors, final=not self._open)
+            index = self._indices[response.request_id]
+            part = self._part(index, response)
+            if part is not None:
+                self._sender.send(write_part(self._generation, index, part), final=not self._open)
 
     def fail(self, error: str) -> list[str]:
-        """End the whole request with an error, unless it has ended; returns the ids of rows that still run."""
+        """End the whole request with an error, unless it has ended; returns the ids of what still runs."""
         with self._lock:
             open_ids = sorted(self._open)
             self._open.clear()
@@ -77,47 +146,69 @@ class Answer:
                 self._sender.fail(error)
             return open_ids
 
+    def lengths(self, request_id: str) -> tuple[int, int]:
+        """Tokens of a sequence's prompt and of its answer so far."""
+        index = self._indices[request_id]
+        return len(self._generation.requests[index].input_token_ids), self._progress[index].num_tokens
+
     def abandoned(self) -> bool:
         """Whether the client has gone before the end."""
         with self._lock:
             return bool(self._open) and self._sender.abandoned()
 
-    def _delta(self, row: int, response: Response) -> list[int]:
-        ready = self._characters[row].push(response.token_ids)
+    def _part(self, index: int, response: Response) -> Part | None:
         if response.finish_reason is FinishReason.CANCELLED:
-            return []  # as upstream: a cancelled request ends with an empty response
-        return ready if response.finish_reason is None else ready + self._characters[row].flush()
-
-    def _whole(self, row: int, response: Response) -> list[int]:
-        self._tokens[row] += response.token_ids
-        ended = response.finish_reason not in (None, FinishReason.CANCELLED)
-        return self._tokens[row] if ended else []
-
-    def _with_delta(self, response: Response) -> bool:
-        """Whether the response goes without the prompt."""
-        cancelled = response.finish_reason is FinishReason.CANCELLED
-        return self._generation.streaming or self._exclude_input or cancelled
+            return Part([], 0, [], 0.0)  # as upstream: a cancelled request ends with an empty response
+        progress = self._progress[index]
+        progress.take(response)
+        if self._generation.streaming:
+            return progress.ready_part(response)
+        prompt = () if self._exclude_input else self._generation.requests[index].input_token_ids
+        return None if response.finish_reason is None else progress.whole_part(prompt, response)
 
 
 class EngineService:
-    """Serves Triton requests from an executor. Thread-safe."""
+    """Serves Triton requests from an executor. Thread-safe.
 
-    def __init__(self, executor: Executor, token_bytes: Sequence[bytes], *, exclude_input: bool) -> None:
+    Args:
+        token_bytes: what each id stands for.
+        on_finished: told the tokens of prompt and answer of every sequence that ended by itself.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        limits: Limits,
+        token_bytes: Sequence[bytes],
+        *,
+        exclude_input: bool,
+        on_finished: OnFinished = lambda num_input, num_output: None,
+    ) -> None:
         self._executor = executor
+        self._limits = limits
         self._token_bytes = token_bytes
         self._exclude_input = exclude_input
+        self._on_finished = on_finished
         # Clients may use one id twice or none: the executor gets ids of our own.
         self._ids = map(str, itertools.count())
         self._answers: dict[int, tuple[str, Answer]] = {}
+        self._errors: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.Lock()
 
-    def handle(self, client_id: str, inputs: Mapping[str, Array], sender: Sender) -> None:
-        """Serve one request; whatever is wrong with it is its own error."""
+    def handle(
+        self, client_id: str, inputs: Mapping[str, Array], sender: Sender, *, from_program: bool = False
+    ) -> None:
+        """Serve one request; whatever is wrong with it is its own error.
+
+        Args:
+            from_program: another model asks. What Triton loses of its errors, it is told when it stops the request.
+        """
         try:
             if asks_to_stop(inputs):
-                self._stop(client_id, sender)
+                self._stop(client_id, sender, from_program)
             else:
-                self._generate(client_id, read_generation(inputs, self._ids), sender)
+                generation = read_generation(inputs, self._ids, self._limits)
+                self._generate(client_id, generation, sender, from_program)
         except TrtQwenError as problem:
             sender.fail(str(problem))
 
@@ -130,24 +221,32 @@ class EngineService:
                 self._cancel(answer)
 
     def gauges(self) -> Gauges:
-        """Upstream's metrics by family, label and label value; `active` counts waiting requests too, so that
-        queues show.
+        """The engine's metrics.
 
         Raises:
             EngineError: if the engine has died.
         """
-        return _gauges(self._executor.stats(), self._executor)
+        build = self._executor.engine_config.build_config
+        return gauges(self._executor.stats(), build, self._executor.resident_bytes)
 
-    def _generate(self, client_id: str, generation: Generation, sender: Sender) -> None:
+    def _generate(self, client_id: str, generation: Generation, sender: Sender, from_program: bool) -> None:
         answer = Answer(generation, sender, self._token_bytes, exclude_input=self._exclude_input)
         with self._lock:
             self._answers[id(answer)] = (client_id, answer)
+            self._errors.pop(client_id, None)
+
+        def fail(error: str) -> None:
+            if from_program:
+                self._remember(client_id, error)
+            for request_id in answer.fail(error):
+                self._executor.cancel(request_id)
 
         def take(response: Response) -> None:
             if response.finish_reason is FinishReason.ERROR:
-                self._fail(answer, response.error or "the engine gave no reason")
+                fail(response.error or "the engine gave no reason")
             else:
                 answer.take(response)
+                self._count(answer, response)
             if not answer.request_ids:
                 self._forget(answer)
 
@@ -155,52 +254,37 @@ class EngineService:
             for request in generation.requests:
                 self._executor.submit(request, take)
         except TrtQwenError as problem:
-            self._fail(answer, str(problem))
+            fail(str(problem))
             self._forget(answer)
 
-    def _stop(self, client_id: str, sender: Sender) -> None:
+    def _stop(self, client_id: str, sender: Sender, from_program: bool) -> None:
         if not client_id:
             sender.fail("Trying to stop a request but request ID is not provided")  # upstream's text
             return
         with self._lock:
             answers = [answer for name, answer in self._answers.values() if name == client_id]
+            error = self._errors.pop(client_id, None) if from_program else None
+        if error is not None:
+            sender.fail(error)
+            return
         for answer in answers:
             self._cancel(answer)
         sender.send({}, final=True)
+
+    def _count(self, answer: Answer, response: Response) -> None:
+        if response.finish_reason not in (None, FinishReason.CANCELLED):
+            self._on_finished(*answer.lengths(response.request_id))
 
     def _cancel(self, answer: Answer) -> None:
         for request_id in answer.request_ids:
             self._executor.cancel(request_id)
 
-    def _fail(self, answer: Answer, error: str) -> None:
-        for request_id in answer.fail(error):
-            self._executor.cancel(request_id)
+    def _remember(self, client_id: str, error: str) -> None:
+        with self._lock:
+            self._errors[client_id] = error
+            while len(self._errors) > _ERRORS_KEPT:
+                self._errors.popitem(last=False)
 
     def _forget(self, answer: Answer) -> None:
         with self._lock:
             self._answers.pop(id(answer), None)
-
-
-def _gauges(stats: IterationStats, executor: Executor) -> Gauges:
-    build = executor.engine_config.build_config
-    requests = {
-        "active": stats.active + stats.waiting,
-        "max": build.max_batch_size,
-        "scheduled": stats.active,
-        "waiting": stats.waiting,
-    }
-    blocks = {
-        "max": stats.max_blocks,
-        "free": stats.max_blocks - stats.used_blocks,
-        "used": stats.used_blocks,
-        "tokens_per": build.tokens_per_block,
-        "fraction": stats.used_blocks / stats.max_blocks,
-    }
-    return {
-        **{("nv_trt_llm_request_metrics", "request_type", key): float(value) for key, value in requests.items()},
-        **{
-            ("nv_trt_llm_kv_cache_block_metrics", "kv_cache_block_type", key): float(value)
-            for key, value in blocks.items()
-        },
-        ("nv_trt_llm_general_metrics", "general_type", "iteration_counter"): float(stats.iterations),
-    }

@@ -39,7 +39,7 @@ class AttentionBatch:
         tokens: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
-        samples: list[int] = []
+        logits: list[int] = []
         self.spans: list[SequenceSpan] = []
         for chunk in step.chunks:
             begin = len(tokens)
@@ -49,12 +49,11 @@ class AttentionBatch:
             slots += [chunk.block_ids[p // tokens_per_block] * tokens_per_block + p % tokens_per_block for p in span]
             blocks = torch.tensor(chunk.block_ids, device=device)
             self.spans.append(SequenceSpan(begin, len(tokens), chunk.end, blocks))
-            if chunk.samples:
-                samples.append(len(tokens) - 1)
+            logits += range(len(tokens) - chunk.num_logits, len(tokens))
         self.token_ids = torch.tensor(tokens, device=device)
         self.positions = torch.tensor(positions, device=device)
         self.slots = torch.tensor(slots, device=device)
-        self.sampled_rows = torch.tensor(samples, dtype=torch.int64, device=device)
+        self.logit_rows = torch.tensor(logits, dtype=torch.int64, device=device)
 
     @cached_property
     def context(self) -> list[SequenceSpan]:

@@ -1,5 +1,6 @@
 """Triton model `tensorrt_llm` on the embedded engine: token ids in, token ids out as they come."""
 
+import json
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,8 +11,10 @@ import triton_python_backend_utils as pb_utils
 from trtqwen.errors import EngineError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.runtime.executor import Executor
-from trtqwen.triton.parameters import engine_parameters
+from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
+from trtqwen.triton.parameters import FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService
+from trtqwen.triton.tensors import Limits
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -20,9 +23,17 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         parameters = engine_parameters(args)
         token_bytes = Tokenizer(parameters.tokenizer).token_bytes
-        self._executor = Executor(parameters.engine, parameters.executor)
-        self._service = EngineService(self._executor, token_bytes, exclude_input=parameters.exclude_input_in_output)
         self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
+        self._executor = Executor(parameters.engine, parameters.executor)
+        config = self._executor.engine_config
+        limits = Limits(config.pretrained_config.vocab_size, config.build_config.max_batch_size)
+        self._service = EngineService(
+            self._executor,
+            limits,
+            token_bytes,
+            exclude_input=parameters.exclude_input_in_output,
+            on_finished=self._metrics.count,
+        )
         self._stopping = threading.Event()
         self._threads = [
             self._every(parameters.cancellation_check_period, self._service.cancel_abandoned),
@@ -32,7 +43,13 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            self._service.handle(request.request_id(), inputs, _Sender(request.get_response_sender()))
+            from_program = FROM_PROGRAM in json.loads(request.parameters() or "{}")
+            sender = _Sender(request.get_response_sender(), from_program=from_program)
+            self._service.handle(request.request_id(), inputs, sender, from_program=from_program)
+
+    def is_ready(self) -> bool:
+        """Asked by Tritons newer than 2.51, which has no way to say no."""
+        return self._executor.alive
 
     def finalize(self) -> None:
         self._stopping.set()
@@ -56,15 +73,22 @@ class TritonPythonModel:
 class _Sender:
     """`service.Sender` of a Triton request."""
 
-    def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
+    def __init__(self, sender: "pb_utils.InferenceResponseSender", *, from_program: bool) -> None:
         self._sender = sender
+        self._from_program = from_program
 
     def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
         self._respond(response, _FINAL if final else 0)
 
     def fail(self, error: str) -> None:
-        self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(error)), _FINAL)
+        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error))
+        if self._from_program:
+            # Triton loses an error that is not a program's first response, and the end of the stream with it.
+            self._respond(response, 0)
+            self._sender.send(flags=_FINAL)
+        else:
+            self._respond(response, _FINAL)
 
     def abandoned(self) -> bool:
         return bool(self._sender.is_cancelled())
@@ -77,13 +101,19 @@ class _Sender:
 
 
 class _Metrics:
-    """The gauges of `EngineService.gauges` at Triton's metrics endpoint."""
+    """The engine's gauges and its histograms of lengths at Triton's metrics endpoint."""
 
     def __init__(self, labels: dict[str, str]) -> None:
         self._labels = labels
         self._families: dict[str, Any] = {}
         self._gauges: dict[tuple[str, str, str], Any] = {}
         self._last: dict[tuple[str, str, str], float] = {}
+        self._lengths = [
+            self._family(family, pb_utils.MetricFamily.HISTOGRAM).Metric(
+                labels={**labels, LENGTH_LABEL: name}, buckets=list(LENGTH_BUCKETS)
+            )
+            for family, name in (INPUT_LENGTH, OUTPUT_LENGTH)
+        ]
 
     def set(self, gauges: Mapping[tuple[str, str, str], float]) -> None:
         for key, value in gauges.items():
@@ -91,14 +121,21 @@ class _Metrics:
                 self._gauge(*key).set(value)
                 self._last[key] = value
 
+    def count(self, num_input: int, num_output: int) -> None:
+        """Count a finished answer."""
+        for metric, length in zip(self._lengths, (num_input, num_output), strict=True):
+            metric.observe(length)
+
     def _gauge(self, family: str, label: str, name: str) -> Any:
-        if family not in self._families:
-            self._families[family] = pb_utils.MetricFamily(
-                name=family,
-                description="TensorRT-LLM's metrics, of the embedded engine",
-                kind=pb_utils.MetricFamily.GAUGE,
-            )
         key = (family, label, name)
         if key not in self._gauges:
-            self._gauges[key] = self._families[family].Metric(labels={**self._labels, label: name})
+            metrics = self._family(family, pb_utils.MetricFamily.GAUGE)
+            self._gauges[key] = metrics.Metric(labels={**self._labels, label: name})
         return self._gauges[key]
+
+    def _family(self, name: str, kind: Any) -> Any:
+        if name not in self._families:
+            self._families[name] = pb_utils.MetricFamily(
+                name=name, description="TensorRT-LLM's metrics, of the embedded engine", kind=kind
+            )
+        return self._families[name]

@@ -1,0 +1,189 @@
+"""What `tensorrt_llm_bls` does: the ensemble's steps as a program, which also sees stop words in the text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from trtqwen.errors import RequestError
+from trtqwen.triton.contract import step_maps
+from trtqwen.triton.service import Sender
+
+Array = npt.NDArray[Any]
+Place = tuple[int, int]  # batch_index, sequence_index
+
+_UNSUPPORTED = {
+    "image_input": "a vision model",
+    "image_bytes_input": "a vision model",
+    "image_url_input": "a vision model",
+    "video_bytes_input": "a vision model",
+    "num_draft_tokens": "a draft model",
+    "use_draft_logits": "a draft model",
+}
+
+
+class Models(Protocol):
+    """The repository's other models. Their errors come as `RequestError`."""
+
+    def call(
+        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        """One request, one response."""
+
+    def stream(
+        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> Iterator[dict[str, Array]]:
+        """One request to a decoupled model, its responses as they come."""
+
+
+@dataclass(frozen=True)
+class BlsSettings:
+    """How `tensorrt_llm_bls` is set up.
+
+    Attributes:
+        llm: name of the model with the engine.
+        accumulate_tokens: each chunk of a stream carries the whole text so far.
+        outputs: its output tensors but the text; the engine's have the same names.
+    """
+
+    llm: str
+    accumulate_tokens: bool
+    outputs: tuple[str, ...]
+
+
+class TextStream:
+    """The text of one sequence as it grows. It ends where a stop word is complete, also one that the model wrote in
+    other tokens than the tokenizer would.
+    """
+
+    def __init__(self, stop_words: Sequence[str]) -> None:
+        self._stop_words = stop_words
+        self.text = ""
+        self.ended = False
+
+    def push(self, piece: str, begin: int = 0) -> str:
+        """Take more text and return what of it belongs to the answer, its stop word included.
+
+        Args:
+            begin: stop words do not count before this character.
+        """
+        before = len(self.text)
+        self.text += piece
+        found = [
+            place + len(word)
+            for word in self._stop_words
+            if (place := self.text.find(word, max(begin, before - len(word) + 1))) >= 0
+        ]
+        if found:
+            self.text = self.text[: min(found)]
+            self.ended = True
+        return self.text[before:]
+
+
+def answer(
+    models: Models, settings: BlsSettings, request_id: str, inputs: Mapping[str, Array], sender: Sender
+) -> None:
+    """Serve one request to its end; whatever is wrong with it or with the models is its error."""
+    try:
+        for tensors in _responses(models, settings, request_id, inputs):
+            sender.send(tensors, final=False)
+        stop(models, settings, request_id)  # tells why, if the stream has ended with an error that Triton lost
+        sender.send({}, final=True)  # as upstream: nobody marks the engine's last response
+    except RequestError as problem:
+        sender.fail(str(problem))
+
+
+def stop(models: Models, settings: BlsSettings, request_id: str) -> None:
+    """End what the engine does for a request.
+
+    Raises:
+        RequestError: if the request has ended with an error; only the embedded engine tells.
+    """
+    inputs = {
+        "input_ids": np.zeros((1, 1), np.int32),
+        "input_lengths": np.ones((1, 1), np.int32),
+        "request_output_len": np.ones((1, 1), np.int32),
+        "stop": np.array([[True]]),
+    }
+    for _ in models.stream(settings.llm, request_id, inputs, ["output_ids"]):
+        pass
+
+
+def _responses(
+    models: Models, settings: BlsSettings, request_id: str, inputs: Mapping[str, Array]
+) -> Iterator[dict[str, Array]]:
+    for name, need in _UNSUPPORTED.items():
+        if name in inputs and inputs[name].any():
+            raise RequestError(f"{name}: needs {need}, which this server does not have; leave the tensor out")
+    # Scalars that the config reshapes come without their last dimension.
+    known = {
+        name: value[:, None] if value.ndim == 1 else value
+        for name, value in inputs.items()
+        if name not in _UNSUPPORTED
+    }
+    texts = _Texts(known, accumulate=settings.accumulate_tokens)
+    (to_ids, from_ids), (to_llm, _) = step_maps("preprocessing"), step_maps("tensorrt_llm")
+    ids = models.call("preprocessing", request_id, _mapped(known, to_ids), list(from_ids))
+    unmapped = {name: known[name] for name in known.keys() - set(to_ids.values()) - set(to_llm.values())}
+    known |= {from_ids[name]: value for name, value in ids.items()}
+    wanted = ["output_ids", "sequence_length", *settings.outputs]
+    # What the maps do not know has one name everywhere: those of older releases are of that kind.
+    for tensors in models.stream(settings.llm, request_id, {**unmapped, **_mapped(known, to_llm)}, wanted):
+        if "output_ids" not in tensors or texts.ended(tensors):
+            continue  # to the end: a stream that is not read to its end stays open
+        tokens = {"TOKENS_BATCH": tensors.pop("output_ids"), "SEQUENCE_LENGTH": tensors.pop("sequence_length")}
+        pieces = models.call("postprocessing", request_id, tokens, ["OUTPUT"])["OUTPUT"]
+        yield {"text_output": texts.push(tensors, b"".join(pieces.reshape(-1)).decode()), **tensors}
+        if texts.all_ended():
+            stop(models, settings, request_id)
+
+
+class _Texts:
+    """The texts of a request: one for each row and return sequence."""
+
+    def __init__(self, inputs: Mapping[str, Array], *, accumulate: bool) -> None:
+        rows = inputs["text_input"].shape[0]
+        words = inputs.get("stop_words", np.zeros((rows, 0), np.object_))
+        self._prompts = [_text(prompt) for prompt in inputs["text_input"].reshape(-1)]
+        self._stop_words = [[_text(word) for word in row if word] for row in words.reshape(rows, -1)]
+        self._streaming = bool(inputs["stream"].any()) if "stream" in inputs else False
+        self._accumulate = accumulate and self._streaming
+        returned = inputs["num_return_sequences"].reshape(-1) if "num_return_sequences" in inputs else np.ones(rows)
+        self._count = int(np.maximum(returned, 1).sum())
+        self._streams: dict[Place, TextStream] = {}
+
+    def push(self, tensors: Mapping[str, Array], piece: str) -> Array:
+        """`text_output` of one response."""
+        row, _ = place = _place(tensors)
+        stream = self._streams.setdefault(place, TextStream(self._stop_words[row]))
+        # An unstreamed answer may begin with the prompt.
+        prompt = self._prompts[row] if not self._streaming and piece.startswith(self._prompts[row]) else ""
+        text = stream.push(piece, begin=len(prompt))
+        return np.array([(stream.text if self._accumulate else text).encode()], np.object_)
+
+    def ended(self, tensors: Mapping[str, Array]) -> bool:
+        """Whether the text that a response continues has ended."""
+        place = _place(tensors)
+        return place in self._streams and self._streams[place].ended
+
+    def all_ended(self) -> bool:
+        return sum(stream.ended for stream in self._streams.values()) == self._count
+
+
+def _mapped(tensors: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:
+    return {inner: tensors[outer] for inner, outer in names.items() if outer in tensors}
+
+
+def _place(tensors: Mapping[str, Array]) -> Place:
+    row, sequence = (
+        int(tensors[name].item()) if name in tensors else 0 for name in ("batch_index", "sequence_index")
+    )
+    return row, sequence
+
+
+def _text(value: bytes) -> str:
+    return value.decode("utf-8", "replace")  # preprocessing refuses what is not UTF-8

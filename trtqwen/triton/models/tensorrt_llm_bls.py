@@ -1,0 +1,137 @@
+"""Triton model `tensorrt_llm_bls`: prompts to text by calling the other models, many requests at a time."""
+
+import json
+import threading
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy.typing as npt
+import triton_python_backend_utils as pb_utils
+
+from trtqwen.errors import RequestError
+from trtqwen.triton.bls import BlsSettings, answer, stop
+from trtqwen.triton.parameters import FROM_PROGRAM, flag, read_parameters
+
+_FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+_MOST_REQUESTS = 256  # served at a time, each by a thread that mostly waits
+_CANCELLATION_CHECK_PERIOD = 0.1  # seconds, as the engine's own
+
+Array = npt.NDArray[Any]
+
+
+class TritonPythonModel:
+    def initialize(self, args: dict[str, str]) -> None:
+        parameters = read_parameters(args)
+        config = json.loads(args["model_config"])
+        outputs = (output["name"] for output in config["output"])
+        self._settings = BlsSettings(
+            llm=parameters.get("tensorrt_llm_model_name", "tensorrt_llm"),
+            accumulate_tokens=flag(parameters, "accumulate_tokens", False),
+            outputs=tuple(name for name in outputs if name != "text_output"),
+        )
+        self._models = _Models()
+        self._running: dict[_Sender, str] = {}
+        self._threads = ThreadPoolExecutor(_MOST_REQUESTS)
+        self._stopping = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
+        for request in requests:
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            request_id = request.request_id() or uuid.uuid4().hex
+            self._threads.submit(self._serve, request_id, inputs, _Sender(request.get_response_sender()))
+
+    def finalize(self) -> None:
+        self._stopping.set()
+        self._watcher.join()
+        self._threads.shutdown()
+
+    def _serve(self, request_id: str, inputs: dict[str, Array], sender: "_Sender") -> None:
+        self._running[sender] = request_id
+        try:
+            answer(self._models, self._settings, request_id, inputs, sender)
+        except Exception as problem:  # a thread of the pool would keep it to itself, and the client would wait
+            sender.fail(f"tensorrt_llm_bls: {problem}")
+        finally:
+            del self._running[sender]
+
+    def _watch(self) -> None:
+        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model."""
+        while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
+            for sender, request_id in list(self._running.items()):
+                if sender.abandoned():
+                    sender.close()
+                    try:
+                        stop(self._models, self._settings, request_id)
+                    except RequestError as problem:
+                        pb_utils.Logger.log_error(f"request {request_id} was not stopped: {problem}")
+
+
+class _Sender:
+    """`service.Sender` of a Triton request. Thread-safe; silent once it is closed."""
+
+    def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
+        self._sender = sender
+        self._closed = False
+        self._lock = threading.Lock()
+
+    def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
+        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+        self._respond(response if tensors else None, final)
+
+    def fail(self, error: str) -> None:
+        self._respond(pb_utils.InferenceResponse(error=pb_utils.TritonError(error)), True)
+
+    def abandoned(self) -> bool:
+        with self._lock:
+            return not self._closed and bool(self._sender.is_cancelled())
+
+    def close(self) -> None:
+        self._respond(None, True)
+
+    def _respond(self, response: "pb_utils.InferenceResponse | None", final: bool) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = final
+            flags = _FINAL if final else 0
+            if response is None:
+                self._sender.send(flags=flags)
+            else:
+                self._sender.send(response, flags)
+
+
+class _Models:
+    """`bls.Models` by way of the python backend."""
+
+    def call(
+        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> dict[str, Array]:
+        return _read(_request(model, request_id, inputs, outputs).exec())
+
+    def stream(
+        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> Iterator[dict[str, Array]]:
+        for response in _request(model, request_id, inputs, outputs).exec(decoupled=True):
+            yield _read(response)
+
+
+def _request(
+    model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+) -> "pb_utils.InferenceRequest":
+    return pb_utils.InferenceRequest(
+        model_name=model,
+        request_id=request_id,
+        inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+        requested_output_names=list(outputs),
+        parameters={FROM_PROGRAM: True},
+    )
+
+
+def _read(response: "pb_utils.InferenceResponse") -> dict[str, Array]:
+    if response.has_error():
+        raise RequestError(response.error().message())
+    return {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
