@@ -42,7 +42,7 @@ def write_stand_in_repository(
             directory for the times, in seconds of the monotonic clock, at which each request's tokens were sent.
     """
     manifest = read_manifest(repository, "repository")
-    shutil.copytree(repository, output, ignore=shutil.ignore_patterns("manifest.json"))
+    shutil.copytree(repository, output, ignore=shutil.ignore_patterns("manifest.json", "__pycache__"))
     shutil.copyfile(__file__, output / "tensorrt_llm" / "1" / "model.py")
     path = output / "tensorrt_llm" / "config.pbtxt"
     config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
