@@ -13,6 +13,7 @@ from tests.processes import fork, in_child
 from trtqwen import artifact
 from trtqwen.artifact import (
     cached,
+    check_output,
     digest_file,
     finished_directory,
     locked,
@@ -170,8 +171,36 @@ def test_leftovers_that_cannot_be_removed_are_named_and_never_taken(
 
 def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
-    with pytest.raises(OutputError, match="is a file"):
-        finish(tmp_path / "out")
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("out", "pipe"):
+        with pytest.raises(OutputError, match="cannot become an output directory"):
+            check_output(tmp_path / name, force=True)
+    with pytest.raises(OutputError, match="cannot become an output directory"):
+        check_output(Path("/"), force=True)
+
+
+def test_what_a_result_is_made_from_is_never_replaced_by_it(tmp_path: Path) -> None:
+    source = tmp_path / "models" / "source"
+    source.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(source)
+    for output in (source, source.parent, tmp_path / "link"):
+        with (
+            pytest.raises(OutputError, match=r"would be replaced, and .*/source lost"),
+            finished_directory(output, force=True, sources=[source]),
+        ):
+            pass
+    check_output(tmp_path / "models" / "result", force=False, sources=[source])
+
+
+def test_a_link_is_kept_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None:
+    for name in ("link", "dangling"):
+        (tmp_path / name).symlink_to(tmp_path / "real" / name)
+    (tmp_path / "real" / "link").mkdir(parents=True)
+    for name in ("link", "dangling"):
+        finish(tmp_path / name)
+        assert (tmp_path / name).is_symlink()
+        assert read_manifest(tmp_path / "real" / name, "engine")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "real"]
 
 
 def test_an_unfinished_or_changed_directory_is_not_accepted(tmp_path: Path) -> None:

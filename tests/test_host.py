@@ -67,3 +67,20 @@ def test_cuda_visible_devices_is_heeded(
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
     host = Host(gpus=tuple(Gpu(index, *ADA, 24564, 300) for index in range(3)))
     assert [gpu.index for gpu in host.visible_gpus] == indices
+
+
+@pytest.mark.parametrize(
+    ("output", "gpus"),
+    [
+        ("No devices were found", ()),
+        ("0, NVIDIA GB10, 12.1, [N/A], [N/A], 580.95.05", (Gpu(0, "NVIDIA GB10", "12.1", 0, 0),)),
+    ],
+)
+def test_nvidia_smi_may_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str, gpus: tuple[Gpu, ...]
+) -> None:
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{output}'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert read_host().gpus == gpus

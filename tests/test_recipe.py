@@ -54,9 +54,14 @@ def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
         (GOOD + "  use_paged_context_fmha: false\n", "enable_chunked_context needs"),
         (GOOD + "  max_num_tokens: 64\nserve:\n  enable_chunked_context: false\n", "cannot take a prompt"),
         (GOOD + "name: x\n", "remove the field"),
-        ("description: d\n", "field 'engine': field required"),
+        ("description: d\n", "field 'engine' is missing;"),
         ("engine: [", "is not YAML"),
         ("- 1\n", "is not a mapping"),
+        (
+            GOOD + f"  max_seq_len: {10**400}\n",
+            "'engine.max_seq_len': input should be less than or equal to 2147483647",
+        ),
+        ("[" * 10000, "is nested too deeply"),
     ],
 )
 def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, message: str) -> None:

@@ -7,13 +7,13 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from trtqwen import __version__
 from trtqwen.errors import InputError, OutputError
@@ -67,18 +67,21 @@ def digest_file(path: Path) -> str:
 
 
 @contextmanager
-def finished_directory(output: Path, *, force: bool = False) -> Iterator[Path]:
+def finished_directory(output: Path, *, force: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a fresh temporary sibling of `output`; on success sync it and rename it into place.
 
     A process killed at any moment leaves at `output` what was there before or the whole result.
     A reader takes a directory only with its manifest, which is written last.
 
+    Args:
+        sources: what the result is made from, and must outlive it.
+
     Raises:
-        OutputError: if `output` exists and `force` is not set, another process is writing it, or its parent cannot
-            be written.
+        OutputError: from `check_output`, or if another process is writing it, or its parent cannot be written.
     """
+    output = destination(output)
     with locked(_sibling(output, "lock"), lambda pid: _refuse_second_writer(output, pid)):
-        check_output(output, force=force)
+        check_output(output, force=force, sources=sources)
         temporary = _fresh_temporary(output)
         try:
             yield temporary
@@ -136,15 +139,34 @@ def make_directory(directory: Path) -> None:
 
 def recover(output: Path) -> None:
     """Put back the result that a kill between the two renames of a replacement left beside `output`."""
+    output = destination(output)
     retired = _sibling(output, "old")
     if retired.exists() and not output.exists():
         retired.rename(output)
 
 
-def check_output(output: Path, *, force: bool) -> None:
-    """Refuse an output directory that exists, unless it is empty or `force` is set."""
-    if output.is_file():
-        raise OutputError(f"{output}: is a file; name a directory")
+def destination(output: Path) -> Path:
+    """The directory itself where `output` is a link to it or a name such as `.`; siblings and renames need that."""
+    return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
+
+
+def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
+    """Refuse what cannot become an output directory, whatever the user allows to be replaced.
+
+    Raises:
+        OutputError: if `output` is no directory, or one of `sources` would be lost with it.
+    """
+    place = output.resolve()
+    if place == place.parent or (place.exists() and not place.is_dir()):
+        raise OutputError(f"{output}: cannot become an output directory; name another")
+    for source in sources:
+        if source.resolve().is_relative_to(place):
+            raise OutputError(f"{output}: would be replaced, and {source} lost; name another directory")
+
+
+def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> None:
+    """Refuse an output directory that exists, unless it is empty or `force` is set, and as `check_place` does."""
+    check_place(output, sources)
     if output.is_dir() and any(output.iterdir()) and not force:
         raise OutputError(f"{output}: exists; pass --force to replace it or choose another directory")
 
@@ -190,7 +212,7 @@ def load_manifest(directory: Path, stage: Stage) -> Manifest:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
         raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST}); {remedy}") from None
-    except ValidationError:
+    except ValueError:  # pydantic's ValidationError is one, and so is what is no UTF-8
         raise InputError(f"{path}: is not a manifest of this version of trtqwen; {remedy}") from None
     if manifest.stage != stage:
         raise InputError(f"{directory}: holds a finished {manifest.stage}, not a {stage}; name the {stage} directory")

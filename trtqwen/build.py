@@ -10,7 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from trtqwen import __version__
-from trtqwen.artifact import Manifest, Stage, cached, damage, load_manifest, locked, recover
+from trtqwen.artifact import (
+    Manifest,
+    Stage,
+    cached,
+    check_place,
+    damage,
+    destination,
+    load_manifest,
+    locked,
+    recover,
+)
 from trtqwen.checkpoint.convert import (
     ConversionPlan,
     Inspect,
@@ -23,6 +33,7 @@ from trtqwen.engine.builder import build_engine, check_max_seq_len, engine_key, 
 from trtqwen.engine.flags import build_command
 from trtqwen.engine.job import Watch
 from trtqwen.errors import InputError, OutputError
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import Recipe
 from trtqwen.triton.repository import repository_key, write_repository
 
@@ -128,12 +139,16 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
 
     Raises:
         SourceError, CheckpointError, InputError: if the model cannot be converted or built as the recipe asks.
+        OutputError: if one of the directories lies around the model or another of them.
     """
+    home, repository = engines / recipe.name, destination(repository)
+    places = home / "checkpoint", home / "engine", repository
+    for place in places:
+        check_place(place, [model, *(other for other in places if other is not place)])
     conversion = plan_conversion(model, recipe.checkpoint)
     check_max_seq_len(recipe.engine, conversion.source.config.max_position_embeddings)
     checkpoint_key = conversion.key()
     built_key = engine_key(checkpoint_key, recipe.engine)
-    home = engines / recipe.name
     engine = home / "engine"
     return BuildPlan(
         recipe,
@@ -173,8 +188,7 @@ def run_build(
         on_stage: called when a stage is complete.
 
     Raises:
-        OutputError: before anything is written, from `check_build`.
-        InputError: before anything is written, if an INT8 KV cache would ruin the answers and `force` is not set.
+        OutputError, InputError: before anything is written, from `check_build`.
         EngineError: after the checkpoint is written, if the engine cannot be built on this machine or fails to.
     """
     home = plan.engine.directory.parent
@@ -188,8 +202,6 @@ def run_build(
         for stage in plan.stages:
             recover(stage.directory)
         check_build(plan, force=force)
-        if not plan.checkpoint.done:
-            check_kv_cache(plan.conversion, force=force)
         # From here on force is set: what may not be replaced was refused above.
         run(
             plan.checkpoint,
@@ -221,10 +233,12 @@ def run_build(
 
 
 def check_build(plan: BuildPlan, *, force: bool) -> None:
-    """Refuse to replace what a build of this model has not made, unless `force` is set.
+    """Refuse to replace what a build of this model has not made, unless `force` is set; and to convert in vain.
 
     Raises:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.
+        InputError: if an INT8 KV cache would ruin the answers and `force` is not set, or the model's tokenizer, which
+            the repository needs, cannot be read.
     """
     made: dict[Stage, Manifest] = {}
     for stage in plan.stages:
@@ -250,6 +264,9 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
             f"{plan.engine.directory}: holds an engine whose checkpoint is gone, perhaps one of another model; pass "
             "--force to replace it or choose another --engines directory"
         )
+    if not plan.checkpoint.done:
+        check_kv_cache(plan.conversion, force=force)
+        _ = Tokenizer(plan.conversion.source.directory).end_id
 
 
 def _run_stage(stage: StagePlan, action: Callable[[], Manifest]) -> StageResult:
@@ -262,7 +279,7 @@ def _run_stage(stage: StagePlan, action: Callable[[], Manifest]) -> StageResult:
 
 
 def _occupied(directory: Path) -> bool:
-    return directory.is_file() or (directory.is_dir() and any(directory.iterdir()))
+    return directory.is_dir() and any(directory.iterdir())
 
 
 def _weights(inputs: dict[str, str]) -> dict[str, str]:

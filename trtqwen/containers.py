@@ -18,7 +18,7 @@ from trtqwen.cards import card_facts
 from trtqwen.errors import ContainerError, InputError
 from trtqwen.host import IMAGE_VARIABLE
 from trtqwen.recipe import CHECKOUT, Recipe
-from trtqwen.releases import Image, images, newest_image
+from trtqwen.releases import Image, images, newest_image, version
 
 _PACKAGE = Path(__file__).parent
 _HOME = Path("/opt/trtqwen")
@@ -111,12 +111,14 @@ def plan_serve_container(
         InputError: as `plan_build_container`, or if the repository is not finished.
     """
     repository = repository.resolve()
-    engine = Path(read_manifest(repository, "repository").parameters["engine"])
+    engine = read_manifest(repository, "repository").parameters.get("engine")
+    if not isinstance(engine, str):
+        raise InputError(f"{repository}: its manifest names no engine; write it again with `trtqwen repo`")
     flags = [*flags, f"--log={log.resolve()}"] if log else flags
     return _plan(
         recipe,
         ["serve", f"--repo={repository}", *flags],
-        read=[repository, engine],
+        read=[repository, Path(engine)],
         write=[log.resolve().parent] if log else [],
         gpus=recipe.world_size * recipe.serve.replicas,
         options=options,
@@ -190,7 +192,7 @@ def _choose_image(recipe: Recipe, options: ContainerOptions) -> str:
             f"{known.image}: holds TensorRT-LLM {known.tensorrt_llm}, but the recipe's checkpoint.release is "
             f"{release}; name another image or release"
         )
-    if recipe.engine.builder == "tensorrt_llm" and options.driver and _older(options.driver, known.driver):
+    if recipe.engine.builder == "tensorrt_llm" and options.driver and version(options.driver) < version(known.driver):
         raise InputError(_old_driver(options.driver, known))
     return options.image or known.image
 
@@ -200,17 +202,12 @@ def _known(image: str) -> Image | None:
 
 
 def _old_driver(driver: str, image: Image) -> str:
-    runs = next((other for other in reversed(images()) if not _older(driver, other.driver)), None)
+    runs = next((other for other in reversed(images()) if version(driver) >= version(other.driver)), None)
     remedy = f", or set checkpoint.release {runs.tensorrt_llm} for {runs.image}, the newest it runs" if runs else ""
     return (
         f"{image.image}: needs NVIDIA driver {image.driver} or newer, here is {driver}, and GeForce cards have no "
         f"forward compatibility; update the driver{remedy}"
     )
-
-
-def _older(version: str, than: str) -> bool:
-    one, other = (tuple(map(int, text.split("."))) for text in (version, than))
-    return one < other
 
 
 def _environment(recipe: Recipe, image: str, options: ContainerOptions) -> dict[str, str]:

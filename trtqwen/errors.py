@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_LONGEST_VALUE = 60  # characters of a value in a message
+
 
 class TrtQwenError(Exception):
     """Base of all errors that trtqwen raises on purpose.
@@ -69,6 +71,11 @@ def first_problem(problem: ValidationError) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         return f"field {field!r} is unknown"
+    if first["type"] == "missing":
+        return f"field {field!r} is missing"
     if not field or first["type"] == "value_error":
         return f"{field + ': ' if field else ''}{message}"
-    return f"field {field!r}: {message[0].lower()}{message[1:]} (got {first['input']!r})"
+    given = repr(first["input"])
+    if len(given) > _LONGEST_VALUE:
+        given = f"{given[:_LONGEST_VALUE]}..."
+    return f"field {field!r}: {message[0].lower()}{message[1:]} (got {given})"

@@ -107,7 +107,7 @@ def _versions(python: Path | None) -> tuple[str | None, str | None]:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None, None
-    tensorrt_llm, tensorrt = (line or None for line in answer)
+    tensorrt_llm, tensorrt = (line or None for line in answer[-2:])  # a start-up file may have spoken before
     return tensorrt_llm, tensorrt
 
 
@@ -127,10 +127,17 @@ def _nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
     except (OSError, subprocess.SubprocessError):
         return None, ()
     driver, gpus = None, []
-    for line in filter(None, output.splitlines()):
-        index, name, capability, total, used, driver = (field.strip() for field in line.split(","))
-        gpus.append(Gpu(int(index), name, capability, int(total), int(used)))
+    for line in output.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == len(_QUERY):  # not a remark such as "No devices were found"
+            index, name, capability, total, used, driver = fields
+            gpus.append(Gpu(int(index), name, capability, _mib(total), _mib(used)))
     return driver, tuple(gpus)
+
+
+def _mib(field: str) -> int:
+    """A memory size; cards that share the host's memory say [N/A]."""
+    return int(field) if field.isdecimal() else 0
 
 
 def _kernel_driver() -> str | None:

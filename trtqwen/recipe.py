@@ -21,7 +21,7 @@ Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
 EmbeddingSharding = Literal["none", "vocab", "hidden"]
 Release = Literal["0.17.0", "0.18.2", "0.19.0", "0.20.0", "0.21.0", "1.0.0", "1.1.0", "1.2.0", "1.2.1"]
 CardName = Literal["rtx-4090d", "rtx-4090"]
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]  # TensorRT-LLM counts in 32 bits
 _TENSORRT_SERVING = (
     "replicas",
     "enable_context_fmha_fp32_acc",
@@ -183,9 +183,9 @@ class ServeRecipe(_Section):
     enable_kv_cache_reuse: bool = False
     enable_context_fmha_fp32_acc: bool = False
     kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
-    kv_cache_host_memory_bytes: Annotated[int, Field(ge=0)] = 0
+    kv_cache_host_memory_bytes: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     max_tokens_in_paged_kv_cache: Positive | None = None
-    max_queue_size: Annotated[int, Field(ge=0)] = 0
+    max_queue_size: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     triton_max_batch_size: Positive = 64
     exclude_input_in_output: bool = True
     preprocessing_instance_count: Positive = 1
@@ -301,6 +301,8 @@ def load_recipe(recipe: str) -> Recipe:
         mark = getattr(problem, "problem_mark", None)
         line = f" at line {mark.line + 1}" if mark else ""
         raise RecipeError(f"{path}: is not YAML{line}; fix the file") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: is nested too deeply; fix the file") from None
     if not isinstance(content, dict):
         raise RecipeError(f"{path}: is not a mapping of sections; see recipes/ for examples")
     if "name" in content:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ConfigDict
 
@@ -46,6 +47,18 @@ class Image(BaseModel):
     tensorrt: str
     cuda: str
     driver: str
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparison: 1.3.0rc15 is (1, 3, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def known_release(installed: str | None) -> Release | None:
+    """The release that an installed version is, local parts such as `+cu130` aside; None if it is not known."""
+    base = (installed or "").partition("+")[0]
+    return next((release for release in get_args(Release) if release == base), None)
 
 
 def release_facts(release: Release) -> ReleaseFacts:

@@ -19,14 +19,13 @@ from trtqwen.demo import MODEL
 from trtqwen.demo.walkthrough import load_prompts
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.explain import explain
-from trtqwen.engine.gates import known_release
 from trtqwen.engine.job import Watch
 from trtqwen.errors import EngineError
 from trtqwen.hf.forward import rms_norm, to_torch
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.host import Host
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe
-from trtqwen.releases import last_engine_release, newest_image
+from trtqwen.releases import known_release, last_engine_release, newest_image
 from trtqwen.runtime.executor import Executor
 from trtqwen.runtime.request import Request
 from trtqwen.verify.ranks import CheckpointRanks
@@ -140,7 +139,7 @@ def _check(host: Host) -> None:
 def _build(host: Host, directory: Path, dtype: Dtype, watch: Watch) -> tuple[Path, Path, Path]:
     """The checkpoint, its embedded engine and its TensorRT engine."""
     # An unknown release falls to the newest; the builder then says what is wrong with it.
-    release = known_release(host.tensorrt_llm or "") or last_engine_release()
+    release = known_release(host.tensorrt_llm) or last_engine_release()
     checkpoint, embedded, tensorrt = (directory / name for name in ("checkpoint", "embedded", "tensorrt_llm"))
     run_conversion(plan_conversion(MODEL, CheckpointRecipe(dtype=dtype, release=release)), checkpoint, force=True)
     recipe = EngineRecipe(builder="torch", max_batch_size=8, max_num_tokens=512, max_seq_len=512)

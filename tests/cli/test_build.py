@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from trtqwen.artifact import finished_directory, locked
 from trtqwen.cli import COMMANDS, app
 from trtqwen.demo import MODEL
+from trtqwen.errors import OutputError
 from trtqwen.recipe import load_recipe, recipe_names
 
 BUILD = [sys.executable, "-m", "trtqwen", "build", "qwen2-tiny-cpu", "--model", str(MODEL)]
@@ -109,6 +110,32 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "mine" / "file").touch()
     run = ["build", "qwen2-tiny-cpu", "--model", str(MODEL), "--repo", "mine", "--dry-run"]
     assert "holds files that are not a finished repository" in str(CliRunner().invoke(app, run).exception)
+
+
+@pytest.mark.parametrize("place", ["/", ".", "engines", "engines/qwen2-tiny-cpu/engine", "model", "loop"])
+def test_a_repository_never_replaces_what_the_build_rests_on(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODEL, tmp_path / "model")
+    (tmp_path / "loop").symlink_to("model")
+    before = tree(tmp_path)
+    run = ["build", "qwen2-tiny-cpu", "--model", "model", "--repo", place, "--force"]
+    problem = CliRunner().invoke(app, run).exception
+    assert isinstance(problem, OutputError)
+    assert tree(tmp_path) == before
+
+
+def test_a_model_without_tokenizer_is_refused_before_anything_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    (model / "tokenizer.json").unlink()
+    run = ["build", "qwen2-tiny-cpu", "--model", "model"]
+    for arguments in ([*run, "--dry-run"], run):
+        assert str(CliRunner().invoke(app, arguments).exception).startswith("model: has no tokenizer.json; ")
+    assert not list(tmp_path.rglob("checkpoint"))
 
 
 HEAVY = ("torch", "transformers", "grpc", "matplotlib", "numpy")

@@ -90,6 +90,32 @@ def test_the_4090d_recipe_without_trtllm_build(tmp_path: Path) -> None:
     assert read_manifest(tmp_path / "engines" / "short" / "checkpoint", "checkpoint").parameters["tp_size"] == 4
 
 
+def test_a_path_that_the_system_refuses_gets_one_sentence(tmp_path: Path) -> None:
+    refused(trtqwen("plan", "a" * 300), "cannot be read or written (File name too long); correct the path")
+    (tmp_path / "loop").symlink_to("loop")
+    refused(trtqwen("plan", "qwen2-tiny-cpu", "--model", tmp_path / "loop"), "no such directory")
+
+
+def test_a_terminal_without_the_characters_gets_what_it_can_show() -> None:
+    command = [sys.executable, "-m", "trtqwen", "plan", "qwen2.5-7b-bf16-tp4-4090d"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "? KV cache" in result.stdout
+
+
+def test_a_full_disk_is_a_failure_in_one_sentence() -> None:
+    with Path("/dev/full").open("w") as full:
+        result = subprocess.run(
+            [sys.executable, "-m", "trtqwen", "recipe", "list", "--json"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith("error: No space left on device; ")
+
+
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     out = ("-o", tmp_path / "out")
     (tmp_path / "empty").mkdir()

@@ -25,7 +25,6 @@ def test_a_built_recipe_passes_and_a_broken_repository_fails(tmp_path: Path) -> 
     well = trtqwen("doctor", "qwen2-tiny-cpu", "--model", MODEL, cwd=tmp_path)
     assert well.returncode == 0, well.stdout
     assert "\n0 failed" in well.stdout
-    assert "->" not in well.stdout
     for part in ("D22", "D28", "give --url"):
         assert part in well.stdout
     config = tmp_path / "triton_repo/qwen2-tiny-cpu/tensorrt_llm/config.pbtxt"

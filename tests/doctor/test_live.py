@@ -171,7 +171,10 @@ def test_parity_needs_the_models_own_tokens(sick: Subject) -> None:
 
 @pytest.mark.parametrize("sick", ["hangs"], indirect=True)
 def test_every_request_has_a_deadline(sick: Subject) -> None:
-    with Endpoint(str(sick.url), "", deadline=0.3) as endpoint, pytest.raises(ServerError, match=r"within 0\.3 s"):
+    with (
+        Endpoint(str(sick.url), "", deadline=0.3) as endpoint,
+        pytest.raises(ServerError, match="did not answer in time"),
+    ):
         list(endpoint.tokens([1], 1))
 
 

@@ -139,6 +139,11 @@ def rename(repository: Path, engine: Path) -> None:
     (repository / "preprocessing").rename(repository / "preprocess")
 
 
+def empty_engine_config(repository: Path, engine: Path) -> None:
+    config = json.loads((engine / "config.json").read_text())
+    (engine / "config.json").write_text(json.dumps(config | {"pretrained_config": None}))
+
+
 def remove_version(repository: Path, engine: Path) -> None:
     shutil.rmtree(repository / "tensorrt_llm" / "1")
 
@@ -161,7 +166,8 @@ def change_batch(repository: Path, engine: Path) -> None:
     [
         (remove_rank, "fail", "rank3.engine missing, the engine has 4 ranks"),
         (add_rank, "warn", "an older build's"),
-        (remove_engine_config, "fail", "has no readable config.json"),
+        (remove_engine_config, "fail", "config.json: is missing"),
+        (empty_engine_config, "fail", "config.json: is not the config of a trtqwen engine"),
         (rename, "fail", "name is 'preprocessing', the directory 'preprocess'"),
         (remove_version, "fail", "has no version directory"),
         (remove_model, "fail", "has no model.py"),

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.doctor.conftest import IN_IMAGE
-from trtqwen.doctor.check import Problem, as_problem
-from trtqwen.doctor.run import CHECKS, examine
+from trtqwen.doctor.check import Check, Problem, Result, as_problem
+from trtqwen.doctor.run import CHECKS, examine, run_check
 from trtqwen.doctor.subject import Subject, System, completed
 from trtqwen.errors import InputError
 from trtqwen.host import Host
@@ -49,6 +49,18 @@ def test_whatever_is_not_ok_has_a_remedy(machine: Callable[..., System], tmp_pat
     for found in bad:
         assert found.result.remedy, found
         assert found.check.level == "error" or found.result.verdict == "warn"
+
+
+class Unreadable(Check):
+    id, level, title = "D99", "error", "a file that the system refuses"
+
+    def run(self, subject: Subject) -> Result:
+        raise PermissionError(13, "Permission denied", "/secret")
+
+
+def test_what_the_system_refuses_is_a_problem_of_its_check_alone(machine: Callable[..., System]) -> None:
+    result = run_check(Unreadable(), Subject(Host(), machine()))
+    assert (result.verdict, result.evidence) == ("fail", "/secret: Permission denied")
 
 
 def test_errors_become_problems() -> None:

@@ -180,6 +180,7 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     serve = ServeRecipe(
         batch_scheduler_policy="max_utilization",
         enable_chunked_context=False,
+        enable_context_fmha_fp32_acc=True,
         kv_cache_free_gpu_mem_fraction=0.5,
         max_tokens_in_paged_kv_cache=4096,
         max_queue_size=7,
@@ -195,6 +196,7 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
     assert given == {
         "max_beam_width": "1",
+        "enable_context_fmha_fp32_acc": "True",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(engine.resolve()),

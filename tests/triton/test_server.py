@@ -92,7 +92,7 @@ def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -
         TritonServer(unfinished)
     shutil.copy(repository / "manifest.json", unfinished)
     (unfinished / "tensorrt_llm" / "1" / "model.py").write_text("")
-    with pytest.raises(InputError, match=r"model.py has 0 bytes instead of"):
+    with pytest.raises(InputError, match=r"model\.py has 0 bytes instead of"):
         TritonServer(unfinished)
 
 

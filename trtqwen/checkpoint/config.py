@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -15,6 +15,7 @@ from trtqwen.recipe import DtypeChoice, EmbeddingSharding, Release
 from trtqwen.releases import release_facts
 
 Dtype = Literal["float16", "bfloat16", "float32"]
+Ranks = Annotated[int, Field(gt=0, le=1024)]
 
 
 class MappingConfig(BaseModel):
@@ -22,9 +23,9 @@ class MappingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    world_size: int = 1
-    tp_size: int = 1
-    pp_size: int = 1
+    world_size: Ranks = 1
+    tp_size: Ranks = 1
+    pp_size: Ranks = 1
 
 
 class QuantConfig(BaseModel):
@@ -55,6 +56,7 @@ class CheckpointConfig(BaseModel):
     rotary_base: float
     rotary_scaling: dict[str, Any] | None
     hidden_act: str
+    logits_dtype: Literal["float32", "float16"] = "float32"
     use_parallel_embedding: bool
     embedding_sharding_dim: int
     mapping: MappingConfig

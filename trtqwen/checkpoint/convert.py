@@ -147,7 +147,7 @@ def run_conversion(
     """
     check_kv_cache(plan, force=force)
     check_disk(output, plan.nbytes)
-    with finished_directory(output, force=force) as directory:
+    with finished_directory(output, force=force, sources=[plan.source.directory]) as directory:
         ranges = activation_ranges(plan.source, plan.settings, calibrated) if plan.settings.calibrated else None
         ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
         try:

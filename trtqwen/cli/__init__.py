@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib import import_module
-from typing import Annotated, Any
+from io import TextIOWrapper
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -27,6 +29,17 @@ COMMANDS = {
     "infer": "Stream one answer of a running server.",
     "doctor": "What is wrong here, and the remedy.",
     "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
+}
+# What is wrong with a path that a user named; other troubles of the system are failures.
+_WRONG_PATH = {
+    errno.EACCES,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EPERM,
+    errno.EROFS,
 }
 
 
@@ -78,10 +91,22 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     # PyTorch's CPU threads otherwise spin while they wait: five times slower where anybody else uses the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # better than to fail where the terminal lacks a character
     try:
         app()
     except TrtQwenError as problem:
-        typer.secho(f"error: {problem}", fg="red", bold=True, err=True)
-        sys.exit(problem.exit_code)
+        _leave(str(problem), problem.exit_code)
+    except OSError as problem:
+        path = f"{problem.filename}: " if problem.filename else ""
+        if problem.errno in _WRONG_PATH:
+            _leave(f"{path}cannot be read or written ({problem.strerror}); correct the path or its permissions", 2)
+        _leave(f"{path}{problem.strerror or problem}; look at the disk and the system's log", 1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _leave(message: str, exit_code: int) -> NoReturn:
+    typer.secho(f"error: {message}", fg="red", bold=True, err=True)
+    sys.exit(exit_code)

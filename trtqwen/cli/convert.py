@@ -103,7 +103,7 @@ def command(
         "act_ranges": act_ranges,
         "release": release,
     }
-    check_output(output, force=force)
+    check_output(output, force=force, sources=[model])
     plan = plan_conversion(model, override(base, changes))
     check_kv_cache(plan, force=force)
     summary = _summary(plan, output)

@@ -14,13 +14,16 @@ from trtqwen.triton.client import SamplingOptions, stream
 def command(
     prompt: Annotated[str, typer.Argument(help="What to ask.")],
     url: Annotated[str, typer.Option(help="host:port of Triton's gRPC endpoint.")] = "127.0.0.1:8001",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Answer tokens at most.")] = 256,
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Answer tokens at most.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
-    top_k: Annotated[int | None, typer.Option(min=0, help="Sample from the k likeliest tokens.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, max=2**31 - 1, help="Sample from the k likeliest tokens.")
+    ] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="Needs --top-k or --top-p, else greedy.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(min=0, help="Above 1 discourages repeats.")] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds for the whole answer.")] = 300,
     json: Json = False,
 ) -> None:
     """Ask a running server and stream its answer."""
@@ -28,7 +31,7 @@ def command(
         top_k=top_k, top_p=top_p, temperature=temperature, seed=seed, repetition_penalty=repetition_penalty
     )
     pieces = []
-    for piece in stream(url, prompt, max_tokens, sampling=sampling, chat=not raw):
+    for piece in stream(url, prompt, max_tokens, sampling=sampling, chat=not raw, timeout=timeout):
         pieces.append(piece)
         if not json:
             sys.stdout.write(piece.text)

@@ -44,6 +44,7 @@ Wheels = Annotated[
 
 def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    sys.stdout.flush()  # a full disk is to be told as an error, not at the interpreter's exit
 
 
 class Bars:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trtqwen.artifact import check_output
 from trtqwen.cli.output import Force, Json, print_json, stdout
 from trtqwen.recipe import ServeRecipe, load_recipe
 from trtqwen.triton.repository import write_repository
@@ -21,6 +22,7 @@ def command(
 ) -> None:
     """Write the Triton model repository of an engine."""
     serve = load_recipe(recipe).serve if recipe else ServeRecipe()
+    check_output(output, force=force, sources=[engine])
     manifest = write_repository(engine, serve, output, force=force)
     if json:
         print_json({"output": str(output), "files": sorted(manifest.outputs)})

@@ -5,24 +5,15 @@ from __future__ import annotations
 import re
 import urllib.request
 import uuid
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterator
 
 import grpc
 import numpy as np
-import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import (
-    deserialize_bytes_tensor,
-    np_to_triton_dtype,
-    serialize_byte_tensor,
-    triton_to_np_dtype,
-)
 
 from trtqwen.errors import ServerError
+from trtqwen.triton.client import Array, Tensors, answer_text, infer_request, output_arrays, server_error
 
-Array = npt.NDArray[Any]
-Tensors = Mapping[str, Array]
 _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.float32, "top_p": np.float32}
 
 
@@ -72,16 +63,25 @@ class Endpoint:
             **{name: np.array([[value]], _DTYPES.get(name, np.int32)) for name, value in options.items()},
         }
         for outputs in self._stream("ensemble", inputs):
-            yield "".join(piece.decode("utf-8", "replace") for piece in outputs["text_output"].reshape(-1))
+            yield answer_text(outputs)
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
-        """The prompt's token ids, and the id that ends its answer, from `preprocessing`."""
+        """The prompt's token ids, and the id that ends its answer, from `preprocessing`.
+
+        Raises:
+            ServerError: if the server refuses, does not answer in time, or has another kind of `preprocessing`.
+        """
         inputs = {"QUERY": np.array([[prompt.encode()]], np.object_), "REQUEST_OUTPUT_LEN": np.array([[1]], np.int32)}
-        request = _request("preprocessing", inputs)
+        request = infer_request("preprocessing", uuid.uuid4().hex, inputs)
         try:
-            outputs = _outputs(self._stub.ModelInfer(request, timeout=self._deadline))
+            outputs = output_arrays(self._stub.ModelInfer(request, timeout=self._deadline))
         except grpc.RpcError as problem:
-            raise self._error(problem) from None
+            raise server_error(self._url, problem) from None
+        missing = [name for name in ("INPUT_ID", "OUT_END_ID") if not outputs.get(name, np.empty(0)).size]
+        if missing:
+            raise ServerError(
+                f"{self._url}: preprocessing gives no {missing[0]}; serve one of TensorRT-LLM's repositories"
+            )
         return outputs["INPUT_ID"].reshape(-1).tolist(), int(outputs["OUT_END_ID"].reshape(-1)[0])
 
     def tokens(self, ids: list[int], max_tokens: int, **options: int) -> Generator[list[int]]:
@@ -115,41 +115,14 @@ class Endpoint:
         return gauges
 
     def _stream(self, model: str, inputs: Tensors) -> Iterator[dict[str, Array]]:
-        call = self._stub.ModelStreamInfer(iter([_request(model, inputs)]), timeout=self._deadline)
+        request = infer_request(model, uuid.uuid4().hex, inputs)
+        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._deadline)
         try:
             for reply in call:
                 if reply.error_message:
                     raise ServerError(f"{self._url}: {model} refused the request: {reply.error_message}")
-                yield _outputs(reply.infer_response)
+                yield output_arrays(reply.infer_response)
         except grpc.RpcError as problem:
-            raise self._error(problem) from None
+            raise server_error(self._url, problem) from None
         finally:
             call.cancel()
-
-    def _error(self, problem: grpc.RpcError) -> ServerError:
-        if problem.code() is grpc.StatusCode.UNAVAILABLE:
-            return ServerError(f"{self._url}: no Triton server answers; start one, and name its gRPC address")
-        if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-            return ServerError(f"{self._url}: no answer within {self._deadline:g} s; look at the server's log")
-        return ServerError(f"{self._url}: the server refused the request: {problem.details()}")
-
-
-def _request(model: str, inputs: Tensors) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=model, id=uuid.uuid4().hex)
-    for name, value in inputs.items():
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
-        raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()
-        request.raw_input_contents.append(raw)
-    return request
-
-
-def _outputs(response: Any) -> dict[str, Array]:
-    outputs = {}
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        flat = (
-            deserialize_bytes_tensor(raw)
-            if output.datatype == "BYTES"
-            else np.frombuffer(raw, triton_to_np_dtype(output.datatype))
-        )
-        outputs[output.name] = flat.reshape(tuple(output.shape))
-    return outputs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from typing import Any, cast, get_args
+from typing import Any
 
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.doctor.check import Check, Problem, Result
@@ -13,7 +13,7 @@ from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.hf.config import TRAINED_CONTEXT
 from trtqwen.recipe import Release
-from trtqwen.releases import last_engine_release, release_facts
+from trtqwen.releases import known_release, last_engine_release, release_facts
 
 _CONVERT = "convert the model again with `trtqwen convert`"
 _REBUILD = "build the engine again with `trtqwen build`"
@@ -74,9 +74,8 @@ class CheckpointRelease(Check):
 
 def _release(subject: Subject) -> Release:
     """What will read the checkpoint: the installed release, else the recipe's, else the last with engines."""
-    installed = (subject.host.tensorrt_llm or "").partition("+")[0]
-    if installed in get_args(Release):
-        return cast(Release, installed)
+    if installed := known_release(subject.host.tensorrt_llm):
+        return installed
     return subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from tritonclient.grpc.model_config_pb2 import DataType
 
-from trtqwen.doctor.check import Problem
+from trtqwen.doctor.check import Problem, as_problem
 from trtqwen.doctor.configs import ModelFile, Placeholder
+from trtqwen.engine.config import EngineConfig, read_engine_config
+from trtqwen.errors import InputError
 
 Models = Mapping[str, ModelFile]
+_TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
 _LOGITS = ("draft_logits", "context_logits", "generation_logits")
 _NEEDED = {  # without these parameters a model does not load; the others may stay unset
     "tensorrt_llm": ("gpt_model_type", "gpt_model_path"),
@@ -128,8 +129,7 @@ def _logits(models: Models) -> Iterator[Problem]:
                 kinds.setdefault(DataType.Name(tensor.data_type), []).append(f"{model.name}/{tensor.name}")
     engine = _engine_config(models)
     if engine is not None:
-        dtype = engine.get("pretrained_config", {}).get("logits_dtype", "float32")
-        kinds.setdefault({"float32": "TYPE_FP32", "float16": "TYPE_FP16"}.get(dtype, dtype), []).append("the engine")
+        kinds.setdefault(_TRITON_TYPES[engine.pretrained_config.logits_dtype], []).append("the engine")
     if len(kinds) > 1:
         listed = ", ".join(f"{kind} in {', '.join(names[:3])}" for kind, names in kinds.items())
         yield Problem(f"logits have different types: {listed}", "give all of them the engine's logits_datatype")
@@ -150,13 +150,13 @@ def _engine(models: Models) -> Iterator[Problem]:
     if not engine.is_dir():
         yield Problem(f"{model.path}: gpt_model_path {path} is no directory here", "name the engine directory")
         return
-    config = _engine_config(models)
-    if config is None:
-        yield Problem(f"{engine}: has no readable config.json", "name the directory that trtllm-build wrote")
+    try:
+        config = read_engine_config(engine)
+    except InputError as problem:
+        yield as_problem(problem)
         return
-    mapping = config.get("pretrained_config", {}).get("mapping", {})
-    ranks = mapping.get("world_size", mapping.get("tp_size", 1) * mapping.get("pp_size", 1))
-    suffix = "safetensors" if config.get("builder") == "torch" else "engine"
+    ranks = config.pretrained_config.layout.world_size
+    suffix = "safetensors" if config.builder == "torch" else "engine"
     missing = [f"rank{rank}.{suffix}" for rank in range(ranks) if not (engine / f"rank{rank}.{suffix}").is_file()]
     if missing:
         text = f"{engine}: {', '.join(missing)} missing, the engine has {ranks} ranks"
@@ -174,14 +174,13 @@ def _unfilled(model: ModelFile, key: str) -> bool:
     return any(place.key == key for place in model.placeholders)
 
 
-def _engine_config(models: Models) -> Mapping[str, Any] | None:
+def _engine_config(models: Models) -> EngineConfig | None:
     if (model := models.get("tensorrt_llm")) is None:
         return None
     try:
-        content = json.loads((Path(model.parameter("gpt_model_path")) / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return read_engine_config(Path(model.parameter("gpt_model_path")))
+    except InputError:  # `_engine` tells
         return None
-    return content if isinstance(content, dict) else None
 
 
 def _tokenizers(models: Models) -> Iterator[Problem]:

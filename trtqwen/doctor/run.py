@@ -55,3 +55,6 @@ def run_check(check: Check, subject: Subject) -> Result:
         return Result("skip", str(reason))
     except TrtQwenError as problem:
         return check.judge([as_problem(problem)])
+    except OSError as problem:
+        where = problem.filename or "this host"
+        return check.found(f"{where}: {problem.strerror or problem}", "look at its permissions")

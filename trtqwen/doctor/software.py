@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
-import re
 from pathlib import Path
-from typing import cast, get_args
 
 from trtqwen.doctor.check import Check, Problem, Result
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.recipe import Release
-from trtqwen.releases import Image, images, last_engine_release, newest_image, release_facts
+from trtqwen.releases import (
+    Image,
+    images,
+    known_release,
+    last_engine_release,
+    newest_image,
+    release_facts,
+    version,
+)
 
 _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so")
 _LAUNCHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_")
-
-
-def version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version, for comparison: 1.3.0rc15 is (1, 3, 0)."""
-    found = re.match(r"\d+(?:\.\d+)*", text)
-    return tuple(map(int, found[0].split("."))) if found else ()
 
 
 class EnginePath(Check):
@@ -33,7 +32,7 @@ class EnginePath(Check):
         image = _last_image()
         if host.tensorrt_llm is None:
             raise Skip(f"no TensorRT-LLM here; engines are built in {image}")
-        if version(host.tensorrt_llm) > version(last):
+        if version(host.tensorrt_llm)[:2] > version(last)[:2]:
             text = f"TensorRT-LLM {host.tensorrt_llm}: upstream removed the engine path in summer 2026, after {last}"
             return self.found(text, f"use {image}, or serve the model with upstream's llmapi")
         problems = []
@@ -72,7 +71,8 @@ class TensorRtVersion(Check):
         if version(installed)[:1] != (10,):
             text = f"TensorRT {installed}: engines of TensorRT-LLM need TensorRT 10"
             return self.found(text, f"use {_last_image()}")
-        pinned = release_facts(cast(Release, llm)).tensorrt if llm in get_args(Release) else None
+        release = known_release(llm)
+        pinned = release_facts(release).tensorrt if release else None
         if pinned is not None and version(installed)[:2] != version(pinned):
             text = f"TensorRT {installed} beside TensorRT-LLM {llm}, which pins {pinned}"
             return self.found(text, "a left-over or an upgrade by hand: use the image as it came")

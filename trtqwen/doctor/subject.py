@@ -137,8 +137,8 @@ class Subject:
         if self.engine_config.builder == "torch" or self.engine is None:
             return {}
         content = json.loads((self.engine / "config.json").read_text(encoding="utf-8"))
-        plugins: Mapping[str, Any] = content["build_config"].get("plugin_config") or {}
-        return plugins
+        plugins = content["build_config"].get("plugin_config")
+        return plugins if isinstance(plugins, dict) else {}
 
     @cached_property
     def model_files(self) -> Mapping[str, ModelFile]:

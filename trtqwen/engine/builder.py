@@ -76,7 +76,7 @@ def build_engine(
     source = read_manifest(checkpoint, "checkpoint")
     config = read_checkpoint_config(checkpoint)
     check_max_seq_len(recipe, config.max_position_embeddings)
-    check_output(output, force=force)
+    check_output(output, force=force, sources=[checkpoint])
     job = BuildJob(
         checkpoint=checkpoint,
         checkpoint_key=source.key,
@@ -89,7 +89,7 @@ def build_engine(
     )
     builder: EngineBuilder = TorchBuilder() if recipe.builder == "torch" else TrtLlmBuilder(host)
     builder.check(job)
-    with finished_directory(output, force=force) as directory:
+    with finished_directory(output, force=force, sources=[checkpoint]) as directory:
         builder.build(job, directory, watch)
         if (checkpoint / TOKENIZER_DIRECTORY).is_dir():
             shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.errors import InputError
 from trtqwen.quantize.weight_only import Int8Layout
+from trtqwen.recipe import Positive
 
 Builder = Literal["tensorrt_llm", "torch"]
 
@@ -20,15 +21,16 @@ class BuildConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    max_batch_size: int
-    max_num_tokens: int
-    max_seq_len: int
-    tokens_per_block: int
+    max_batch_size: Positive
+    max_num_tokens: Positive
+    max_seq_len: Positive
+    tokens_per_block: Positive
 
     @model_validator(mode="before")
     @classmethod
     def _trtllm_build_nests(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "tokens_per_block" in (plugins := data.get("plugin_config") or {}):
+        plugins = data.get("plugin_config") if isinstance(data, dict) else None
+        if isinstance(plugins, dict) and "tokens_per_block" in plugins:
             return {**data, "tokens_per_block": plugins["tokens_per_block"]}
         return data
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from trtqwen.errors import EngineError
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe, Release
+from trtqwen.releases import version
 
 PROGRAM = "trtllm-build"
 NOT_IN_RESULT = ("workers", "log_level")  # flags that leave the engine as it is
@@ -132,7 +133,7 @@ def check_command(command: list[str], release: Release) -> None:
             release, if it is older than the facts.
     """
     first = flag_facts().first
-    if _version(release) < _version(first):
+    if version(release) < version(first):
         raise EngineError(
             f"trtllm-build is known from {first} on; set checkpoint.release to a newer one than {release}"
         )
@@ -142,7 +143,7 @@ def check_command(command: list[str], release: Release) -> None:
             instead = flag_facts().removed.get(name)
             hint = f" ({instead})" if instead else ""
             raise EngineError(f"--{name}: is no flag of trtllm-build in {release}{hint}; leave it out")
-        if flag.last is not None and _version(release) > _version(flag.last):
+        if flag.last is not None and version(release) > version(flag.last):
             raise EngineError(
                 f"--{name}: TensorRT-LLM {release} has it no more, {flag.last} was the last; leave it out"
             )
@@ -185,7 +186,3 @@ def _check_value(name: str, value: str | None, choices: tuple[str, ...], who: st
 
 def _switch(on: bool) -> str:
     return "enable" if on else "disable"
-
-
-def _version(release: str) -> tuple[int, ...]:
-    return tuple(map(int, release.split(".")))

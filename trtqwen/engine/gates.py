@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from typing import get_args
-
 from trtqwen.cards import card_facts
 from trtqwen.errors import EngineError
 from trtqwen.host import Host
 from trtqwen.recipe import CardName, Release
-from trtqwen.releases import last_engine_release, newest_image, release_facts
+from trtqwen.releases import known_release, last_engine_release, newest_image, release_facts, version
 
 
 def check_host(host: Host, release: Release, card: CardName | None, *, workers: int, command: str) -> None:
@@ -47,8 +44,8 @@ def check_software(host: Host, release: Release, *, command: str) -> None:
     """The part of `check_host` that needs no GPU."""
     image = newest_image(release).image
     installed = host.tensorrt_llm
-    if installed is not None and _release_line(installed) > _release_line(last_engine_release()):
-        last = last_engine_release()
+    last = last_engine_release()
+    if installed is not None and version(installed)[:2] > version(last)[:2]:  # pre-releases of 1.3 have lost the path
         raise EngineError(
             f"TensorRT-LLM {installed} builds no engines: upstream removed that path after {last}; build and serve "
             f"in {newest_image(last).image}, or serve the Hugging Face model with this release's own PyTorch backend "
@@ -80,14 +77,3 @@ def check_software(host: Host, release: Release, *, command: str) -> None:
             f"{found}, but TensorRT-LLM {release} is made for {pinned}; reinstall `tensorrt~={pinned}.0`, or build "
             f"in {image}"
         )
-
-
-def known_release(version: str) -> Release | None:
-    """The release that an installed version is, local parts such as `+cu130` aside; None if it is not known."""
-    base = version.partition("+")[0]
-    return next((release for release in get_args(Release) if release == base), None)
-
-
-def _release_line(version: str) -> tuple[int, ...]:
-    """Major and minor: pre-releases of 1.3 have lost the path as 1.3 has."""
-    return tuple(int(part) for part in re.findall(r"\d+", version)[:2])

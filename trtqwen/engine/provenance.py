@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from trtqwen import __version__
 from trtqwen.engine.config import read_engine_config
@@ -87,7 +87,7 @@ def read_provenance(engine: Path) -> Provenance | None:
         return Provenance.model_validate_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except (OSError, ValidationError):
+    except (OSError, ValueError):  # pydantic's ValidationError is one
         raise EngineError(f"{path}: is not a record of this version of trtqwen; build the engine again") from None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -13,6 +13,7 @@ from trtqwen.errors import SourceError, first_problem
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 TRAINED_CONTEXT = 32768  # tokens; Qwen2.5 reads more only by YaRN, whatever max_position_embeddings says
+Size = Annotated[int, Field(gt=0, le=1 << 24)]  # a larger one is a slip, and would take all memory
 
 
 class HfConfig(BaseModel):
@@ -22,16 +23,16 @@ class HfConfig(BaseModel):
 
     architectures: list[str]
     model_type: str
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    vocab_size: int = Field(gt=0)
-    max_position_embeddings: int = Field(gt=0)
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: int = Field(gt=0, le=1024)
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    vocab_size: Size
+    max_position_embeddings: Size
     rms_norm_eps: float = Field(gt=0)
     hidden_act: str = "silu"
-    head_dim: int | None = None
+    head_dim: Size | None = None
     rope_theta: float = 100000.0  # the Qwen converter's default, not transformers' 10000
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool = False
@@ -96,14 +97,14 @@ def load_config(directory: Path) -> HfConfig:
         raise SourceError(f"{path}: is not JSON ({problem}); download the file again") from None
     if not isinstance(data, dict):
         raise SourceError(f"{path}: is not a JSON object; download the file again")
-    architectures = data.get("architectures") or []
+    architectures = data.get("architectures")
     if architectures != [ARCHITECTURE]:
-        found = ", ".join(map(str, architectures)) or "none"
+        found = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
         raise SourceError(
-            f"{path}: architectures is {found}; trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)"
+            f"{path}: architectures is {found or 'none'}; trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)"
         )
-    if data.get("quantization_config"):
-        method = data["quantization_config"].get("quant_method", "unknown")
+    if quantization := data.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise SourceError(
             f"{path}: the weights are quantised already (quant_method {method}); use the 16-bit original"
         )

@@ -74,7 +74,8 @@ class Tokenizer:
     @cached_property
     def chat_template(self) -> str | None:
         path = self.directory / "chat_template.jinja"
-        return path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        template = path.read_text(encoding="utf-8") if path.is_file() else self._config.get("chat_template")
+        return template if isinstance(template, str) else None
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
@@ -93,7 +94,7 @@ class Tokenizer:
     def _token(self, key: str) -> int | None:
         token = self._config.get(key)
         content = token.get("content") if isinstance(token, dict) else token
-        return None if content is None else self._backend.token_to_id(content)
+        return self._backend.token_to_id(content) if isinstance(content, str) else None
 
 
 def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:

@@ -221,12 +221,15 @@ def _step(recipe: Recipe, config: HfConfig, memory: tuple[RankMemory, ...]) -> I
     engine, last = recipe.engine, memory[-1]
     assert last.card is not None
     if engine.max_num_tokens > _MOST_TOKENS_A_STEP:
+        remedy = "lower it to 8192; chunked context spreads longer prompts over steps"
+        if not recipe.serve.enable_chunked_context:
+            remedy = "lower it with engine.max_seq_len: without chunked context a step takes whole prompts"
         yield Finding(
             "warning",
             "max-num-tokens",
             f"engine.max_num_tokens {engine.max_num_tokens:,} takes {_gib(last.activations)} of activations; "
             f"trtllm-build warns above {_MOST_TOKENS_A_STEP:,}, and NVIDIA measured no gain beyond 8,192",
-            "lower it to 8192; chunked context spreads longer prompts over steps",
+            remedy,
         )
     if last.buffers > _MOST_BUFFERS * last.card:
         smaller: dict[str, int] = {"max_batch_size": engine.max_batch_size // 2}

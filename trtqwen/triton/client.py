@@ -1,4 +1,4 @@
-"""Streams an answer from a Triton server over gRPC, from the model `ensemble`."""
+"""Streams an answer from a Triton server over gRPC, from the model `ensemble`; tensors in and out of its messages."""
 
 from __future__ import annotations
 
@@ -11,13 +11,20 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor
+from tritonclient.utils import (
+    deserialize_bytes_tensor,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+    triton_to_np_dtype,
+)
 
-from trtqwen.errors import ServerError
+from trtqwen.errors import InputError, ServerError
 from trtqwen.hf.tokenizer import render_chat
 from trtqwen.triton.contract import older_names
 
 Array = npt.NDArray[Any]
+Tensors = Mapping[str, Array]
+_CONTROL_SECONDS = 5  # for what a server answers without the engine
 
 
 @dataclass(frozen=True)
@@ -57,6 +64,7 @@ def stream(
     sampling: SamplingOptions | None = None,
     chat: bool = True,
     request_id: str | None = None,
+    timeout: float = 300,
 ) -> Iterator[Piece]:
     """Yield an answer piece by piece. Closing the iterator early cancels the request.
 
@@ -64,10 +72,11 @@ def stream(
         url: host:port of Triton's gRPC endpoint.
         chat: render the prompt as a user's message by the model's chat template, if it has one.
         request_id: unique on the server; made up if not given.
+        timeout: seconds for the whole answer.
 
     Raises:
-        ServerError: if the server cannot be reached or refuses the request.
-        InputError: if the chat template refuses the prompt.
+        ServerError: if the server cannot be reached, refuses the request or is not done in time.
+        InputError: if the prompt is not Unicode text, or the chat template refuses it.
     """
     request_id = request_id or uuid.uuid4().hex
     with grpc.insecure_channel(url) as channel:
@@ -76,8 +85,8 @@ def stream(
         try:
             text = _rendered(stub, prompt) if chat else prompt
             inputs = _as_known(stub, _inputs(text, max_tokens, sampling or SamplingOptions()))
-            request = _request("ensemble", request_id, inputs)
-            for reply in stub.ModelStreamInfer(iter([request])):
+            request = infer_request("ensemble", request_id, inputs)
+            for reply in stub.ModelStreamInfer(iter([request]), timeout=timeout):
                 if reply.error_message:
                     finished = True
                     raise ServerError(f"{url}: the server refused the request: {reply.error_message}")
@@ -86,22 +95,27 @@ def stream(
                     yield piece
             finished = True
         except grpc.RpcError as problem:
-            finished = True
-            raise _as_server_error(url, problem) from None
+            finished = problem.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+            raise server_error(url, problem) from None
         finally:
             if not finished:
                 _stop(stub, request_id)
 
 
 def _rendered(stub: Any, prompt: str) -> str:
-    config = stub.ModelConfig(service_pb2.ModelConfigRequest(name="preprocessing")).config
+    request = service_pb2.ModelConfigRequest(name="preprocessing")
+    config = stub.ModelConfig(request, timeout=_CONTROL_SECONDS).config
     template = config.parameters["chat_template"].string_value
     return render_chat(template, [{"role": "user", "content": prompt}]) if template else prompt
 
 
 def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, Array]:
+    try:
+        encoded = text.encode()
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not Unicode text; pass it as UTF-8") from None
     inputs: dict[str, Array] = {
-        "text_input": np.array([[text.encode()]], np.object_),
+        "text_input": np.array([[encoded]], np.object_),
         "max_tokens": np.array([[max_tokens]], np.int32),
         "stream": np.array([[True]]),
         "return_num_output_tokens": np.array([[True]]),
@@ -114,14 +128,15 @@ def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, 
 
 def _as_known(stub: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     """The inputs by the names of the release that the server's engine is from; counts only where it has them."""
-    metadata = stub.ModelMetadata(service_pb2.ModelMetadataRequest(name="ensemble"))
+    metadata = stub.ModelMetadata(service_pb2.ModelMetadataRequest(name="ensemble"), timeout=_CONTROL_SECONDS)
     known = {tensor.name for tensor in metadata.inputs}
     older = older_names()
     named = {name if name in known else older.get(name, name): value for name, value in inputs.items()}
     return {name: value for name, value in named.items() if name in known or name != "return_num_output_tokens"}
 
 
-def _request(model: str, request_id: str, inputs: Mapping[str, Array]) -> Any:
+def infer_request(model: str, request_id: str, inputs: Tensors) -> Any:
+    """A ModelInferRequest with these tensors in."""
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name, value in inputs.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
@@ -130,13 +145,28 @@ def _request(model: str, request_id: str, inputs: Mapping[str, Array]) -> Any:
     return request
 
 
+def output_arrays(response: Any) -> dict[str, Array]:
+    """The tensors of a ModelInferResponse by name; texts are bytes."""
+    outputs = {}
+    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+        flat = (
+            deserialize_bytes_tensor(raw)
+            if output.datatype == "BYTES"
+            else np.frombuffer(raw, triton_to_np_dtype(output.datatype))
+        )
+        outputs[output.name] = flat.reshape(tuple(output.shape))
+    return outputs
+
+
 def _piece(response: Any) -> Piece:
-    raw = {
-        output.name: content for output, content in zip(response.outputs, response.raw_output_contents, strict=True)
-    }
-    text = b"".join(deserialize_bytes_tensor(raw.get("text_output", b"")))
-    counts = np.frombuffer(raw.get("num_output_tokens", b""), np.int32)
-    return Piece(text.decode(), int(counts.sum()))
+    outputs = output_arrays(response)
+    counts = outputs.get("num_output_tokens")
+    return Piece(answer_text(outputs), 0 if counts is None else int(counts.sum()))
+
+
+def answer_text(outputs: Tensors) -> str:
+    """The text of a reply of `ensemble`; what is no UTF-8 becomes U+FFFD."""
+    return "".join(text.decode("utf-8", "replace") for text in outputs.get("text_output", np.empty(0)).reshape(-1))
 
 
 def _stop(stub: Any, request_id: str) -> None:
@@ -147,14 +177,18 @@ def _stop(stub: Any, request_id: str) -> None:
         "request_output_len": np.ones((1, 1), np.int32),
         "stop": np.array([[True]]),
     }
+    request = infer_request("tensorrt_llm", request_id, inputs)
     try:
-        for _ in stub.ModelStreamInfer(iter([_request("tensorrt_llm", request_id, inputs)])):
+        for _ in stub.ModelStreamInfer(iter([request]), timeout=_CONTROL_SECONDS):
             pass
     except grpc.RpcError:
-        pass  # the server has gone, and the request with it
+        pass  # the server has gone or hangs, and the request with it
 
 
-def _as_server_error(url: str, problem: grpc.RpcError) -> ServerError:
+def server_error(url: str, problem: grpc.RpcError) -> ServerError:
+    """What a failed call means to the caller."""
     if problem.code() is grpc.StatusCode.UNAVAILABLE:
         return ServerError(f"{url}: no Triton server answers; start one with `trtqwen serve` or correct the address")
+    if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return ServerError(f"{url}: the server did not answer in time; look at its log, or allow it more")
     return ServerError(f"{url}: the server refused the request: {problem.details()}")

@@ -86,10 +86,13 @@ def read_deployment(repository: Path) -> Deployment:
     """Read how many ranks and replicas a repository's engine has.
 
     Raises:
-        InputError: if the engine is not where the repository says.
+        InputError: if the config is broken or the engine is not where it says.
     """
     path = repository / ENGINE_MODEL / "config.pbtxt"
-    config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    try:
+        config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+    except (OSError, UnicodeDecodeError, text_format.ParseError):
+        raise InputError(f"{path}: is missing or no model config; write it again with `trtqwen repo`") from None
     if config.backend != _CPP_BACKEND:
         return Deployment()
     engine = Path(config.parameters["gpt_model_path"].string_value)

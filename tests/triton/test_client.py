@@ -1,0 +1,69 @@
+"""The client against a gRPC server that hangs or answers oddly."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+from tritonclient.utils import serialize_byte_tensor
+
+from trtqwen.errors import InputError, ServerError
+from trtqwen.triton.client import stream
+
+
+class Stuck(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers `cut` with broken UTF-8 and anything else never; notes what was asked of which model."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def ModelConfig(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelConfigResponse()
+
+    def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
+        request = next(requests)
+        self.asked.append((request.model_name, request.id))
+        if request.id == "cut":
+            response = service_pb2.ModelInferResponse(model_name="ensemble")
+            response.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
+            response.raw_output_contents.append(serialize_byte_tensor(np.array([b"ab\xe8"], np.object_)).item())
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+        elif request.model_name == "ensemble":
+            while context.is_active():
+                time.sleep(0.01)
+
+
+@pytest.fixture
+def stuck() -> Iterator[tuple[str, Stuck]]:
+    servicer = Stuck()
+    server = grpc.server(ThreadPoolExecutor(4))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}", servicer
+    server.stop(None).wait()
+
+
+def test_a_stuck_server_is_left_in_time_and_told_to_stop(stuck: tuple[str, Stuck]) -> None:
+    url, servicer = stuck
+    start = time.monotonic()
+    with pytest.raises(ServerError, match=f"{url}: the server did not answer in time; "):
+        list(stream(url, "hi", 8, request_id="mine", timeout=0.3))
+    assert time.monotonic() - start < 3
+    assert servicer.asked == [("ensemble", "mine"), ("tensorrt_llm", "mine")]
+
+
+def test_broken_characters_of_a_foreign_server_are_marked(stuck: tuple[str, Stuck]) -> None:
+    [piece] = stream(stuck[0], "hi", 8, request_id="cut")
+    assert (piece.text, piece.num_tokens) == ("ab\ufffd", 0)
+
+
+def test_a_prompt_that_is_no_text_is_refused() -> None:
+    with pytest.raises(InputError, match="not Unicode text"):
+        list(stream("127.0.0.1:1", "\udcff", 8, chat=False))
