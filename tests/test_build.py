@@ -12,6 +12,7 @@ import torch
 
 from tests.conftest import random_model
 from tests.processes import fork, in_child
+from tests.standins.host import install
 from trtqwen import __version__
 from trtqwen.artifact import read_manifest
 from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
@@ -230,3 +231,14 @@ def test_without_trtllm_build_the_checkpoint_is_written_all_the_same(tmp_path: P
         build(tmp_path, TINY.model_copy(update={"engine": engine}))
     assert read_manifest(tmp_path / "engines" / TINY.name / "checkpoint", "checkpoint")
     assert not (tmp_path / "repo").exists()
+
+
+def test_another_release_is_refused_before_the_weights_are_converted_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install(tmp_path / "host", monkeypatch, tensorrt_llm="1.0.0", tensorrt="10.11.0.33")
+    recipe = load_recipe("qwen2.5-7b-bf16-tp4-4090d")
+    recipe = recipe.model_copy(update={"engine": recipe.engine.model_copy(update={"max_seq_len": 2048})})
+    with pytest.raises(EngineError, match=r"TensorRT-LLM 1\.0\.0 is installed, but .* checkpoint\.release 1\.2\.1"):
+        run_build(plan_build(recipe, MODEL, tmp_path / "engines", tmp_path / "repository"))
+    assert not (tmp_path / "engines" / recipe.name).exists()

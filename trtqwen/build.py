@@ -31,9 +31,11 @@ from trtqwen.checkpoint.convert import (
 )
 from trtqwen.engine.builder import build_engine, check_max_seq_len, engine_key, engine_parameters
 from trtqwen.engine.flags import build_command
+from trtqwen.engine.gates import check_release
 from trtqwen.engine.job import Watch
 from trtqwen.errors import InputError, OutputError
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.host import read_host
 from trtqwen.recipe import Recipe
 from trtqwen.triton.repository import repository_key, write_repository
 
@@ -239,7 +241,10 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.
         InputError: if an INT8 KV cache would ruin the answers and `force` is not set, or the model's tokenizer, which
             the repository needs, cannot be read.
+        EngineError: if the TensorRT-LLM of this machine is not the recipe's.
     """
+    if plan.recipe.engine.builder == "tensorrt_llm" and not plan.engine.done:
+        check_release(read_host(), plan.recipe.checkpoint.release)
     made: dict[Stage, Manifest] = {}
     for stage in plan.stages:
         if not force and _occupied(stage.directory):

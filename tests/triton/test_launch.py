@@ -16,16 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from google.protobuf import text_format
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from tests.standins import host, mpirun, tritonserver
 from trtqwen.artifact import write_manifest
 from trtqwen.errors import InputError, ServerError
 from trtqwen.host import Gpu, Host
 from trtqwen.processes import living
+from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.installation import find_tritonserver
 from trtqwen.triton.launch import Deployment, Endpoint, Launch, plan_launch, read_deployment
+from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)
@@ -107,32 +107,19 @@ def test_every_flag_is_one_of_the_real_tritonservers() -> None:
 
 
 @pytest.fixture
-def trt_repository(bundled_engine: Callable[..., Path], repository: Path, tmp_path: Path) -> Callable[..., Path]:
-    """A repository as it is for a TensorRT engine of some ranks and replicas; the engine's plans are empty."""
+def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """The repository of a TensorRT engine with some ranks and replicas; the engine's plans are empty."""
 
     def make(world_size: int, replicas: int = 1) -> Path:
-        engine = tmp_path / "engine"
-        engine.mkdir()
-        config = json.loads((bundled_engine(tp_size=1) / "config.json").read_text())
-        del config["builder"]
-        config["pretrained_config"]["mapping"] |= {"world_size": world_size, "tp_size": world_size}
-        (engine / "config.json").write_text(json.dumps({"version": "1.2.1", **config}))
+        engine = Path(shutil.copytree(bundled_engine(world_size), tmp_path / "engine"))
+        config = json.loads((engine / "config.json").read_text())
+        (engine / "config.json").write_text(json.dumps(config | {"builder": "tensorrt_llm", "version": "1.2.1"}))
         for rank in range(world_size):
             (engine / f"rank{rank}.engine").touch()
-        copy = Path(shutil.copytree(repository, tmp_path / "repository"))
-        path = copy / "tensorrt_llm" / "config.pbtxt"
-        pbtxt = text_format.Parse(path.read_text(), ModelConfig())
-        pbtxt.backend = "tensorrtllm"
-        pbtxt.parameters["gpt_model_path"].string_value = str(engine)
-        if replicas > 1:
-            groups = [
-                ",".join(str(world_size * index + gpu) for gpu in range(world_size)) for index in range(replicas)
-            ]
-            pbtxt.parameters["gpu_device_ids"].string_value = ";".join(groups)
-        path.write_text(text_format.MessageToString(pbtxt))
-        (copy / "manifest.json").unlink()
-        write_manifest(copy, "repository", {}, {})
-        return copy
+        (engine / "manifest.json").unlink()
+        write_manifest(engine, "engine", {}, {})
+        write_repository(engine, ServeRecipe(replicas=replicas), tmp_path / "repository")
+        return tmp_path / "repository"
 
     return make
 

@@ -40,6 +40,18 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
             )
 
 
+def check_release(host: Host, release: Release) -> None:
+    """Refuse a TensorRT-LLM that cannot build for this release, before weights are converted for it.
+
+    A machine without trtllm-build may convert all the same: the engine is built elsewhere.
+
+    Raises:
+        EngineError: as `check_host` does.
+    """
+    if host.trtllm_build is not None:
+        check_software(host, release, command="trtllm-build")
+
+
 def check_software(host: Host, release: Release, *, command: str) -> None:
     """The part of `check_host` that needs no GPU."""
     image = newest_image(release).image
