@@ -26,6 +26,9 @@ class Stuck(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
     def ModelConfig(self, request: Any, context: Any) -> Any:
         return service_pb2.ModelConfigResponse()
 
+    def ModelMetadata(self, request: Any, context: Any) -> Any:
+        return service_pb2.ModelMetadataResponse()
+
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
         request = next(requests)
         self.asked.append((request.model_name, request.id))

@@ -196,7 +196,6 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
     assert given == {
         "max_beam_width": "1",
-        "enable_context_fmha_fp32_acc": "True",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(engine.resolve()),

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from trtqwen.artifact import MANIFEST
 from trtqwen.doctor.check import Check, Problem, Result
 from trtqwen.doctor.configs import ModelFile
 from trtqwen.doctor.lint import lint
@@ -51,9 +52,11 @@ def _delays(model: ModelFile) -> Iterator[Problem]:
 
 
 def _bls_instances(subject: Subject) -> Iterator[Problem]:
-    """tensorrt_llm_bls serves one request per instance."""
+    """Upstream's tensorrt_llm_bls serves one request per instance; that of our own repositories serves many."""
     bls = subject.model_files.get("tensorrt_llm_bls")
-    if bls is None or bls.config is None or subject.engine is None:
+    if bls is None or bls.config is None or subject.engine is None or subject.repository is None:
+        return
+    if (subject.repository / MANIFEST).is_file():
         return
     count = sum(group.count or 1 for group in bls.config.instance_group) or 1
     batch = subject.engine_config.build_config.max_batch_size
