@@ -221,7 +221,6 @@ ERRORS = [
     ({"typo": 1}, "unknown_field", "typo", "Unrecognized request argument"),
     ({"logit_bias": {"5": 1}}, "unsupported", "logit_bias", "leave it out"),
     ({"logprobs": True, "top_logprobs": 2}, "unsupported", "top_logprobs", "chosen token"),
-    ({"response_format": {"type": "json_object"}}, "unsupported", "response_format", "guided decoding"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported", "tools", "no place for tools"),
 ]
 

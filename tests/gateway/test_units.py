@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -23,10 +24,10 @@ from trtqwen.gateway.config import gateway_config
 from trtqwen.gateway.engine import _reply
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation import fit_max_tokens
-from trtqwen.gateway.guides import Guide
-from trtqwen.gateway.model import GenerationDefaults, load_model
+from trtqwen.gateway.guides import ANY_OBJECT, Guide, plan_guide
+from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
 from trtqwen.gateway.sampling import Sampling, engine_inputs, plan_sampling
-from trtqwen.gateway.schemas import ChatRequest
+from trtqwen.gateway.schemas import ChatRequest, ResponseFormat
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
@@ -94,7 +95,7 @@ def test_what_is_left_open_is_the_model_s_default(
 
 def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
     model = load_model(engine_repository)
-    sampling = Sampling({"min_tokens": 2, "temperature": 0.5}, seed=-1, guide=Guide("json_schema", '{"é": 1}'))
+    sampling = Sampling({"min_tokens": 2, "temperature": 0.5}, seed=-1, guide=Guide('{"é": 1}'))
     tensors = engine_inputs(model, sampling, (1, 2, 3), 7, index=1)
     assert tensors["seed"].dtype == np.uint64
     assert tensors["seed"].item() == 0  # -1 counts as 2**64 - 1, and the second answer has the next one
@@ -114,7 +115,7 @@ def test_the_model_is_as_its_repository_says(engine_repository: Path, stand_in_r
     model = load_model(engine_repository)
     assert (model.name, model.limits.max_batch_size, model.limits.max_seq_len) == ("repository", 16, 512)
     assert model.defaults == GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05)
-    assert not model.guided_decoding
+    assert model.guided_decoding
     assert load_model(stand_in_repository).guided_decoding
 
 
@@ -203,9 +204,17 @@ def test_log_probs_are_those_of_the_new_tokens(repeats: bool) -> None:
 
 
 @pytest.mark.parametrize("answer", ['{"a": 1}', "[]", '"text"', "1", "{", "", "NaN", "[" * 100_000])
-def test_any_json_is_an_object_or_a_list(answer: str) -> None:
-    assert Guide("json").allows(answer) == (answer in ('{"a": 1}', "[]"))
+def test_any_object_is_an_object(answer: str) -> None:
+    assert ANY_OBJECT.allows(answer) == (answer == '{"a": 1}')
+
+
+def test_without_guided_decoding_a_response_format_is_refused() -> None:
+    unguided = cast(ServedModel, SimpleNamespace(guided_decoding=False))
+    with pytest.raises(ApiError, match="needs guided decoding") as caught:
+        plan_guide(unguided, ResponseFormat(type="json_object"))
+    assert (caught.value.status, caught.value.code) == (400, "unsupported")
+    assert plan_guide(unguided, ResponseFormat(type="text")) is None
 
 
 def test_a_schema_that_never_ends_is_not_kept() -> None:
-    assert not Guide("json_schema", '{"$ref": "#"}').allows("1")
+    assert not Guide('{"$ref": "#"}').allows("1")

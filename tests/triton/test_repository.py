@@ -197,6 +197,7 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     assert given == {
         "max_beam_width": "1",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
+        "guided_decoding_backend": "xgrammar",
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(engine.resolve()),
         "max_tokens_in_paged_kv_cache": "4096",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from jsonschema import Draft202012Validator, SchemaError, ValidationError
 from jsonschema.validators import extend
@@ -25,25 +25,20 @@ _Validator = extend(  # type: ignore[no-untyped-call]
 
 @dataclass(frozen=True)
 class Guide:
-    """A guide in TensorRT-LLM's terms.
+    """A JSON schema, as text: TensorRT-LLM's guide of type `json_schema`."""
 
-    Attributes:
-        text: the schema; unused for kind `json`.
-    """
-
-    kind: Literal["json", "json_schema"]
-    text: str = ""
+    text: str
 
     def allows(self, answer: str) -> bool:
         """Whether a complete answer is what the guide asked for."""
         try:
-            value = json.loads(answer)
-            if self.kind == "json":
-                return isinstance(value, (dict, list))
-            _Validator(json.loads(self.text), registry=Registry()).validate(value)
+            _Validator(json.loads(self.text), registry=Registry()).validate(json.loads(answer))
         except (ValueError, ValidationError, Unresolvable, RecursionError):
             return False
         return True
+
+
+ANY_OBJECT = Guide('{"type": "object"}')
 
 
 def plan_guide(model: ServedModel, response_format: ResponseFormat | None) -> Guide | None:
@@ -56,7 +51,7 @@ def plan_guide(model: ServedModel, response_format: ResponseFormat | None) -> Gu
         return None
     require_guides(model, "response_format")
     if response_format.type == "json_object":
-        return Guide("json")
+        return ANY_OBJECT
     if response_format.json_schema is None or response_format.json_schema.schema_ is None:
         raise bad_request("response_format.json_schema has no schema; add it", param="response_format")
     return schema_guide(response_format.json_schema.schema_, "response_format")
@@ -83,7 +78,7 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
         raise bad_request(f"the JSON schema has {len(text)} characters; {_LONGEST_SCHEMA} are allowed", param=param)
     if foreign:
         raise bad_request(f"the JSON schema refers to {foreign[0]!r}; only references within it work", param=param)
-    return Guide("json_schema", text)
+    return Guide(text)
 
 
 def require_guides(model: ServedModel, param: str) -> None:

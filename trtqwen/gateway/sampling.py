@@ -97,7 +97,7 @@ def engine_inputs(
     if sampling.log_probs:
         values["return_log_probs"] = True
     if sampling.guide is not None:
-        values["guided_decoding_guide_type"] = sampling.guide.kind.encode()
+        values["guided_decoding_guide_type"] = b"json_schema"
         values["guided_decoding_guide"] = sampling.guide.text.encode()
     tensors: dict[str, Array] = {"input_ids": np.array([prompt], np.int32)}
     for name, value in values.items():

@@ -193,18 +193,24 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
             kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
             gpu_device_ids=_gpu_device_ids(serve.replicas, built.world_size),
         )
+    else:
+        _set_parameters(config, guided_decoding_backend="xgrammar")
     config.model_transaction_policy.decoupled = True
     _set_instances(config, serve.replicas)
     _set_batching(config, serve)
 
 
 def _tokenizer_info(engine: Path) -> str:
-    """What upstream's `generate_xgrammar_tokenizer_info.py` writes of a tokenizer."""
+    """What upstream's `generate_xgrammar_tokenizer_info.py` writes of a tokenizer.
+
+    With an entry for every row of the engine's vocabulary, which is padded: masks made of fewer are misplaced.
+    """
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
     backend = tokenizers.Tokenizer.from_file(str(engine / TOKENIZER_DIRECTORY / "tokenizer.json"))
     tokens = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
+    vocab_size = read_engine_config(engine).pretrained_config.vocab_size
     info = {
-        "encoded_vocab": [tokens.get(token_id, "") for token_id in range(max(tokens) + 1)],
+        "encoded_vocab": [tokens.get(token_id, "") for token_id in range(vocab_size)],
         "tokenizer_str": backend.to_str(),
         "stop_token_ids": list(tokenizer.stop_ids),
     }
