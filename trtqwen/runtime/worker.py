@@ -153,9 +153,9 @@ class StepLoop:
             assert logits is not None
             responses = self._sample(step, self._output.computed(step, logits))
         except Exception as problem:
-            self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
             if not isinstance(self._communicator, SingleRank):
                 raise  # the ranks may be out of step with each other: only a new start helps
+            self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
             return
         self._emit(responses)
 

@@ -193,7 +193,7 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
             kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
             gpu_device_ids=_gpu_device_ids(serve.replicas, built.world_size),
         )
-    else:
+    elif "guided_decoding_backend" in config.parameters:  # from 0.19
         _set_parameters(config, guided_decoding_backend="xgrammar")
     config.model_transaction_policy.decoupled = True
     _set_instances(config, serve.replicas)
