@@ -18,7 +18,7 @@ from trtqwen.cards import card_facts
 from trtqwen.errors import ContainerError, InputError
 from trtqwen.host import IMAGE_VARIABLE
 from trtqwen.recipe import CHECKOUT, Recipe
-from trtqwen.releases import Image, images, newest_image, version
+from trtqwen.releases import Image, images, newest_image, newest_image_for, version
 
 _PACKAGE = Path(__file__).parent
 _HOME = Path("/opt/trtqwen")
@@ -202,7 +202,7 @@ def _known(image: str) -> Image | None:
 
 
 def _old_driver(driver: str, image: Image) -> str:
-    runs = next((other for other in reversed(images()) if version(driver) >= version(other.driver)), None)
+    runs = newest_image_for(driver)
     remedy = f", or set checkpoint.release {runs.tensorrt_llm} for {runs.image}, the newest it runs" if runs else ""
     return (
         f"{image.image}: needs NVIDIA driver {image.driver} or newer, here is {driver}, and GeForce cards have no "

@@ -6,12 +6,67 @@ import ctypes
 import os
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+from trtqwen.errors import ServerError
+
+S = TypeVar("S", bound="Service")
 
 _PR_SET_PDEATHSIG = 1
 _STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
+
+
+class Service(ABC):
+    """A server in a process of its own; use as a context manager or call `start` and `stop`."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the process; `wait_until_ready` tells when it serves."""
+
+    @abstractmethod
+    def wait_until_ready(self) -> None:
+        """Return when it serves; at once with a ServerError when it ends instead."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a ServerError if it has ended by itself."""
+
+    @abstractmethod
+    def stop(self) -> object:
+        """Let running requests finish and end it, if it runs. May be called again."""
+
+    def _wait(self, ready: Callable[[], bool], timeout: float, late: Callable[[], str]) -> None:
+        """Ask until it is ready.
+
+        Args:
+            timeout: seconds.
+            late: what to say when they are over.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServerError(late())
+            time.sleep(0.05)
+
+    def __enter__(self: S) -> S:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:

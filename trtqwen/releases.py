@@ -84,6 +84,11 @@ def newest_image(release: Release) -> Image:
     raise KeyError(release)
 
 
+def newest_image_for(driver: str) -> Image | None:
+    """The newest image that a driver runs on a GeForce card; None if it is too old for all."""
+    return next((image for image in reversed(images()) if version(driver) >= version(image.driver)), None)
+
+
 def last_engine_release() -> Release:
     """The last release that builds engines; upstream removed the path after it."""
     release: Release = _facts()["last_engine_release"]

@@ -49,6 +49,18 @@ def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
     return condition()
 
 
+def assert_leaving_frees_blocks(server: TritonServer, call: Call) -> None:
+    """A call that goes away in mid-stream frees its KV cache blocks within a second, and takes no further step."""
+    replies = iter(call)
+    next(replies)
+    assert wait_for(lambda: metrics(server)[USED] > 0, 2)
+    call.cancel()
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+    steps = metrics(server)[STEPS]
+    time.sleep(0.3)
+    assert metrics(server)[STEPS] == steps
+
+
 def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
     request = urllib.request.Request(f"http://{server.http_url}/v2/models/{path}", json.dumps(body).encode())
     try:
@@ -172,14 +184,7 @@ def test_stop_words_end_the_answer(server: TritonServer, tokenizer: Tokenizer) -
 
 def test_a_client_that_goes_away_frees_its_blocks_within_a_second(server: TritonServer) -> None:
     call = Call(server, "tensorrt_llm", id_request([5, 6, 7], 500, streaming=True))
-    replies = iter(call)
-    next(replies)
-    assert wait_for(lambda: metrics(server)[USED] > 0, 2)
-    call.cancel()
-    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
-    steps = metrics(server)[STEPS]
-    time.sleep(0.3)
-    assert metrics(server)[STEPS] == steps
+    assert_leaving_frees_blocks(server, call)
 
 
 def test_a_stop_request_ends_a_stream(server: TritonServer) -> None:
@@ -360,15 +365,7 @@ def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
 
 def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None:
     request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
-    call = Call(server, "tensorrt_llm_bls", request)
-    replies = iter(call)
-    next(replies)
-    assert wait_for(lambda: metrics(server)[USED] > 0, 2)
-    call.cancel()
-    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
-    steps = metrics(server)[STEPS]
-    time.sleep(0.3)
-    assert metrics(server)[STEPS] == steps
+    assert_leaving_frees_blocks(server, Call(server, "tensorrt_llm_bls", request))
 
 
 def test_the_program_ends_at_a_stop_word_in_other_tokens(server: TritonServer, tokenizer: Tokenizer) -> None:

@@ -25,14 +25,13 @@ class EngineProvenance(Check):
     title = "the engine was built for this host"
 
     def run(self, subject: Subject) -> Result:
-        if subject.engine is None:
-            raise Skip("give --engine or --repo")
-        config = read_engine_config(subject.engine)
+        engine = subject.named_engine
+        config = read_engine_config(engine)
         if config.builder == "torch":
             return Result("ok", "a torch engine: runs wherever PyTorch does")
         if subject.host.tensorrt_llm is None and not subject.host.gpus:
             raise Skip(f"no TensorRT-LLM and no GPU here; the engine is of {config.version}")
-        problems = [Problem(found.what, found.remedy) for found in check_provenance(subject.engine, subject.host)]
+        problems = [Problem(found.what, found.remedy) for found in check_provenance(engine, subject.host)]
         return self.judge(problems, f"TensorRT-LLM {config.version}, built on the like of this host")
 
 
@@ -125,8 +124,6 @@ class Conflicts(Check):
     title = "serving settings that the engine can honour"
 
     def run(self, subject: Subject) -> Result:
-        if subject.engine is None:
-            raise Skip("give --engine or --repo")
         config, build = subject.engine_config, subject.engine_config.build_config
         kv_algorithm = config.pretrained_config.quantization.kv_cache_quant_algo
         torch = config.builder == "torch"

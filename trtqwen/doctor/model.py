@@ -34,12 +34,11 @@ class Family(Check):
     title = "the model is a dense Qwen2 or Qwen2.5, complete"
 
     def run(self, subject: Subject) -> Result:
-        if subject.model is None:
-            raise Skip("give --model")
-        source = HfModel(subject.model)
+        model = subject.named_model
+        source = HfModel(model)
         config = source.config
         if config.model_type != "qwen2":
-            text = f"{subject.model / 'config.json'}: model_type is {config.model_type}, not qwen2"
+            text = f"{model / 'config.json'}: model_type is {config.model_type}, not qwen2"
             return self.found(text, "use a dense Qwen2 or Qwen2.5; MoE, VL and Qwen1 are built otherwise")
         return Result(
             "ok", f"{source.num_values / 1e9:.2f} billion parameters, {config.num_hidden_layers} layers, all shards"
@@ -78,13 +77,12 @@ class StopIds(Check):
     title = "answers end"
 
     def run(self, subject: Subject) -> Result:
-        if subject.model is None:
-            raise Skip("give --model")
-        tokenizer = Tokenizer(subject.model)
+        model = subject.named_model
+        tokenizer = Tokenizer(model)
         named = {
             "tokenizer_config.json": [tokenizer.end_id],
-            "generation_config.json": _ids(subject.model / "generation_config.json"),
-            "config.json": _ids(subject.model / "config.json"),
+            "generation_config.json": _ids(model / "generation_config.json"),
+            "config.json": _ids(model / "config.json"),
         }
         union = sorted({token for ids in named.values() for token in ids})
         problems = []
@@ -94,7 +92,7 @@ class StopIds(Check):
         turn_end = tokenizer.encode(_TURN_END)
         if len(turn_end) == 1 and turn_end[0] not in union:
             text = f"{_TURN_END} ({turn_end[0]}) ends no answer: {_named(named)}"
-            if _is_instruct(subject.model):
+            if _is_instruct(model):
                 remedy = "take generation_config.json and tokenizer_config.json from the Instruct model"
                 problems.append(Problem(text, remedy))
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+from trtqwen.cards import has_peer_to_peer
 from trtqwen.doctor.check import Check, Problem, Result
 from trtqwen.doctor.subject import Skip, Subject
 from trtqwen.releases import (
@@ -13,12 +14,13 @@ from trtqwen.releases import (
     known_release,
     last_engine_release,
     newest_image,
+    newest_image_for,
     release_facts,
     version,
 )
+from trtqwen.triton.launch import FOREIGN_LAUNCHERS
 
 _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so")
-_LAUNCHERS = ("SLURM_", "PMI_", "PMIX_", "OMPI_")
 
 
 class EnginePath(Check):
@@ -94,9 +96,8 @@ class Driver(Check):
         names = {gpu.name for gpu in subject.host.gpus}
         text = f"driver {driver}, but {_tag(image)} needs {image.driver}"
         remedy = f"install driver {image.driver} or newer"
-        runs = [other for other in images() if version(driver) >= version(other.driver)]
-        if runs:
-            remedy += f", or use {runs[-1].image} (TensorRT-LLM {runs[-1].tensorrt_llm})"
+        if runs := newest_image_for(driver):
+            remedy += f", or use {runs.image} (TensorRT-LLM {runs.tensorrt_llm})"
         if names and not any("GeForce" in name for name in names):
             remedy += "; a data-centre card may also run it through cuda-compat"
             return self.found(text, remedy, "warning")
@@ -123,7 +124,7 @@ class Environment(Check):
     def run(self, subject: Subject) -> Result:
         environ = subject.system.environ
         problems = []
-        hijacked = sorted(name for name in environ if name.startswith(_LAUNCHERS))
+        hijacked = sorted(name for name in environ if name.startswith(FOREIGN_LAUNCHERS))
         if hijacked:
             text = f"{', '.join(hijacked)}: another launcher's, which mpi4py and mpirun obey"
             problems.append(Problem(text, f"env {' '.join(f'-u {name}' for name in hijacked)} trtqwen ..."))
@@ -138,7 +139,7 @@ class Environment(Check):
 def _peer_to_peer(subject: Subject) -> list[Problem]:
     """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data."""
     environ = subject.system.environ
-    cards = [gpu for gpu in subject.host.gpus if "GeForce" in gpu.name]
+    cards = [gpu for gpu in subject.host.gpus if not has_peer_to_peer(gpu.name)]
     several = len(cards) > 1 and subject.local_ranks > 1
     off = environ.get("NCCL_P2P_DISABLE", "0") != "0" or environ.get("NCCL_P2P_LEVEL") == "LOC"
     if several and not off:

@@ -98,10 +98,18 @@ class Subject:
     def named_recipe(self) -> Recipe:
         return _given(self.recipe, "give a RECIPE")
 
+    @property
+    def named_model(self) -> Path:
+        return _given(self.model, "give --model")
+
+    @property
+    def named_engine(self) -> Path:
+        return _given(self.engine, "give --engine or --repo")
+
     @cached_property
     def source(self) -> HfModel:
         """The opened model."""
-        directory = _given(self.model, "give --model")
+        directory = self.named_model
         try:
             return HfModel(directory)
         except TrtQwenError:
@@ -117,7 +125,7 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer."""
-        directory = _given(self.model, "give --model")
+        directory = self.named_model
         try:
             return Tokenizer(directory)
         except TrtQwenError:
@@ -125,7 +133,7 @@ class Subject:
 
     @cached_property
     def engine_config(self) -> EngineConfig:
-        directory = _given(self.engine, "give --engine or --repo")
+        directory = self.named_engine
         try:
             return read_engine_config(directory)
         except TrtQwenError:

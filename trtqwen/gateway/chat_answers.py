@@ -35,12 +35,7 @@ class ChatAnswers:
         self._generator = generator
         self._usage = Usage()
         self._envelope = Envelope(
-            generator.model,
-            plan.generation.request_id,
-            plan.generation.sampling.seed,
-            "chat.completion",
-            "chat.completion.chunk",
-            plan.include_usage,
+            generator.model, plan.generation, "chat.completion", "chat.completion.chunk", plan.include_usage
         )
 
     async def whole(self) -> dict[str, Any]:

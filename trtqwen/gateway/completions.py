@@ -92,12 +92,7 @@ class CompletionAnswers:
         self._generator = generator
         self._usage = Usage()
         self._envelope = Envelope(
-            generator.model,
-            plan.generation.request_id,
-            plan.generation.sampling.seed,
-            "text_completion",
-            "text_completion",
-            plan.include_usage,
+            generator.model, plan.generation, "text_completion", "text_completion", plan.include_usage
         )
 
     async def whole(self) -> dict[str, Any]:

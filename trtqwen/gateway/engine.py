@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
+from trtqwen.triton.client import infer_request
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
@@ -77,7 +76,7 @@ class Replica:
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        call = _Call(self._stub.ModelStreamInfer(_once(_request(request_id, inputs)), timeout=timeout))
+        call = _Call(self._stub.ModelStreamInfer(_once(infer_request(MODEL, request_id, inputs)), timeout=timeout))
         self._calls.add(call)
         received = 0
         try:
@@ -115,15 +114,6 @@ class Replica:
 
 async def _once(request: Any) -> AsyncIterator[Any]:
     yield request
-
-
-def _request(request_id: str, inputs: Mapping[str, Array]) -> Any:
-    request = service_pb2.ModelInferRequest(model_name=MODEL, id=request_id)
-    for name, value in inputs.items():
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
-        raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()
-        request.raw_input_contents.append(raw)
-    return request
 
 
 def _reply(response: Any, received: int) -> Reply:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation import Finish, Usage
+from trtqwen.gateway.generation import Finish, GenerationPlan, Usage
 from trtqwen.gateway.model import ServedModel
 
 
@@ -45,8 +45,7 @@ class Envelope:
     """
 
     model: ServedModel
-    request_id: str
-    seed: int
+    plan: GenerationPlan
     kind: str
     chunk_kind: str
     with_usage: bool = False
@@ -60,7 +59,7 @@ class Envelope:
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
         """The object of an unstreamed answer."""
-        fields = {**self._fields(self.kind), "seed": self.seed}
+        fields = {**self._fields(self.kind), "seed": self.plan.sampling.seed}
         return {**fields, "choices": list(choices), "usage": usage_object(usage)}
 
     def frame(self, index: int, body: str, finish: Finish | None = None, *, first: bool = False) -> bytes:
@@ -70,7 +69,7 @@ class Envelope:
             body: the choice's own fields, as JSON without braces.
             first: also tells the seed.
         """
-        seed = f',"seed":{self.seed}' if first else ""
+        seed = f',"seed":{self.plan.sampling.seed}' if first else ""
         reason = f'"{finish}"' if finish else "null"
         choice = f'{{"index":{index},{body},"finish_reason":{reason}}}'
         return f'{self._head}{seed},"choices":[{choice}]{self._tail}'.encode()
@@ -81,7 +80,7 @@ class Envelope:
 
     def _fields(self, kind: str) -> dict[str, Any]:
         return {
-            "id": self.request_id,
+            "id": self.plan.request_id,
             "object": kind,
             "created": self.created,
             "model": self.model.name,

@@ -6,19 +6,18 @@ import http.client
 import subprocess
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from trtqwen.errors import ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
+from trtqwen.processes import Service
 
 _GRACE_SECONDS = 10  # beyond the gateway's own time to drain
 
 
-class GatewayProcess:
+class GatewayProcess(Service):
     """A running gateway; use as a context manager or call `start` and `stop`. It ends with this process.
 
     Args:
@@ -74,12 +73,9 @@ class GatewayProcess:
         Raises:
             ServerError: with the last line that the gateway wrote.
         """
-        deadline = time.monotonic() + timeout
-        while not self._answers():
-            self.check()
-            if time.monotonic() > deadline:
-                raise ServerError(f"the gateway was not ready within {timeout:g} s: {self._last_line()}")
-            time.sleep(0.05)
+        self._wait(
+            self._answers, timeout, lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line()}"
+        )
 
     def check(self) -> None:
         """Raise a ServerError if the gateway has ended by itself."""
@@ -102,20 +98,6 @@ class GatewayProcess:
             process.stdin.close()
         self._cleanup.close()
         return process.wait()
-
-    def __enter__(self) -> GatewayProcess:
-        self.start()
-        try:
-            self.wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:

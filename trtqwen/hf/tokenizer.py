@@ -5,12 +5,12 @@ from __future__ import annotations
 import codecs
 import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trtqwen.errors import InputError, SourceError
@@ -97,23 +97,27 @@ class Tokenizer:
         return self._backend.token_to_id(content) if isinstance(content, str) else None
 
 
+@cache
+def chat_template(text: str) -> Template:
+    """A chat template as `transformers` runs it: in jinja2's sandbox, because it is data from a model directory.
+
+    Raises:
+        TemplateError: if it is not a template.
+    """
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = _refuse
+    environment.filters["tojson"] = _to_json
+    return environment.from_string(text)
+
+
 def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
     """Render a conversation by a model's own chat template, ready for the assistant's turn.
-
-    The template is data from a model directory: it runs in jinja2's sandbox, as `transformers` runs it.
 
     Raises:
         InputError: if the template is broken or refuses the messages.
     """
-
-    def refuse(message: str) -> None:
-        raise TemplateError(message)
-
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-    environment.globals["raise_exception"] = refuse
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     try:
-        return environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+        return chat_template(template).render(messages=messages, add_generation_prompt=True)
     except TemplateError as problem:
         raise InputError(f"the chat template refuses these messages: {problem}; change them") from None
 
@@ -153,6 +157,21 @@ def _byte_characters() -> list[str]:
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     substitutes = iter(range(0x100, 0x200))
     return [chr(byte) if byte in printable else chr(next(substitutes)) for byte in range(256)]
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes what HTML needs, which a prompt does not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

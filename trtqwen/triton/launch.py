@@ -30,7 +30,7 @@ from trtqwen.host import Host
 ENGINE_MODEL = "tensorrt_llm"
 _CPP_BACKEND = "tensorrtllm"
 # Left by a launcher around us; they would make our ranks join its job.
-_FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
+FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 Mode = Literal["single", "leader", "orchestrator"]
 
 
@@ -171,7 +171,7 @@ def plan_launch(
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what other launchers left in it."""
-    return {name: value for name, value in environment.items() if not name.startswith(_FOREIGN_LAUNCHERS)}
+    return {name: value for name, value in environment.items() if not name.startswith(FOREIGN_LAUNCHERS)}
 
 
 def _nccl_environment(deployment: Deployment, host: Host | None) -> dict[str, str]:

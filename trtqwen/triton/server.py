@@ -17,14 +17,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import Protocol
+from types import FrameType
 
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.errors import InputError, PortInUseError, ServerError
-from trtqwen.host import read_host
-from trtqwen.processes import die_with_parent, kill_session, programs
+from trtqwen.host import Host, read_host
+from trtqwen.processes import Service, die_with_parent, kill_session, programs
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
 
@@ -41,7 +40,7 @@ class Ports:
     metrics: int = 8002
 
 
-class TritonServer:
+class TritonServer(Service):
     """A running tritonserver on a finished repository; use as a context manager or call `start` and `stop`.
 
     The server, its python models and the engine's ranks end with this process, however it ends. Start it from a
@@ -75,8 +74,10 @@ class TritonServer:
         read_manifest(repository, "repository")
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
+        self._machine: Host | None = None
         if self._deployment.engine is not None:
-            _check_engine(self._deployment.engine)
+            self._machine = read_host()
+            _check_engine(self._deployment.engine, self._machine)
         self._installation = find_tritonserver()
         self.host = host
         self.ports = _claim(ports or Ports(), host)
@@ -128,7 +129,7 @@ class TritonServer:
             shm_prefix=self._shm_prefix,
             drain_seconds=self._drain_seconds,
             backends=backends,
-            host=read_host() if self._deployment.world_size > 1 else None,
+            host=self._machine,
         )
 
     def start(self) -> None:
@@ -165,12 +166,9 @@ class TritonServer:
         Raises:
             ServerError: with the most telling line of the log.
         """
-        deadline = time.monotonic() + timeout
-        while not self._answers():
-            self.check()
-            if time.monotonic() > deadline:
-                raise ServerError(f"Triton was not ready within {timeout:g} s: {self._telling_line()}")
-            time.sleep(0.05)
+        self._wait(
+            self._answers, timeout, lambda: f"Triton was not ready within {timeout:g} s: {self._telling_line()}"
+        )
 
     def check(self) -> None:
         """Raise a ServerError if the server, or one of its ranks, has ended by itself."""
@@ -200,20 +198,6 @@ class TritonServer:
                 leftover.unlink(missing_ok=True)
             self._process = None
         self._cleanup.close()
-
-    def __enter__(self) -> TritonServer:
-        self.start()
-        try:
-            self.wait_until_ready()
-        except BaseException:
-            self.stop()
-            raise
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
 
     @property
     def _running(self) -> subprocess.Popen[bytes]:
@@ -250,16 +234,6 @@ class TritonServer:
         advice = f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         return f"{message} ({advice})"
-
-
-class Service(Protocol):
-    """A process beside the server, started after it and stopped before it."""
-
-    def check(self) -> None:
-        """Raise a ServerError if it has ended by itself."""
-
-    def stop(self) -> object:
-        """Let running requests finish and end it, if it runs."""
 
 
 class _Signalled(BaseException):
@@ -303,8 +277,8 @@ def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]
             signal.signal(number, handler)
 
 
-def _check_engine(engine: Path) -> None:
-    problems = check_provenance(engine, read_host())
+def _check_engine(engine: Path, machine: Host) -> None:
+    problems = check_provenance(engine, machine)
     if problems:
         raise ServerError(str(problems[0]))
 
