@@ -11,12 +11,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -38,6 +42,7 @@ from trtqwen.triton.server import Ports, TritonServer
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"
+_CONTENT = b'"delta":{"content":"'  # each token is one character
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -63,8 +68,9 @@ async def ask_gateway(port: int, body: dict[str, Any]) -> Answer:
         while line := await reader.readline():
             if line.startswith(b'data: {"error"'):
                 answer.error = line.decode().strip()
-            elif b'"delta":{"content":' in line:
-                answer.times.append(time.monotonic())
+            elif (start := line.find(_CONTENT)) >= 0:
+                text = line[start + len(_CONTENT) : line.index(b'"', start + len(_CONTENT))]
+                answer.times += [time.monotonic()] * len(text)
                 answer.id = answer.id or json.loads(line[6:])["id"]
             elif line.startswith(b"data: [DONE]"):
                 answer.finished = True
@@ -78,7 +84,7 @@ async def ask_gateway(port: int, body: dict[str, Any]) -> Answer:
     return answer
 
 
-async def ask_triton(replica: Replica, number: int, prompt: Sequence[int], max_tokens: int) -> Answer:
+async def ask_triton(replica: Replica, prompt: Sequence[int], max_tokens: int) -> Answer:
     """The same straight from Triton."""
     inputs = {
         "input_ids": np.array([prompt], np.int32),
@@ -86,7 +92,7 @@ async def ask_triton(replica: Replica, number: int, prompt: Sequence[int], max_t
         "request_output_len": np.array([[max_tokens]], np.int32),
         "streaming": np.array([[True]]),
     }
-    answer = Answer(status=200, id=f"direct-{number}")
+    answer = Answer(status=200, id=f"direct-{uuid.uuid4().hex}")
     async for reply in replica.generate(f"{answer.id}-0", inputs, 600):
         answer.times += [time.monotonic()] * len(reply.token_ids)
     answer.finished = True
@@ -102,8 +108,31 @@ def rss_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE / 1e6
 
 
+def clients_of_gateway(port: int, message: str, streams: int, tokens: int) -> list[Answer]:
+    """Streams that one process reads through the gateway."""
+    body = {"messages": [{"role": "user", "content": message}], "max_tokens": tokens}
+
+    async def ask() -> list[Answer]:
+        return await asyncio.gather(*(ask_gateway(port, body) for _ in range(streams)))
+
+    return uvloop.run(ask())
+
+
+def clients_of_triton(address: str, prompt: Sequence[int], streams: int, tokens: int) -> list[Answer]:
+    """Streams that one process reads straight from Triton."""
+
+    async def ask() -> list[Answer]:
+        replica = Replica(address)
+        try:
+            return await asyncio.gather(*(ask_triton(replica, prompt, tokens) for _ in range(streams)))
+        finally:
+            await replica.close()
+
+    return uvloop.run(ask())
+
+
 class Bench:
-    """One Triton with the stand-in and one gateway in front of it."""
+    """Tritons with the stand-in, a gateway in front of them, and a process of clients for each of them."""
 
     def __init__(self, options: argparse.Namespace, home: Path) -> None:
         self.options = options
@@ -117,11 +146,13 @@ class Bench:
             home / "plain", home / "stand-in", step_ms=options.step_ms, send_times=str(self.times)
         )
         self.tokenizer = Tokenizer(tokenizer_directory(home / "stand-in"))
-        self.server = TritonServer(home / "stand-in", ports=Ports(0, 0, 0), drain_seconds=2)
-        config = GatewayConfig(
-            repository=home / "stand-in", triton=(self.server.grpc_url,), port=0, model_name="bench"
-        )
+        self.servers = [
+            TritonServer(home / "stand-in", ports=Ports(0, 0, 0), drain_seconds=2) for _ in range(options.replicas)
+        ]
+        addresses = tuple(server.grpc_url for server in self.servers)
+        config = GatewayConfig(repository=home / "stand-in", triton=addresses, port=0, model_name="bench")
         self.gateway = GatewayProcess(config)
+        self.pool = ProcessPoolExecutor(options.replicas, multiprocessing.get_context("spawn"))
 
     def message(self, tokens: int) -> str:
         return f"/again {tokens} a"
@@ -135,45 +166,48 @@ class Bench:
             delays += [arrived - left for arrived, left in zip(answer.times, sent, strict=True)]
         return delays
 
-    async def through_gateway(self, streams: int, tokens: int) -> list[Answer]:
-        body = {"messages": [{"role": "user", "content": self.message(tokens)}], "max_tokens": tokens}
-        return await asyncio.gather(*(ask_gateway(self.gateway.config.port, body) for _ in range(streams)))
+    def through_gateway(self, streams: int, tokens: int) -> list[Answer]:
+        port, message = self.gateway.config.port, self.message(tokens)
+        asked = [self.pool.submit(clients_of_gateway, port, message, streams, tokens) for _ in self.servers]
+        return [answer for clients in asked for answer in clients.result()]
 
-    async def direct(self, streams: int, tokens: int) -> list[Answer]:
+    def direct(self, streams: int, tokens: int) -> list[Answer]:
         prompt = self.tokenizer.encode(f"<|im_start|>user\n{self.message(tokens)}<|im_end|>\n")
-        replica = Replica(self.server.grpc_url)
-        try:
-            return await asyncio.gather(*(ask_triton(replica, number, prompt, tokens) for number in range(streams)))
-        finally:
-            await replica.close()
+        addresses = [server.grpc_url for server in self.servers]
+        asked = [self.pool.submit(clients_of_triton, address, prompt, streams, tokens) for address in addresses]
+        return [answer for clients in asked for answer in clients.result()]
 
-    async def latency(self) -> dict[str, Any]:
+    def latency(self) -> dict[str, Any]:
         """Delay a token and throughput of both ways, taken in turns."""
         options = self.options
-        await self.through_gateway(4, 20)
+        self.through_gateway(4, 20)
         rounds: dict[str, list[tuple[float, float, float]]] = {"direct": [], "gateway": []}
-        cpu = 0.0
+        cpu = busiest = 0.0
         for _ in range(options.rounds):
             for name, ask in (("direct", self.direct), ("gateway", self.through_gateway)):
                 before, begun = cpu_seconds(self.gateway.pid), time.monotonic()
-                answers = await ask(options.streams, options.tokens)
+                answers = ask(options.streams, options.tokens)
                 seconds = time.monotonic() - begun
                 if name == "gateway":
-                    cpu += cpu_seconds(self.gateway.pid) - before
+                    used = cpu_seconds(self.gateway.pid) - before
+                    cpu, busiest = cpu + used, max(busiest, used / seconds)
                 assert all(answer.finished for answer in answers), [answer.error for answer in answers]
                 delays = self.delays(answers)
                 p99 = sorted(delays)[int(len(delays) * 0.99)]
                 rounds[name].append((statistics.median(delays), p99, len(delays) / seconds))
-        result: dict[str, Any] = {"streams": options.streams, "tokens": options.tokens, "step_ms": options.step_ms}
+        result: dict[str, Any] = {
+            name: getattr(options, name) for name in ("replicas", "streams", "tokens", "step_ms")
+        }
         for name, rows in rounds.items():
             median, p99, rate = (statistics.median(column) for column in zip(*rows, strict=True))
             result[name] = {"median_ms": median * 1e3, "p99_ms": p99 * 1e3, "tokens_per_second": rate}
         direct, gateway = result["direct"], result["gateway"]
-        total = options.rounds * options.streams * options.tokens
+        total = options.rounds * options.replicas * options.streams * options.tokens
         return result | {
             "added_median_ms": gateway["median_ms"] - direct["median_ms"],
             "lost_throughput_percent": 100 * (1 - gateway["tokens_per_second"] / direct["tokens_per_second"]),
             "gateway_cpu_us_per_token": cpu / total * 1e6,
+            "gateway_cores": busiest,
         }
 
     async def overload(self) -> dict[str, Any]:
@@ -222,6 +256,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overload", action="store_true", help="four times what the engine can do")
+    parser.add_argument("--replicas", type=int, default=1, help="Tritons, each with so many streams")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=25, help="of the stand-in engine; 0 is as fast as it can")
@@ -230,8 +265,11 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         bench = Bench(options, Path(home))
-        with bench.server, bench.gateway:
-            result = uvloop.run(bench.overload() if options.overload else bench.latency())
+        with ExitStack() as running:
+            running.enter_context(bench.pool)
+            for service in (*bench.servers, bench.gateway):
+                running.enter_context(service)
+            result = uvloop.run(bench.overload()) if options.overload else bench.latency()
     print(json.dumps(result, indent=2))
 
 

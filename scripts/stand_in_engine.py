@@ -139,7 +139,7 @@ class TritonPythonModel:
     def _advance(self, answer: _Answer) -> bool:
         """Send one token; whether that was the last."""
         pb = self._pb
-        if answer.sender.is_cancelled():
+        if len(answer.times) % 16 == 0 and answer.sender.is_cancelled():
             answer.sender.send(self._response([]), flags=pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
             return True
         if answer.left < 0:
