@@ -39,10 +39,11 @@ VALID: dict[str, dict[str, Any]] = {
         **{"temperature": 0.5, "top_p": 0.5, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logprobs": False},
         **{"tools": [TOOL], "tool_choice": "auto", "stream_options": {"include_usage": True}},
         **{"top_k": 3, "min_tokens": 1, "ignore_eos": False, "repetition_penalty": 1.1, "response_format": SCHEMA},
+        **{"logit_bias": {"5": 1}},
     },
     "/v1/completions": {
         **{"model": "qwen", "prompt": "hi", "max_tokens": 4, "stream": True, "n": 1, "stop": "x", "logprobs": None},
-        **{"echo": True, "seed": 1, "best_of": 1, "temperature": 1.0, "suffix": None},
+        **{"echo": True, "seed": 1, "best_of": 1, "temperature": 1.0, "suffix": None, "logit_bias": {"7": -1}},
     },
     "/generate": {"text_input": "hi", "max_tokens": 4, "stop_words": ["x"], "top_k": 1, "seed": 3, "id": "a"},
     "/generate_stream": {"text_input": "hi", "max_tokens": 4, "temperature": 0.5},

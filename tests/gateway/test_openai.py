@@ -7,13 +7,17 @@ import json
 import os
 import signal
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import openai
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.gateway.conftest import Running, wait_for
 from tests.gateway.deaths import check_death, process
+from trtqwen.demo import MODEL
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.triton.client import stream
 from trtqwen.triton.repository import tokenizer_directory
@@ -115,6 +119,57 @@ def test_stop_strings_end_an_answer_across_tokens(live: Running) -> None:
         assert texts == {0: whole[: whole.index(stop)]}
         assert reasons == {0: "stop"}
     assert wait_for(lambda: live.used_blocks() == 0, 5)
+
+
+@pytest.fixture(scope="module")
+def greedy() -> Callable[[str, int], list[tuple[int, float]]]:
+    """What `transformers` finds most probable after a prompt: tokens, and the logarithms of their probabilities."""
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    tokenizer = Tokenizer(MODEL)
+
+    def run(prompt: str, count: int) -> list[tuple[int, float]]:
+        ids, found = tokenizer.encode(prompt), []
+        for _ in range(count):
+            with torch.no_grad():
+                value, token = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).max(-1)
+            ids.append(int(token))
+            found.append((int(token), float(value)))
+        return found
+
+    return run
+
+
+def test_log_probs_are_the_model_s(live: Running, greedy: Callable[[str, int], list[tuple[int, float]]]) -> None:
+    tokenizer = Tokenizer(MODEL)
+    assert tokenizer.chat_template
+    prompt = render_chat(tokenizer.chat_template, [{"role": "user", "content": "你好"}])
+    expected = greedy(prompt, 10)
+    texts = [tokenizer.token_bytes[token] for token, _ in expected]
+    values = pytest.approx([value for _, value in expected], abs=2e-4)
+    options = {"max_tokens": 10, "logprobs": True, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.0}
+    [choice] = live.chat("你好", **options).choices
+    chunks = [choice for chunk in live.chat("你好", stream=True, **options) for choice in chunk.choices]
+    streamed = [entry for chunk in chunks if chunk.logprobs for entry in chunk.logprobs.content]
+    for entries in (choice.logprobs.content, streamed):
+        assert [bytes(entry.bytes) for entry in entries] == texts
+        assert [entry.logprob for entry in entries] == values
+    del options["logprobs"]
+    completion = live.client.completions.create(model="qwen", prompt=prompt, logprobs=0, **options)
+    assert completion.choices[0].logprobs.token_logprobs == values
+
+
+def test_a_bias_bans_and_forces_tokens(live: Running) -> None:
+    tokenizer = Tokenizer(MODEL)
+    banned = live.chat("Hello!", max_tokens=1, logprobs=True, **GREEDY).choices[0].logprobs.content[0]
+    token = tokenizer.token_bytes.index(bytes(banned.bytes))
+    other = live.chat("Hello!", max_tokens=1, logprobs=True, logit_bias={token: -100}, **GREEDY)
+    assert other.choices[0].logprobs.content[0].bytes != banned.bytes
+    [forced] = tokenizer.encode("7")
+    sampled = live.chat("Hello!", max_tokens=5, temperature=1, seed=3, logit_bias={forced: 100})
+    assert sampled.choices[0].message.content == "77777"
+    options = {"model": "qwen", "prompt": "Hello", "max_tokens": 5, "logit_bias": {str(forced): 100}}
+    assert live.client.completions.create(**options).choices[0].text == "77777"
 
 
 def test_completions_take_prompts_as_they_are(live: Running) -> None:
@@ -219,7 +274,9 @@ ERRORS = [
     ({"stop": ["a"] * 5}, "invalid_value", "stop", "at most 4"),
     ({"stop": ""}, "invalid_value", "stop", "at least 1 character"),
     ({"typo": 1}, "unknown_field", "typo", "Unrecognized request argument"),
-    ({"logit_bias": {"5": 1}}, "unsupported", "logit_bias", "leave it out"),
+    ({"logit_bias": {"4096": 1}}, "invalid_value", "logit_bias", "outside the vocabulary of 4096"),
+    ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5", "less than or equal to 100"),
+    ({"logit_bias": {"-1": 1}}, "invalid_value", None, "match pattern"),
     ({"logprobs": True, "top_logprobs": 2}, "unsupported", "top_logprobs", "chosen token"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported", "tools", "no place for tools"),
 ]

@@ -14,7 +14,7 @@ from trtqwen.gateway.generation import GenerationPlan, fit_max_tokens
 from trtqwen.gateway.guides import plan_guide, require_guides, schema_guide
 from trtqwen.gateway.model import ServedModel
 from trtqwen.gateway.objects import choice_count
-from trtqwen.gateway.sampling import Sampling, draw_seed, plan_sampling
+from trtqwen.gateway.sampling import Sampling, draw_seed, plan_bias, plan_sampling
 from trtqwen.gateway.schemas import ChatRequest, Message, NamedTool, Tool, refuse_unsupported
 from trtqwen.gateway.tools import OPEN, call_schema
 
@@ -63,6 +63,7 @@ def plan_chat(
     sampling = Sampling(
         plan_sampling(request, model.defaults),
         draw_seed() if request.seed is None else request.seed,
+        plan_bias(request, model.vocab_size),
         log_probs=bool(request.logprobs),
         ignore_eos=request.ignore_eos,
         guide=guide,

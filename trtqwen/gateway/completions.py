@@ -15,7 +15,7 @@ from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.generation import Finish, GenerationPlan, Generator, TokenLogProb, Usage, fit_max_tokens
 from trtqwen.gateway.model import ServedModel
 from trtqwen.gateway.objects import Envelope, choice_count
-from trtqwen.gateway.sampling import Sampling, draw_seed, plan_sampling
+from trtqwen.gateway.sampling import Sampling, draw_seed, plan_bias, plan_sampling
 from trtqwen.gateway.schemas import CompletionRequest, refuse_unsupported
 from trtqwen.gateway.sse import DONE
 
@@ -46,6 +46,7 @@ def plan_completion(model: ServedModel, config: GatewayConfig, request: Completi
     sampling = Sampling(
         plan_sampling(request, model.defaults),
         draw_seed() if request.seed is None else request.seed,
+        plan_bias(request, model.vocab_size),
         log_probs=request.logprobs is not None,
         ignore_eos=request.ignore_eos,
     )

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.gateway.errors import unsupported
+from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.guides import Guide
 from trtqwen.gateway.model import GenerationDefaults, ServedModel
 from trtqwen.gateway.schemas import GenerateRequest, SamplingFields
@@ -33,10 +33,16 @@ _SEED_BITS = 53  # what every client's JSON numbers carry exactly
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen; `values` go by the engine's tensor names."""
+    """How tokens are chosen.
+
+    Attributes:
+        values: by the engine's tensor names.
+        bias: added to the logits, by token id.
+    """
 
     values: Mapping[str, float]
     seed: int
+    bias: Mapping[int, float] = field(default_factory=dict)
     log_probs: bool = False
     ignore_eos: bool = False
     guide: Guide | None = None
@@ -71,6 +77,19 @@ def plan_sampling(request: SamplingFields | GenerateRequest, defaults: Generatio
     return values | {"temperature": temperature, "runtime_top_p": top_p} | ({"runtime_top_k": top_k} if top_k else {})
 
 
+def plan_bias(request: SamplingFields, vocab_size: int) -> dict[int, float]:
+    """What a request adds to the logits, by token id.
+
+    Raises:
+        ApiError: if an id is outside the vocabulary.
+    """
+    bias = {int(token): value for token, value in (request.logit_bias or {}).items()}
+    if bias and max(bias) >= vocab_size:
+        message = f"logit_bias: token id {max(bias)} is outside the vocabulary of {vocab_size}"
+        raise bad_request(f"{message}; use the model's own tokenizer", param="logit_bias")
+    return bias
+
+
 def engine_inputs(
     model: ServedModel, sampling: Sampling, prompt: tuple[int, ...], max_tokens: int, index: int
 ) -> dict[str, Array]:
@@ -102,6 +121,9 @@ def engine_inputs(
     tensors: dict[str, Array] = {"input_ids": np.array([prompt], np.int32)}
     for name, value in values.items():
         tensors[_tensor_name(model, name)] = np.array([[value]], _DTYPES[name])
+    if sampling.bias:
+        bias = tensors[_tensor_name(model, "embedding_bias")] = np.zeros((1, model.vocab_size), np.float32)
+        bias[0, list(sampling.bias)] = list(sampling.bias.values())
     return tensors
 
 

@@ -16,6 +16,7 @@ from trtqwen.gateway.errors import unsupported
 StopString = Annotated[str, Field(min_length=1, max_length=256)]
 FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 
 _UNSUPPORTED = {
@@ -23,7 +24,6 @@ _UNSUPPORTED = {
     "best_of": "ask for n answers and choose",
     "function_call": "use tool_choice",
     "functions": "use tools",
-    "logit_bias": "no engine here takes it",
     "modalities": "answers are text",
     "prediction": "there is no draft decoding",
     "reasoning_effort": "the model does not reason apart from its answer",
@@ -62,7 +62,7 @@ class SamplingFields(_Schema):
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
     # Without effect on the answer:
     user: str | None = None
     metadata: dict[str, str] | None = None
