@@ -56,7 +56,8 @@ class Page:
 @pytest.fixture(scope="module")
 def driver() -> Iterator[webdriver.Chrome]:
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,760"):
+    quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,760", *quiet):
         options.add_argument(argument)
     options.binary_location = CHROMIUM
     browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
