@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
@@ -14,11 +16,12 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from trtqwen.artifact import cached
+from trtqwen.artifact import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.triton.repository import write_repository
 
 TINY: dict[str, Any] = {
     "vocab_size": 515,
@@ -71,5 +74,23 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
         if not engine.exists():
             build_engine(checkpoint, recipe, engine)
         return engine
+
+    return make
+
+
+@pytest.fixture
+def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
+    """The repository of a TensorRT engine with some ranks and replicas; the engine's plans are empty."""
+
+    def make(world_size: int, replicas: int = 1) -> Path:
+        engine = Path(shutil.copytree(bundled_engine(world_size), tmp_path / "engine"))
+        config = json.loads((engine / "config.json").read_text())
+        (engine / "config.json").write_text(json.dumps(config | {"builder": "tensorrt_llm", "version": "1.2.1"}))
+        for rank in range(world_size):
+            (engine / f"rank{rank}.engine").touch()
+        (engine / "manifest.json").unlink()
+        write_manifest(engine, "engine", {}, {})
+        write_repository(engine, ServeRecipe(replicas=replicas), tmp_path / "repository")
+        return tmp_path / "repository"
 
     return make

@@ -137,7 +137,7 @@ def test_serving_takes_every_replicas_gpus_and_the_hosts_network(tmp_path: Path)
     finished(engine, "engine", {})
     finished(repository, "repository", {"engine": str(engine)})
     flags = ["--host=127.0.0.1", "--http-port=8000"]
-    plan = plan_serve_container(REPLICAS, repository, flags, tmp_path / "logs" / "triton.log", ContainerOptions())
+    plan = plan_serve_container(REPLICAS, repository, flags, [], tmp_path / "logs" / "triton.log", ContainerOptions())
     options = parsed(plan)
     assert options.network == "host"
     assert devices(plan) == ["0", "1", "2", "3"]

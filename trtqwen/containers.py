@@ -103,9 +103,17 @@ def plan_build_container(
 
 
 def plan_serve_container(
-    recipe: Recipe, repository: Path, flags: Sequence[str], log: Path | None, options: ContainerOptions
+    recipe: Recipe,
+    repository: Path,
+    flags: Sequence[str],
+    files: Sequence[Path],
+    log: Path | None,
+    options: ContainerOptions,
 ) -> ContainerPlan:
     """The container of `trtqwen serve`, in the host's network: addresses and ports mean what they mean outside.
+
+    Args:
+        files: that the flags name.
 
     Raises:
         InputError: as `plan_build_container`, or if the repository is not finished.
@@ -118,7 +126,7 @@ def plan_serve_container(
     return _plan(
         recipe,
         ["serve", f"--repo={repository}", *flags],
-        read=[repository, Path(engine)],
+        read=[repository, Path(engine), *files],
         write=[log.resolve().parent] if log else [],
         gpus=recipe.world_size * recipe.serve.replicas,
         options=options,

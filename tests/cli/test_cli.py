@@ -10,8 +10,11 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +136,8 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     refused(trtqwen("build", "nope", "--model", MODEL), "no such recipe")
     refused(trtqwen("serve", "--repo", tmp_path / "empty"), "is not a finished repository")
     refused(trtqwen("serve", cwd=tmp_path), "holds 0 repositories")
+    refused(trtqwen("gateway"), "gateway: field 'repository' is missing")
+    refused(trtqwen("gateway", "--repo", tmp_path / "empty"), "is not a finished repository")
     assert not (tmp_path / "out").exists()
 
 
@@ -169,26 +174,50 @@ def children(pid: int) -> list[int]:
     return sorted(family - {pid})
 
 
-@pytest.mark.triton
-def test_serve_answers_and_stops_cleanly(repository: Path) -> None:
-    ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--gateway-port", "0")
-    command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports, "--json"]
-    server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert server.stdout is not None
+def started(*arguments: object) -> tuple[subprocess.Popen[str], dict[str, Any]]:
+    """A command that runs, and the JSON object that it has printed."""
+    command = [sys.executable, "-m", "trtqwen", *map(str, arguments), "--json"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
     text = ""
     while not text.endswith("}\n"):
-        line = server.stdout.readline()
-        assert line, server.stderr.read() if server.stderr else ""
+        line = process.stdout.readline()
+        assert line, process.stderr.read() if process.stderr else ""
         text += line
-    endpoints = json.loads(text)
+    return process, json.loads(text)
+
+
+def fetched(url: str) -> tuple[int, str]:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return answer.status, answer.read().decode()
+    except urllib.error.HTTPError as problem:
+        return problem.code, problem.read().decode()
+
+
+@pytest.mark.triton
+def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> None:
+    ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
+    server, endpoints = started("serve", "--repo", repository, *ports, "--model-name", "small")
+    assert json.loads(fetched(f"{endpoints['gateway']}/v1/models")[1])["data"][0]["id"] == "small"
+    settings = tmp_path / "gateway.yaml"
+    settings.write_text("port: 0\nprobe_seconds: 1.5\nmodel_name: alone\n")
+    alone, printed = started("gateway", "--repo", repository, "--triton", endpoints["grpc"], "--config", settings)
+    deadline = time.monotonic() + 10
+    while fetched(f"{printed['gateway']}/ready")[0] != 200:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert fetched(f"{printed['gateway']}/v1/models/alone")[0] == 200
+    alone.send_signal(signal.SIGTERM)
+    assert alone.wait(timeout=20) == 0
     family = children(server.pid)
     assert len(family) >= 4  # tritonserver, its text models, the engine
     answer = trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16)
     assert answer.returncode == 0
     assert answer.stdout.strip()
-    printed = json.loads(trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16, "--json").stdout)
-    assert printed["text"].strip() == answer.stdout.strip()
-    assert 0 < printed["tokens"] <= 16
+    told = json.loads(trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16, "--json").stdout)
+    assert told["text"].strip() == answer.stdout.strip()
+    assert 0 < told["tokens"] <= 16
     taken = endpoints["grpc"].rpartition(":")[2]
     refused(trtqwen("serve", "--repo", repository, "--grpc-port", taken), taken, "is in use", "--grpc-port")
     server.send_signal(signal.SIGTERM)

@@ -126,6 +126,13 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
         "--gateway-port=8080",
         f"--log={home}/triton.log",
     ]
+    (home / "keys.yaml").write_text("keys: []\n")
+    (home / "gateway.yaml").write_text("api_keys: keys.yaml\nqueue_seconds: 5\n")
+    code, output, _ = run(programs, *arguments, "--gateway-config", "gateway.yaml", "--dry-run")
+    assert code == 0
+    for name in ("keys.yaml", "gateway.yaml"):
+        assert f"source={home}/{name},target={home}/{name},readonly" in output
+    assert f"--gateway-config={home}/gateway.yaml" in output
     code, output, problem = run(programs, "serve", "--in-container")
     assert (code, output) == (2, "")
     assert "needs the recipe" in problem

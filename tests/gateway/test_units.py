@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,14 +19,16 @@ from tritonclient.grpc import service_pb2
 from tests.gateway.conftest import TOOLS_TEMPLATE
 from trtqwen.demo import MODEL
 from trtqwen.errors import InputError, SourceError
+from trtqwen.gateway.admission import Capacity, QueueLimits
 from trtqwen.gateway.auth import Caller, TokenBucket, read_keys
 from trtqwen.gateway.chat_template import ChatTemplate
-from trtqwen.gateway.config import gateway_config
+from trtqwen.gateway.config import GatewayConfig, gateway_config
 from trtqwen.gateway.engine import _reply
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation import fit_max_tokens
 from trtqwen.gateway.guides import ANY_OBJECT, Guide, plan_guide
 from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
+from trtqwen.gateway.runtime import plan_admission
 from trtqwen.gateway.sampling import Sampling, engine_inputs, plan_sampling
 from trtqwen.gateway.schemas import ChatRequest, ResponseFormat
 
@@ -119,6 +122,18 @@ def test_the_model_is_as_its_repository_says(engine_repository: Path, stand_in_r
     assert load_model(stand_in_repository).guided_decoding
 
 
+def test_four_copies_behind_one_triton_run_four_times_as_much(
+    trt_repository: Callable[..., Path], engine_repository: Path
+) -> None:
+    """Orchestrator mode: one address, a batch and a KV cache for each copy; a request lives in one of them."""
+    one = plan_admission(GatewayConfig(repository=engine_repository), load_model(engine_repository))
+    path = trt_repository(1, 4)
+    four = plan_admission(GatewayConfig(repository=path), load_model(path))
+    assert four.capacity == Capacity(4 * one.capacity.requests, 4 * one.capacity.tokens)
+    assert four.queue_limits == QueueLimits(4 * one.queue_limits.requests, 4 * one.queue_limits.tokens)
+    assert four.largest == one.largest == 16 * 512
+
+
 @given(st.integers(1, 600), st.none() | st.integers(1, 600), st.integers(1, 600), st.none() | st.integers(1, 600))
 def test_an_answer_always_fits(prompt: int, asked: int | None, default: int, most: int | None) -> None:
     class Limits:
@@ -183,11 +198,41 @@ def test_keys_files_are_checked(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"gateway: port: .* 65535"):
+    with pytest.raises(InputError, match=r"gateway: field 'port': .* 65535 \(got 70000\)"):
         gateway_config(repository=tmp_path, port=70000)
+    with pytest.raises(InputError, match=r"field 'triton.0': .* pattern .*\(got 'localhost'\)"):
+        gateway_config(repository=tmp_path, triton=("localhost",))
     with pytest.raises(InputError, match="can be reached by others"):
         gateway_config(repository=tmp_path, host="0.0.0.0")
     assert gateway_config(repository=tmp_path, host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"
+
+
+def test_a_file_of_settings_adds_to_those_of_the_command(tmp_path: Path) -> None:
+    file = tmp_path / "gateway.yaml"
+    file.write_text("queue_seconds: 5\nmax_tokens: 100\napi_keys: keys.yaml\n")
+    config = gateway_config(file, repository=tmp_path, port=1, api_keys=None)
+    assert (config.queue_seconds, config.max_tokens, config.port) == (5, 100, 1)
+    assert config.api_keys == tmp_path / "keys.yaml"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("queue_second: 5", "field 'queue_second' is unknown"),
+        ("queue_seconds: 0", "field 'queue_seconds': .* greater than 0"),
+        ("port: 5", "port: is also set by the command"),
+        ("[1]", "is not a mapping"),
+        ("a: [", "is not YAML"),
+        ("\udcff", "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_of_settings_is_checked(tmp_path: Path, text: str | None, message: str) -> None:
+    file = tmp_path / "gateway.yaml"
+    if text is not None:
+        file.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=rf"gateway\.yaml: {message}"):
+        gateway_config(file, repository=tmp_path, port=80)
 
 
 @pytest.mark.parametrize("repeats", [True, False])

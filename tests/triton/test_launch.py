@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,14 +17,11 @@ from typing import Any
 import pytest
 
 from tests.standins import host, mpirun, tritonserver
-from trtqwen.artifact import write_manifest
 from trtqwen.errors import InputError, ServerError
 from trtqwen.host import Gpu, Host
 from trtqwen.processes import living
-from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.installation import find_tritonserver
 from trtqwen.triton.launch import Deployment, Endpoint, Launch, plan_launch, read_deployment
-from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)
@@ -104,24 +100,6 @@ def test_every_flag_is_one_of_the_real_tritonservers() -> None:
     flags = {word for word in used if word.startswith("--") and word != "--allow-run-as-root"}
     assert flags <= {f"--{name}" for name in tritonserver.FLAGS}
     assert [name for name in tritonserver.FLAGS if f"--{name}" not in known] == []
-
-
-@pytest.fixture
-def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
-    """The repository of a TensorRT engine with some ranks and replicas; the engine's plans are empty."""
-
-    def make(world_size: int, replicas: int = 1) -> Path:
-        engine = Path(shutil.copytree(bundled_engine(world_size), tmp_path / "engine"))
-        config = json.loads((engine / "config.json").read_text())
-        (engine / "config.json").write_text(json.dumps(config | {"builder": "tensorrt_llm", "version": "1.2.1"}))
-        for rank in range(world_size):
-            (engine / f"rank{rank}.engine").touch()
-        (engine / "manifest.json").unlink()
-        write_manifest(engine, "engine", {}, {})
-        write_repository(engine, ServeRecipe(replicas=replicas), tmp_path / "repository")
-        return tmp_path / "repository"
-
-    return make
 
 
 def test_a_repository_tells_ranks_and_replicas(trt_repository: Callable[..., Path], repository: Path) -> None:

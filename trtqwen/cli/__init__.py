@@ -26,6 +26,7 @@ COMMANDS = {
     "explain": "Cause and remedy for what a log says.",
     "repo": "The model repository of an engine, alone.",
     "serve": "Triton on a model repository.",
+    "gateway": "The web gateway alone, in front of running Tritons.",
     "infer": "Stream one answer of a running server.",
     "doctor": "What is wrong here, and the remedy.",
     "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",

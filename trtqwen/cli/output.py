@@ -40,6 +40,13 @@ ImageName = Annotated[str | None, typer.Option("--image", help="With --in-contai
 Wheels = Annotated[
     Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
 ]
+ApiKeys = Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")]
+GatewaySettings = Annotated[
+    Path | None, typer.Option(help="YAML file with further settings of the gateway, limits and deadlines among them.")
+]
+ModelName = Annotated[
+    str | None, typer.Option(help="What clients call the model; the repository's name if not given.")
+]
 
 
 def print_json(content: dict[str, Any]) -> None:

@@ -8,10 +8,23 @@ from typing import Annotated, Any
 import typer
 
 from trtqwen.artifact import MANIFEST
-from trtqwen.cli.output import DryRun, ImageName, InContainer, Json, Wheels, print_json, stderr, stdout
+from trtqwen.cli.output import (
+    ApiKeys,
+    DryRun,
+    GatewaySettings,
+    ImageName,
+    InContainer,
+    Json,
+    ModelName,
+    Wheels,
+    print_json,
+    stderr,
+    stdout,
+)
 from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
 from trtqwen.errors import InputError
-from trtqwen.gateway.config import gateway_config
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.config import gateway_config as plan_gateway
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
@@ -32,7 +45,9 @@ def command(
     gateway_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Of the web gateway; 0 picks a free one.")
     ] = 8080,
-    api_keys: Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")] = None,
+    api_keys: ApiKeys = None,
+    gateway_config: GatewaySettings = None,
+    model_name: ModelName = None,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[Path | None, typer.Option(help="File for Triton's log.")] = None,
     dry_run: DryRun = False,
@@ -43,21 +58,32 @@ def command(
 ) -> None:
     """Serve a model repository with Triton Inference Server and a web gateway; Ctrl-C drains and stops.
 
-    The gateway answers OpenAI's routes and has a chat page at /. Beyond loopback it asks for --api-keys.
+    The gateway answers OpenAI's routes and has a chat page at /. Beyond loopback it asks for --api-keys. `trtqwen
+    gateway` runs one alone, in front of several Tritons.
 
     With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
     elsewhere. `trtqwen build --help` says what else a container needs.
     """
+
+    def gateway_settings(repository: Path, triton: str) -> GatewayConfig:
+        place = {"repository": repository, "triton": (triton,), "host": host, "port": gateway_port}
+        return plan_gateway(gateway_config, **place, api_keys=api_keys, model_name=model_name)
+
     if in_container:
         if recipe is None:
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
         loaded = load_recipe(recipe)
+        served = repo or DEFAULT / loaded.name
+        settings = gateway_settings(served, f"{host}:{grpc_port}")
         flags = [f"--host={host}", f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
         flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
+        flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
+        flags += [f"--model-name={model_name}"] if model_name else []
         flags += [f"--{name}" for name, given in (("no-gateway", no_gateway), ("json", json)) if given]
+        files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
         options = ContainerOptions(image, wheels, read_host().driver)
-        plan = plan_serve_container(loaded, repo or DEFAULT / loaded.name, flags, log, options)
+        plan = plan_serve_container(loaded, served, flags, files, log, options)
         if not dry_run:
             run_container(plan)
         _print_dry_run({"container": plan.command}, plan.shell(), json)
@@ -69,12 +95,7 @@ def command(
         content = {"command": launch.command, "environment": dict(launch.environment)}
         _print_dry_run({"repository": str(repository), **content}, launch.shell(), json)
         return
-    gateway = None
-    if not no_gateway:
-        settings = gateway_config(
-            repository=repository, triton=(server.grpc_url,), host=host, port=gateway_port, api_keys=api_keys
-        )
-        gateway = GatewayProcess(settings)
+    gateway = None if no_gateway else GatewayProcess(gateway_settings(repository, server.grpc_url))
     with serve_until_signal(server, *([gateway] if gateway else [])):
         stderr.print(f"starting Triton on {repository} ...", highlight=False)
         server.wait_until_ready()

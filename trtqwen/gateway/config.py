@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import InputError
+from trtqwen.errors import InputError, first_problem
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]  # host:port
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -43,7 +45,7 @@ class GatewayConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     repository: Path
-    triton: Annotated[tuple[str, ...], Field(min_length=1)] = ("127.0.0.1:8001",)
+    triton: Annotated[tuple[Address, ...], Field(min_length=1)] = ("127.0.0.1:8001",)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     model_name: str | None = None
@@ -64,6 +66,12 @@ class GatewayConfig(BaseModel):
     drain_seconds: Seconds = 30
     probe_seconds: Seconds = 2
 
+    @property
+    def url(self) -> str:
+        """Where clients on this machine find it."""
+        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> GatewayConfig:
         loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
@@ -75,16 +83,38 @@ class GatewayConfig(BaseModel):
         return self
 
 
-def gateway_config(**settings: Any) -> GatewayConfig:
+def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
     """A config from settings that people gave.
 
+    Args:
+        file: YAML with further settings, by the fields' names; a path in it is relative to the file.
+        settings: what is None was not given. What is given must not stand in the file as well.
+
     Raises:
-        InputError: naming the setting, if one is out of range.
+        InputError: naming file and setting, if one is unknown, given twice or out of range.
     """
+    given = {name: value for name, value in settings.items() if value is not None}
+    where, written = "gateway", {}
+    if file is not None:
+        where, written = str(file), _read(file)
+        if twice := sorted(given.keys() & written.keys()):
+            raise InputError(f"{file}: {twice[0]}: is also set by the command; remove it from the file")
     try:
-        return GatewayConfig(**settings)
+        return GatewayConfig.model_validate(written | given)
     except ValidationError as problem:
-        first = problem.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        message = first["msg"].removeprefix("Value error, ")
-        raise InputError(f"gateway: {name}: {message}; correct it" if name else f"gateway: {message}") from None
+        raise InputError(f"{where}: {first_problem(problem)}; correct it") from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as problem:
+        raise InputError(f"{file}: cannot be read ({problem}); name a file with gateway settings") from None
+    except (yaml.YAMLError, RecursionError):
+        raise InputError(f"{file}: is not YAML; correct it") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file}: is not a mapping of settings; write them as `name: value`")
+    for name in ("repository", "api_keys"):
+        if isinstance(content.get(name), str):
+            content[name] = file.parent / content[name]
+    return content

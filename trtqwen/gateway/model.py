@@ -16,6 +16,7 @@ from trtqwen.engine.config import BuildConfig, read_engine_config
 from trtqwen.errors import InputError, SourceError
 from trtqwen.gateway.errors import bad_request
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.launch import replica_count
 from trtqwen.triton.repository import CONFIG, tokenizer_directory
 
 
@@ -39,7 +40,8 @@ class ServedModel:
         created: seconds since 1970 when the repository was written.
         fingerprint: changes with the engine and with the way it is run.
         tensors: names of the inputs of `tensorrt_llm`; they differ between releases of TensorRT-LLM.
-        kv_cache_tokens: what the repository caps the KV cache at.
+        kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
+        copies: of the engine, which one Triton spreads its requests over.
         guided_decoding: whether the engine can be held to a JSON schema.
     """
 
@@ -52,6 +54,7 @@ class ServedModel:
     vocab_size: int
     tensors: frozenset[str]
     kv_cache_tokens: int | None
+    copies: int
     guided_decoding: bool
 
     def encode(self, text: str, param: str) -> tuple[int, ...]:
@@ -97,6 +100,7 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         vocab_size=engine.pretrained_config.vocab_size,
         tensors=frozenset(tensor.name for tensor in config.input),
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
+        copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
     )
 

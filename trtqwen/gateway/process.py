@@ -39,8 +39,7 @@ class GatewayProcess(Service):
 
     @property
     def url(self) -> str:
-        host = "127.0.0.1" if self.config.host == "0.0.0.0" else self.config.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.config.port}"
+        return self.config.url
 
     @property
     def pid(self) -> int:

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -21,11 +22,14 @@ from trtqwen.gateway.runtime import Runtime
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
 
 
-def serve(config: GatewayConfig, listener: socket.socket | None = None) -> None:
+def serve(
+    config: GatewayConfig, listener: socket.socket | None = None, on_start: Callable[[], None] = lambda: None
+) -> None:
     """Serve until SIGTERM or SIGINT, then refuse new requests, finish what runs, and return. For the main thread.
 
     Args:
         listener: a bound socket to serve on, instead of the config's address.
+        on_start: called once clients are answered.
 
     Raises:
         InputError: if the config cannot be used.
@@ -44,17 +48,24 @@ def serve(config: GatewayConfig, listener: socket.socket | None = None) -> None:
         backlog=1024,
     )
     with listener or bind(config) as listening:
-        _Server(settings, app, config.drain_seconds).run(sockets=[listening])
+        _Server(settings, app, config.drain_seconds, on_start).run(sockets=[listening])
 
 
 class _Server(uvicorn.Server):
     """A server for which a signal is a request to drain; a second one ends it at once."""
 
-    def __init__(self, settings: uvicorn.Config, app: FastAPI, drain_seconds: float) -> None:
+    def __init__(
+        self, settings: uvicorn.Config, app: FastAPI, drain_seconds: float, on_start: Callable[[], None]
+    ) -> None:
         super().__init__(settings)
         self._app = app
         self._drain_seconds = drain_seconds
+        self._on_start = on_start
         self._asked_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._on_start()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._asked_at is None:

@@ -96,12 +96,17 @@ def read_deployment(repository: Path) -> Deployment:
     if config.backend != _CPP_BACKEND:
         return Deployment()
     engine = Path(config.parameters["gpt_model_path"].string_value)
-    groups = config.parameters["gpu_device_ids"].string_value
     world_size = read_engine_config(engine).pretrained_config.mapping.world_size
     missing = [rank for rank in range(world_size) if not (engine / f"rank{rank}.engine").is_file()]
     if missing:
         raise InputError(f"{engine}: rank{missing[0]}.engine is missing; build the engine again")
-    return Deployment(world_size, len(groups.split(";")) if groups else 1, engine)
+    return Deployment(world_size, replica_count(config), engine)
+
+
+def replica_count(config: ModelConfig) -> int:
+    """Copies of the engine that a `tensorrt_llm` model runs: each has a group of GPUs of its own."""
+    groups = config.parameters["gpu_device_ids"].string_value if "gpu_device_ids" in config.parameters else ""
+    return len(groups.split(";"))
 
 
 def plan_launch(

@@ -1,0 +1,59 @@
+"""`trtqwen gateway`: the web gateway alone, in front of Tritons that run elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from trtqwen.cli.output import ApiKeys, Json, ModelName, print_json, stderr, stdout
+from trtqwen.gateway.config import gateway_config
+from trtqwen.gateway.listener import bind
+
+
+def command(
+    repo: Annotated[Path | None, typer.Option(help="Model repository that the Tritons serve.")] = None,
+    triton: Annotated[
+        list[str] | None, typer.Option(help="host:port of a Triton's gRPC endpoint; repeat it for further replicas.")
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="0 picks a free one.", show_default="8080")
+    ] = None,
+    api_keys: ApiKeys = None,
+    model_name: ModelName = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file with these and further settings.")] = None,
+    json: Json = False,
+) -> None:
+    """Serve OpenAI's routes and the chat page in front of running Tritons; Ctrl-C or SIGTERM drains and stops.
+
+    A request goes to the replica with the fewest tokens to do; one that fails is left out until it answers again.
+    The repository is only read: its config, its tokenizer and its engine's config.json have to be here.
+
+    Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous;
+    max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
+    max_body_bytes, max_header_bytes; queue_seconds, request_seconds, stall_seconds, body_seconds, drain_seconds,
+    probe_seconds.
+    """
+    settings = gateway_config(
+        config,
+        repository=repo,
+        triton=tuple(triton) if triton else None,
+        host=host,
+        port=port,
+        api_keys=api_keys,
+        model_name=model_name,
+    )
+    from trtqwen.gateway.server import serve  # loads the web framework: not for --help and mistakes
+
+    def started() -> None:
+        if json:
+            print_json({"gateway": url, "triton": settings.triton, "repository": str(settings.repository)})
+        else:
+            stdout.print(f"gateway: {url} in front of {', '.join(settings.triton)}", highlight=False)
+
+    with bind(settings) as listener:
+        url = settings.model_copy(update={"port": listener.getsockname()[1]}).url
+        serve(settings, listener, started)
+    stderr.print("stopped", highlight=False)
