@@ -20,6 +20,7 @@ import pytest
 
 from trtqwen.artifact import read_manifest
 from trtqwen.demo import MODEL
+from trtqwen.gateway.config import GatewayConfig
 
 
 def trtqwen(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -149,6 +150,11 @@ def test_bad_usage_has_exit_code_2(arguments: tuple[object, ...]) -> None:
 def test_output_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     refused(trtqwen("convert", MODEL, "-o", tmp_path / "file" / "out"), "cannot be created")
+
+
+def test_every_setting_of_the_gateway_is_told() -> None:
+    told = trtqwen("gateway", "--help").stdout
+    assert [name for name in GatewayConfig.model_fields if name not in told] == []
 
 
 def test_infer_without_a_server_fails_in_one_sentence() -> None:

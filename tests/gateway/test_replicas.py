@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from scripts.stand_in_engine import write_stand_in_repository
 from tests.gateway.conftest import quick_gateway, quick_triton, wait_for
 from tests.gateway.deaths import Streams
 from trtqwen.triton.server import TritonServer
@@ -26,11 +27,12 @@ def executions(server: TritonServer) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
-def test_one_of_two_dies_and_returns(stand_in_repository: Path, stand_in_triton: TritonServer) -> None:
-    steady = stand_in_triton
-    with quick_triton(stand_in_repository) as mortal:
+def test_one_of_two_dies_and_returns(engine_repository: Path) -> None:
+    repository = engine_repository.with_name("unhurried-pair")
+    write_stand_in_repository(engine_repository, repository, step_ms=10)  # nobody is done when one is killed
+    with quick_triton(repository) as steady, quick_triton(repository) as mortal:
         addresses = (steady.grpc_url, mortal.grpc_url)
-        with quick_gateway(steady, stand_in_repository, triton=addresses, probe_seconds=PROBE) as target:
+        with quick_gateway(steady, repository, triton=addresses, probe_seconds=PROBE) as target:
             assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2, 5)
             before = executions(steady)
             streams = Streams(target, 8)
@@ -46,7 +48,7 @@ def test_one_of_two_dies_and_returns(stand_in_repository: Path, stand_in_triton:
             assert failed.count(True) == 4  # the replica with the fewest tokens to do was taken each time
             assert all(text == whole for text, error in zip(streams.texts, failed, strict=True) if not error)
             mortal.stop()
-            with TritonServer(stand_in_repository, ports=mortal.ports) as again:
+            with TritonServer(repository, ports=mortal.ports) as again:
                 assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2, 3 + 2 * PROBE)
                 probed = executions(again)
                 with ThreadPoolExecutor(8) as pool:

@@ -200,8 +200,8 @@ def test_keys_files_are_checked(tmp_path: Path, text: str, message: str) -> None
 def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gateway: field 'port': .* 65535 \(got 70000\)"):
         gateway_config(repository=tmp_path, port=70000)
-    with pytest.raises(InputError, match=r"field 'triton.0': .* pattern .*\(got 'localhost'\)"):
-        gateway_config(repository=tmp_path, triton=("localhost",))
+    with pytest.raises(InputError, match=r"triton.0: 'http://localhost:1' is not host:port"):
+        gateway_config(repository=tmp_path, triton=("http://localhost:1",))
     with pytest.raises(InputError, match="can be reached by others"):
         gateway_config(repository=tmp_path, host="0.0.0.0")
     assert gateway_config(repository=tmp_path, host="0.0.0.0", allow_anonymous=True).host == "0.0.0.0"

@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.errors import InputError, first_problem
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Address = Annotated[str, Field(pattern=r"^[^\s/]+:[0-9]{1,5}$")]  # host:port
+
+
+def _host_and_port(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or "/" in host or not (port.isascii() and port.isdecimal() and int(port) < 65536):
+        raise ValueError(f"{text!r} is not host:port")
+    return text
+
+
+Address = Annotated[str, AfterValidator(_host_and_port)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -77,8 +86,8 @@ class GatewayConfig(BaseModel):
         loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
         if not (loopback or self.api_keys or self.allow_anonymous):
             raise ValueError(
-                f"{self.host} can be reached by others and there are no API keys; name a keys file or allow "
-                "anonymous use"
+                f"{self.host} can be reached by others and there are no API keys; name a file with keys, or set "
+                "allow_anonymous"
             )
         return self
 
