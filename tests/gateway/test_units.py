@@ -173,8 +173,8 @@ def test_a_refused_request_takes_nothing() -> None:
     caller = Caller("c", requests=TokenBucket(1, 0.0), tokens=TokenBucket(10, 0.0))
     for _ in range(3):
         with pytest.raises(ApiError, match="more than the key's rate"):
-            caller.charge(11, 0.0)
-    caller.charge(10, 0.0)
+            caller.charge_tokens(11, 0.0)
+    caller.charge_tokens(10, 0.0)
 
 
 @pytest.mark.parametrize(

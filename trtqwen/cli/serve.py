@@ -31,6 +31,7 @@ from trtqwen.recipe import load_recipe
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 
 DEFAULT = Path("triton_repo")
+LOOPBACK = "127.0.0.1"
 
 
 def command(
@@ -38,7 +39,10 @@ def command(
         str | None, typer.Argument(help="Recipe whose repository is served, from triton_repo/.")
     ] = None,
     repo: Annotated[Path | None, typer.Option(help="Model repository to serve.")] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = LOOPBACK,
+    triton_host: Annotated[
+        str, typer.Option(help="Address that Triton listens on; it asks for no keys and knows no rates.")
+    ] = LOOPBACK,
     http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
     grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8001,
     metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8002,
@@ -69,13 +73,16 @@ def command(
         place = {"repository": repository, "triton": (triton,), "host": host, "port": gateway_port}
         return plan_gateway(gateway_config, **place, api_keys=api_keys, model_name=model_name)
 
+    if no_gateway and host != LOOPBACK:
+        raise InputError(f"--host {host} is the gateway's address; with --no-gateway, give --triton-host")
     if in_container:
         if recipe is None:
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
         loaded = load_recipe(recipe)
         served = repo or DEFAULT / loaded.name
-        settings = gateway_settings(served, f"{host}:{grpc_port}")
-        flags = [f"--host={host}", f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
+        settings = gateway_settings(served, f"{triton_host}:{grpc_port}")
+        flags = [f"--host={host}", f"--triton-host={triton_host}"]
+        flags += [f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
         flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
         flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
@@ -89,7 +96,7 @@ def command(
         _print_dry_run({"container": plan.command}, plan.shell(), json)
         return
     repository = _choose(recipe, repo)
-    server = TritonServer(repository, ports=Ports(http_port, grpc_port, metrics_port), host=host, log=log)
+    server = TritonServer(repository, ports=Ports(http_port, grpc_port, metrics_port), host=triton_host, log=log)
     if dry_run:
         launch = server.launch()
         content = {"command": launch.command, "environment": dict(launch.environment)}

@@ -24,7 +24,7 @@ class _Key(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(min_length=1)]
-    key: Annotated[str, Field(min_length=16)]
+    key: Annotated[str, Field(min_length=16, pattern=r"^[!-~]+$")]  # what an HTTP header carries unchanged
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
 
@@ -63,28 +63,35 @@ class Caller:
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
 
-    def charge(self, tokens: int, now: float) -> None:
-        """Take a request with so many tokens, prompt and longest answer, from the caller's rates.
+    def charge_request(self, now: float) -> None:
+        """Take one request from the caller's rate, before any work is done for it.
 
         Raises:
             ApiError: 429 with the time to wait; then nothing is taken.
         """
-        charges = [
-            (bucket, amount, unit)
-            for bucket, amount, unit in ((self.requests, 1, "requests"), (self.tokens, tokens, "tokens"))
-            if bucket is not None
-        ]
-        for bucket, amount, unit in charges:
-            wait = bucket.wait(amount, now)
-            if wait == math.inf:
-                message = f"{amount} {unit} are more than the key's rate ever allows; ask for fewer"
-                raise ApiError(429, message, "rate_limit_exceeded")
-            if wait > 0:
-                seconds = math.ceil(wait)
-                message = f"the key's rate of {unit} is used up; try again in {seconds} s"
-                raise ApiError(429, message, "rate_limit_exceeded", retry_after=seconds)
-        for bucket, amount, _ in charges:
-            bucket.take(amount)
+        _charge(self.requests, 1, "requests", now)
+
+    def charge_tokens(self, tokens: int, now: float) -> None:
+        """Take tokens, prompt and longest answer, from the caller's rate.
+
+        Raises:
+            ApiError: 429 with the time to wait; then nothing is taken.
+        """
+        _charge(self.tokens, tokens, "tokens", now)
+
+
+def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> None:
+    if bucket is None:
+        return
+    wait = bucket.wait(amount, now)
+    if wait == math.inf:
+        message = f"{amount} {unit} are more than the key's rate ever allows; ask for fewer"
+        raise ApiError(429, message, "rate_limit_exceeded")
+    if wait > 0:
+        seconds = math.ceil(wait)
+        message = f"the key's rate of {unit} is used up; try again in {seconds} s"
+        raise ApiError(429, message, "rate_limit_exceeded", retry_after=seconds)
+    bucket.take(amount)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from trtqwen.errors import InputError, first_problem
 
-Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 def _host_and_port(text: str) -> str:
@@ -33,7 +33,8 @@ class GatewayConfig(BaseModel):
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None asks for no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
-        max_body_bytes, max_header_bytes: of one HTTP request.
+        max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
+            the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
         default_max_tokens: answer tokens when the request names no limit; the context may leave fewer.
         max_tokens: the largest limit that a request may name; None is the context.
@@ -43,12 +44,14 @@ class GatewayConfig(BaseModel):
             is twice what the replicas run at once.
         queue_seconds: how long a request may wait for its turn.
         request_seconds: how long a request may take in all.
-        stall_seconds: an answer without a new token for so long is ended.
+        stall_seconds: an answer without a new token for so long is ended; one that has none yet waits on as long as
+            the engine has tokens for others.
         body_seconds: how long a client may take to send headers, and again for the body.
         drain_seconds: how long running requests may finish once SIGTERM has come.
         probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
             Triton needs a second to notice that its python backend was killed: with less than 1.5, such an engine
             counts as silent, and its answers end only when they are stalled.
+        prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,7 +63,7 @@ class GatewayConfig(BaseModel):
     model_name: str | None = None
     api_keys: Path | None = None
     allow_anonymous: bool = False
-    max_body_bytes: Count = 4 << 20
+    max_body_bytes: Count | None = None
     max_header_bytes: Count = 32 << 10
     max_choices: Count = 16
     default_max_tokens: Count = 1024
@@ -68,12 +71,13 @@ class GatewayConfig(BaseModel):
     kv_cache_tokens: Count | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] | None = None
     max_queued_tokens: Annotated[int, Field(ge=0)] | None = None
-    queue_seconds: Seconds = 30
-    request_seconds: Seconds = 600
-    stall_seconds: Seconds = 60
-    body_seconds: Seconds = 30
-    drain_seconds: Seconds = 30
-    probe_seconds: Seconds = 2
+    queue_seconds: Positive = 30
+    request_seconds: Positive = 600
+    stall_seconds: Positive = 60
+    body_seconds: Positive = 30
+    drain_seconds: Positive = 30
+    probe_seconds: Positive = 2
+    prompt_tokens_per_second: Positive = 1000
 
     @property
     def url(self) -> str:

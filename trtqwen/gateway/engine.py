@@ -38,10 +38,16 @@ class Reply:
 
 
 class _Call:
-    """A stream that runs; `failure` is why somebody else ended it."""
+    """A stream that runs; `failure` is why somebody else ended it.
 
-    def __init__(self, stream: Any) -> None:
+    Attributes:
+        unread: prompt tokens, until the first token comes.
+        heard: when it began or last sent a token.
+    """
+
+    def __init__(self, stream: Any, prompt_tokens: int) -> None:
         self.stream = stream
+        self.unread = prompt_tokens
         self.heard = time.monotonic()
         self.failure: ApiError | None = None
 
@@ -76,12 +82,14 @@ class Replica:
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        call = _Call(self._stub.ModelStreamInfer(_once(infer_request(MODEL, request_id, inputs)), timeout=timeout))
+        request = infer_request(MODEL, request_id, inputs)
+        call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
         try:
             while (message := await call.stream.read()) is not grpc.aio.EOF:
                 call.heard = self.heard = time.monotonic()
+                call.unread = 0
                 if message.error_message:
                     raise from_engine(message.error_message)
                 reply = _reply(message.infer_response, received)
@@ -102,10 +110,23 @@ class Replica:
         for call in tuple(self._calls):
             call.abort(failure)
 
-    def abort_stalled(self, silence: float) -> None:
-        """End the sequences of which nothing was heard for so many seconds."""
+    @property
+    def unread_tokens(self) -> int:
+        """Prompt tokens of the sequences that have no token yet: the engine still reads them, or they wait in it."""
+        return sum(call.unread for call in self._calls)
+
+    def abort_stalled(self, silence: float, reading: float) -> None:
+        """End the sequences that should have sent a token.
+
+        Args:
+            silence: seconds without one after which a sequence that has begun counts as stalled; one that has not
+                waits inside the engine, and counts when nobody else has had a token for so long either.
+            reading: further seconds that the engine may take to read prompts.
+        """
+        now = time.monotonic()
         for call in tuple(self._calls):
-            if time.monotonic() - call.heard > silence:
+            heard = max(call.heard, self.heard) if call.unread else call.heard
+            if now - heard > silence + reading:
                 call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
 
     async def close(self) -> None:

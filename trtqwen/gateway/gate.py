@@ -13,6 +13,7 @@ from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
 _LONGEST_ADVICE = 60  # seconds of Retry-After
+_Turns = dict[Ticket, asyncio.Future[int]]
 
 
 class Gate:
@@ -26,7 +27,8 @@ class Gate:
         self._admission = admission
         self._metrics = metrics
         self._queue_seconds = queue_seconds
-        self._turns: dict[Ticket, asyncio.Future[int]] = {}
+        self._turns: _Turns = {}
+        self._requests: dict[Ticket, _Turns] = {}  # by each ticket, the turns of all that came with it
         self._draining = False
         self._service_seconds = 1.0  # how long a turn lasts, averaged over the recent ones
 
@@ -62,9 +64,11 @@ class Gate:
             message = f"prompt and answer of {max(token_counts)} tokens exceed the KV cache of {largest} tokens"
             raise ApiError(400, f"{message}; lower max_tokens", "kv_cache_exceeded")
         tickets = [Ticket(count) for count in token_counts]
+        loop = asyncio.get_running_loop()
+        turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
-            for ticket in tickets:
-                self._turns[ticket] = asyncio.get_running_loop().create_future()
+            self._turns |= turns
+            self._requests |= dict.fromkeys(tickets, turns)
             self._grant(self._admission.arrive(tickets))
             yield tickets
         except QueueFull:
@@ -77,14 +81,17 @@ class Gate:
         """Wait for the ticket's turn; returns the number of the replica to use.
 
         Raises:
-            ApiError: 429 if the turn does not come in time.
+            ApiError: 429 if the turn does not come in time; once one ticket of a request has had its turn, the others
+                wait as long as it takes.
         """
         begun = time.monotonic()
         future = self._turns[ticket]
         try:
-            return await asyncio.wait_for(future, self._queue_seconds)
-        except asyncio.TimeoutError:
-            raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout") from None
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
+            await asyncio.wait((future,), timeout=self._queue_seconds)
+            if not any(turn.done() for turn in self._requests[ticket].values()):
+                raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
+            return await future
         finally:
             self._metrics.queue_seconds.observe(time.monotonic() - begun)
 
@@ -96,19 +103,22 @@ class Gate:
         """
         if self._turns.pop(ticket, None) is None:
             return
+        del self._requests[ticket]
         if lasted is not None:
             self._service_seconds += 0.1 * (lasted - self._service_seconds)
         self._admission.leave(ticket)
         self._grant(self._admission.admit())
 
     def set_up(self, replica: int, up: bool) -> None:
-        """Whether a replica takes requests; when none does, those who wait are told at once."""
+        """Whether a replica takes requests."""
         self._admission.set_up(replica, up)
         self._grant(self._admission.admit())
-        if not self._admission.any_up:
-            for future in self._turns.values():
-                if not future.done():
-                    future.set_exception(_down())
+
+    def send_away(self, failure: ApiError) -> None:
+        """End the waiting of all who wait."""
+        for future in self._turns.values():
+            if not future.done():
+                future.set_exception(failure)
 
     def drain(self) -> None:
         """Refuse newcomers from now on."""
@@ -128,7 +138,7 @@ class Gate:
         if self._draining:
             raise ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
         if not self._admission.any_up:
-            raise _down()
+            raise down()
 
     def _too_busy(self, what: str, code: str) -> ApiError:
         rounds = (self._admission.queued + 1) / self._admission.slots
@@ -136,5 +146,5 @@ class Gate:
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
 
 
-def _down() -> ApiError:
+def down() -> ApiError:
     return ApiError(503, "the engine does not answer; try again", "engine_dead", retry_after=5)

@@ -1,9 +1,10 @@
-"""In front of the routes: who is asking, and how much may be sent. Refuses before anything is parsed."""
+"""In front of the routes: who is asking, how often, and how much may be sent. Refuses before anything is parsed."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -15,7 +16,7 @@ _PROTECTED = ("/v1/", "/generate")
 
 
 class Guard:
-    """ASGI middleware: API key, size and time of the body. `scope["state"]["caller"]` is who asked.
+    """ASGI middleware: API key, rate of requests, size and time of the body. `scope["state"]["caller"]` is who asked.
 
     Args:
         max_header_bytes, max_body_bytes: of a request.
@@ -48,6 +49,8 @@ class Guard:
             self._check_size(scope)
             authorization = headers.get(b"authorization")
             caller = self._authenticator.authenticate(authorization and authorization.decode("latin-1"))
+            if scope["method"] == "POST":
+                caller.charge_request(time.monotonic())
             body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
         except ApiError as problem:
             await self._refuse(problem, send)
@@ -97,5 +100,6 @@ class Guard:
     async def _refuse(self, problem: ApiError, send: Send) -> None:
         self._metrics.refused.labels(str(problem.status), problem.code).inc()
         headers = [(b"content-type", b"application/json"), (b"connection", b"close")]  # the body was not read
+        headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(problem.body).encode()})

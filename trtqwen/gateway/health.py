@@ -12,7 +12,7 @@ import numpy as np
 
 from trtqwen.gateway.engine import Replica
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.gate import Gate
+from trtqwen.gateway.gate import Gate, down
 from trtqwen.gateway.metrics import Metrics
 
 _PAUSE_SECONDS = 0.2  # many answers that fail at once are one reason to look
@@ -28,22 +28,32 @@ class Monitor:
     """Watches the replicas, takes those that fail out of the gate, and puts them back when they answer.
 
     A replica that fails outright loses its running answers at once, with an error for each: a killed backend would
-    leave them hanging. One that is only silent keeps them until they are stalled.
+    leave them hanging. One that is only silent keeps them until they are stalled. The token that it is asked for
+    waits behind the prompts that it reads: they lengthen the time that it may take.
 
     Args:
         probe_seconds: how long a replica may be silent before it is asked, and how long it may take to answer. Its
             death is noticed within twice that.
         stall_seconds: silence after which an answer is ended.
+        prompt_tokens_per_second: how slowly a working engine may read.
     """
 
     def __init__(
-        self, replicas: Sequence[Replica], gate: Gate, metrics: Metrics, probe_seconds: float, stall_seconds: float
+        self,
+        replicas: Sequence[Replica],
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        probe_seconds: float,
+        stall_seconds: float,
+        prompt_tokens_per_second: float,
     ) -> None:
         self._replicas = replicas
         self._gate = gate
         self._metrics = metrics
         self._probe_seconds = probe_seconds
         self._stall_seconds = stall_seconds
+        self._prompt_tokens_per_second = prompt_tokens_per_second
         self._up = [False] * len(replicas)
         self._look_now = [asyncio.Event() for _ in replicas]
         for number in range(len(replicas)):
@@ -70,7 +80,7 @@ class Monitor:
             if suspected or time.monotonic() - replica.heard >= self._probe_seconds or not self._up[number]:
                 await self._probe(number)
                 await asyncio.sleep(_PAUSE_SECONDS)
-            replica.abort_stalled(self._stall_seconds)
+            replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))
             silence = time.monotonic() - replica.heard
             pause = self._probe_seconds - silence if silence < self._probe_seconds else self._probe_seconds
             try:
@@ -79,8 +89,9 @@ class Monitor:
                 continue
 
     async def _probe(self, number: int) -> None:
-        replica = self._replicas[number]
-        replies = replica.generate(f"probe-{uuid.uuid4().hex}", _PROBE_INPUTS, self._probe_seconds)
+        replica, begun = self._replicas[number], time.monotonic()
+        timeout = self._probe_seconds + self._reading_seconds(replica)
+        replies = replica.generate(f"probe-{uuid.uuid4().hex}", _PROBE_INPUTS, timeout)
         result = "ok"
         try:
             async with aclosing(replies):
@@ -91,7 +102,13 @@ class Monitor:
             if problem.status == 503:
                 replica.abort_all(problem)
         self._metrics.probes.labels(result).inc()
-        self._mark(number, result in ("ok", "queue_full"))
+        self._mark(number, result in ("ok", "queue_full") or replica.heard > begun)
+        if result == "engine_dead" and not self.ready:
+            self._gate.send_away(down())
+
+    def _reading_seconds(self, replica: Replica) -> float:
+        """How long the prompts may take that a replica has not answered yet."""
+        return replica.unread_tokens / self._prompt_tokens_per_second
 
     def _mark(self, number: int, up: bool) -> None:
         self._up[number] = up

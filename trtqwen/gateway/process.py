@@ -10,6 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from trtqwen.errors import ServerError
+from trtqwen.gateway.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
 from trtqwen.processes import Service
@@ -27,10 +28,11 @@ class GatewayProcess(Service):
         config: its port is the one in use.
 
     Raises:
-        InputError: if its address cannot be listened on.
+        InputError: if its address cannot be listened on or its keys file not be used.
     """
 
     def __init__(self, config: GatewayConfig, log: Path | None = None) -> None:
+        read_keys(config.api_keys)  # a mistake in the file is told now, not when the engine is loaded
         self._listener = bind(config)
         self.config = config.model_copy(update={"port": self._listener.getsockname()[1]})
         self._log = log

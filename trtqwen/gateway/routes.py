@@ -140,7 +140,8 @@ async def on_invalid_request(request: Request, problem: Exception) -> Response:
     elif first["type"] == "json_invalid":
         error = bad_request(f"the body is not JSON ({first.get('ctx', {}).get('error', '')})", code="invalid_json")
     else:
-        error = bad_request(f"{field or 'body'}: {first['msg']}", param=field or None)
+        message = first["msg"].removeprefix("Value error, ")
+        error = bad_request(f"{field or 'body'}: {message}", param=field or None)
     return await on_api_error(request, error)
 
 
@@ -187,7 +188,7 @@ async def _plan(request: Request, plan: Callable[[], T]) -> T:
 async def _respond(request: Request, plan: GenerationPlan, answers: _Answers, *, stream: bool | None) -> Response:
     """Answer with one object or with events; errors before the first token have their own status either way."""
     caller: Caller = request.state.caller
-    caller.charge(sum(len(prompt) + plan.max_tokens for prompt in plan.prompts), time.monotonic())
+    caller.charge_tokens(sum(len(prompt) + plan.max_tokens for prompt in plan.prompts), time.monotonic())
     if not stream:
         return Json(await unless_gone(request.receive, answers.whole))
     frames = answers.frames()

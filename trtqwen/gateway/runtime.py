@@ -54,7 +54,14 @@ async def running(
     """Connect to the replicas and watch them until the block ends."""
     replicas = [Replica(address) for address in config.triton]
     gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
-    monitor = Monitor(replicas, gate, metrics, config.probe_seconds, config.stall_seconds)
+    monitor = Monitor(
+        replicas,
+        gate,
+        metrics,
+        probe_seconds=config.probe_seconds,
+        stall_seconds=config.stall_seconds,
+        prompt_tokens_per_second=config.prompt_tokens_per_second,
+    )
     generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
     watch = asyncio.create_task(monitor.watch())
     try:

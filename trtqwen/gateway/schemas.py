@@ -7,9 +7,17 @@ do not change an answer are accepted; those that would, and cannot be honoured, 
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 from trtqwen.gateway.errors import unsupported
 
@@ -33,11 +41,47 @@ _UNSUPPORTED = {
     "verbosity": "say in the prompt how long an answer should be",
     "web_search_options": "there is no web search",
 }
+_MOST_FIELDS = 1024  # of an object, known or not
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {}, ["text"])
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > _MOST_FIELDS:
+        raise ValueError(f"there are {len(value)} fields; {_MOST_FIELDS} are allowed")
+    return value
+
+
+def _prompt_kind(value: Any) -> str | None:
+    """Which kind of prompt is meant, by its first element."""
+    if isinstance(value, list):
+        return f"list of {type(value[0]).__name__}" if value else "list of str"
+    return type(value).__name__
+
+
+# The first mistake of a list is enough: a body of a megabyte may hold a million, each with a message of its own.
+T = TypeVar("T")
+Many = Annotated[list[T], Field(fail_fast=True)]
+Prompt = Annotated[
+    Annotated[str, Tag("str")]
+    | Annotated[Many[str], Tag("list of str")]
+    | Annotated[Many[TokenId], Tag("list of int")]
+    | Annotated[Many[Many[TokenId]], Tag("list of list")],
+    Discriminator(
+        _prompt_kind,
+        custom_error_type="prompt_type",
+        custom_error_message="Input should be a text, texts, token ids, or lists of token ids",
+    ),
+]
+Few = BeforeValidator(_few)
 
 
 class _Schema(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, value: Any) -> Any:
+        return _few(value)
 
 
 class StreamOptions(_Schema):
@@ -61,11 +105,11 @@ class SamplingFields(_Schema):
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool = False
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
-    logit_bias: dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
+    logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Few] | None = None
     # Without effect on the answer:
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Few] | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -101,9 +145,9 @@ class Message(_Schema):
     """One turn; of the fields that an assistant's answer carries, those without effect are accepted back."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Many[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
     annotations: list[Any] | None = None
@@ -151,19 +195,19 @@ class ResponseFormat(_Schema):
 class ChatRequest(SamplingFields):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Many[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     audio: dict[str, Any] | None = None
     function_call: str | dict[str, Any] | None = None
     functions: list[Any] | None = None
-    modalities: list[str] | None = None
+    modalities: Many[str] | None = None
     prediction: dict[str, Any] | None = None
     reasoning_effort: str | None = None
     store: bool | None = None
@@ -174,7 +218,7 @@ class ChatRequest(SamplingFields):
 class CompletionRequest(SamplingFields):
     """Body of `/v1/completions`; without `max_tokens`, as at OpenAI, an answer has 16 tokens at most."""
 
-    prompt: str | list[str] | list[TokenId] | list[list[TokenId]]
+    prompt: Prompt
     max_tokens: Annotated[int, Field(ge=1)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
@@ -190,7 +234,7 @@ class GenerateRequest(_Schema):
     id: str = ""
     stream: bool | None = None
     exclude_input_in_output: bool = True
-    stop_words: StopString | Annotated[list[StopString], Field(max_length=4)] | None = None
+    stop_words: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     temperature: Annotated[float, Field(ge=0)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -20,6 +20,7 @@ from trtqwen.gateway.listener import bind
 from trtqwen.gateway.runtime import Runtime
 
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
+_KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connections: who closes first loses no request
 
 
 def serve(
@@ -45,6 +46,7 @@ def serve(
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_CLOSE_SECONDS,
+        timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         backlog=1024,
     )
     with listener or bind(config) as listening:
@@ -78,7 +80,9 @@ class _Server(uvicorn.Server):
             runtime: Runtime = self._app.state.runtime
             runtime.gate.drain()
             if time.monotonic() - self._asked_at > self._drain_seconds:
-                runtime.generator.abort_all(ApiError(503, "the server is stopping; try another one", "stopping"))
+                stopping = ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
+                runtime.gate.send_away(stopping)
+                runtime.generator.abort_all(stopping)
                 self.should_exit = True
             elif runtime.gate.idle:
                 self.should_exit = True
@@ -116,6 +120,15 @@ class _LimitedProtocol(HttpToolsProtocol):
         self._too_late.cancel()
         self._expect_headers()
         super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+            return
+        # A trailer, after a chunked body; nobody reads them.
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > self.max_header_bytes:
+            self.transport.close()
 
     def on_headers_complete(self) -> None:
         self._too_late.cancel()

@@ -99,10 +99,17 @@ class ToolCallParser:
             return self._header(events)
         if self._state is _State.ARGUMENTS:
             return self._arguments(events)
-        end = self._text.find(CLOSE)
-        if end < 0:
+        return self._tail()
+
+    def _tail(self) -> bool:
+        """Behind a call: up to its end, or to the next call where a model forgets to end the one before."""
+        end, begin = self._text.find(CLOSE), self._text.find(OPEN)
+        if end >= 0 and (begin < 0 or end < begin):
+            self._leave(end + len(CLOSE))
+        elif begin >= 0:
+            self._leave(begin)
+        else:
             return False
-        self._leave(end + len(CLOSE))
         return True
 
     def _content(self, events: list[Event]) -> bool:

@@ -15,6 +15,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from trtqwen.errors import InputError, SourceError
 
+_LONG_TEXT = 10_000  # characters, tokenised in some milliseconds
+
 
 class Tokenizer:
     """The tokenizer of a model, read from `tokenizer.json` and its companions.
@@ -42,7 +44,11 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; special tokens written out in it count as special."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        if len(text) < _LONG_TEXT:
+            return list(self._backend.encode(text, add_special_tokens=False).ids)
+        # A batch lets other threads of Python go on; alone, `encode` stops them all.
+        [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -78,6 +78,8 @@ class TritonServer(Service):
         if self._deployment.engine is not None:
             self._machine = read_host()
             _check_engine(self._deployment.engine, self._machine)
+        if ":" in host:
+            raise InputError(f"{host}: Triton takes no IPv6 address; let it listen on an IPv4 address")
         self._installation = find_tritonserver()
         self.host = host
         self.ports = _claim(ports or Ports(), host)
@@ -293,7 +295,7 @@ def _claim(ports: Ports, host: str) -> Ports:
     with ExitStack() as held:
         for field in fields(ports):
             port = getattr(ports, field.name)
-            listener = held.enter_context(socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET))
+            listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 listener.bind((host, port))
