@@ -109,7 +109,7 @@ class TritonPythonModel:
         elif command == "/hang":
             answer.left = -1
         elif command == "/sleep":
-            self._wedged_until = time.monotonic() + float(rest)
+            self._wedged_until = time.monotonic() + float(rest.split()[0])
         elif command == "/again":
             count, _, rest = rest.partition(" ")
             answer.tokens = chain.from_iterable(repeat(self._tokenizer.encode(rest), int(count)))

@@ -157,6 +157,21 @@ def test_every_setting_of_the_gateway_is_told() -> None:
     assert [name for name in GatewayConfig.model_fields if name not in told] == []
 
 
+def test_triton_asks_for_no_keys_and_stays_on_loopback(repository: Path, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text("keys: [{name: a, key: 0123456789abcdef}]\n")
+    serve = ("serve", "--repo", repository, "--host", "0.0.0.0", "--dry-run")
+    shown = trtqwen(*serve, "--api-keys", keys).stdout
+    assert {word for word in shown.split() if "address=" in word} == {
+        f"--{endpoint}-address=127.0.0.1" for endpoint in ("http", "grpc", "metrics")
+    }
+    assert "--grpc-address=0.0.0.0" in trtqwen(*serve, "--triton-host", "0.0.0.0").stdout
+    refused(trtqwen(*serve, "--no-gateway"), "is the gateway's address", "--triton-host")
+    refused(trtqwen("serve", "--repo", repository, "--triton-host", "::1"), "::1: Triton takes no IPv6 address")
+    keys.write_text("keys: [{name: a, key: short}]\n")
+    refused(trtqwen("serve", "--repo", repository, "--grpc-port", 0, "--api-keys", keys), "at least 16 characters")
+
+
 def test_infer_without_a_server_fails_in_one_sentence() -> None:
     refused(trtqwen("infer", "hi", "--url", "127.0.0.1:9"), "127.0.0.1:9: no Triton server answers", code=1)
 

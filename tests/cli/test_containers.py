@@ -120,6 +120,7 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
     assert called.split(" trtqwen serve ")[1].split() == [
         f"--repo={home}/triton_repo/qwen2-tiny-cpu",
         "--host=127.0.0.1",
+        "--triton-host=127.0.0.1",
         "--http-port=0",
         "--grpc-port=8001",
         "--metrics-port=8002",

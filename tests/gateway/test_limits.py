@@ -6,10 +6,13 @@ One gateway has all limits at once, and a second replica that does not exist.
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -146,6 +149,55 @@ def test_who_does_not_fit_waits_and_the_next_is_refused(limited: Running) -> Non
     second.join()
     assert answers[0][2]["choices"][0]["message"]["content"] == "hello"
     assert limited.metric("trtqwen_gateway_refused_total") == refused + 2  # the second was the one that left
+
+
+def test_trailers_have_a_limit_too(limited: Running) -> None:
+    """Nobody reads them, and a route that asks for no key would take them for ever."""
+    head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
+    with limited.connect() as connection, pytest.raises(ConnectionError):
+        connection.sendall(head)
+        for _ in range(100):
+            connection.sendall(b"X-A: %s\r\n" % (b"x" * 1000))
+            time.sleep(0.01)
+    assert limited.get("/health")[0] == 200
+
+
+def test_bodies_that_cannot_be_read_count_as_requests(limited: Running, another_gateway: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(KEYS)
+    target = replace(another_gateway(api_keys=keys), key=BOB)
+    assert [target.post("/v1/chat/completions", b"{")[0] for _ in range(4)] == [400, 400, 429, 429]
+
+
+def test_a_long_prompt_is_no_sign_of_death(another_gateway: Any) -> None:
+    """The engine is silent for 3 s, and may be: it has 400 tokens to read, at 100 a second or better."""
+    target = another_gateway(probe_seconds=0.5, prompt_tokens_per_second=100)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(target.ask, f"/sleep 3 {'word ' * 80}", max_tokens=5) for _ in range(2)]
+        until = time.monotonic() + 2.5
+        while time.monotonic() < until:
+            assert target.get("/ready")[0] == 200
+            time.sleep(0.1)
+        assert [answer.result()[0] for answer in asked] == [200, 200]
+
+
+def test_who_waits_inside_the_engine_is_not_stalled(another_gateway: Any) -> None:
+    target = another_gateway(stall_seconds=1, probe_seconds=0.5, request_seconds=3)
+    begun = time.monotonic()
+    status, _, body = target.ask("/hang")
+    assert (status, body["error"]["code"]) == (504, "timeout")  # its deadline, not a second of silence
+    assert time.monotonic() - begun > 2.5
+
+
+def test_a_stop_whose_time_is_over_sends_the_queue_away(another_gateway: Any) -> None:
+    target = another_gateway(drain_seconds=1, kv_cache_tokens=470, max_queued_tokens=5000)
+    with ThreadPoolExecutor(6) as pool:
+        asked = [pool.submit(target.ask, "/hang", max_tokens=440, stream=number > 2) for number in range(4)]
+        assert wait_for(lambda: target.metric("trtqwen_gateway_queued") == 3, 3)
+        os.kill(target.gateway.pid, signal.SIGTERM)
+        answers = [answer.result() for answer in asked]
+    assert [(status, body["error"]["code"]) for status, _, body in answers] == [(503, "stopping")] * 4
+    assert target.gateway.stop() == 0
 
 
 def test_a_turn_that_does_not_come_is_429(limited: Running) -> None:

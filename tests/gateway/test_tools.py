@@ -89,6 +89,13 @@ def test_keys_in_another_order_are_a_call_too() -> None:
     assert parse(['<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>']) == ("", [("f", '{"a": 1}')])
 
 
+@pytest.mark.parametrize("width", [1, 5, 1000])
+def test_a_call_that_is_not_closed_ends_with_the_next(width: int) -> None:
+    text = block("f", "{}").removesuffix("</tool_call>") + block("g", '{"a": 1}')
+    pieces = [text[start : start + width] for start in range(0, len(text), width)]
+    assert parse(pieces) == ("", [("f", "{}"), ("g", '{"a": 1}')])
+
+
 def test_arguments_stream_as_they_come() -> None:
     parser = ToolCallParser()
     assert parser.push('<tool_call>\n{"name": "f", "argum') == []

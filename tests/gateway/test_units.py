@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import BaseModel, ValidationError
 from transformers import AutoTokenizer
 from tritonclient.grpc import service_pb2
 
@@ -30,7 +31,7 @@ from trtqwen.gateway.guides import ANY_OBJECT, Guide, plan_guide
 from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
 from trtqwen.gateway.runtime import plan_admission
 from trtqwen.gateway.sampling import Sampling, engine_inputs, plan_sampling
-from trtqwen.gateway.schemas import ChatRequest, ResponseFormat
+from trtqwen.gateway.schemas import ChatRequest, CompletionRequest, ResponseFormat
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
@@ -185,6 +186,8 @@ def test_a_refused_request_takes_nothing() -> None:
         ("keys: []", "at least 1 item"),
         ("keys: [{name: a, key: short}]", "at least 16 characters"),
         ("keys: [{name: a, key: 0123456789abcdef, rate: 3}]", "keys.0.rate"),
+        ("keys: [{name: a, key: 0123456789 abcdef}]", "keys.0.key"),
+        ("keys: [{name: a, key: 0123456789abcdéf}]", "keys.0.key"),
         ("keys: [{name: a, key: 0123456789abcdef}, {name: b, key: 0123456789abcdef}]", "b has the same key as a"),
     ],
 )
@@ -195,6 +198,27 @@ def test_keys_files_are_checked(tmp_path: Path, text: str, message: str) -> None
     assert "0123456789" not in str(caught.value)
     with pytest.raises(InputError, match="cannot be read"):
         read_keys(tmp_path / "none.yaml")
+
+
+MISTAKES: list[tuple[type[BaseModel], dict[str, Any]]] = [
+    (CompletionRequest, {"prompt": [None] * 9**5}),
+    (CompletionRequest, {"prompt": [1, *[None] * 9**5]}),
+    (CompletionRequest, {"prompt": [[1], *[[None]] * 9**5]}),
+    (ChatRequest, {"messages": [5] * 9**5}),
+    (ChatRequest, {"messages": [{"role": "user", "content": [{}] * 9**5}]}),
+    (ChatRequest, {"messages": [], "tools": [{}] * 9**5}),
+    (ChatRequest, {"messages": [], "stop": [None] * 9**5}),
+    (ChatRequest, {"messages": [], "logit_bias": {f"a{number}": 1 for number in range(9**5)}}),
+    (ChatRequest, {"messages": [], **{f"a{number}": 1 for number in range(9**5)}}),
+]
+
+
+@pytest.mark.parametrize(("schema", "body"), MISTAKES)
+def test_of_many_mistakes_the_first_few_are_told(schema: type[BaseModel], body: dict[str, Any]) -> None:
+    """Each has a message that repeats part of the body: all of them would take gigabytes."""
+    with pytest.raises(ValidationError) as caught:
+        schema.model_validate({"model": "m", **body})
+    assert caught.value.error_count() < 10
 
 
 def test_settings_are_checked(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,24 @@ TEXTS = ["plain text", "混合中文与日本語のテキスト", "👩‍👩�
 @given(st.one_of(st.text(max_size=40), st.sampled_from(TEXTS)))
 def test_encoding_is_that_of_transformers(text: str) -> None:
     assert OURS.encode(text) == THEIRS(text)["input_ids"]
+
+
+def test_a_long_text_is_encoded_alike_while_others_go_on() -> None:
+    text = "混合 mixed text, é 👩‍👩‍👧 <|im_end|>\n" * 10_000
+    beats, done = 0, threading.Event()
+
+    def beat() -> None:
+        nonlocal beats
+        while not done.wait(0.001):
+            beats += 1
+
+    other = threading.Thread(target=beat)
+    other.start()
+    ids = OURS.encode(text)
+    done.set()
+    other.join()
+    assert ids == THEIRS(text)["input_ids"]
+    assert beats > 20  # with Python's lock held, one or two
 
 
 @settings(max_examples=80, deadline=None)

@@ -88,10 +88,10 @@ class Replica:
         received = 0
         try:
             while (message := await call.stream.read()) is not grpc.aio.EOF:
-                call.heard = self.heard = time.monotonic()
-                call.unread = 0
                 if message.error_message:
                     raise from_engine(message.error_message)
+                call.heard = self.heard = time.monotonic()
+                call.unread = 0
                 reply = _reply(message.infer_response, received)
                 received += len(reply.token_ids)
                 yield reply

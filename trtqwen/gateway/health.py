@@ -102,7 +102,8 @@ class Monitor:
             if problem.status == 503:
                 replica.abort_all(problem)
         self._metrics.probes.labels(result).inc()
-        self._mark(number, result in ("ok", "queue_full") or replica.heard > begun)
+        late = result == "timeout" and replica.heard > begun  # others have had tokens meanwhile
+        self._mark(number, late or result in ("ok", "queue_full"))
         if result == "engine_dead" and not self.ready:
             self._gate.send_away(down())
 

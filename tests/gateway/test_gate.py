@@ -1,0 +1,78 @@
+"""Turns for coroutines: cancellations, requests of several answers, and the end of waiting."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.gate import Gate
+from trtqwen.gateway.metrics import Metrics
+
+
+def gate(requests: int = 1, queue_seconds: float = 5) -> Gate:
+    admission = Admission(1, Capacity(requests, 100), QueueLimits(10, 1000), largest=100)
+    return Gate(admission, Metrics(), queue_seconds)
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 10))
+
+
+async def hold(gate: Gate, count: int, began: list[str], name: str, seconds: float) -> None:
+    with gate.places([1] * count) as tickets:
+        for ticket in tickets:
+            await gate.turn(ticket)
+            began.append(name)
+            await asyncio.sleep(seconds)
+            gate.give_back(ticket, seconds)
+
+
+def test_a_cancellation_that_comes_with_the_turn_counts() -> None:
+    """The one that runs and the next one leave together: the turn goes to the one after them."""
+
+    async def test() -> None:
+        turns, began = gate(), list[str]()
+        first, second, third = (asyncio.create_task(hold(turns, 1, began, name, 0.2)) for name in "abc")
+        await asyncio.sleep(0.05)
+        assert began == ["a"]
+        first.cancel()
+        second.cancel()
+        await asyncio.gather(first, second, return_exceptions=True)
+        assert first.cancelled()
+        assert second.cancelled()
+        await third
+        assert began == ["a", "c"]
+        assert turns.idle
+
+    run(test)
+
+
+def test_the_answers_of_one_request_wait_for_each_other() -> None:
+    async def test() -> None:
+        turns, began = gate(queue_seconds=0.2), list[str]()
+        await hold(turns, 4, began, "a", 0.15)  # the last waits for 0.45 s
+        assert began == ["a"] * 4
+        with turns.places([1]), pytest.raises(ApiError, match=r"no turn came within 0.2 s") as caught:
+            await hold(turns, 1, began, "b", 0)
+        assert caught.value.status == 429
+
+    run(test)
+
+
+def test_who_waits_can_be_sent_away() -> None:
+    async def test() -> None:
+        turns, began = gate(), list[str]()
+        runs, waits = (asyncio.create_task(hold(turns, 1, began, name, 0.1)) for name in "ab")
+        await asyncio.sleep(0.02)
+        turns.send_away(ApiError(503, "stop", "stopping"))
+        with pytest.raises(ApiError, match="stop"):
+            await waits
+        await runs
+        assert began == ["a"]
+        assert turns.idle
+
+    run(test)
