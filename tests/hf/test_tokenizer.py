@@ -41,7 +41,7 @@ def test_a_long_text_is_encoded_alike_while_others_go_on() -> None:
     done.set()
     other.join()
     assert ids == THEIRS(text)["input_ids"]
-    assert beats > 20  # with Python's lock held, one or two
+    assert beats > 5  # with Python's lock held, one or two
 
 
 @settings(max_examples=80, deadline=None)
