@@ -238,7 +238,10 @@ def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
     family = children(server.pid)
     [rank] = [pid for pid in family if "trtqwen.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(rank, signal.SIGKILL)
-    assert server.wait(timeout=20) == 1
+    try:
+        assert server.wait(timeout=20) == 1
+    finally:
+        server.terminate()
     assert server.stderr is not None
     problem = " ".join(server.stderr.read().split())
     assert "the engine has died (rank 0 ended with code -9" in problem
