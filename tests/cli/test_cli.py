@@ -247,6 +247,24 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.triton
+def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
+    ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
+    server, _ = started("serve", "--repo", repository, *ports)
+    family = children(server.pid)
+    [rank] = [pid for pid in family if "trtqwen.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    os.kill(rank, signal.SIGKILL)
+    try:
+        assert server.wait(timeout=20) == 1
+    finally:
+        server.terminate()
+    assert server.stderr is not None
+    problem = " ".join(server.stderr.read().split())
+    assert "the engine has died (rank 0 ended with code -9" in problem
+    assert "start the server again" in problem
+    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+
+
+@pytest.mark.triton
 def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
     ports = ("--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--gateway-port", "0")
     command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), *ports]

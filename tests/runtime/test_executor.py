@@ -225,6 +225,15 @@ def test_the_death_of_a_rank_ends_every_request(
             process.wait(timeout=10)
 
 
+def test_a_rank_that_dies_is_quoted(bundled_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # a rank then writes where it was when it aborted
+    with Executor(bundled_engine(1)) as executor:
+        os.kill(executor._processes[0].pid, signal.SIGABRT)
+        with pytest.raises(EngineError, match=r"rank 0 ended with code -6; its last lines: .*\w+.* \| .*\w+"):
+            while executor.stats():
+                pass
+
+
 def test_a_damaged_engine_says_so_at_the_start(bundled_engine: MakeEngine, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is not a finished engine"):
         Executor(tmp_path)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +143,30 @@ def test_a_guide_that_cannot_be_compiled_is_a_sentence(
 ) -> None:
     with pytest.raises(RequestError, match=rf"^guided_decoding_guide: is no {guide_type} .*{reason}.*; correct it$"):
         decoder.prepare(guided(guide_type, guide))
+
+
+def optional(count: int) -> str:
+    """A schema whose compilation time grows faster than its size."""
+    properties = {f"property_{index}": {"type": "string"} for index in range(count)}
+    return json.dumps({"type": "object", "properties": properties})
+
+
+def test_a_guide_that_compiles_for_long_is_refused_and_the_next_one_is_not(decoder: GuidedDecoder) -> None:
+    """Alone, xgrammar compiles it for half a minute."""
+    with pytest.raises(RequestError, match=r"^guided_decoding_guide: this json_schema is too large .*; simplify it$"):
+        decoder.prepare(guided("json_schema", optional(1500)))
+    assert wander(decoder, guided("regex", "[xyz]"), 0)
+
+
+def test_guides_are_compiled_again_after_the_process_that_tries_them_was_killed() -> None:
+    decoder = GuidedDecoder(MODEL, PADDED)
+    decoder.prepare(guided("regex", "a"))
+    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+        if "trtqwen.runtime.guide_compiler" in Path(f"/proc/{child}/cmdline").read_text():
+            os.kill(int(child), signal.SIGKILL)
+    with pytest.raises(RequestError, match="too large"):  # the end of the child forked before
+        decoder.prepare(guided("json_schema", optional(1500)))
+    assert wander(decoder, guided("regex", "[xyz]"), 0)
 
 
 def test_without_xgrammar_the_request_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -160,6 +161,27 @@ def test_a_request_may_leave_while_its_guide_is_compiled(executor: Executor, tok
     executor.cancel("slow")
     assert events.get(timeout=20).finish_reason is FinishReason.CANCELLED
     assert executor.stats().waiting == 0
+
+
+def test_cancelled_requests_with_large_guides_do_not_keep_others_waiting(
+    executor: Executor, tokenizer: Tokenizer
+) -> None:
+    """What has begun to compile ends at its limit, and the rest never begins: 100 of them would take minutes."""
+    prompt, large = tokenizer.encode("Hello"), [f"large{number}" for number in range(100)]
+    cancelled: queue.Queue[Response] = queue.Queue()
+    for name in large:
+        properties = {f"{name}_{index}": {"type": "string"} for index in range(1500)}
+        guide = json.dumps({"type": "object", "properties": properties})
+        params = GuidedDecodingParams(guide_type="json_schema", guide=guide)
+        executor.submit(ask(prompt, name, guided_decoding=params), cancelled.put)
+    for name in large:
+        executor.cancel(name)
+    assert {cancelled.get(timeout=30).finish_reason for _ in large} == {FinishReason.CANCELLED}
+    begun = time.monotonic()
+    params = GuidedDecodingParams(guide_type="regex", guide="yes|no")
+    [answer] = executor.generate([ask(prompt, "small", guided_decoding=params)])
+    assert tokenizer.decode(tokens(answer)) in ("yes", "no")
+    assert time.monotonic() - begun < 30
 
 
 def test_bad_words_and_biases_reach_the_sampler(executor: Executor, tokenizer: Tokenizer) -> None:

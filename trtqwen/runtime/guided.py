@@ -7,19 +7,16 @@ import re
 import threading
 from math import inf
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trtqwen.errors import RequestError
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.runtime.request import GuidedDecodingParams, Request
+from trtqwen.runtime.guide_compiler import GuideCompiler, pad_vocabulary
+from trtqwen.runtime.request import Request
 
-if TYPE_CHECKING:
-    import xgrammar
-
-_CACHE_BYTES = 1 << 28
 _PLACE_IN_SOURCE = re.compile(r"^\[[\d:]+\] \S+?: ")
 
 
@@ -35,7 +32,7 @@ class GuidedDecoder:
         self._directory = tokenizer
         self._vocab_size = vocab_size
         self._lock = threading.Lock()
-        self._compiler: xgrammar.GrammarCompiler | None = None
+        self._compiler: GuideCompiler | None = None
         self._stop_ids: tuple[int, ...] = ()
         self._printable = torch.zeros(0)
 
@@ -44,16 +41,17 @@ class GuidedDecoder:
         tokenizer's, because a complete document must be followed by something.
 
         Raises:
-            RequestError: if the guide cannot be compiled, or xgrammar is not installed.
+            RequestError: if the guide cannot be compiled, or not within `COMPILE_LIMIT`.
         """
         import xgrammar
 
         assert request.guided_decoding is not None
         with self._lock:
             compiler = self._compiler = self._compiler or self._make_compiler()
+        compiler.check(request.guided_decoding)
         end_id = self._stop_ids[0] if request.end_id is None else request.end_id
         try:
-            grammar = _compile(compiler, request.guided_decoding)
+            grammar = compiler.compile(request.guided_decoding)
             matcher = xgrammar.GrammarMatcher(grammar, override_stop_tokens=[end_id])
         except Exception as problem:  # xgrammar raises bare RuntimeErrors
             guide_type, reason = request.guided_decoding.guide_type, _reason(problem)
@@ -65,20 +63,13 @@ class GuidedDecoder:
         guide = XGrammarGuide(matcher, self._vocab_size, self._printable if one_line else None)
         return request.model_copy(update={"end_id": end_id}), guide
 
-    def _make_compiler(self) -> Any:
-        import xgrammar
-
+    def _make_compiler(self) -> GuideCompiler:
+        compiler = GuideCompiler(self._directory, self._vocab_size)
         tokenizer = Tokenizer(self._directory)
         self._stop_ids = tokenizer.stop_ids
-        vocabulary = list(tokenizer.token_bytes) + [b""] * (self._vocab_size - len(tokenizer))
+        vocabulary = pad_vocabulary(tokenizer, self._vocab_size)
         self._printable = torch.tensor([0.0 if all(byte >= 0x20 for byte in token) else -inf for token in vocabulary])
-        info = xgrammar.TokenizerInfo(
-            vocabulary,
-            vocab_type=xgrammar.VocabType.RAW,
-            vocab_size=self._vocab_size,
-            stop_token_ids=list(self._stop_ids),
-        )
-        return xgrammar.GrammarCompiler(info, max_threads=1, cache_limit_bytes=_CACHE_BYTES)
+        return compiler
 
 
 class XGrammarGuide:
@@ -119,14 +110,3 @@ def check_installed() -> None:
 
 def _reason(problem: Exception) -> str:
     return _PLACE_IN_SOURCE.sub("", str(problem)).splitlines()[0].strip().rstrip(".")
-
-
-def _compile(compiler: Any, params: GuidedDecodingParams) -> Any:
-    if params.guide_type == "json":
-        return compiler.compile_builtin_json_grammar()
-    if params.guide_type == "json_schema":
-        # Free whitespace lets a small model fill its answer with it.
-        return compiler.compile_json_schema(params.guide, any_whitespace=False)
-    if params.guide_type == "regex":
-        return compiler.compile_regex(params.guide)
-    return compiler.compile_grammar(params.guide)

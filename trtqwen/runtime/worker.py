@@ -13,7 +13,7 @@ import queue
 import signal
 import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import IO
 
@@ -68,7 +68,7 @@ class StepLoop:
         self._communicator = communicator
         self._decoder = decoder
         self._compilers = ThreadPoolExecutor(_COMPILERS, "compile")
-        self._compiling: set[str] = set()
+        self._compiling: dict[str, Future[None]] = {}
         self._commands = commands
         self._events = events
 
@@ -118,14 +118,13 @@ class StepLoop:
                 error = RequestError(f"guided decoding is not possible on this server: {problem}")
                 self._commands.put(_Compiled(request, error))
 
-        self._compiling.add(request.id)
-        self._compilers.submit(compile_guide)
+        self._compiling[request.id] = self._compilers.submit(compile_guide)
 
     def _admit_guided(self, compiled: _Compiled) -> None:
         request, guide = compiled.request, compiled.guide
         if request.id not in self._compiling:
             return  # cancelled meanwhile
-        self._compiling.remove(request.id)
+        del self._compiling[request.id]
         try:
             if isinstance(guide, RequestError):
                 raise guide
@@ -137,7 +136,7 @@ class StepLoop:
     def _cancel(self, request_id: str) -> None:
         response = self._scheduler.cancel(request_id)
         if request_id in self._compiling:
-            self._compiling.remove(request_id)
+            self._compiling.pop(request_id).cancel()  # it leaves the queue; once begun, its compilation has a limit
             response = Response(request_id=request_id, finish_reason=FinishReason.CANCELLED)
         if response is not None:
             self._emit([response])

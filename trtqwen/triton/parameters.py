@@ -15,6 +15,7 @@ from trtqwen.runtime.config import ExecutorConfig
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends to `tensorrt_llm`
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
+ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine died
 
 
 @dataclass(frozen=True)

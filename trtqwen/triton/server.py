@@ -26,6 +26,7 @@ from trtqwen.host import Host, read_host
 from trtqwen.processes import Service, die_with_parent, kill_session, programs
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
+from trtqwen.triton.parameters import ENGINE_DEATH
 
 _SHARED_MEMORY = Path("/dev/shm")
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
@@ -148,13 +149,15 @@ class TritonServer(Service):
         if self._log is None:
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
+        self._engine_death = workspace / "engine-death"
+        environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death)}
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**self._environment(), **launch.environment},
+                env={**environment, **launch.environment},
                 start_new_session=True,  # Ctrl-C in the terminal is for us alone
                 preexec_fn=die_with_parent(),
             )
@@ -173,10 +176,13 @@ class TritonServer(Service):
         )
 
     def check(self) -> None:
-        """Raise a ServerError if the server, or one of its ranks, has ended by itself."""
+        """Raise a ServerError if the server, its embedded engine or one of its ranks has ended by itself."""
         code = self._running.poll()
         if code is not None:
             raise ServerError(f"Triton ended with code {code}: {self._telling_line()}")
+        with suppress(FileNotFoundError):
+            if death := self._engine_death.read_text("utf-8"):
+                raise ServerError(f"{death} ({self._advice})")
         if self._tritonservers > 1:
             running = programs(self.pid, self._installation.binary.name)
             if self._whole and running < self._tritonservers:
@@ -223,6 +229,10 @@ class TritonServer(Service):
         except OSError:
             return False
 
+    @property
+    def _advice(self) -> str:
+        return f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
+
     def _telling_line(self) -> str:
         """The log's line that says most about a failure, and where the rest is."""
         lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
@@ -233,9 +243,8 @@ class TritonServer(Service):
         ]
         loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
         [telling] = loading[:1] or errors[-1:] or lines[-1:] or ["its log is empty"]
-        advice = f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
-        return f"{message} ({advice})"
+        return f"{message} ({self._advice})"
 
 
 class _Signalled(BaseException):

@@ -1,8 +1,10 @@
 """Triton model `tensorrt_llm` on the embedded engine: token ids in, token ids out as they come."""
 
 import json
+import os
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy.typing as npt
@@ -12,7 +14,7 @@ from trtqwen.errors import EngineError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.runtime.executor import Executor
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import FROM_PROGRAM, engine_parameters
+from trtqwen.triton.parameters import ENGINE_DEATH, FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 
@@ -62,12 +64,21 @@ class TritonPythonModel:
             while not self._stopping.wait(period):
                 try:
                     action()
-                except EngineError:
-                    return  # the engine has died, and every request says so
+                except EngineError as problem:  # the engine has died, and every request says so
+                    if not self._stopping.is_set():
+                        _tell_death(str(problem))
+                    return
 
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         return thread
+
+
+def _tell_death(problem: str) -> None:
+    """Tell whoever runs this server: Triton itself serves on, and 2.51 calls itself ready."""
+    pb_utils.Logger.log_error(problem)
+    if ENGINE_DEATH in os.environ:
+        Path(os.environ[ENGINE_DEATH]).write_text(problem, "utf-8")
 
 
 class _Sender:
