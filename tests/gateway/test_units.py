@@ -81,6 +81,7 @@ QWEN = GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penal
         (QWEN, {}, {"temperature": 0.7, "runtime_top_p": 0.8, "runtime_top_k": 20, "repetition_penalty": 1.05}),
         (QWEN, {"temperature": 0}, {"runtime_top_k": 1, "repetition_penalty": 1.05}),
         (QWEN, {"top_p": 0, "repetition_penalty": 1}, {"runtime_top_k": 1}),
+        (QWEN, {"top_p": 1e-50}, {"runtime_top_k": 1, "repetition_penalty": 1.05}),
         (QWEN, {"top_k": 0, "top_p": 1, "temperature": 1, "repetition_penalty": 1},
          {"temperature": 1, "runtime_top_p": 1}),
         (GenerationDefaults(), {}, {"temperature": 1, "runtime_top_p": 1}),
