@@ -260,7 +260,3 @@ def test_without_guided_decoding_a_response_format_is_refused() -> None:
         plan_guide(unguided, ResponseFormat(type="json_object"))
     assert (caught.value.status, caught.value.code) == (400, "unsupported")
     assert plan_guide(unguided, ResponseFormat(type="text")) is None
-
-
-def test_a_schema_that_never_ends_is_not_kept() -> None:
-    assert not Guide('{"$ref": "#"}').allows("1")

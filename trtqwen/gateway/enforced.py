@@ -13,7 +13,7 @@ Known to be left open: a key that `additionalProperties` lets in may spell a pro
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 from urllib.parse import unquote
 
@@ -32,7 +32,7 @@ _TYPES: dict[str, Callable[[Any], bool]] = {
     "null": lambda value: value is None,
     "number": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool),
     "integer": lambda value: (
-        isinstance(value, int) and not isinstance(value, bool) or isinstance(value, float) and value.is_integer()
+        (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
     ),
 }
 _DECIDERS = ("$ref", "const", "enum", "anyOf", "oneOf", "allOf")
@@ -85,39 +85,43 @@ _FORMATS = {
 _NEGATED_CLASS, _CLASS = re.compile(r"\[\^(?:\\.|[^\]\\])*\]"), re.compile(r"\[(?:\\.|[^\]\\])*\]")
 # Lookaround counts as matched; a quotation mark, backslash or control character would end up bare in the answer.
 _LOOSE = re.compile(r'\(\?(?!:)|\\(?!u(?!00[0-7])[0-9a-fA-F]{4}|[dDwWsS.^$*+?()\[\]{}|/-])|["\x00-\x1f]')
+_LONGEST_PLACE = 100  # characters; a long name must not be copied for each of many parts below it
 _WIDEST = 1000
-_MOST_STEPS = 100_000
+_MOST_STEPS = 50_000  # a tenth of a second or so; an answer of 8000 tokens takes less
 
 
 class Unenforceable(Exception):
-    """A sentence about a schema: it is wrong, or the engine would not enforce it."""
+    """What of a schema the engine would not enforce, as a sentence."""
 
 
 def check_schema(schema: Schema) -> None:
-    """Raise Unenforceable unless every answer that the grammar lets through keeps to a schema.
+    """Check that every answer that the grammar lets through will keep to a schema.
 
-    Every part of the schema is looked at once, and every reference followed once.
+    The time is about linear in the schema's text: every part is looked at once, and every reference followed once.
+
+    Raises:
+        ValueError: if it is no JSON schema.
+        Unenforceable: if the grammar would let others through.
     """
-    parts = dict(_parts(schema, "#"))
-    for place, part in parts.items():
-        if isinstance(part, dict):
-            _check_part(part, place, is_root=part is schema)
-    places = {id(part): place for place, part in parts.items()}
+    parts = [(place, part) for place, part in _parts(schema, "#") if isinstance(part, dict)]
+    for place, part in parts:
+        _check_part(part, place, is_root=part is schema)
+    known = {id(part) for _, part in parts}
     targets: dict[str, Schema] = {}
-    for place, part in parts.items():
-        if isinstance(part, dict) and "$ref" in part:
+    for place, part in parts:
+        if "$ref" in part:
             target = targets[part["$ref"]] = _target(schema, part["$ref"])
-            if id(target) not in places:
-                raise Unenforceable(f"$ref at {place} refers to {part['$ref']!r}, which is no schema; correct it")
+            if not isinstance(target, bool) and id(target) not in known:
+                raise ValueError(f"$ref at {place} refers to {part['$ref']!r}, which is no schema; correct it")
     widths: dict[int, int] = {}
-    for place, part in parts.items():
+    for place, part in parts:
         if _width(part, targets, widths) > _WIDEST:
             raise Unenforceable(
-                f"{place} stands for more than {_WIDEST} schemas at once, or for itself; write it with fewer "
-                "references"
+                f"{place} of the JSON schema stands for more than {_WIDEST} schemas at once, or for itself; use "
+                "fewer references"
             )
-    for place, part in parts.items():
-        if isinstance(part, dict) and "oneOf" in part and not _told_apart(part["oneOf"], targets):
+    for place, part in parts:
+        if "oneOf" in part and not _told_apart(part["oneOf"], targets):
             raise Unenforceable(
                 f"oneOf at {place} cannot be enforced: the engine takes it for anyOf, and its members are told apart "
                 "neither by type nor by the constant of a required property; use anyOf"
@@ -174,8 +178,8 @@ class _Check:
             return _within(len(value), schema, "Length")
         return not _TYPES["number"](value) or (
             schema.get("minimum", value) <= value <= schema.get("maximum", value)
-            and not value <= schema.get("exclusiveMinimum", value - 1)
-            and not value >= schema.get("exclusiveMaximum", value + 1)
+            and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
+            and ("exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"])
         )
 
     def _object_fits(self, schema: Mapping[str, Any], value: dict[str, Any]) -> bool:
@@ -215,16 +219,15 @@ def _frozen(value: Any, step: Callable[[], None] = lambda: None) -> Any:
 
 
 def _parts(schema: Schema, place: str) -> Iterator[tuple[str, Schema]]:
+    place = place if len(place) < _LONGEST_PLACE else f"...{place[-_LONGEST_PLACE:]}"
     yield place, schema
     if not isinstance(schema, dict):
         if not isinstance(schema, bool):
-            raise Unenforceable(
-                f"the JSON schema is not valid: {place} is neither an object nor a boolean; correct it"
-            )
+            raise ValueError(f"the JSON schema is not valid: {place} is neither object nor boolean; correct it")
         return
     for keyword, value in schema.items():
         if keyword in _KEYWORDS and not _KEYWORDS[keyword](value):
-            raise Unenforceable(f"the JSON schema is not valid: {keyword} at {place} has a wrong value; correct it")
+            raise ValueError(f"the JSON schema is not valid: {keyword} at {place} has a wrong value; correct it")
         if keyword in _WITH_SCHEMA:
             yield from _parts(value, f"{place}/{keyword}")
         elif keyword in _WITH_SCHEMAS:
@@ -251,7 +254,7 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
         _check_constants(part, place)
     if beside:
         raise Unenforceable(
-            f"the engine cannot enforce {min(beside)!r} beside {decider!r} at {place} of the JSON schema; leave out one"
+            f"the engine cannot enforce {min(beside)!r} beside {decider!r} at {place}; leave one of them out"
         )
     if decider == "allOf" and len(part["allOf"]) > 1:
         raise Unenforceable(f"the engine cannot enforce 'allOf' of several schemas at {place}; merge them into one")
@@ -260,7 +263,8 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
 def _check_constants(part: Mapping[str, Any], place: str) -> None:
     for value in _constants(part):
         typed = "type" not in part or any(_TYPES[name](value) for name in _types(part))
-        if not typed or ("enum" in part and "const" in part and value not in part["enum"]):
+        listed = "enum" not in part or "const" not in part or _frozen(value) in map(_frozen, part["enum"])
+        if not typed or not listed:
             raise Unenforceable(f"a constant at {place} of the JSON schema contradicts type or enum; leave it out")
 
 
@@ -335,23 +339,31 @@ def _width(part: Schema, targets: Mapping[str, Schema], known: dict[int, int]) -
 def _told_apart(members: Sequence[Schema], targets: Mapping[str, Schema]) -> bool:
     """Whether no value can keep to two of the schemas."""
     parts = [_followed(member, targets) for member in members]
+    if len({id(part) for part in parts}) < len(parts):
+        return False
     kinds = [{"number" if name == "integer" else name for name in _types(part)} for part in parts]
-    if all(kinds) and _disjoint(kinds):
+    if _disjoint(kinds):
         return True
     shared = set.intersection(*({*part.get("required", ())} for part in parts))
-    return any(_disjoint([_texts(part["properties"][name], targets) for part in parts]) for name in shared) and all(
-        kind == {"object"} for kind in kinds
+    return all(kind == {"object"} for kind in kinds) and any(
+        _disjoint(_texts(part["properties"][name]) for part in parts) for name in shared
     )
 
 
-def _texts(schema: Schema, targets: Mapping[str, Schema]) -> set[str]:
-    part = _followed(schema, targets)
-    constants = _constants(part) if "const" in part or "enum" in part else []
+def _texts(schema: Schema) -> set[str]:
+    """The constants that a schema allows; none unless all are texts."""
+    constants = _constants(schema) if isinstance(schema, dict) and ("const" in schema or "enum" in schema) else []
     return set(constants) if all(isinstance(constant, str) for constant in constants) else set()
 
 
-def _disjoint(sets: Sequence[set[str]]) -> bool:
-    return all(sets) and len(set.union(*sets)) == sum(map(len, sets))
+def _disjoint(sets: Iterable[set[str]]) -> bool:
+    """Whether none is empty and no two have anything in common."""
+    seen: set[str] = set()
+    for texts in sets:
+        if not texts or texts & seen:
+            return False
+        seen |= texts
+    return True
 
 
 def _followed(schema: Schema, targets: Mapping[str, Schema]) -> Mapping[str, Any]:
