@@ -82,7 +82,8 @@ _FORMATS = {
     *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
     *("uri", "uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
 }
-_NEGATED_CLASS, _CLASS = re.compile(r"\[\^(?:\\.|[^\]\\])*\]"), re.compile(r"\[(?:\\.|[^\]\\])*\]")
+# An escape or a class of characters. One that nothing closes reaches to the end: no position is looked at twice.
+_ATOM = re.compile(r"\\.|\[(?:\\.|[^\]\\])*(?:\]|\\?\Z)", re.DOTALL)
 # Lookaround counts as matched; a quotation mark, backslash or control character would end up bare in the answer.
 _LOOSE = re.compile(r'\(\?(?!:)|\\(?!u(?!00[0-7])[0-9a-fA-F]{4}|[dDwWsS.^$*+?()\[\]{}|/-])|["\x00-\x1f]')
 _LONGEST_PLACE = 100  # characters; a long name must not be copied for each of many parts below it
@@ -298,10 +299,9 @@ def _check_typed(part: Mapping[str, Any], keywords: set[str], place: str) -> Non
 
 def _is_followed(pattern: str) -> bool:
     """Whether the grammar follows a regular expression: it takes it to be anchored, and ignores anchors inside."""
-    body = _NEGATED_CLASS.sub("", pattern)
-    if _LOOSE.search(body):
+    if _LOOSE.search(_ATOM.sub(lambda atom: "" if atom[0].startswith("[^") else atom[0], pattern)):
         return False
-    rest = re.sub(r"\\.", "", _CLASS.sub("", body))
+    rest = _ATOM.sub("", pattern)
     alternatives = [rest] if "(" in rest else rest.split("|")
     return not any("^" in part.removeprefix("^") or "$" in part.removesuffix("$") for part in alternatives)
 
