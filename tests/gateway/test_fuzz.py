@@ -38,7 +38,7 @@ VALID: dict[str, dict[str, Any]] = {
             "seed": 1,
         },
         **{"temperature": 0.5, "top_p": 0.5, "presence_penalty": 0.1, "frequency_penalty": 0.1, "logprobs": False},
-        **{"tools": [TOOL], "tool_choice": "auto", "stream_options": {"include_usage": True}},
+        **{"tools": [TOOL], "tool_choice": "none", "stream_options": {"include_usage": True}},
         **{"top_k": 3, "min_tokens": 1, "ignore_eos": False, "repetition_penalty": 1.1, "response_format": SCHEMA},
         **{"logit_bias": {"5": 1}},
     },

@@ -135,6 +135,17 @@ def test_answers_are_checked_against_their_schema(obedient: Running) -> None:
         obedient.chat("no", response_format=anything, max_tokens=60)
 
 
+def test_tools_are_not_offered_where_a_format_forbids_calls(obedient: Running) -> None:
+    for form in (schema(a={"type": "integer"}), {"type": "json_object"}):
+        with pytest.raises(openai.BadRequestError, match="no tool could be called") as caught:
+            obedient.chat('{"a": 1}', tools=[WEATHER], response_format=form, max_tokens=60)
+        assert (caught.value.param, caught.value.code) == ("response_format", "unsupported")
+        plain = obedient.chat('{"a": 1}', tools=[WEATHER], tool_choice="none", response_format=form, max_tokens=60)
+        assert plain.choices[0].message.content == '{"a": 1}'
+    called = obedient.chat(CALL, tools=[WEATHER], response_format={"type": "text"}, max_tokens=60)
+    assert called.choices[0].finish_reason == "tool_calls"
+
+
 @pytest.mark.parametrize(
     ("inner", "text"),
     [

@@ -82,6 +82,7 @@ QWEN = GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penal
         (QWEN, {}, {"temperature": 0.7, "runtime_top_p": 0.8, "runtime_top_k": 20, "repetition_penalty": 1.05}),
         (QWEN, {"temperature": 0}, {"runtime_top_k": 1, "repetition_penalty": 1.05}),
         (QWEN, {"top_p": 0, "repetition_penalty": 1}, {"runtime_top_k": 1}),
+        (QWEN, {"top_p": 1e-50}, {"runtime_top_k": 1, "repetition_penalty": 1.05}),
         (QWEN, {"top_k": 0, "top_p": 1, "temperature": 1, "repetition_penalty": 1},
          {"temperature": 1, "runtime_top_p": 1}),
         (GenerationDefaults(), {}, {"temperature": 1, "runtime_top_p": 1}),
@@ -283,7 +284,3 @@ def test_without_guided_decoding_a_response_format_is_refused() -> None:
         plan_guide(unguided, ResponseFormat(type="json_object"))
     assert (caught.value.status, caught.value.code) == (400, "unsupported")
     assert plan_guide(unguided, ResponseFormat(type="text")) is None
-
-
-def test_a_schema_that_never_ends_is_not_kept() -> None:
-    assert not Guide('{"$ref": "#"}').allows("1")

@@ -1,4 +1,9 @@
-"""`/v1/chat/completions`: from a request to what the engine is asked for."""
+"""`/v1/chat/completions`: from a request to what the engine is asked for.
+
+Under tool_choice "auto" the model writes freely, and whether a call keeps to its tool's parameters is the model's
+doing: `strict` is accepted there, as clients send it by habit, and promises nothing. A call that tool_choice forces
+is held to the parameters, `strict` or not.
+"""
 
 from __future__ import annotations
 
@@ -52,6 +57,13 @@ def plan_chat(
     guide = plan_guide(model, request.response_format)
     if offered and not template.takes_tools:
         raise unsupported("tools", f"the chat template of {model.name} has no place for tools; leave them out")
+    if offered and not forced and guide is not None:
+        # The guide holds the answer from its first token on: the model could never begin a call.
+        raise unsupported(
+            "response_format",
+            "response_format holds the whole answer to JSON, so no tool could be called; drop one of them, or set "
+            'tool_choice to "none"',
+        )
     if forced:
         require_guides(model, "tool_choice")
         if guide is not None:

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from jsonschema import Draft202012Validator, SchemaError, ValidationError
-from jsonschema.validators import extend
-from referencing import Registry
-from referencing.exceptions import Unresolvable
-
+from trtqwen.gateway.enforced import Unenforceable, check_schema, keeps_to
 from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.model import ServedModel
 from trtqwen.gateway.schemas import ResponseFormat
 
 _LONGEST_SCHEMA = 64 << 10  # characters
-# A client's regular expression can run for ever; the engine's grammar has enforced it already.
-_Validator = extend(  # type: ignore[no-untyped-call]
-    Draft202012Validator, {"pattern": None, "patternProperties": None}
-)
 
 
 @dataclass(frozen=True)
@@ -32,10 +23,10 @@ class Guide:
     def allows(self, answer: str) -> bool:
         """Whether a complete answer is what the guide asked for."""
         try:
-            _Validator(json.loads(self.text), registry=Registry()).validate(json.loads(answer))
-        except (ValueError, ValidationError, Unresolvable, RecursionError):
+            value = json.loads(answer)
+        except (ValueError, RecursionError):
             return False
-        return True
+        return keeps_to(json.loads(self.text), value)
 
 
 ANY_OBJECT = Guide('{"type": "object"}')
@@ -61,23 +52,23 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
     """A guide to a JSON schema, which is checked.
 
     Raises:
-        ApiError: naming `param`, if it is no JSON schema or refers to what is not in it.
+        ApiError: naming `param`, if it is no JSON schema or asks for what the engine does not enforce.
     """
     try:
         text = json.dumps(schema, ensure_ascii=False)
         text.encode()
-        Draft202012Validator.check_schema(schema)
-        foreign = [reference for reference in _references(schema) if not reference.startswith("#")]
-    except SchemaError as problem:
-        raise bad_request(f"the JSON schema is not valid: {problem.message}", param=param) from None
+        if len(text) > _LONGEST_SCHEMA:
+            message = f"the JSON schema has {len(text)} characters; {_LONGEST_SCHEMA} are allowed"
+            raise bad_request(message, param=param)
+        check_schema(schema)
+    except Unenforceable as problem:
+        raise unsupported(param, str(problem)) from None
     except UnicodeEncodeError:
         raise bad_request("the JSON schema holds half a surrogate pair; send whole characters", param=param) from None
+    except ValueError as problem:
+        raise bad_request(str(problem), param=param) from None
     except RecursionError:
         raise bad_request("the JSON schema is nested too deeply; flatten it", param=param) from None
-    if len(text) > _LONGEST_SCHEMA:
-        raise bad_request(f"the JSON schema has {len(text)} characters; {_LONGEST_SCHEMA} are allowed", param=param)
-    if foreign:
-        raise bad_request(f"the JSON schema refers to {foreign[0]!r}; only references within it work", param=param)
     return Guide(text)
 
 
@@ -89,14 +80,3 @@ def require_guides(model: ServedModel, param: str) -> None:
             f"{param} needs guided decoding, which the engine was started without; leave it out, or set "
             "guided_decoding_backend in the recipe's section serve and write the repository again",
         )
-
-
-def _references(schema: Any) -> Iterator[str]:
-    if isinstance(schema, dict):
-        for key, value in schema.items():
-            if key in ("$ref", "$dynamicRef") and isinstance(value, str):
-                yield value
-            yield from _references(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from _references(value)

@@ -28,6 +28,7 @@ _DTYPES: dict[str, type[np.generic]] = {
 }
 _OLDER_NAMES = {"seed": "random_seed", "min_tokens": "min_length"}  # before TensorRT-LLM 1.0
 _NEUTRAL = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0, "min_tokens": 0}
+_GREEDY_BELOW = 1e-6  # smaller ones end as 0 in float32, which to an engine is top_p not given
 _SEED_BITS = 53  # what every client's JSON numbers carry exactly
 
 
@@ -70,7 +71,7 @@ def plan_sampling(request: SamplingFields | GenerateRequest, defaults: Generatio
         "min_tokens": request.min_tokens or 0,
     }
     values = {name: value for name, value in values.items() if value != _NEUTRAL[name]}
-    if temperature == 0 or top_p == 0:
+    if min(temperature, top_p) < _GREEDY_BELOW:
         return values | {"runtime_top_k": 1}
     # Without top_k and top_p, TensorRT-LLM does not sample at all: top_p always goes along.
     top_k = defaults.top_k if request.top_k is None else request.top_k

@@ -26,6 +26,9 @@ FunctionName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenKey = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
+# Engines compute in float32, where a factor next to nothing is 0 and a penalty beyond measure leaves no finite logit.
+RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
+PlainPenalty = Annotated[float, Field(ge=-100, le=100)]
 
 _UNSUPPORTED = {
     "audio": "answers are text",
@@ -99,7 +102,7 @@ class SamplingFields(_Schema):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
@@ -235,12 +238,12 @@ class GenerateRequest(_Schema):
     stream: bool | None = None
     exclude_input_in_output: bool = True
     stop_words: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
-    temperature: Annotated[float, Field(ge=0)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: PlainPenalty | None = None
+    frequency_penalty: PlainPenalty | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**64)] | None = None
 
