@@ -19,6 +19,8 @@ from pydantic import BaseModel, Field
 
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.guides import Guide, schema_guide
+from trtqwen.gateway.schemas import Function, Tool
+from trtqwen.gateway.tools import call_schema
 
 A = {"a": {"type": "integer"}}
 AB = {**A, "b": {"type": "integer"}}
@@ -141,6 +143,21 @@ def test_what_the_grammar_enforces_is_let_in(
     for answer in wrong:
         assert not lets_through(schema, answer), answer
         assert "pattern" in schema or not guide.allows(answer), answer  # patterns are the grammar's alone
+
+
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_forced_call_is_held_to_parameters_that_refer(
+    lets_through: Callable[[dict[str, Any], str], bool], others: int
+) -> None:
+    definitions = {"$defs": {"Place": a_text(minLength=2)}}
+    named = {"at": {"$ref": "#/$defs/Place"}}
+    parameters = an_object(properties=named, required=["at"], additionalProperties=False, **definitions)
+    functions = [*(Function(name=f"g{number}") for number in range(others)), Function(name="f", parameters=parameters)]
+    schema = call_schema([Tool(type="function", function=function) for function in functions])
+    guide = schema_guide(schema, "tools")
+    for answer, right in (("Rom", True), ("R", False)):
+        text = json.dumps({"name": "f", "arguments": {"at": answer}})
+        assert lets_through(schema, text) == guide.allows(text) == right
 
 
 def test_a_key_with_escapes_is_found_out_afterwards(lets_through: Callable[[dict[str, Any], str], bool]) -> None:

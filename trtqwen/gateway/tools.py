@@ -209,19 +209,17 @@ class _ObjectScanner:
 
 def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """JSON schema of a call to any of the tools, as it stands between the tags."""
-    calls = []
+    calls: dict[str, Any] = {}
     for number, tool in enumerate(tools):
-        place = "#/properties/arguments" if len(tools) == 1 else f"#/anyOf/{number}/properties/arguments"
-        arguments = _moved(tool.function.parameters or {"type": "object"}, place)
-        calls.append(
-            {
-                "type": "object",
-                "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
-                "required": ["name", "arguments"],
-                "additionalProperties": False,
-            }
-        )
-    return calls[0] if len(calls) == 1 else {"anyOf": calls}
+        arguments = _moved(tool.function.parameters or {"type": "object"}, f"#/$defs/{number}/properties/arguments")
+        calls[str(number)] = {
+            "type": "object",
+            "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
+            "required": ["name", "arguments"],
+            "additionalProperties": False,
+        }
+    # Not a list of the calls themselves: the grammar cannot follow a reference into one.
+    return {"anyOf": [{"$ref": f"#/$defs/{number}"} for number in calls], "$defs": calls}
 
 
 def _moved(schema: Any, place: str) -> Any:
