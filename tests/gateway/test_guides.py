@@ -152,7 +152,8 @@ def test_a_forced_call_is_held_to_parameters_that_refer(
     definitions = {"$defs": {"Place": a_text(minLength=2)}}
     named = {"at": {"$ref": "#/$defs/Place"}}
     parameters = an_object(properties=named, required=["at"], additionalProperties=False, **definitions)
-    functions = [*(Function(name=f"g{number}") for number in range(others)), Function(name="f", parameters=parameters)]
+    functions = [Function(name=f"g{number}") for number in range(others)]
+    functions.append(Function(name="f", parameters=parameters))
     schema = call_schema([Tool(type="function", function=function) for function in functions])
     guide = schema_guide(schema, "tools")
     for answer, right in (("Rom", True), ("R", False)):
