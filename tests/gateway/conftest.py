@@ -79,6 +79,12 @@ class Running:
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.gateway.config.port), timeout=10)
 
+    @property
+    def resident_mb(self) -> float:
+        """Memory of the gateway's process."""
+        pages = int(Path(f"/proc/{self.gateway.pid}/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
     def metric(self, name: str) -> float:
         """A gateway metric, the sum over its labels' values."""
         lines = [line for line in self.get("/metrics")[1].splitlines() if not line.startswith("#")]

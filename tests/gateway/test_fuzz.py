@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -100,7 +99,7 @@ RAW = st.one_of(
 @pytest.mark.parametrize("path", VALID)
 def test_broken_bodies_are_never_our_fault(obedient: Running, path: str) -> None:
     seen: set[int] = set()
-    memory = resident_mb(obedient.gateway.pid)
+    memory = obedient.resident_mb
 
     @SETTINGS
     @given(broken(VALID[path]) | RAW)
@@ -126,7 +125,7 @@ def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: R
     schema = schemathesis.openapi.from_url(f"{obedient.gateway.url}/openapi.json")
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     paths = set()
-    memory = resident_mb(obedient.gateway.pid)
+    memory = obedient.resident_mb
     for found in schema.get_all_operations():
         operation = found.ok()
         paths.add(operation.path)
@@ -148,13 +147,9 @@ def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: R
     check_nothing_is_left(obedient, memory)
 
 
-def resident_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
-
-
 def check_nothing_is_left(target: Running, memory: float) -> None:
     """The queue is empty, the gateway ready, and its memory as it was, but for what more requests would warm."""
-    assert resident_mb(target.gateway.pid) < memory + 40
+    assert target.resident_mb < memory + 40
     assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0, 5)
     assert target.metric("trtqwen_gateway_queued") == target.metric("trtqwen_gateway_in_flight_tokens") == 0
     assert target.get("/ready")[0] == 200

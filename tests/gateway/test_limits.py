@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -160,6 +161,20 @@ def test_trailers_have_a_limit_too(limited: Running) -> None:
             connection.sendall(b"X-A: %s\r\n" % (b"x" * 1000))
             time.sleep(0.01)
     assert limited.get("/health")[0] == 200
+
+
+def test_connections_that_are_reset_leave_nothing(limited: Running) -> None:
+    def reset(count: int) -> None:
+        for _ in range(count):
+            with limited.connect() as connection:
+                connection.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n")
+                connection.recv(1)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    reset(300)
+    memory = limited.resident_mb
+    reset(2000)  # at 5 kB each, if the server kept them
+    assert limited.resident_mb < memory + 5
 
 
 def test_bodies_that_cannot_be_read_count_as_requests(limited: Running, another_gateway: Any, tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ class _LimitedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._too_late.cancel()
+        # uvicorn leaves it after a reset, and with it all of the connection until the time is over.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
         super().connection_lost(exc)
 
     def _expect_headers(self) -> None:
