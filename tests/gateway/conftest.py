@@ -124,6 +124,14 @@ def stand_in_repository(engine_repository: Path) -> Path:
     return output
 
 
+@pytest.fixture(scope="session")
+def unhurried_repository(engine_repository: Path) -> Path:
+    """The same at 100 tokens a second: a long answer is not done when somebody is killed, however busy the machine."""
+    output = engine_repository.with_name("unhurried")
+    write_stand_in_repository(engine_repository, output, step_ms=10)
+    return output
+
+
 @contextmanager
 def quick_triton(repository: Path) -> Iterator[TritonServer]:
     """A Triton that is not asked to leave politely: nothing of it is needed afterwards."""

@@ -68,7 +68,7 @@ def driver() -> Iterator[webdriver.Chrome]:
 @pytest.fixture(scope="module")
 def unhurried(engine_repository: Path) -> Iterator[Running]:
     """A gateway in front of a stand-in at a pace that one can watch: 50 tokens a second."""
-    output = engine_repository.with_name("unhurried")
+    output = engine_repository.with_name("watched")
     write_stand_in_repository(engine_repository, output, step_ms=20)
     with quick_triton(output) as triton, quick_gateway(triton, output) as running:
         yield running

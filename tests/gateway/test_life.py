@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import openai
 import pytest
@@ -22,8 +23,21 @@ pytestmark = pytest.mark.triton
 PROBE = 1.5  # seconds; 2 by default
 
 
-def test_deaths_behind_the_gateway_are_errors_and_a_return_is_noticed(stand_in_repository: Path) -> None:
-    repository = stand_in_repository
+@pytest.fixture(scope="module")
+def triton(unhurried_repository: Path) -> Iterator[TritonServer]:
+    with quick_triton(unhurried_repository) as server:
+        yield server
+
+
+@pytest.fixture
+def start(unhurried_repository: Path, triton: TritonServer) -> Iterator[Callable[..., Running]]:
+    """Starts gateways in front of it."""
+    with ExitStack() as started:
+        yield lambda **settings: started.enter_context(quick_gateway(triton, unhurried_repository, **settings))
+
+
+def test_deaths_behind_the_gateway_are_errors_and_a_return_is_noticed(unhurried_repository: Path) -> None:
+    repository = unhurried_repository
     with (
         quick_triton(repository) as triton,
         quick_gateway(triton, repository, probe_seconds=PROBE) as target,
@@ -37,19 +51,19 @@ def test_deaths_behind_the_gateway_are_errors_and_a_return_is_noticed(stand_in_r
             check_death(target, lambda: os.killpg(again.pid, signal.SIGKILL))
 
 
-def test_the_gateway_s_death_is_an_error_and_frees_the_engine(obedient: Running, another_gateway: Any) -> None:
-    target = another_gateway()
+def test_the_gateway_s_death_is_an_error_and_frees_the_engine(start: Callable[..., Running]) -> None:
+    target, other = start(), start()
     streams = Streams(target, 3)
     os.kill(target.gateway.pid, signal.SIGKILL)
     killed = time.monotonic()
     streams.join()
     assert all(streams.errors)
     assert max(streams.ended) - killed < 2
-    assert obedient.chat("still there", max_tokens=50).choices[0].message.content == "still there"
+    assert other.chat("still there", max_tokens=50).choices[0].message.content == "still there"
 
 
-def test_a_stop_finishes_what_runs_and_refuses_the_rest(obedient: Running, another_gateway: Any) -> None:
-    target = another_gateway()
+def test_a_stop_finishes_what_runs_and_refuses_the_rest(start: Callable[..., Running]) -> None:
+    target, other = start(), start()
     streams = Streams(target, 3)
     os.kill(target.gateway.pid, signal.SIGTERM)
     assert wait_for(lambda: target.get("/ready")[0] == 503, 1)
@@ -58,13 +72,13 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(obedient: Running, anoth
     assert caught.value.status_code == 503
     streams.join()
     assert streams.errors == [None] * 3
-    whole = obedient.chat(LONG, max_tokens=450).choices[0].message.content
+    whole = other.chat(LONG, max_tokens=450).choices[0].message.content
     assert streams.texts == [whole] * 3
     assert target.gateway.stop() == 0
 
 
-def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(another_gateway: Any) -> None:
-    target = another_gateway(drain_seconds=0.05)
+def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(start: Callable[..., Running]) -> None:
+    target = start(drain_seconds=0.05)
     pid = target.gateway.pid
     streams = Streams(target, 1)
     target.gateway._process.stdin.close()

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from scripts.stand_in_engine import write_stand_in_repository
 from tests.gateway.conftest import quick_gateway, quick_triton, wait_for
 from tests.gateway.deaths import Streams
 from trtqwen.triton.server import TritonServer
@@ -27,9 +26,8 @@ def executions(server: TritonServer) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
-def test_one_of_two_dies_and_returns(engine_repository: Path) -> None:
-    repository = engine_repository.with_name("unhurried-pair")
-    write_stand_in_repository(engine_repository, repository, step_ms=10)  # nobody is done when one is killed
+def test_one_of_two_dies_and_returns(unhurried_repository: Path) -> None:
+    repository = unhurried_repository
     with quick_triton(repository) as steady, quick_triton(repository) as mortal:
         addresses = (steady.grpc_url, mortal.grpc_url)
         with quick_gateway(steady, repository, triton=addresses, probe_seconds=PROBE) as target:
