@@ -126,7 +126,7 @@ def stand_in_repository(engine_repository: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def unhurried_repository(engine_repository: Path) -> Path:
-    """The same at 100 tokens a second: a long answer is not done when somebody is killed, however busy the machine."""
+    """The same at 100 tokens a second: a long answer is not done when somebody is killed, on any machine."""
     output = engine_repository.with_name("unhurried")
     write_stand_in_repository(engine_repository, output, step_ms=10)
     return output
