@@ -21,7 +21,7 @@ from trtqwen.gateway.model import load_model
 from trtqwen.gateway.runtime import running
 from trtqwen.gateway.sse import ClientGone
 
-_BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \\u escapes 9 to 12
+_BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
 
 def create_app(config: GatewayConfig) -> FastAPI:

@@ -27,8 +27,7 @@ class Gate:
         self._admission = admission
         self._metrics = metrics
         self._queue_seconds = queue_seconds
-        self._turns: _Turns = {}
-        self._requests: dict[Ticket, _Turns] = {}  # by each ticket, the turns of all that came with it
+        self._turns: dict[Ticket, _Turns] = {}  # for each ticket, those of all that came with it, its own among them
         self._draining = False
         self._service_seconds = 1.0  # how long a turn lasts, averaged over the recent ones
 
@@ -67,8 +66,7 @@ class Gate:
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
-            self._turns |= turns
-            self._requests |= dict.fromkeys(tickets, turns)
+            self._turns |= dict.fromkeys(tickets, turns)
             self._grant(self._admission.arrive(tickets))
             yield tickets
         except QueueFull:
@@ -85,13 +83,13 @@ class Gate:
                 wait as long as it takes.
         """
         begun = time.monotonic()
-        future = self._turns[ticket]
+        turns = self._turns[ticket]
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
-            await asyncio.wait((future,), timeout=self._queue_seconds)
-            if not any(turn.done() for turn in self._requests[ticket].values()):
+            await asyncio.wait((turns[ticket],), timeout=self._queue_seconds)
+            if not any(turn.done() for turn in turns.values()):
                 raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
-            return await future
+            return await turns[ticket]
         finally:
             self._metrics.queue_seconds.observe(time.monotonic() - begun)
 
@@ -103,7 +101,6 @@ class Gate:
         """
         if self._turns.pop(ticket, None) is None:
             return
-        del self._requests[ticket]
         if lasted is not None:
             self._service_seconds += 0.1 * (lasted - self._service_seconds)
         self._admission.leave(ticket)
@@ -116,9 +113,9 @@ class Gate:
 
     def send_away(self, failure: ApiError) -> None:
         """End the waiting of all who wait."""
-        for future in self._turns.values():
-            if not future.done():
-                future.set_exception(failure)
+        for ticket, turns in self._turns.items():
+            if not turns[ticket].done():
+                turns[ticket].set_exception(failure)
 
     def drain(self) -> None:
         """Refuse newcomers from now on."""
@@ -126,9 +123,9 @@ class Gate:
 
     def _grant(self, admitted: Sequence[tuple[Ticket, int]]) -> None:
         for ticket, replica in admitted:
-            future = self._turns[ticket]
-            if not future.done():
-                future.set_result(replica)
+            turn = self._turns[ticket][ticket]
+            if not turn.done():
+                turn.set_result(replica)
         self._metrics.in_flight.set(self._admission.in_flight)
         self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
         self._metrics.queued.set(self._admission.queued)
@@ -136,7 +133,7 @@ class Gate:
 
     def _refuse_at_the_door(self) -> None:
         if self._draining:
-            raise ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
+            raise stopping()
         if not self._admission.any_up:
             raise down()
 
@@ -144,6 +141,10 @@ class Gate:
         rounds = (self._admission.queued + 1) / self._admission.slots
         seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
 
 
 def down() -> ApiError:

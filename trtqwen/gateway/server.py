@@ -15,7 +15,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.gate import stopping
 from trtqwen.gateway.listener import bind
 from trtqwen.gateway.runtime import Runtime
 
@@ -80,9 +80,8 @@ class _Server(uvicorn.Server):
             runtime: Runtime = self._app.state.runtime
             runtime.gate.drain()
             if time.monotonic() - self._asked_at > self._drain_seconds:
-                stopping = ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
-                runtime.gate.send_away(stopping)
-                runtime.generator.abort_all(stopping)
+                runtime.gate.send_away(stopping())
+                runtime.generator.abort_all(stopping())
                 self.should_exit = True
             elif runtime.gate.idle:
                 self.should_exit = True
