@@ -18,6 +18,7 @@ _GROUP = 16
 _TILE = 64
 _BLOCK_ELEMENTS = 1 << 17  # quantised at a time: stays in a core's cache
 _AWAY_FROM_ZERO = np.float32(1 - 2**-21)
+_SMALL = 2.0**-100
 
 
 def quantize(weight: Array, dtype: np.dtype[Any] | None = None) -> tuple[Int8, npt.NDArray[np.float32]]:
@@ -40,7 +41,10 @@ def quantize(weight: Array, dtype: np.dtype[Any] | None = None) -> tuple[Int8, n
         steps[rows] = largest * np.float32(1 / 128)
         # Dividing by a little less turns ties away from zero. No other quotient of two 16-bit floats crosses its tie:
         # with mantissas of 11 bits they differ by more than 2^-19 of their size.
-        divisors = np.where(largest > 0, steps[rows] * _AWAY_FROM_ZERO, np.float32(1))
+        if (small := (largest > 0) & (largest < _SMALL)).any():  # a subnormal divisor would be rounded too coarsely
+            grown = np.where(small, np.float32(2**64), np.float32(1))
+            block, largest = block * grown[:, None], largest * grown
+        divisors = np.where(largest > 0, largest * np.float32(1 / 128) * _AWAY_FROM_ZERO, np.float32(1))
         np.divide(block, divisors[:, None], out=block)
         np.rint(block, out=block)
         quantized[rows] = np.minimum(block.astype(np.int32), 127)
