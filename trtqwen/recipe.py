@@ -6,11 +6,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.errors import RecipeError, first_problem
 from trtqwen.hf.known import model_names
+from trtqwen.yaml_file import read_mapping
 
 BUNDLED = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parent.parent / "recipes"
@@ -293,18 +293,7 @@ def load_recipe(recipe: str) -> Recipe:
         RecipeError: naming file and field, if it is missing or not valid.
     """
     path = _find(recipe)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise RecipeError(f"{path}: cannot be read ({problem}); check the path") from None
-    except yaml.YAMLError as problem:
-        mark = getattr(problem, "problem_mark", None)
-        line = f" at line {mark.line + 1}" if mark else ""
-        raise RecipeError(f"{path}: is not YAML{line}; fix the file") from None
-    except RecursionError:
-        raise RecipeError(f"{path}: is nested too deeply; fix the file") from None
-    if not isinstance(content, dict):
-        raise RecipeError(f"{path}: is not a mapping of sections; see recipes/ for examples")
+    content = read_mapping(path, RecipeError)
     if "name" in content:
         raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name; remove the field")
     try:

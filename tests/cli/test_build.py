@@ -62,7 +62,7 @@ def test_a_build_says_why_it_makes_what(tmp_path: Path, monkeypatch: pytest.Monk
     run = ["build", str(recipe), "--model", str(MODEL)]
     assert CliRunner().invoke(app, run).output.count("because it is not there") == 3
     assert CliRunner().invoke(app, run).output.count(": up to date\n") == 3
-    recipe.write_text(text + "  max_queue_size: 9\n")
+    recipe.write_text(text.replace("max_queue_size: 256", "max_queue_size: 9"))
     assert "would be made, because serve.max_queue_size changed from 256 to 9" in dry(run)
     output = CliRunner().invoke(app, run).output
     assert output.count(": up to date\n") == 2

@@ -85,6 +85,13 @@ def test_a_taken_port_is_named_with_its_option(repository: Path) -> None:
             TritonServer(repository, ports=Ports(0, port, 0))
 
 
+def test_ports_picked_are_none_that_outgoing_connections_take(repository: Path) -> None:
+    low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    ports = TritonServer(repository, ports=Ports(0, 0, 0)).ports
+    assert len({ports.http, ports.grpc, ports.metrics}) == 3
+    assert max(ports.http, ports.grpc, ports.metrics) < low
+
+
 def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -> None:
     unfinished = Path(shutil.copytree(repository, tmp_path / "repository"))
     (unfinished / "manifest.json").unlink()

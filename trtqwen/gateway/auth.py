@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtqwen.errors import InputError
 from trtqwen.gateway.errors import ApiError
+from trtqwen.yaml_file import read_mapping
 
 _MINUTE = 60.0
 
@@ -134,12 +134,9 @@ def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) ->
     """
     if path is None:
         return Authenticator()
+    content = read_mapping(path)
     try:
-        entries = _Keys.model_validate(yaml.safe_load(path.read_text(encoding="utf-8"))).keys
-    except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror}); name a file with API keys") from None
-    except yaml.YAMLError:
-        raise InputError(f"{path}: is not YAML; correct it") from None
+        entries = _Keys.model_validate(content).keys
     except ValidationError as problem:
         first = problem.errors()[0]
         field_name = ".".join(map(str, first["loc"])) or "keys"

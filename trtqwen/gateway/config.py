@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.errors import InputError, first_problem
+from trtqwen.yaml_file import read_mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -119,14 +119,7 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{file}: cannot be read ({problem}); name a file with gateway settings") from None
-    except (yaml.YAMLError, RecursionError):
-        raise InputError(f"{file}: is not YAML; correct it") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file}: is not a mapping of settings; write them as `name: value`")
+    content = read_mapping(file)
     for name in ("repository", "api_keys"):
         if isinstance(content.get(name), str):
             content[name] = file.parent / content[name]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import shutil
 import signal
 import socket
@@ -29,6 +30,7 @@ from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_laun
 from trtqwen.triton.parameters import ENGINE_DEATH
 
 _SHARED_MEMORY = Path("/dev/shm")
+_FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
 
 
@@ -307,7 +309,7 @@ def _claim(ports: Ports, host: str) -> Ports:
             listener = held.enter_context(socket.socket())
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                listener.bind((host, port))
+                _bind(listener, host, port)
             except OSError as problem:
                 if problem.errno != errno.EADDRINUSE:
                     raise InputError(
@@ -319,6 +321,14 @@ def _claim(ports: Ports, host: str) -> Ports:
                 ) from None
             ports = replace(ports, **{field.name: listener.getsockname()[1]})
     return ports
+
+
+def _bind(listener: socket.socket, host: str, port: int) -> None:
+    *others, last = [port] if port else random.sample(_FREE_PORTS, 50)
+    for candidate in others:
+        with suppress(OSError):
+            return listener.bind((host, candidate))
+    listener.bind((host, last))
 
 
 def _reachable(host: str) -> str:

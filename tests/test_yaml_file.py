@@ -1,0 +1,68 @@
+"""Files that people write: whatever is in them, a mapping or one sentence."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtqwen.errors import InputError, RecipeError
+from trtqwen.yaml_file import read_mapping
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\na: 2\n", r"file\.yaml: line 2: 'a' stands twice; correct it"),
+        (b"a:\n  b: 1\n  c: 2\n  b: 3\n", r"file\.yaml: line 4: 'b' stands twice; correct it"),
+        (b"a: 2021-13-99\n", r"file\.yaml: has a value that cannot be \(month must be in 1\.\.12"),
+        (b"? [a]\n: b\n", r"file\.yaml: line 1: found unhashable key; correct it"),
+        (b"a: !!python/object:os.system ls\n", r"line 1: could not determine a constructor for the tag"),
+        (b"a: [\n", r"file\.yaml: is not YAML at line 2; correct it"),
+        (b"a: \x01\n", r"file\.yaml: is not YAML; correct it"),
+        (b"[" * 10000, "is nested too deeply"),
+        (b"\xff\xfe\xfd", "cannot be read"),
+        (b"", r"is not a mapping; write `name: value` lines"),
+        (b"- a\n", "is not a mapping"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_bytes(content)
+    with pytest.raises(RecipeError, match=message) as caught:
+        read_mapping(file, RecipeError)
+    assert "\n" not in str(caught.value)
+
+
+def test_anchors_and_merges_are_yaml(tmp_path: Path) -> None:
+    file = tmp_path / "file.yaml"
+    file.write_text("base: &base {a: 1, b: 2}\nother: &other {c: 5}\nmine:\n  <<: *base\n  <<: *other\n  b: 3\n")
+    assert read_mapping(file)["mine"] == {"a": 1, "b": 3, "c": 5}
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(content=st.dictionaries(st.text(), VALUES))
+@settings(max_examples=50, deadline=None)
+def test_what_yaml_writes_is_read(tmp_path_factory: pytest.TempPathFactory, content: dict[str, object]) -> None:
+    file = tmp_path_factory.mktemp("yaml") / "file.yaml"
+    file.write_text(yaml.safe_dump(content), encoding="utf-8")
+    assert read_mapping(file) == content
+
+
+@given(content=st.binary())
+@settings(max_examples=200, deadline=None)
+def test_no_bytes_are_a_traceback(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    file = tmp_path_factory.mktemp("yaml") / "file.yaml"
+    file.write_bytes(content)
+    with suppress(InputError):
+        assert isinstance(read_mapping(file), dict)
