@@ -7,7 +7,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -91,21 +91,34 @@ def living(session: int) -> Iterator[int]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
             with suppress(OSError):
-                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+                fields = _stat(int(entry.name))
                 ours = fields[_STATE] == "Z" and int(fields[_PARENT]) == os.getpid()
                 if int(fields[_SESSION]) == session and not ours:
                     yield int(entry.name)
 
 
-def programs(session: int, name: str) -> int:
-    """How many processes of a session run the program `name`."""
-    count = 0
+def programs(session: int, names: Collection[str]) -> dict[int, list[str]]:
+    """The processes of a session that run one of the programs `names`: their commands, by process id."""
+    found = {}
     for pid in living(session):
         with suppress(OSError):
             words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
             # A script's interpreter comes before it.
-            count += name in (Path(word).name for word in words[:2])
-    return count
+            if not {Path(word).name for word in words[:2]}.isdisjoint(names):
+                found[pid] = words
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return _stat(pid)[_STATE] not in "ZX"
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def kill_session(session: int) -> None:

@@ -155,6 +155,20 @@ def test_a_server_that_dies_is_noticed(repository: Path) -> None:
 
 
 @pytest.mark.triton
+def test_a_python_model_that_dies_is_noticed(repository: Path) -> None:
+    """Triton itself stays up and never starts it again."""
+    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
+        server.check()
+        [stub] = [pid for pid, command in family(server.pid).items() if "/preprocessing/1/model.py" in command]
+        os.kill(stub, signal.SIGKILL)
+        deadline = time.monotonic() + 5
+        with pytest.raises(ServerError, match="a process of preprocessing has ended by itself: the log has no error"):
+            while time.monotonic() < deadline:
+                server.check()
+                time.sleep(0.02)
+
+
+@pytest.mark.triton
 def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -> None:
     with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
 

@@ -24,13 +24,14 @@ from trtqwen.artifact import read_manifest
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.errors import InputError, PortInUseError, ServerError
 from trtqwen.host import Host, read_host
-from trtqwen.processes import Service, die_with_parent, kill_session, programs
+from trtqwen.processes import Service, die_with_parent, kill_session, programs, runs
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
 from trtqwen.triton.parameters import ENGINE_DEATH
 
 _SHARED_MEMORY = Path("/dev/shm")
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
+_HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
 
 
@@ -92,7 +93,7 @@ class TritonServer(Service):
         self._shm_prefix = f"trtqwen-{uuid.uuid4().hex[:12]}-"
         self._cleanup = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
-        self._whole = False  # whether every rank's tritonserver has been seen
+        self._parts: dict[int, list[str]] = {}
 
     @property
     def http_url(self) -> str:
@@ -147,7 +148,7 @@ class TritonServer(Service):
                 f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it; run "
                 "in NVIDIA's Triton container"
             )
-        self._tritonservers, self._whole = launch.tritonservers, False
+        self._tritonservers, self._parts = launch.tritonservers, {}
         if self._log is None:
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
@@ -176,23 +177,25 @@ class TritonServer(Service):
         self._wait(
             self._answers, timeout, lambda: f"Triton was not ready within {timeout:g} s: {self._telling_line()}"
         )
+        self._parts |= programs(self.pid, _HELPERS)
 
     def check(self) -> None:
-        """Raise a ServerError if the server, its embedded engine or one of its ranks has ended by itself."""
+        """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
+
+        Triton serves on without them: it starts none of them again.
+        """
         code = self._running.poll()
         if code is not None:
             raise ServerError(f"Triton ended with code {code}: {self._telling_line()}")
         with suppress(FileNotFoundError):
             if death := self._engine_death.read_text("utf-8"):
                 raise ServerError(f"{death} ({self._advice})")
-        if self._tritonservers > 1:
-            running = programs(self.pid, self._installation.binary.name)
-            if self._whole and running < self._tritonservers:
-                raise ServerError(
-                    f"{self._tritonservers - running} of {self._tritonservers} ranks have ended: "
-                    f"{self._telling_line()}"
-                )
-            self._whole = self._whole or running == self._tritonservers
+        if len(self._parts) < self._tritonservers:
+            self._parts = programs(self.pid, [self._installation.binary.name])
+        for pid, command in self._parts.items():
+            if not runs(pid):
+                reason = self._telling_line("the log has no error; was it killed, for its memory perhaps?")
+                raise ServerError(f"a process of {_name(command)} has ended by itself: {reason}")
 
     def stop(self) -> None:
         """Let running requests finish, then end every process of the server. May be called again."""
@@ -235,8 +238,12 @@ class TritonServer(Service):
     def _advice(self) -> str:
         return f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
 
-    def _telling_line(self) -> str:
-        """The log's line that says most about a failure, and where the rest is."""
+    def _telling_line(self, without_error: str | None = None) -> str:
+        """The log's line that says most about a failure, and where the rest is.
+
+        Args:
+            without_error: stands in where the log has no error; None takes its last line.
+        """
         lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
         errors = [
             line.partition("] ")[2]
@@ -244,7 +251,8 @@ class TritonServer(Service):
             if line.startswith("E") and "] " in line and not any(text in line for text in _HARMLESS)
         ]
         loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
-        [telling] = loading[:1] or errors[-1:] or lines[-1:] or ["its log is empty"]
+        others = lines if without_error is None else [without_error]
+        [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         return f"{message} ({self._advice})"
 
@@ -288,6 +296,12 @@ def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]
             service.stop()
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _name(command: list[str]) -> str:
+    """What one of the server's processes is called: a python model's by the model, another by its program."""
+    models = [Path(word).parts[-3] for word in command if word.endswith("/1/model.py")]
+    return [Path(command[0]).name, *models][-1]
 
 
 def _check_engine(engine: Path, machine: Host) -> None:
