@@ -138,7 +138,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     refused(trtqwen("serve", "--repo", tmp_path / "empty"), "is not a finished repository")
     refused(trtqwen("serve", cwd=tmp_path), "holds 0 repositories")
     refused(trtqwen("gateway"), "gateway: field 'repository' is missing")
-    refused(trtqwen("gateway", "--repo", tmp_path / "empty"), "is not a finished repository")
+    refused(trtqwen("gateway", "--repo", tmp_path / "empty", "--port", 0), "is not a finished repository")
     assert not (tmp_path / "out").exists()
 
 
@@ -160,14 +160,15 @@ def test_every_setting_of_the_gateway_is_told() -> None:
 def test_triton_asks_for_no_keys_and_stays_on_loopback(repository: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
     keys.write_text("keys: [{name: a, key: 0123456789abcdef}]\n")
-    serve = ("serve", "--repo", repository, "--host", "0.0.0.0", "--dry-run")
+    ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
+    serve = ("serve", "--repo", repository, *ports, "--host", "0.0.0.0", "--dry-run")
     shown = trtqwen(*serve, "--api-keys", keys).stdout
     assert {word for word in shown.split() if "address=" in word} == {
         f"--{endpoint}-address=127.0.0.1" for endpoint in ("http", "grpc", "metrics")
     }
     assert "--grpc-address=0.0.0.0" in trtqwen(*serve, "--triton-host", "0.0.0.0").stdout
     refused(trtqwen(*serve, "--no-gateway"), "is the gateway's address", "--triton-host")
-    refused(trtqwen("serve", "--repo", repository, "--triton-host", "::1"), "::1: Triton takes no IPv6 address")
+    refused(trtqwen("serve", "--repo", repository, *ports, "--triton-host", "::1"), "::1: Triton takes no IPv6 address")
     keys.write_text("keys: [{name: a, key: short}]\n")
     refused(trtqwen("serve", "--repo", repository, "--grpc-port", 0, "--api-keys", keys), "at least 16 characters")
 
