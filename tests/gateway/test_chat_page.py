@@ -108,6 +108,27 @@ def test_an_answer_is_shown_as_text_with_its_speed(page: Page) -> None:
     assert page.driver.find_elements(By.CSS_SELECTOR, "#log img") == []
 
 
+def test_an_answer_s_markdown_is_drawn(page: Page) -> None:
+    answer = "# Title\n\nSome **bold** and `x < 1`,\nstill.\n- one\n  2. two\n\n```python\n# no title\n**code**\n```\nend"
+    page.driver.execute_script("document.getElementById('prompt').value = arguments[0]", answer)
+    page.press(Keys.ENTER)
+    assert wait_for(lambda: "tokens/s" in page.answer, 5)
+    drawn = page.driver.execute_script(
+        "return [...document.querySelectorAll('.assistant h2, .assistant strong, .assistant code, .assistant .item, "
+        ".assistant pre')].map(node => [node.tagName, node.textContent])"
+    )
+    assert drawn == [
+        ["H2", "Title"],
+        ["STRONG", "bold"],
+        ["CODE", "x < 1"],
+        ["P", "one"],
+        ["P", "two"],
+        ["PRE", "# no title\n**code**\n"],
+    ]
+    assert "Some bold and x < 1,\nstill." in page.answer
+    assert page.shown(".code button")
+
+
 def test_an_error_is_told_and_the_conversation_goes_on(page: Page) -> None:
     page.send("/fail the engine is out of tea")
     assert wait_for(lambda: page.busy == 0, 5)
