@@ -161,14 +161,15 @@ def test_triton_asks_for_no_keys_and_stays_on_loopback(repository: Path, tmp_pat
     keys = tmp_path / "keys.yaml"
     keys.write_text("keys: [{name: a, key: 0123456789abcdef}]\n")
     ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
-    serve = ("serve", "--repo", repository, *ports, "--host", "0.0.0.0", "--dry-run")
+    on_triton = ("serve", "--repo", repository, *ports)
+    serve = (*on_triton, "--host", "0.0.0.0", "--dry-run")
     shown = trtqwen(*serve, "--api-keys", keys).stdout
     assert {word for word in shown.split() if "address=" in word} == {
         f"--{endpoint}-address=127.0.0.1" for endpoint in ("http", "grpc", "metrics")
     }
     assert "--grpc-address=0.0.0.0" in trtqwen(*serve, "--triton-host", "0.0.0.0").stdout
     refused(trtqwen(*serve, "--no-gateway"), "is the gateway's address", "--triton-host")
-    refused(trtqwen("serve", "--repo", repository, *ports, "--triton-host", "::1"), "::1: Triton takes no IPv6 address")
+    refused(trtqwen(*on_triton, "--triton-host", "::1"), "::1: Triton takes no IPv6 address")
     keys.write_text("keys: [{name: a, key: short}]\n")
     refused(trtqwen("serve", "--repo", repository, "--grpc-port", 0, "--api-keys", keys), "at least 16 characters")
 

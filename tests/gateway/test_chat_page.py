@@ -109,7 +109,8 @@ def test_an_answer_is_shown_as_text_with_its_speed(page: Page) -> None:
 
 
 def test_an_answer_s_markdown_is_drawn(page: Page) -> None:
-    answer = "# Title\n\nSome **bold** and `x < 1`,\nstill.\n- one\n  2. two\n\n```python\n# no title\n**code**\n```\nend"
+    answer = "# Title\n\nSome **bold** and `x < 1`,\nstill.\n- one\n  2. two\n\n"
+    answer += "```python\n# no title\n**code**\n```\nend"
     page.driver.execute_script("document.getElementById('prompt').value = arguments[0]", answer)
     page.press(Keys.ENTER)
     assert wait_for(lambda: "tokens/s" in page.answer, 5)
