@@ -18,7 +18,7 @@ class AdmissionMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.admission = Admission(2, Capacity(REQUESTS, TOKENS), QUEUE, LARGEST)
+        self.admission = Admission(2, Capacity(REQUESTS, TOKENS), QUEUE)
         self.waiting: list[Ticket] = []
         self.running: list[tuple[Ticket, int]] = []
         self.up = [True, True]
@@ -95,7 +95,7 @@ TestAdmission = AdmissionMachine.TestCase
 
 
 def test_a_ticket_goes_to_the_replica_with_the_fewest_tokens_to_do() -> None:
-    admission = Admission(3, Capacity(10, 100), QUEUE, LARGEST)
+    admission = Admission(3, Capacity(10, 100), QUEUE)
     sizes = [50, 20, 30, 5, 5, 40]
     places = [admission.arrive([Ticket(size)])[0][1] for size in sizes]
     assert places == [0, 1, 2, 1, 1, 1]  # 20, 25 and 30 are less than replica 2's 30 or replica 0's 50
@@ -103,7 +103,7 @@ def test_a_ticket_goes_to_the_replica_with_the_fewest_tokens_to_do() -> None:
 
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=30))
 def test_all_who_are_taken_in_get_their_turn_in_order(sizes: list[int]) -> None:
-    admission = Admission(1, Capacity(2, 30), QueueLimits(1000, 10000), 30)
+    admission = Admission(1, Capacity(2, 30), QueueLimits(1000, 10000))
     tickets = [Ticket(size) for size in sizes]
     served = []
     running = [ticket for ticket, _ in admission.arrive(tickets)]
@@ -115,8 +115,16 @@ def test_all_who_are_taken_in_get_their_turn_in_order(sizes: list[int]) -> None:
 
 
 def test_an_arrival_is_taken_in_whole_or_not_at_all() -> None:
-    admission = Admission(1, Capacity(1, 100), QueueLimits(requests=1, tokens=100), 100)
+    admission = Admission(1, Capacity(1, 100), QueueLimits(requests=1, tokens=100))
     with pytest.raises(QueueFull):
         admission.arrive([Ticket(1), Ticket(1), Ticket(1)])
     assert (admission.in_flight, admission.queued) == (0, 0)
     assert len(admission.arrive([Ticket(1), Ticket(1)])) == 1
+
+
+def test_what_no_wait_makes_fit_is_known_at_once() -> None:
+    admission = Admission(2, Capacity(1, 100), QueueLimits(requests=1, tokens=50))
+    admission.arrive([Ticket(90), Ticket(90)])
+    for sizes, fits in [([90], True), ([60, 60, 50], True), ([60, 60, 51], False), ([1] * 4, False), ([101], False)]:
+        assert admission.has_room_when_idle([Ticket(size) for size in sizes]) == fits
+    assert (admission.in_flight, admission.queued) == (2, 0)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -14,7 +16,7 @@ from trtqwen.gateway.metrics import Metrics
 
 
 def gate(requests: int = 1, queue_seconds: float = 5) -> Gate:
-    admission = Admission(1, Capacity(requests, 100), QueueLimits(10, 1000), largest=100)
+    admission = Admission(1, Capacity(requests, 100), QueueLimits(10, 1000))
     return Gate(admission, Metrics(), queue_seconds)
 
 
@@ -25,7 +27,7 @@ def run(test: Callable[[], Awaitable[None]]) -> None:
 async def hold(gate: Gate, count: int, began: list[str], name: str, seconds: float) -> None:
     with gate.places([1] * count) as tickets:
         for ticket in tickets:
-            await gate.turn(ticket)
+            await gate.turn(ticket, math.inf)
             began.append(name)
             await asyncio.sleep(seconds)
             gate.give_back(ticket, seconds)
@@ -74,5 +76,27 @@ def test_who_waits_can_be_sent_away() -> None:
         await runs
         assert began == ["a"]
         assert turns.idle
+
+    run(test)
+
+
+def test_a_request_s_deadline_holds_for_its_waiting_answers_too() -> None:
+    async def test() -> None:
+        turns = gate()
+        with turns.places([1, 1]) as (first, second):
+            await turns.turn(first, math.inf)
+            with pytest.raises(ApiError, match="not finished in time") as caught:
+                await turns.turn(second, time.monotonic() + 0.05)
+        assert (caught.value.status, turns.idle) == (504, True)
+
+    run(test)
+
+
+def test_what_never_fits_is_refused_for_good() -> None:
+    async def test() -> None:
+        turns = gate()
+        with pytest.raises(ApiError, match="12 answers of 12 tokens") as caught, turns.places([1] * 12):
+            pass
+        assert (caught.value.status, caught.value.code, turns.idle) == (400, "too_much", True)
 
     run(test)

@@ -161,6 +161,12 @@ def test_a_forced_call_is_held_to_parameters_that_refer(
         assert lets_through(schema, text) == guide.allows(text) == right
 
 
+def test_a_tool_without_parameters_gets_none(lets_through: Callable[[dict[str, Any], str], bool]) -> None:
+    schema = call_schema([Tool(type="function", function=Function(name="now"))])
+    for arguments, right in (({}, True), ({"a": 1}, False)):
+        assert lets_through(schema, json.dumps({"name": "now", "arguments": arguments})) == right
+
+
 def test_a_key_with_escapes_is_found_out_afterwards(lets_through: Callable[[dict[str, Any], str], bool]) -> None:
     schema, answer = an_object(properties=A, additionalProperties={"type": "string"}), '{"\\u0061": "x"}'
     assert lets_through(schema, answer)

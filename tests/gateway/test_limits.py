@@ -104,7 +104,7 @@ def test_keys_have_rates(limited: Running) -> None:
     assert (status, body["error"]["code"]) == (429, "rate_limit_exceeded")
     assert "retry-after" in headers
     status, _, body = carol.ask("hello", max_tokens=300)
-    assert (status, "more than the key's rate ever allows" in body["error"]["message"]) == (429, True)
+    assert (status, "more than the key's rate ever allows" in body["error"]["message"]) == (400, True)
     assert "sk-" not in json.dumps(body)
 
 
@@ -134,6 +134,26 @@ def test_limits_of_answers_have_a_default_and_a_cap(limited: Running) -> None:
     assert "one request may have 2 answers" in limited.ask("hi", n=3)[2]["error"]["message"]
     status, _, body = limited.ask("hello " * 5, max_tokens=460)
     assert (status, body["error"]["code"]) == (400, "kv_cache_exceeded")
+
+
+def test_an_answer_without_a_limit_gets_what_the_cache_has_room_for(another_gateway: Any) -> None:
+    target = another_gateway(kv_cache_tokens=64)
+    assert target.ask("/again 90 abc ")[2]["usage"]["total_tokens"] == 64
+    status, _, body = target.ask("abc " * 40)
+    assert (status, "the KV cache of 64 leaves no room" in body["error"]["message"]) == (400, True)
+
+
+def test_who_got_no_place_keeps_the_tokens_of_the_rate(another_gateway: Any, tmp_path: Path) -> None:
+    keys = tmp_path / "keys.yaml"
+    keys.write_text(
+        KEYS.replace("tokens_per_minute: 5000", "tokens_per_minute: 900").replace("minute: 2,", "minute: 99,")
+    )
+    settings = {"api_keys": keys, "kv_cache_tokens": 470, "max_queued_requests": 0, "max_queued_tokens": 0}
+    target = replace(another_gateway(**settings), key=ALICE)
+    with busy(target):
+        refused = [replace(target, key=BOB).ask("hello", max_tokens=400) for _ in range(5)]
+    assert {body["error"]["code"] for _, _, body in refused} == {"queue_full"}
+    assert replace(target, key=BOB).ask("hello", max_tokens=400)[0] == 200
 
 
 def test_who_does_not_fit_waits_and_the_next_is_refused(limited: Running) -> None:
@@ -199,7 +219,7 @@ def test_a_long_prompt_is_no_sign_of_death(another_gateway: Any) -> None:
 def test_who_waits_inside_the_engine_is_not_stalled(another_gateway: Any) -> None:
     target = another_gateway(stall_seconds=1, probe_seconds=0.5, request_seconds=3)
     begun = time.monotonic()
-    status, _, body = target.ask("/hang")
+    status, _, body = target.ask("/hang", n=2)
     assert (status, body["error"]["code"]) == (504, "timeout")  # its deadline, not a second of silence
     assert time.monotonic() - begun > 2.5
 

@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import urllib.request
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.gateway.conftest import Running, wait_for
 from tests.gateway.deaths import check_death, process
 from trtqwen.demo import MODEL
+from trtqwen.gateway.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.triton.client import stream
 from trtqwen.triton.repository import tokenizer_directory
@@ -302,6 +304,35 @@ def test_neutral_values_of_unsupported_fields_are_accepted(live: Running) -> Non
         "Hello!", max_tokens=2, logit_bias={}, modalities=["text"], store=False, user="me", metadata={"a": "b"}
     )
     assert answer.choices[0].finish_reason == "length"
+
+
+def test_null_is_no_value_everywhere(live: Running) -> None:
+    body = {"model": "qwen", "messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 1}
+    optional = [name for name in ChatRequest.model_fields if name not in ("model", "messages", "max_tokens")]
+    nothing = {**dict.fromkeys(optional), "stream_options": {"include_usage": None, "include_obfuscation": None}}
+    assert live.post("/v1/chat/completions", body | nothing)[0] == 200
+
+
+def test_upstream_s_own_example_is_answered(live: Running) -> None:
+    body = {"text_input": "What is machine learning?", "max_tokens": 20, "bad_words": "", "stop_words": ""}
+    assert live.post("/generate", body)[0] == 200
+    assert live.post("/generate", body | {"bad_words": ["x"]})[0] == 400
+    status, _, text = live.post("/generate", body, {"Content-Type": "application/x-www-form-urlencoded"})
+    assert (status, "send the header Content-Type: application/json" in text) == (415, True)
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/"])
+def test_balancers_may_ask_for_the_head_alone(live: Running, path: str) -> None:
+    request = urllib.request.Request(f"{live.gateway.url}{path}", method="HEAD")
+    with urllib.request.urlopen(request, timeout=5) as answer:
+        assert (answer.status, answer.read()) == (200, b"")
+
+
+def test_a_client_that_leaves_a_stream_is_counted(live: Running) -> None:
+    before = live.metric("trtqwen_gateway_refused_total")
+    with live.chat("Hello!", max_tokens=400, stream=True, extra_body={"ignore_eos": True}) as stream:
+        next(iter(stream))
+    assert wait_for(lambda: live.metric("trtqwen_gateway_refused_total") == before + 1, 2)
 
 
 def test_an_unknown_model_or_route_is_404(live: Running) -> None:

@@ -10,10 +10,14 @@ from unicodedata import normalize
 
 import openai
 import pytest
+from pydantic import BaseModel
 
-from tests.gateway.conftest import Running
+from tests.gateway.conftest import TOOLS_TEMPLATE, Running
 from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
+from trtqwen.gateway.chat import _rendered
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.schemas import CalledFunction, Message, ToolCall
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.repository import tokenizer_directory
 
@@ -101,9 +105,83 @@ def test_a_conversation_with_a_tool_s_result_is_rendered(obedient: Running) -> N
     ]
     answer = obedient.chat("", messages=messages, tools=[WEATHER], max_tokens=60)
     assert answer.choices[0].message.content.strip() == "<tool_response>\nsunny\n</tool_response>"
-    broken = [messages[0], {**messages[1], "tool_calls": [{**call, "function": {"name": "f", "arguments": "{"}}]}]
-    with pytest.raises(openai.BadRequestError, match=r"messages\[1\]: the arguments of a tool call are not JSON"):
-        obedient.chat("", messages=broken)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shown"), [("", "{}"), ('{"city": "', r'"{\"city\": \""'), ("[" * 5000, '"[[[[')]
+)
+def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, shown: str) -> None:
+    call = ToolCall(id="1", function=CalledFunction(name="f", arguments=arguments))
+    rendered = _rendered(0, Message(role="assistant", tool_calls=[call]))
+    text = ChatTemplate(TOOLS_TEMPLATE).render([{"role": "user", "content": "x"}, rendered], [])
+    assert f'{{"name": "f", "arguments": {shown}' in text
+
+
+def test_a_call_that_is_cut_is_no_call(obedient: Running) -> None:
+    tokenizer = Tokenizer(tokenizer_directory(obedient.gateway.config.repository))
+    cut_short = len(tokenizer.encode(CALL.partition("北")[0]))
+    for options in ({"stop": ["北"]}, {"max_tokens": cut_short}):
+        cut = obedient.chat(CALL, tools=[WEATHER], **options).choices[0]
+        assert cut.message.tool_calls[0].function.arguments.startswith('{"city')
+        assert cut.finish_reason == ("stop" if "stop" in options else "length")
+
+
+class Weather(BaseModel):
+    city: str
+
+
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # the client's own
+def test_the_typed_helpers_of_the_client_can_go_on(obedient: Running) -> None:
+    """What `parse` and `stream` return goes into the next request, with fields of the client's own."""
+    ask = {"role": "user", "content": '{"city": "Köln"}'}
+    parsed = obedient.client.chat.completions.parse(model="qwen", messages=[ask], response_format=Weather)
+    first = parsed.choices[0].message
+    assert first.parsed == Weather(city="Köln")
+    assert (
+        obedient.chat("", messages=[ask, first, {"role": "user", "content": "on"}]).choices[0].message.content == "on"
+    )
+    tool = openai.pydantic_function_tool(Weather, name="get_weather")
+    with obedient.client.chat.completions.stream(
+        model="qwen", messages=[{"role": "user", "content": CALL}], tools=[tool]
+    ) as stream:
+        message = stream.get_final_completion().choices[0].message
+    assert message.tool_calls[0].function.parsed_arguments == Weather(city="北京")
+    result = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "sunny"}
+    answer = obedient.chat("", messages=[{"role": "user", "content": CALL}, message, result], tools=[tool])
+    assert "sunny" in answer.choices[0].message.content
+
+
+def test_what_clients_keep_in_messages_does_not_matter(obedient: Running) -> None:
+    kept = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
+    part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
+    for content in ("hi", [part]):
+        message = {"role": "user", "content": content, **kept}
+        assert obedient.chat("", messages=[message]).choices[0].message.content == "hi"
+    for wrong in (
+        {"audio": {"id": "1"}},
+        {"function_call": {}},
+        {"content": [{"type": "image_url", "image_url": {}}]},
+    ):
+        with pytest.raises(openai.BadRequestError):
+            obedient.chat("", messages=[{"role": "assistant", "content": "hi", **wrong}])
+
+
+def test_tools_nested_beyond_measure_are_refused(obedient: Running) -> None:
+    parameters: dict[str, Any] = {"type": "object"}
+    for _ in range(300):
+        parameters = {"type": "object", "properties": {"a": parameters}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for choice in ("auto", "required"):
+        with pytest.raises(openai.BadRequestError, match="nested more than 128 levels deep"):
+            obedient.chat("hi", tools=[tool], tool_choice=choice)
+    with pytest.raises(openai.BadRequestError, match="nested more than 128 levels deep"):
+        wanted = {"type": "json_schema", "json_schema": {"name": "a", "schema": parameters}}
+        obedient.chat("hi", response_format=wanted)
+
+
+def test_who_asks_for_token_0_gets_it(obedient: Running) -> None:
+    answer = obedient.chat("/zeros", max_tokens=20, logit_bias={"0": 100})
+    assert answer.usage.completion_tokens == 20
 
 
 def schema(**properties: Any) -> dict[str, Any]:
@@ -180,6 +258,12 @@ def test_log_probs_belong_to_their_tokens(obedient: Running) -> None:
     assert "".join(log_probs.tokens) == "one two"
     assert log_probs.token_logprobs == [pytest.approx(-token_id / 1000) for token_id in tokenizer.encode("one two")]
     assert log_probs.text_offset == [len("".join(log_probs.tokens[:n])) for n in range(len(log_probs.tokens))]
+    text = "你好，🐱 x"
+    completion = obedient.client.completions.create(model="qwen", prompt=text, logprobs=0, max_tokens=60)
+    log_probs = completion.choices[0].logprobs
+    whole = [tokenizer.token_bytes[token_id] for token_id in tokenizer.encode(text)]
+    before = [b"".join(whole[:n]).decode(errors="ignore") for n in range(len(whole))]
+    assert log_probs.text_offset == list(map(len, before))
 
 
 def test_a_stop_string_and_a_limit_count_only_what_was_made(obedient: Running) -> None:

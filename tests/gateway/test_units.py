@@ -133,25 +133,33 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
     four = plan_admission(GatewayConfig(repository=path), load_model(path))
     assert four.capacity == Capacity(4 * one.capacity.requests, 4 * one.capacity.tokens)
     assert four.queue_limits == QueueLimits(4 * one.queue_limits.requests, 4 * one.queue_limits.tokens)
-    assert four.largest == one.largest == 16 * 512
+    assert load_model(path).cache_tokens(None) == load_model(engine_repository).cache_tokens(None) == 16 * 512
 
 
-@given(st.integers(1, 600), st.none() | st.integers(1, 600), st.integers(1, 600), st.none() | st.integers(1, 600))
-def test_an_answer_always_fits(prompt: int, asked: int | None, default: int, most: int | None) -> None:
-    class Limits:
-        max_seq_len = 512
-
-    class Model:
-        limits = Limits
-
+@given(
+    st.integers(1, 600),
+    st.none() | st.integers(1, 600),
+    st.integers(1, 600),
+    st.none() | st.integers(1, 600),
+    st.none() | st.integers(1, 600),
+)
+def test_an_answer_always_fits(
+    engine_repository: Path, prompt: int, asked: int | None, default: int, most: int | None, cache: int | None
+) -> None:
+    model = load_model(engine_repository)
+    config = GatewayConfig(
+        repository=engine_repository, default_max_tokens=default, max_tokens=most, kv_cache_tokens=cache
+    )
+    limit = min(512, cache or 512)
     try:
-        granted = fit_max_tokens(Model, prompt, asked, default, most)  # type: ignore[arg-type]
+        granted = fit_max_tokens(model, config, prompt, asked)
     except ApiError as problem:
-        assert problem.code in ("context_length_exceeded", "invalid_value")  # noqa: PT017
-        assert prompt >= 512 or (asked or 0) > min(512 - prompt, most or 512)
+        too_long = "context_length_exceeded" if limit == 512 else "kv_cache_exceeded"
+        assert problem.code in (too_long, "invalid_value")  # noqa: PT017
+        assert prompt >= limit or (asked or 0) > min(limit - prompt, most or limit)
     else:
-        assert 1 <= granted <= 512 - prompt
-        assert granted <= (most or 512)
+        assert 1 <= granted <= limit - prompt
+        assert granted <= (most or limit)
         assert asked in (None, granted)
 
 
@@ -177,6 +185,18 @@ def test_a_refused_request_takes_nothing() -> None:
         with pytest.raises(ApiError, match="more than the key's rate"):
             caller.charge_tokens(11, 0.0)
     caller.charge_tokens(10, 0.0)
+
+
+def test_what_is_refunded_can_be_taken_again_but_no_more() -> None:
+    caller = Caller("c", tokens=TokenBucket(10, 0.0))
+    caller.charge_tokens(10, 0.0)
+    caller.refund_tokens(10)
+    caller.charge_tokens(10, 0.0)
+    caller.refund_tokens(50)
+    caller.charge_tokens(10, 0.0)
+    with pytest.raises(ApiError, match="used up"):
+        caller.charge_tokens(1, 0.0)
+    Caller("free").refund_tokens(5)
 
 
 @pytest.mark.parametrize(

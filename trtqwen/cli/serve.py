@@ -114,7 +114,8 @@ def command(
         if json:
             print_json({"repository": str(repository), **endpoints})
         else:
-            stdout.print("ready: " + ", ".join(f"{name} {url}" for name, url in endpoints.items()), highlight=False)
+            ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
+            stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
             stdout.print(f'try:   trtqwen infer "Hello" --url {server.grpc_url}', highlight=False)
             if gateway:
                 stdout.print(f"       or chat at {gateway.url}", highlight=False)

@@ -50,17 +50,12 @@ class Admission:
     No ticket overtakes another: a long request at the head waits for room and all others wait behind it. A head that
     fits on several replicas goes to the one with the fewest tokens to do.
 
-    Args:
-        largest: the most tokens that one ticket may have; no more than the capacity, else it would wait for ever.
-
     Attributes:
         queued_tokens: tokens of those who wait.
     """
 
-    def __init__(self, replicas: int, capacity: Capacity, queue: QueueLimits, largest: int) -> None:
-        assert largest <= capacity.tokens
+    def __init__(self, replicas: int, capacity: Capacity, queue: QueueLimits) -> None:
         self.capacity = capacity
-        self.largest = largest
         self.queue_limits = queue
         self.queued_tokens = 0
         self._replicas = [_Replica() for _ in range(replicas)]
@@ -86,6 +81,16 @@ class Admission:
     @property
     def any_up(self) -> bool:
         return any(replica.up for replica in self._replicas)
+
+    def has_room_when_idle(self, tickets: Sequence[Ticket]) -> bool:
+        """Whether tickets that come together would all be taken in if nobody else were there."""
+        if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
+            return False
+        try:
+            Admission(len(self._replicas), self.capacity, self.queue_limits).arrive(tickets)
+        except QueueFull:
+            return False
+        return True
 
     def arrive(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
         """Take in tickets that come together; returns those that may run now, with their replica's number.

@@ -14,7 +14,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtqwen.errors import InputError
-from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.yaml_file import read_mapping
 
 _MINUTE = 60.0
@@ -75,9 +75,14 @@ class Caller:
         """Take tokens, prompt and longest answer, from the caller's rate.
 
         Raises:
-            ApiError: 429 with the time to wait; then nothing is taken.
+            ApiError: 429 with the time to wait, or 400 if no wait is long enough; then nothing is taken.
         """
         _charge(self.tokens, tokens, "tokens", now)
+
+    def refund_tokens(self, tokens: int) -> None:
+        """Give back what was taken for a request that the server then had no place for."""
+        if self.tokens is not None:
+            self.tokens.take(-tokens)
 
 
 def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> None:
@@ -85,8 +90,8 @@ def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> N
         return
     wait = bucket.wait(amount, now)
     if wait == math.inf:
-        message = f"{amount} {unit} are more than the key's rate ever allows; ask for fewer"
-        raise ApiError(429, message, "rate_limit_exceeded")
+        message = f"{amount} {unit}, prompt and longest answer, are more than the key's rate ever allows"
+        raise bad_request(f"{message}; lower max_tokens", param="max_tokens", code="rate_limit_exceeded")
     if wait > 0:
         seconds = math.ceil(wait)
         message = f"the key's rate of {unit} is used up; try again in {seconds} s"

@@ -20,7 +20,7 @@ from trtqwen.gateway.guides import plan_guide, require_guides, schema_guide
 from trtqwen.gateway.model import ServedModel
 from trtqwen.gateway.objects import choice_count
 from trtqwen.gateway.sampling import Sampling, draw_seed, plan_bias, plan_sampling
-from trtqwen.gateway.schemas import ChatRequest, Message, NamedTool, Tool, refuse_unsupported
+from trtqwen.gateway.schemas import ChatRequest, Message, NamedTool, Tool, is_deep, refuse_unsupported
 from trtqwen.gateway.tools import OPEN, call_schema
 
 
@@ -77,14 +77,14 @@ def plan_chat(
         draw_seed() if request.seed is None else request.seed,
         plan_bias(request, model.vocab_size),
         log_probs=bool(request.logprobs),
-        ignore_eos=request.ignore_eos,
+        ignore_eos=bool(request.ignore_eos),
         guide=guide,
     )
     generation = GenerationPlan(
         request_id=f"chatcmpl-{uuid.uuid4().hex}",
         prompts=(ids,) * choices,
         choices=choices,
-        max_tokens=fit_max_tokens(model, len(ids), asked, config.default_max_tokens, config.max_tokens),
+        max_tokens=fit_max_tokens(model, config, len(ids), asked),
         sampling=sampling,
         stop=request.stop_strings,
     )
@@ -133,7 +133,7 @@ def _rendered(index: int, message: Message) -> dict[str, Any]:
             {
                 "id": call.id,
                 "type": "function",
-                "function": {"name": call.function.name, "arguments": _arguments(index, call.function.arguments)},
+                "function": {"name": call.function.name, "arguments": _arguments(call.function.arguments)},
             }
             for call in message.tool_calls
         ]
@@ -142,8 +142,10 @@ def _rendered(index: int, message: Message) -> dict[str, Any]:
     return rendered
 
 
-def _arguments(index: int, text: str) -> Any:
+def _arguments(text: str) -> Any:
+    """A call's arguments; those that a limit cut short stay text, for the model to see what it wrote."""
     try:
-        return json.loads(text)
+        arguments = json.loads(text or "{}")
     except (ValueError, RecursionError):
-        raise bad_request(f"messages[{index}]: the arguments of a tool call are not JSON", param="messages") from None
+        return text
+    return text if is_deep(arguments) else arguments

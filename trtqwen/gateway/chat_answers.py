@@ -112,7 +112,7 @@ class _Choice:
             if self._one_call and self._parser.complete:
                 events = _first_call(events)
                 self.finish = "tool_calls"
-            elif piece.finish == "stop" and self._parser.calls:
+            elif piece.finish == "stop" and 0 < self._parser.calls == self._parser.complete:
                 self.finish = "tool_calls"
         if piece.finish == "stop" and piece.matched is None:
             self._check()

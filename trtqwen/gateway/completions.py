@@ -48,13 +48,13 @@ def plan_completion(model: ServedModel, config: GatewayConfig, request: Completi
         draw_seed() if request.seed is None else request.seed,
         plan_bias(request, model.vocab_size),
         log_probs=request.logprobs is not None,
-        ignore_eos=request.ignore_eos,
+        ignore_eos=bool(request.ignore_eos),
     )
     generation = GenerationPlan(
         request_id=f"cmpl-{uuid.uuid4().hex}",
         prompts=tuple(prompt for prompt in prompts for _ in range(choices)),
         choices=choices,
-        max_tokens=fit_max_tokens(model, longest, request.max_tokens, config.default_max_tokens, config.max_tokens),
+        max_tokens=fit_max_tokens(model, config, longest, request.max_tokens),
         sampling=sampling,
         stop=request.stop_strings,
     )
@@ -115,7 +115,7 @@ class CompletionAnswers:
             {
                 "index": index,
                 "text": "".join(texts[index]),
-                "logprobs": _log_probs(entries[index], 0) if asked else None,
+                "logprobs": _log_probs(entries[index]) if asked else None,
                 "finish_reason": reasons[index],
             }
             for index in range(len(texts))
@@ -131,7 +131,6 @@ class CompletionAnswers:
             ApiError: if the request is refused or fails.
         """
         frame, begun = self._envelope.frame, set()
-        offsets = [0] * len(self._plan.echoes)
         async with aclosing(self._generator.run(self._plan.generation, self._usage)) as pieces:
             async for piece in pieces:
                 text, first = piece.text, piece.index not in begun
@@ -140,8 +139,7 @@ class CompletionAnswers:
                     text = self._plan.echoes[piece.index] + text
                 log_probs = "null"
                 if piece.log_probs:
-                    log_probs = json.dumps(_log_probs(piece.log_probs, offsets[piece.index]))
-                    offsets[piece.index] += len(text)
+                    log_probs = json.dumps(_log_probs(piece.log_probs))
                 if piece.finish is not None:
                     self._generator.metrics.finished.labels(piece.finish).inc()
                 yield frame(piece.index, f'"text":{quoted(text)},"logprobs":{log_probs}', piece.finish, first=first)
@@ -150,11 +148,10 @@ class CompletionAnswers:
         yield DONE
 
 
-def _log_probs(entries: Sequence[TokenLogProb], offset: int) -> dict[str, Any]:
-    tokens = [entry.text.decode(errors="replace") for entry in entries]
-    offsets = []
-    for token in tokens:
-        offsets.append(offset)
-        offset += len(token)
-    log_probs = [entry.log_prob for entry in entries]
-    return {"tokens": tokens, "token_logprobs": log_probs, "top_logprobs": None, "text_offset": offsets}
+def _log_probs(entries: Sequence[TokenLogProb]) -> dict[str, Any]:
+    return {
+        "tokens": [entry.text.decode(errors="replace") for entry in entries],
+        "token_logprobs": [entry.log_prob for entry in entries],
+        "top_logprobs": None,
+        "text_offset": [entry.start for entry in entries],
+    }

@@ -55,6 +55,10 @@ def unsupported(param: str, message: str) -> ApiError:
     return ApiError(400, message, "unsupported", param=param)
 
 
+def late() -> ApiError:
+    return ApiError(504, "the answer was not finished in time; ask for fewer tokens", "timeout")
+
+
 def from_engine(text: str) -> ApiError:
     """The error that an engine's own error text amounts to: Triton's codes do not tell."""
     for known in _known():
@@ -68,7 +72,7 @@ def from_rpc(address: str, problem: grpc.RpcError) -> ApiError:
     """The error that a failed gRPC call to a replica amounts to."""
     code, details = problem.code(), problem.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ApiError(504, "the answer was not finished in time; ask for fewer tokens", "timeout")
+        return late()
     if code is grpc.StatusCode.UNAVAILABLE:
         return ApiError(503, f"the engine at {address} does not answer; try again", "engine_dead", retry_after=1)
     return from_engine(details)

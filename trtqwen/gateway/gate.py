@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from trtqwen.gateway.admission import Admission, QueueFull, Ticket
-from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.errors import ApiError, bad_request, late
 from trtqwen.gateway.metrics import Metrics
 
 _LONGEST_ADVICE = 60  # seconds of Retry-After
@@ -54,15 +54,17 @@ class Gate:
         """Queue one ticket for each count, all or none; whatever is still held afterwards is given back.
 
         Raises:
-            ApiError: 429 if the queue is full, 503 if the gateway stops or no replica is up, 400 if a count is more
-                than a replica ever holds.
+            ApiError: 429 if the queue is full, 503 if the gateway stops or no replica is up, 400 if the counts are
+                more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        largest = self._admission.largest
-        if max(token_counts) > largest:
-            message = f"prompt and answer of {max(token_counts)} tokens exceed the KV cache of {largest} tokens"
-            raise ApiError(400, f"{message}; lower max_tokens", "kv_cache_exceeded")
         tickets = [Ticket(count) for count in token_counts]
+        if not self._admission.has_room_when_idle(tickets):
+            raise bad_request(
+                f"{len(tickets)} answers of {sum(token_counts)} tokens, prompts included, are more than this server "
+                "runs and queues at once; ask for fewer answers or a lower max_tokens",
+                code="too_much",
+            )
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
@@ -75,21 +77,29 @@ class Gate:
             for ticket in tickets:
                 self.give_back(ticket)
 
-    async def turn(self, ticket: Ticket) -> int:
+    async def turn(self, ticket: Ticket, deadline: float) -> int:
         """Wait for the ticket's turn; returns the number of the replica to use.
 
+        Args:
+            deadline: of the whole request, in seconds of the monotonic clock.
+
         Raises:
-            ApiError: 429 if the turn does not come in time; once one ticket of a request has had its turn, the others
-                wait as long as it takes.
+            ApiError: 429 if no ticket of the request has had a turn after `queue_seconds`, 504 if the deadline comes
+                before the turn.
         """
         begun = time.monotonic()
         turns = self._turns[ticket]
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
-            await asyncio.wait((turns[ticket],), timeout=self._queue_seconds)
+            first = min(self._queue_seconds, deadline - begun)
+            await asyncio.wait((turns[ticket],), timeout=max(0.0, first))
             if not any(turn.done() for turn in turns.values()):
                 raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
-            return await turns[ticket]
+            if not turns[ticket].done():
+                await asyncio.wait((turns[ticket],), timeout=max(0.0, deadline - time.monotonic()))
+            if not turns[ticket].done():
+                raise late()
+            return turns[ticket].result()
         finally:
             self._metrics.queue_seconds.observe(time.monotonic() - begun)
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trtqwen.gateway.admission import Ticket
+from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.engine import Replica, Reply
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.gate import Gate
@@ -24,11 +25,18 @@ _NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in
 
 @dataclass(frozen=True)
 class TokenLogProb:
-    """A token, its text as bytes, and the natural logarithm of its probability."""
+    """A token of an answer.
+
+    Attributes:
+        text: as bytes; a character may take several tokens.
+        log_prob: natural logarithm of its probability.
+        start: characters of the answer before the one that it begins or belongs to.
+    """
 
     token_id: int
     text: bytes
     log_prob: float
+    start: int
 
 
 @dataclass(frozen=True)
@@ -75,29 +83,35 @@ class Usage:
     output_tokens: int = 0
 
 
-def fit_max_tokens(model: ServedModel, prompt_tokens: int, asked: int | None, default: int, most: int | None) -> int:
+def fit_max_tokens(model: ServedModel, config: GatewayConfig, prompt_tokens: int, asked: int | None) -> int:
     """The answer's limit.
 
     Raises:
         ApiError: with the numbers, if the prompt leaves no room or the answer asked for does not fit.
     """
-    room = model.limits.max_seq_len - prompt_tokens
+    context, cache = model.limits.max_seq_len, model.cache_tokens(config.kv_cache_tokens)
+    limit, what, code = (
+        (context, "context", "context_length_exceeded")
+        if context <= cache
+        else (cache, "KV cache", "kv_cache_exceeded")
+    )
+    room = limit - prompt_tokens
     if room < 1:
         raise bad_request(
-            f"the prompt has {prompt_tokens} tokens; the context of {model.limits.max_seq_len} leaves no room for an "
-            f"answer; shorten it to {model.limits.max_seq_len - 1} tokens or fewer",
-            code="context_length_exceeded",
+            f"the prompt has {prompt_tokens} tokens; the {what} of {limit} leaves no room for an answer; shorten it "
+            f"to {limit - 1} tokens or fewer",
+            code=code,
         )
     if asked is None:
-        return min(default, room, most or room)
-    if most is not None and asked > most:
-        raise bad_request(f"max_tokens is {asked}; this server allows {most}", param="max_tokens")
+        return min(config.default_max_tokens, room, config.max_tokens or room)
+    if config.max_tokens is not None and asked > config.max_tokens:
+        raise bad_request(f"max_tokens is {asked}; this server allows {config.max_tokens}", param="max_tokens")
     if asked > room:
         raise bad_request(
-            f"prompt ({prompt_tokens} tokens) and answer ({asked}) exceed the context of {model.limits.max_seq_len} "
-            f"tokens; ask for {room} or fewer",
+            f"prompt ({prompt_tokens} tokens) and answer ({asked}) exceed the {what} of {limit} tokens; ask for "
+            f"{room} or fewer",
             param="max_tokens",
-            code="context_length_exceeded",
+            code=code,
         )
     return asked
 
@@ -107,7 +121,7 @@ class Generator:
     """Runs plans on the replicas.
 
     Args:
-        request_seconds: how long one answer may take on the engine.
+        request_seconds: how long a request may take in all.
         suspect: is told of a replica that does not answer.
     """
 
@@ -134,9 +148,10 @@ class Generator:
             ApiError: if the request is refused or fails; then all its answers end.
         """
         begun, first = time.monotonic(), True
+        deadline = begun + self.request_seconds
         usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
         with self.gate.places([len(prompt) + plan.max_tokens for prompt in plan.prompts]) as tickets:
-            sequences = [self._sequence(plan, index, ticket, usage) for index, ticket in enumerate(tickets)]
+            sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
             pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
             try:
                 async with aclosing(pieces):
@@ -149,17 +164,18 @@ class Generator:
                 self.metrics.request_seconds.observe(time.monotonic() - begun)
 
     async def _sequence(
-        self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage
+        self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage, deadline: float
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
-        replica = self.replicas[await self.gate.turn(ticket)]
+        replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
+        lasted: float | None = None
         self.metrics.prompt_tokens.inc(len(prompt))
         self.metrics.request_prompt_tokens.observe(len(prompt))
         answer = _Answer(self.model, plan, index, self.stop_ids)
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, self.request_seconds)
+            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
@@ -174,6 +190,7 @@ class Generator:
                             break
                 else:
                     yield answer.end()
+            lasted = time.monotonic() - begun
         except ApiError as problem:
             if problem.code == "engine_dead":
                 self.suspect(replica)
@@ -183,7 +200,7 @@ class Generator:
                 self.metrics.nan_guard.inc()
             self.metrics.output_tokens.inc(answer.num_tokens)
             self.metrics.request_output_tokens.observe(answer.num_tokens)
-            self.gate.give_back(ticket, time.monotonic() - begun)
+            self.gate.give_back(ticket, lasted)
 
 
 class _Answer:
@@ -197,14 +214,15 @@ class _Answer:
         self._text = TextStream(self._token_bytes)
         self._stops = StopStrings(plan.stop)
         self._zeros = 0
+        self._wants_zeros = plan.sampling.bias.get(0, 0) > 0
         self._decoded = self._sent = 0  # characters
-        self._entries: list[tuple[int, TokenLogProb]] = []  # not sent yet, with the characters before them
+        self._entries: list[TokenLogProb] = []  # not sent yet
         self.num_tokens = 0
         self.finish: Finish | None = None
 
     @property
     def only_zeros(self) -> bool:
-        return self._zeros >= _NAN_TOKENS
+        return self._zeros >= _NAN_TOKENS and not self._wants_zeros
 
     def take(self, reply: Reply) -> Piece | None:
         """Take in new tokens; what of the text is certain, if anything.
@@ -266,7 +284,7 @@ class _Answer:
         text = ""
         for token_id, log_prob in zip(ids, log_probs, strict=False):
             content = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
-            self._entries.append((self._decoded, TokenLogProb(token_id, content, log_prob)))
+            self._entries.append(TokenLogProb(token_id, content, log_prob, self._decoded))
             new = self._text.push((token_id,))
             self._decoded += len(new)
             text += new
@@ -276,7 +294,7 @@ class _Answer:
         self._sent += len(text)
         # An answer's tokens end with its text; those of a stop string belong to neither.
         all_sent = self.finish is not None and self._stops.found is None
-        ready = [entry for start, entry in self._entries if all_sent or start < self._sent]
+        ready = [entry for entry in self._entries if all_sent or entry.start < self._sent]
         del self._entries[: len(ready)]
         if text or ready or self.finish is not None:
             return Piece(self._index, text, tuple(ready), self.finish, self._stops.found)

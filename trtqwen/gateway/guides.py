@@ -67,8 +67,6 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
         raise bad_request("the JSON schema holds half a surrogate pair; send whole characters", param=param) from None
     except ValueError as problem:
         raise bad_request(str(problem), param=param) from None
-    except RecursionError:
-        raise bad_request("the JSON schema is nested too deeply; flatten it", param=param) from None
     return Guide(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 import uuid
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.gate import Gate, down
 from trtqwen.gateway.metrics import Metrics
 
+_log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.2  # many answers that fail at once are one reason to look
 _PROBE_INPUTS = {
     "input_ids": np.zeros((1, 1), np.int32),
@@ -78,7 +80,11 @@ class Monitor:
             suspected = look_now.is_set()
             look_now.clear()
             if suspected or time.monotonic() - replica.heard >= self._probe_seconds or not self._up[number]:
-                await self._probe(number)
+                try:
+                    await self._probe(number)
+                except Exception:
+                    _log.exception("%s answers what nobody understands", replica.address)
+                    self._mark(number, False)
                 await asyncio.sleep(_PAUSE_SECONDS)
             replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))
             silence = time.monotonic() - replica.heard

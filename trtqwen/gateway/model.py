@@ -57,6 +57,15 @@ class ServedModel:
     copies: int
     guided_decoding: bool
 
+    def cache_tokens(self, configured: int | None) -> int:
+        """Tokens that the KV cache of one copy of the engine holds.
+
+        Args:
+            configured: what a person says; None is the repository's cap, else room for a whole batch of full-length
+                requests.
+        """
+        return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
+
     def encode(self, text: str, param: str) -> tuple[int, ...]:
         """Token ids of a text.
 

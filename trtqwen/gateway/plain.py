@@ -44,21 +44,19 @@ def plan_plain(model: ServedModel, config: GatewayConfig, request: GenerateReque
     if not prompt:
         raise bad_request("text_input has no tokens; send some text", param="text_input")
     samples = (request.temperature, request.top_k, request.top_p) != (None, None, None)
-    stop = request.stop_words
+    stop = request.stop_words or ()
     generation = GenerationPlan(
         request_id=f"gen-{uuid.uuid4().hex}",
         prompts=(prompt,),
         choices=1,
-        max_tokens=fit_max_tokens(
-            model, len(prompt), request.max_tokens, config.default_max_tokens, config.max_tokens
-        ),
+        max_tokens=fit_max_tokens(model, config, len(prompt), request.max_tokens),
         sampling=Sampling(
             plan_sampling(request, _SAMPLED if samples else _GREEDY),
             draw_seed() if request.seed is None else request.seed,
         ),
-        stop=(stop,) if isinstance(stop, str) else tuple(stop or ()),
+        stop=(stop,) if isinstance(stop, str) else tuple(stop),
     )
-    return PlainPlan(generation, request.id, "" if request.exclude_input_in_output else request.text_input)
+    return PlainPlan(generation, request.id, request.text_input if request.exclude_input_in_output is False else "")
 
 
 class PlainAnswer:

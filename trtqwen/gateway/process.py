@@ -5,9 +5,8 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
-import tempfile
-from contextlib import ExitStack
-from pathlib import Path
+from threading import Thread
+from typing import IO
 
 from trtqwen.errors import ServerError
 from trtqwen.gateway.auth import read_keys
@@ -21,8 +20,7 @@ _GRACE_SECONDS = 10  # beyond the gateway's own time to drain
 class GatewayProcess(Service):
     """A running gateway; use as a context manager or call `start` and `stop`. It ends with this process.
 
-    Args:
-        log: file for what the gateway has to say; None keeps it in a temporary file while it runs.
+    What it logs comes out at this process's standard error.
 
     Attributes:
         config: its port is the one in use.
@@ -31,13 +29,13 @@ class GatewayProcess(Service):
         InputError: if its address cannot be listened on or its keys file not be used.
     """
 
-    def __init__(self, config: GatewayConfig, log: Path | None = None) -> None:
+    def __init__(self, config: GatewayConfig) -> None:
         read_keys(config.api_keys)  # a mistake in the file is told now, not when the engine is loaded
         self._listener = bind(config)
         self.config = config.model_copy(update={"port": self._listener.getsockname()[1]})
-        self._log = log
-        self._cleanup = ExitStack()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
+        self._relay: Thread | None = None
+        self._last_line = "it said nothing"
 
     @property
     def url(self) -> str:
@@ -49,21 +47,20 @@ class GatewayProcess(Service):
 
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
-        if self._log is None:
-            home = self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="trtqwen-gateway-"))
-            self._log = Path(home, "gateway.log")
-            self._cleanup.callback(setattr, self, "_log", None)
         descriptor = self._listener.fileno()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
-                stdin=subprocess.PIPE,  # its end is the end of this process
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                pass_fds=(descriptor,),
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone
-            )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
+            stdin=subprocess.PIPE,  # its end is the end of this process
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            pass_fds=(descriptor,),
+            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+        )
         self._listener.close()
+        self._relay = Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True)
+        self._relay.start()
 
     def wait_until_ready(self, timeout: float = 60) -> None:
         """Return when the engine answers through the gateway; at once with an error when the gateway ends instead.
@@ -75,14 +72,15 @@ class GatewayProcess(Service):
             ServerError: with the last line that the gateway wrote.
         """
         self._wait(
-            self._answers, timeout, lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line()}"
+            self._answers, timeout, lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line}"
         )
 
     def check(self) -> None:
         """Raise a ServerError if the gateway has ended by itself."""
         code = self._running.poll()
         if code is not None:
-            raise ServerError(f"the gateway ended with code {code}: {self._last_line()}")
+            self._join()
+            raise ServerError(f"the gateway ended with code {code}: {self._last_line}")
 
     def stop(self) -> int:
         """Let running requests finish and end the process; returns its exit code. May be called again."""
@@ -97,11 +95,11 @@ class GatewayProcess(Service):
             process.kill()
         if process.stdin is not None:
             process.stdin.close()
-        self._cleanup.close()
+        self._join()
         return process.wait()
 
     @property
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             raise ServerError("the gateway is not running; call start() first")
         return self._process
@@ -116,6 +114,14 @@ class GatewayProcess(Service):
         finally:
             connection.close()
 
-    def _last_line(self) -> str:
-        lines = [] if self._log is None else self._log.read_text("utf-8", "replace").splitlines()
-        return next((line.removeprefix("error: ") for line in reversed(lines) if line.strip()), "it said nothing")
+    def _pass_on(self, said: IO[str]) -> None:
+        with said:
+            for line in said:
+                if line.strip():
+                    self._last_line = line.strip().removeprefix("error: ")
+                if not line.startswith("error: "):  # the reason of its end, which `check` tells
+                    print(line, end="", file=sys.stderr, flush=True)
+
+    def _join(self) -> None:
+        if self._relay is not None:
+            self._relay.join(timeout=1)  # somebody else may have its end of the pipe

@@ -82,7 +82,7 @@ async def generate_stream(request: Request, body: GenerateRequest) -> Response:
     return await _generate(request, body, stream=True)
 
 
-@router.get("/", include_in_schema=False)
+@router.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def chat_page() -> Response:
     """The page for people."""
     return Response(_PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _POLICY})
@@ -102,12 +102,14 @@ async def model(request: Request, name: str) -> Response:
     return Json(_model(runtime))
 
 
+@router.head("/health", include_in_schema=False)
 @router.get("/health")
 async def health() -> Response:
     """Whether this process lives."""
     return Json({"status": "alive"})
 
 
+@router.head("/ready", include_in_schema=False)
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """Whether new requests are taken and the engine makes tokens."""
@@ -137,6 +139,9 @@ async def on_invalid_request(request: Request, problem: Exception) -> Response:
     field = _path(first, problem.body)
     if first["type"] == "extra_forbidden":
         error = bad_request(f"Unrecognized request argument supplied: {field}", param=field, code="unknown_field")
+    elif isinstance(problem.body, bytes):  # FastAPI reads no other kind of body
+        message = "the body is not declared as JSON; send the header Content-Type: application/json"
+        error = ApiError(415, message, "unsupported_media_type")
     elif first["type"] == "json_invalid":
         error = bad_request(f"the body is not JSON ({first.get('ctx', {}).get('error', '')})", code="invalid_json")
     else:
@@ -188,30 +193,40 @@ async def _plan(request: Request, plan: Callable[[], T]) -> T:
 async def _respond(request: Request, plan: GenerationPlan, answers: _Answers, *, stream: bool | None) -> Response:
     """Answer with one object or with events; errors before the first token have their own status either way."""
     caller: Caller = request.state.caller
-    caller.charge_tokens(sum(len(prompt) + plan.max_tokens for prompt in plan.prompts), time.monotonic())
-    if not stream:
-        return Json(await unless_gone(request.receive, answers.whole))
-    frames = answers.frames()
+    tokens = sum(len(prompt) + plan.max_tokens for prompt in plan.prompts)
+    caller.charge_tokens(tokens, time.monotonic())
     try:
-        first = await unless_gone(request.receive, lambda: anext(frames))
-    except BaseException:
-        await frames.aclose()
+        if not stream:
+            return Json(await unless_gone(request.receive, answers.whole))
+        frames = answers.frames()
+        try:
+            first = await unless_gone(request.receive, lambda: anext(frames))
+        except BaseException:
+            await frames.aclose()
+            raise
+    except ApiError as problem:
+        if problem.status in (429, 503):
+            caller.refund_tokens(tokens)
         raise
     return EventStream(_frames(request, first, frames))
 
 
 async def _frames(request: Request, first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
     """All events; an error in mid-stream is the last one."""
+    refused = _runtime(request).metrics.refused
     async with aclosing(rest):
-        yield first
         try:
+            yield first
             async for event in rest:
                 yield event
+        except (GeneratorExit, asyncio.CancelledError):
+            refused.labels("499", "client_gone").inc()
+            raise
         except Exception as problem:
             error = problem if isinstance(problem, ApiError) else _OUR_FAULT
             if error is _OUR_FAULT:
                 _log.error("a stream failed", exc_info=problem)
-            _runtime(request).metrics.refused.labels(str(error.status), error.code).inc()
+            refused.labels(str(error.status), error.code).inc()
             yield frame(json.dumps(error.body))
 
 

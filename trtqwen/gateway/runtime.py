@@ -36,15 +36,15 @@ class Runtime:
 def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
     """Limits from the engines': what their batches and KV caches hold, with a little more to keep them full."""
     limits = model.limits
-    largest = config.kv_cache_tokens or model.kv_cache_tokens or limits.max_batch_size * limits.max_seq_len
-    batch, cache = model.copies * limits.max_batch_size, model.copies * largest
+    batch = model.copies * limits.max_batch_size
+    cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
     capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
     replicas = len(config.triton)
     queue = QueueLimits(
         requests=2 * replicas * batch if config.max_queued_requests is None else config.max_queued_requests,
         tokens=2 * replicas * cache if config.max_queued_tokens is None else config.max_queued_tokens,
     )
-    return Admission(replicas, capacity, queue, largest)
+    return Admission(replicas, capacity, queue)
 
 
 @asynccontextmanager

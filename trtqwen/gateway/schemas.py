@@ -2,6 +2,8 @@
 
 As OpenAI does, a field that nobody knows is refused, so that a typing error is not ignored. Fields of OpenAI's that
 do not change an answer are accepted; those that would, and cannot be honoured, are refused by `refuse_unsupported`.
+Only in messages unknown fields are let through: clients send back what they keep of earlier turns, with fields of
+their own.
 `top_k`, `repetition_penalty`, `min_tokens` and `ignore_eos` are additions, by the names that vLLM gave them.
 """
 
@@ -10,6 +12,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -45,12 +48,32 @@ _UNSUPPORTED = {
     "web_search_options": "there is no web search",
 }
 _MOST_FIELDS = 1024  # of an object, known or not
+_DEEPEST = 128  # levels of an object inside another; what walks through them is recursive
 _NEUTRAL: tuple[Any, ...] = (None, False, 0, "", [], {}, ["text"])
 
 
 def _few(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > _MOST_FIELDS:
         raise ValueError(f"there are {len(value)} fields; {_MOST_FIELDS} are allowed")
+    return value
+
+
+def is_deep(value: Any) -> bool:
+    """Whether a JSON value holds values in values in values beyond measure."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def _shallow(value: dict[str, Any]) -> dict[str, Any]:
+    if is_deep(value):
+        raise ValueError(f"is nested more than {_DEEPEST} levels deep; flatten it")
     return value
 
 
@@ -76,6 +99,7 @@ Prompt = Annotated[
     ),
 ]
 Few = BeforeValidator(_few)
+SchemaObject = Annotated[dict[str, Any], AfterValidator(_shallow)]
 
 
 class _Schema(BaseModel):
@@ -87,9 +111,15 @@ class _Schema(BaseModel):
         return _few(value)
 
 
+class _Kept(_Schema):
+    """Part of a conversation, as clients keep it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+
 class StreamOptions(_Schema):
-    include_usage: bool = False
-    include_obfuscation: bool = False
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
 
 
 class SamplingFields(_Schema):
@@ -106,7 +136,7 @@ class SamplingFields(_Schema):
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
     logit_bias: Annotated[dict[TokenKey, Annotated[float, Field(ge=-100, le=100)]], Few] | None = None
@@ -124,36 +154,33 @@ class SamplingFields(_Schema):
 
     @property
     def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class TextPart(_Schema):
+class TextPart(_Kept):
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Schema):
+class CalledFunction(_Kept):
     name: FunctionName
     arguments: str
 
 
-class ToolCall(_Schema):
+class ToolCall(_Kept):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = None
 
 
-class Message(_Schema):
-    """One turn; of the fields that an assistant's answer carries, those without effect are accepted back."""
+class Message(_Kept):
+    """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Many[TextPart] | None = None
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: str | None = None
-    annotations: list[Any] | None = None
     audio: None = None
     function_call: None = None
 
@@ -165,7 +192,7 @@ class Message(_Schema):
 class Function(_Schema):
     name: FunctionName
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: SchemaObject | None = None
     strict: bool | None = None
 
 
@@ -186,7 +213,7 @@ class NamedTool(_Schema):
 class JsonSchema(_Schema):
     name: str
     description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    schema_: Annotated[SchemaObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -236,8 +263,11 @@ class GenerateRequest(_Schema):
     max_tokens: Annotated[int, Field(ge=1)]
     id: str = ""
     stream: bool | None = None
-    exclude_input_in_output: bool = True
-    stop_words: StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = None
+    exclude_input_in_output: bool | None = None
+    stop_words: Literal[""] | StopString | Annotated[list[StopString], Field(max_length=4, fail_fast=True)] | None = (
+        None
+    )
+    bad_words: Literal[""] | Annotated[list[str], Field(max_length=0)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_k: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None

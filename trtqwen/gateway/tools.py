@@ -17,6 +17,7 @@ OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
 _HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL)
 
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _LONGEST_HEADER = 4096  # characters; a block that is no call must not be searched again with every token
 
 
@@ -211,7 +212,7 @@ def call_schema(tools: Sequence[Tool]) -> dict[str, Any]:
     """JSON schema of a call to any of the tools, as it stands between the tags."""
     calls: dict[str, Any] = {}
     for number, tool in enumerate(tools):
-        arguments = _moved(tool.function.parameters or {"type": "object"}, f"#/$defs/{number}/properties/arguments")
+        arguments = _moved(tool.function.parameters or _NO_PARAMETERS, f"#/$defs/{number}/properties/arguments")
         calls[str(number)] = {
             "type": "object",
             "properties": {"name": {"const": tool.function.name}, "arguments": arguments},
