@@ -33,10 +33,10 @@ def test_nonsense_is_taken_for_the_replica_s_fault() -> None:
         metrics, replica = Metrics(), Odd()
         gate = Gate(Admission(1, Capacity(1, 100), QueueLimits(1, 100)), metrics, 1)
         monitor = Monitor([replica], gate, metrics, probe_seconds=0.2, stall_seconds=1, prompt_tokens_per_second=1000)
-        watch, seen = asyncio.create_task(monitor.watch()), list[bool]()
+        watch, seen = asyncio.create_task(monitor.watch()), [monitor.ready]
         while len(seen) < 5:
             await asyncio.sleep(0.01)
-            if not seen or seen[-1] != monitor.ready:
+            if seen[-1] != monitor.ready:
                 seen.append(monitor.ready)
         watch.cancel()
         with suppress(asyncio.CancelledError):
