@@ -31,8 +31,7 @@ class TritonPythonModel:
             accumulate_tokens=flag(parameters, "accumulate_tokens", False),
             outputs=tuple(name for name in outputs if name != "text_output"),
         )
-        self._models = _Models()
-        self._running: dict[_Sender, str] = {}
+        self._running: dict[_Sender, _Models] = {}
         self._threads = ThreadPoolExecutor(_MOST_REQUESTS)
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -41,18 +40,18 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            request_id = request.request_id() or uuid.uuid4().hex
-            self._threads.submit(self._serve, request_id, inputs, _Sender(request.get_response_sender()))
+            models = _Models(client_id=request.request_id())
+            self._threads.submit(self._serve, models, inputs, _Sender(request.get_response_sender()))
 
     def finalize(self) -> None:
         self._stopping.set()
         self._watcher.join()
         self._threads.shutdown()
 
-    def _serve(self, request_id: str, inputs: dict[str, Array], sender: "_Sender") -> None:
-        self._running[sender] = request_id
+    def _serve(self, models: "_Models", inputs: dict[str, Array], sender: "_Sender") -> None:
+        self._running[sender] = models
         try:
-            answer(self._models, self._settings, request_id, inputs, sender)
+            answer(models, self._settings, inputs, sender)
         except Exception as problem:  # a thread of the pool would keep it to itself, and the client would wait
             sender.fail(f"tensorrt_llm_bls: {problem}")
         finally:
@@ -61,13 +60,13 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Stop the work of clients that have gone: Triton passes a cancellation on to no other model."""
         while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
-            for sender, request_id in list(self._running.items()):
+            for sender, models in list(self._running.items()):
                 if sender.abandoned():
                     sender.close()
                     try:
-                        stop(self._models, self._settings, request_id)
+                        stop(models, self._settings)
                     except RequestError as problem:
-                        pb_utils.Logger.log_error(f"request {request_id} was not stopped: {problem}")
+                        pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")
 
 
 class _Sender:
@@ -105,30 +104,33 @@ class _Sender:
 
 
 class _Models:
-    """`bls.Models` by way of the python backend."""
+    """`bls.Models` by way of the python backend, for one request.
 
-    def call(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        return _read(_request(model, request_id, inputs, outputs).exec())
+    Clients may use one id twice or none: the other models get an id of our own. The embedded engine is told the
+    client's too, for its own stop request; TensorRT-LLM's backend knows one id a request.
+    """
 
-    def stream(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> Iterator[dict[str, Array]]:
-        for response in _request(model, request_id, inputs, outputs).exec(decoupled=True):
+    def __init__(self, client_id: str) -> None:
+        self.request_id = uuid.uuid4().hex
+        self._client_id = client_id
+
+    def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        return _read(self._request(model, inputs, outputs).exec())
+
+    def stream(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
+        for response in self._request(model, inputs, outputs).exec(decoupled=True):
             yield _read(response)
 
-
-def _request(
-    model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-) -> "pb_utils.InferenceRequest":
-    return pb_utils.InferenceRequest(
-        model_name=model,
-        request_id=request_id,
-        inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
-        requested_output_names=list(outputs),
-        parameters={FROM_PROGRAM: True},
-    )
+    def _request(
+        self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> "pb_utils.InferenceRequest":
+        return pb_utils.InferenceRequest(
+            model_name=model,
+            request_id=self.request_id,
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+            requested_output_names=list(outputs),
+            parameters={FROM_PROGRAM: self._client_id},
+        )
 
 
 def _read(response: "pb_utils.InferenceResponse") -> dict[str, Array]:
