@@ -68,6 +68,8 @@ class TritonPythonModel:
                     if not self._stopping.is_set():
                         _tell_death(str(problem))
                     return
+                except Exception as problem:  # without this thread, no client would be missed any more
+                    pb_utils.Logger.log_error(f"what is done every {period} seconds failed: {problem!r}")
 
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()

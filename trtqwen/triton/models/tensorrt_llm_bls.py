@@ -58,19 +58,21 @@ class TritonPythonModel:
             del self._running[sender]
 
     def _watch(self) -> None:
-        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model."""
+        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model.
+
+        Again until it has ended: a stop may fail, or come before the engine has the request.
+        """
         while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
             for sender, models in list(self._running.items()):
-                if sender.abandoned():
-                    sender.close()
-                    try:
+                try:
+                    if sender.abandoned():
                         stop(models, self._settings)
-                    except RequestError as problem:
-                        pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")
+                except Exception as problem:  # without this thread, no client would be missed any more
+                    pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")
 
 
 class _Sender:
-    """`service.Sender` of a Triton request. Thread-safe; silent once it is closed."""
+    """`service.Sender` of a Triton request. Thread-safe; silent after the final response."""
 
     def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
         self._sender = sender
@@ -87,9 +89,6 @@ class _Sender:
     def abandoned(self) -> bool:
         with self._lock:
             return not self._closed and bool(self._sender.is_cancelled())
-
-    def close(self) -> None:
-        self._respond(None, True)
 
     def _respond(self, response: "pb_utils.InferenceResponse | None", final: bool) -> None:
         with self._lock:
