@@ -27,13 +27,11 @@ class PlayedModels:
     def __init__(self, *lines: tuple[int, str] | RequestError, lost_error: str | None = None) -> None:
         self._lines = lines
         self._lost_error = lost_error
-        self.asked: list[tuple[str, str, dict[str, Any]]] = []
+        self.asked: list[tuple[str, dict[str, Any]]] = []
         self.read = 0
 
-    def call(
-        self, model: str, request_id: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
-    ) -> dict[str, np.ndarray]:
-        self.asked.append((model, request_id, dict(inputs)))
+    def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+        self.asked.append((model, dict(inputs)))
         if model == "preprocessing":
             return {"INPUT_ID": np.array([[7]], np.int32), "REQUEST_OUTPUT_LEN": inputs["REQUEST_OUTPUT_LEN"]}
         assert (model, list(outputs)) == ("postprocessing", ["OUTPUT"])
@@ -41,9 +39,9 @@ class PlayedModels:
         return {"OUTPUT": np.array([text.encode()], np.object_)}
 
     def stream(
-        self, model: str, request_id: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
+        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
     ) -> Iterator[dict[str, np.ndarray]]:
-        self.asked.append((model, request_id, dict(inputs)))
+        self.asked.append((model, dict(inputs)))
         if "stop" in inputs:
             if self._lost_error is not None:
                 raise RequestError(self._lost_error)
@@ -63,7 +61,7 @@ class PlayedModels:
 
     @property
     def stops(self) -> list[str]:
-        return [request_id for model, request_id, inputs in self.asked if "stop" in inputs]
+        return [model for model, inputs in self.asked if "stop" in inputs]
 
 
 class RecordingSender:
@@ -97,7 +95,7 @@ def ask(models: PlayedModels, settings: BlsSettings = SETTINGS, **inputs: Any) -
         **inputs,
     }
     sender = RecordingSender()
-    answer(models, settings, "me", request, sender)
+    answer(models, settings, request, sender)
     assert sender.ended
     return sender
 
@@ -110,8 +108,7 @@ def test_the_steps_are_the_ensembles() -> None:
     models = PlayedModels((0, "Hel"), (0, "lo"))
     sender = ask(models, temperature=np.array([[0.5]], np.float32), top_k=np.array([[3]], np.int32))
     assert sender.texts == ["Hel", "lo"]
-    (_, first, preprocessing), (_, second, engine), *_ = models.asked
-    assert (first, second) == ("me", "me")
+    (_, preprocessing), (_, engine), *_ = models.asked
     assert set(preprocessing) == {"QUERY", "REQUEST_OUTPUT_LEN"}
     assert set(engine) == {"input_ids", "request_output_len", "streaming", "temperature", "runtime_top_k"}
 
@@ -119,7 +116,7 @@ def test_the_steps_are_the_ensembles() -> None:
 def test_scalars_without_their_dimension_get_it_back_and_old_names_pass() -> None:
     models = PlayedModels((0, "x"))
     ask(models, return_log_probs=np.array([True]), random_seed=np.array([[5]], np.uint64))
-    engine = models.asked[1][2]
+    _, engine = models.asked[1]
     assert engine["return_log_probs"].shape == (1, 1)
     assert engine["random_seed"].tolist() == [[5]]
 
@@ -128,7 +125,7 @@ def test_a_stop_word_in_other_tokens_ends_the_answer_and_the_engines_work() -> N
     models = PlayedModels((0, "one, tw"), (0, "o, three"), (0, ", four"))
     sender = ask(models, stop_words=words("", "two", "four"))
     assert sender.texts == ["one, tw", "o"]
-    assert models.stops[0] == "me"
+    assert models.stops[0] == "engine"
     assert models.read == 3  # read to its end: Triton keeps a stream open that is not
 
 

@@ -72,14 +72,23 @@ def start(rows: int = 1, dies_at: int | None = None, **inputs: Any) -> tuple[Any
     executor, sender = PlayedExecutor(dies_at), RecordingSender()
     limits = Limits(vocab_size=5, max_batch_size=8)
     service = EngineService(executor, limits, BYTES, exclude_input=True)  # type: ignore[arg-type]
-    request = {
+    service.handle("client", generation(rows, **inputs), sender)
+    return executor, sender, service
+
+
+def generation(rows: int = 1, **inputs: Any) -> dict[str, np.ndarray]:
+    return {
         "input_ids": np.zeros((rows, 2), np.int32),
         "input_lengths": np.full(rows, 2, np.int32),
         "request_output_len": np.full(rows, 9, np.int32),
         **{name: np.full(rows, value) for name, value in inputs.items()},
     }
-    service.handle("client", request, sender)
-    return executor, sender, service
+
+
+def stop(service: EngineService, request_id: str, client_id: str | None = None) -> list[Any]:
+    stopper = RecordingSender()
+    service.handle(request_id, {"stop": np.array([True])}, stopper, client_id=client_id)
+    return stopper.sent
 
 
 def test_a_stream_is_cut_where_characters_end() -> None:
@@ -165,21 +174,38 @@ def test_only_abandoned_requests_are_cancelled() -> None:
 
 def test_stop_finds_the_request_by_the_clients_id() -> None:
     executor, sender, service = start(streaming=True)
-    stopper = RecordingSender()
-    service.handle("other", {"stop": np.array([True])}, stopper)
+    stop(service, "other")
     assert executor.cancelled == []
-    stopper = RecordingSender()
-    service.handle("client", {"stop": np.array([True])}, stopper)
+    assert stop(service, "client") == [(None, None, True)]
     assert executor.cancelled == [executor.requests[0].id]
-    assert stopper.sent == [(None, None, True)]
     assert sender.sent == []
+
+
+def test_a_program_stops_its_own_request_and_a_client_all_with_its_id() -> None:
+    executor, _, service = start()
+    for own_id in ("first", "second"):
+        service.handle(own_id, generation(), RecordingSender(), client_id="client")
+    ids = [request.id for request in executor.requests]
+    stop(service, "second", client_id="client")
+    assert executor.cancelled == [ids[2]]
+    stop(service, "client")
+    assert executor.cancelled == [ids[2], *ids]
+
+
+def test_a_program_is_told_its_own_requests_error_when_it_stops_it() -> None:
+    executor, _, service = start()
+    for own_id in ("first", "second"):
+        service.handle(own_id, generation(), RecordingSender(), client_id="client")
+    executor.answer(2, end=FinishReason.ERROR, error="broken")
+    assert stop(service, "client") == [(None, None, True)]
+    assert stop(service, "first", client_id="client") == [(None, None, True)]
+    assert stop(service, "second", client_id="client") == ["broken"]
+    assert stop(service, "second", client_id="client") == [(None, None, True)]
 
 
 def test_stop_without_an_id_is_upstreams_error() -> None:
     _, _, service = start()
-    stopper = RecordingSender()
-    service.handle("", {"stop": np.array([True])}, stopper)
-    assert stopper.sent == ["Trying to stop a request but request ID is not provided"]
+    assert stop(service, "") == ["Trying to stop a request but request ID is not provided"]
 
 
 def test_a_bad_request_is_its_own_error() -> None:

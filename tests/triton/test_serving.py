@@ -368,6 +368,27 @@ def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None
     assert_leaving_frees_blocks(server, Call(server, "tensorrt_llm_bls", request))
 
 
+def test_the_programs_clients_may_use_one_id(server: TritonServer) -> None:
+    requests = [text_request("Hello", max_tokens=n, stream=True, **typed({"end_id": -1})) for n in (400, 20)]
+    alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
+    running = iter(Call(server, "tensorrt_llm_bls", requests[0], "1"))
+    first = next(running)
+    assert texts(list(Call(server, "tensorrt_llm_bls", requests[1], "1"))) == alone[1]
+    assert texts([first, *running]) == alone[0]
+
+
+def test_a_stop_request_ends_a_stream_of_the_program(server: TritonServer) -> None:
+    request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
+    replies = iter(Call(server, "tensorrt_llm_bls", request, "me"))
+    next(replies)
+    [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
+    assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
+    rest = list(replies)
+    assert len(rest) < 200
+    assert not [reply.error for reply in rest if reply.error]
+    assert wait_for(lambda: metrics(server)[USED] == 0, 1)
+
+
 def test_the_program_ends_at_a_stop_word_in_other_tokens(server: TritonServer, tokenizer: Tokenizer) -> None:
     prompt = "Hello, who are you?"
     [whole] = ask(server, prompt, max_tokens=40, end_id=-1)

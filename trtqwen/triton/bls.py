@@ -27,16 +27,14 @@ _UNSUPPORTED = {
 
 
 class Models(Protocol):
-    """The repository's other models. Their errors come as `RequestError`."""
+    """The repository's other models, asked under an id that no other request has. Their errors come as
+    `RequestError`.
+    """
 
-    def call(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
+    def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """One request, one response."""
 
-    def stream(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> Iterator[dict[str, Array]]:
+    def stream(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
         """One request to a decoupled model, its responses as they come."""
 
 
@@ -84,21 +82,19 @@ class TextStream:
         return self.text[before:]
 
 
-def answer(
-    models: Models, settings: BlsSettings, request_id: str, inputs: Mapping[str, Array], sender: Sender
-) -> None:
+def answer(models: Models, settings: BlsSettings, inputs: Mapping[str, Array], sender: Sender) -> None:
     """Serve one request to its end; whatever is wrong with it or with the models is its error."""
     try:
-        for tensors in _responses(models, settings, request_id, inputs):
+        for tensors in _responses(models, settings, inputs):
             sender.send(tensors, final=False)
-        stop(models, settings, request_id)  # tells why, if the stream has ended with an error that Triton lost
+        stop(models, settings)  # tells why, if the stream has ended with an error that Triton lost
         sender.send({}, final=True)  # as upstream: nobody marks the engine's last response
     except RequestError as problem:
         sender.fail(str(problem))
 
 
-def stop(models: Models, settings: BlsSettings, request_id: str) -> None:
-    """End what the engine does for a request.
+def stop(models: Models, settings: BlsSettings) -> None:
+    """End what the engine does for the request.
 
     Raises:
         RequestError: if the request has ended with an error; only the embedded engine tells.
@@ -109,13 +105,11 @@ def stop(models: Models, settings: BlsSettings, request_id: str) -> None:
         "request_output_len": np.ones((1, 1), np.int32),
         "stop": np.array([[True]]),
     }
-    for _ in models.stream(settings.llm, request_id, inputs, ["output_ids"]):
+    for _ in models.stream(settings.llm, inputs, ["output_ids"]):
         pass
 
 
-def _responses(
-    models: Models, settings: BlsSettings, request_id: str, inputs: Mapping[str, Array]
-) -> Iterator[dict[str, Array]]:
+def _responses(models: Models, settings: BlsSettings, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     for name, need in _UNSUPPORTED.items():
         if name in inputs and inputs[name].any():
             raise RequestError(f"{name}: needs {need}, which this server does not have; leave the tensor out")
@@ -127,19 +121,19 @@ def _responses(
     }
     texts = _Texts(known, accumulate=settings.accumulate_tokens)
     (to_ids, from_ids), (to_llm, _) = step_maps("preprocessing"), step_maps("tensorrt_llm")
-    ids = models.call("preprocessing", request_id, _mapped(known, to_ids), list(from_ids))
+    ids = models.call("preprocessing", _mapped(known, to_ids), list(from_ids))
     unmapped = {name: known[name] for name in known.keys() - set(to_ids.values()) - set(to_llm.values())}
     known |= {from_ids[name]: value for name, value in ids.items()}
     wanted = ["output_ids", "sequence_length", *settings.outputs]
     # What the maps do not know has one name everywhere: those of older releases are of that kind.
-    for tensors in models.stream(settings.llm, request_id, {**unmapped, **_mapped(known, to_llm)}, wanted):
+    for tensors in models.stream(settings.llm, {**unmapped, **_mapped(known, to_llm)}, wanted):
         if "output_ids" not in tensors or texts.ended(tensors):
             continue  # to the end: a stream that is not read to its end stays open
         tokens = {"TOKENS_BATCH": tensors.pop("output_ids"), "SEQUENCE_LENGTH": tensors.pop("sequence_length")}
-        pieces = models.call("postprocessing", request_id, tokens, ["OUTPUT"])["OUTPUT"]
+        pieces = models.call("postprocessing", tokens, ["OUTPUT"])["OUTPUT"]
         yield {"text_output": texts.push(tensors, b"".join(pieces.reshape(-1)).decode()), **tensors}
         if texts.all_ended():
-            stop(models, settings, request_id)
+            stop(models, settings)
 
 
 class _Texts:

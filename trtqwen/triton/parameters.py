@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from trtqwen.errors import InputError
 from trtqwen.runtime.config import ExecutorConfig
 
-FROM_PROGRAM = "from_program"  # parameter of a request that another model sends to `tensorrt_llm`
+FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
 ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine died
 

@@ -191,24 +191,25 @@ class EngineService:
         self._on_finished = on_finished
         # Clients may use one id twice or none: the executor gets ids of our own.
         self._ids = map(str, itertools.count())
-        self._answers: dict[int, tuple[str, Answer]] = {}
+        self._answers: dict[int, tuple[tuple[str, str | None], Answer]] = {}  # with the ids that stop it
         self._errors: OrderedDict[str, str] = OrderedDict()
         self._lock = threading.Lock()
 
     def handle(
-        self, client_id: str, inputs: Mapping[str, Array], sender: Sender, *, from_program: bool = False
+        self, request_id: str, inputs: Mapping[str, Array], sender: Sender, *, client_id: str | None = None
     ) -> None:
         """Serve one request; whatever is wrong with it is its own error.
 
         Args:
-            from_program: another model asks. What Triton loses of its errors, it is told when it stops the request.
+            client_id: another model asks, under an id that no other request has; its client gave it this one, and
+                can stop the request by it. What Triton loses of its errors, that model is told when it stops it.
         """
         try:
             if asks_to_stop(inputs):
-                self._stop(client_id, sender, from_program)
+                self._stop(request_id, sender)
             else:
                 generation = read_generation(inputs, self._ids, self._limits)
-                self._generate(client_id, generation, sender, from_program)
+                self._generate(request_id, client_id, generation, sender)
         except TrtQwenError as problem:
             sender.fail(str(problem))
 
@@ -229,17 +230,16 @@ class EngineService:
         build = self._executor.engine_config.build_config
         return gauges(self._executor.stats(), build, self._executor.resident_bytes)
 
-    def _generate(self, client_id: str, generation: Generation, sender: Sender, from_program: bool) -> None:
+    def _generate(self, request_id: str, client_id: str | None, generation: Generation, sender: Sender) -> None:
         answer = Answer(generation, sender, self._token_bytes, exclude_input=self._exclude_input)
         with self._lock:
-            self._answers[id(answer)] = (client_id, answer)
-            self._errors.pop(client_id, None)
+            self._answers[id(answer)] = ((request_id, client_id), answer)
 
         def fail(error: str) -> None:
-            if from_program:
-                self._remember(client_id, error)
-            for request_id in answer.fail(error):
-                self._executor.cancel(request_id)
+            if client_id is not None:
+                self._remember(request_id, error)
+            for sequence_id in answer.fail(error):
+                self._executor.cancel(sequence_id)
 
         def take(response: Response) -> None:
             if response.finish_reason is FinishReason.ERROR:
@@ -257,13 +257,13 @@ class EngineService:
             fail(str(problem))
             self._forget(answer)
 
-    def _stop(self, client_id: str, sender: Sender, from_program: bool) -> None:
-        if not client_id:
+    def _stop(self, request_id: str, sender: Sender) -> None:
+        if not request_id:
             sender.fail("Trying to stop a request but request ID is not provided")  # upstream's text
             return
         with self._lock:
-            answers = [answer for name, answer in self._answers.values() if name == client_id]
-            error = self._errors.pop(client_id, None) if from_program else None
+            answers = [answer for ids, answer in self._answers.values() if request_id in ids]
+            error = self._errors.pop(request_id, None)
         if error is not None:
             sender.fail(error)
             return
@@ -279,9 +279,9 @@ class EngineService:
         for request_id in answer.request_ids:
             self._executor.cancel(request_id)
 
-    def _remember(self, client_id: str, error: str) -> None:
+    def _remember(self, request_id: str, error: str) -> None:
         with self._lock:
-            self._errors[client_id] = error
+            self._errors[request_id] = error
             while len(self._errors) > _ERRORS_KEPT:
                 self._errors.popitem(last=False)
 

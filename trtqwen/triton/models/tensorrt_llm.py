@@ -45,9 +45,9 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            from_program = FROM_PROGRAM in json.loads(request.parameters() or "{}")
-            sender = _Sender(request.get_response_sender(), from_program=from_program)
-            self._service.handle(request.request_id(), inputs, sender, from_program=from_program)
+            client_id = json.loads(request.parameters() or "{}").get(FROM_PROGRAM)
+            sender = _Sender(request.get_response_sender(), from_program=client_id is not None)
+            self._service.handle(request.request_id(), inputs, sender, client_id=client_id)
 
     def is_ready(self) -> bool:
         """Asked by Tritons newer than 2.51, which has no way to say no."""
@@ -68,6 +68,8 @@ class TritonPythonModel:
                     if not self._stopping.is_set():
                         _tell_death(str(problem))
                     return
+                except Exception as problem:  # without this thread, no client would be missed any more
+                    pb_utils.Logger.log_error(f"what is done every {period} seconds failed: {problem!r}")
 
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()

@@ -31,8 +31,7 @@ class TritonPythonModel:
             accumulate_tokens=flag(parameters, "accumulate_tokens", False),
             outputs=tuple(name for name in outputs if name != "text_output"),
         )
-        self._models = _Models()
-        self._running: dict[_Sender, str] = {}
+        self._running: dict[_Sender, _Models] = {}
         self._threads = ThreadPoolExecutor(_MOST_REQUESTS)
         self._stopping = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -41,37 +40,39 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            request_id = request.request_id() or uuid.uuid4().hex
-            self._threads.submit(self._serve, request_id, inputs, _Sender(request.get_response_sender()))
+            models = _Models(client_id=request.request_id())
+            self._threads.submit(self._serve, models, inputs, _Sender(request.get_response_sender()))
 
     def finalize(self) -> None:
         self._stopping.set()
         self._watcher.join()
         self._threads.shutdown()
 
-    def _serve(self, request_id: str, inputs: dict[str, Array], sender: "_Sender") -> None:
-        self._running[sender] = request_id
+    def _serve(self, models: "_Models", inputs: dict[str, Array], sender: "_Sender") -> None:
+        self._running[sender] = models
         try:
-            answer(self._models, self._settings, request_id, inputs, sender)
+            answer(models, self._settings, inputs, sender)
         except Exception as problem:  # a thread of the pool would keep it to itself, and the client would wait
             sender.fail(f"tensorrt_llm_bls: {problem}")
         finally:
             del self._running[sender]
 
     def _watch(self) -> None:
-        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model."""
+        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model.
+
+        Again until it has ended: a stop may fail, or come before the engine has the request.
+        """
         while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
-            for sender, request_id in list(self._running.items()):
-                if sender.abandoned():
-                    sender.close()
-                    try:
-                        stop(self._models, self._settings, request_id)
-                    except RequestError as problem:
-                        pb_utils.Logger.log_error(f"request {request_id} was not stopped: {problem}")
+            for sender, models in list(self._running.items()):
+                try:
+                    if sender.abandoned():
+                        stop(models, self._settings)
+                except Exception as problem:  # without this thread, no client would be missed any more
+                    pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")
 
 
 class _Sender:
-    """`service.Sender` of a Triton request. Thread-safe; silent once it is closed."""
+    """`service.Sender` of a Triton request. Thread-safe; silent after the final response."""
 
     def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
         self._sender = sender
@@ -89,9 +90,6 @@ class _Sender:
         with self._lock:
             return not self._closed and bool(self._sender.is_cancelled())
 
-    def close(self) -> None:
-        self._respond(None, True)
-
     def _respond(self, response: "pb_utils.InferenceResponse | None", final: bool) -> None:
         with self._lock:
             if self._closed:
@@ -105,30 +103,33 @@ class _Sender:
 
 
 class _Models:
-    """`bls.Models` by way of the python backend."""
+    """`bls.Models` by way of the python backend, for one request.
 
-    def call(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> dict[str, Array]:
-        return _read(_request(model, request_id, inputs, outputs).exec())
+    Clients may use one id twice or none: the other models get an id of our own. The embedded engine is told the
+    client's too, for its own stop request; TensorRT-LLM's backend knows one id a request.
+    """
 
-    def stream(
-        self, model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-    ) -> Iterator[dict[str, Array]]:
-        for response in _request(model, request_id, inputs, outputs).exec(decoupled=True):
+    def __init__(self, client_id: str) -> None:
+        self.request_id = uuid.uuid4().hex
+        self._client_id = client_id
+
+    def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        return _read(self._request(model, inputs, outputs).exec())
+
+    def stream(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
+        for response in self._request(model, inputs, outputs).exec(decoupled=True):
             yield _read(response)
 
-
-def _request(
-    model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str]
-) -> "pb_utils.InferenceRequest":
-    return pb_utils.InferenceRequest(
-        model_name=model,
-        request_id=request_id,
-        inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
-        requested_output_names=list(outputs),
-        parameters={FROM_PROGRAM: True},
-    )
+    def _request(
+        self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]
+    ) -> "pb_utils.InferenceRequest":
+        return pb_utils.InferenceRequest(
+            model_name=model,
+            request_id=self.request_id,
+            inputs=[pb_utils.Tensor(name, value) for name, value in inputs.items()],
+            requested_output_names=list(outputs),
+            parameters={FROM_PROGRAM: self._client_id},
+        )
 
 
 def _read(response: "pb_utils.InferenceResponse") -> dict[str, Array]:

@@ -1,0 +1,109 @@
+"""The watching threads of the models, with Triton and all that the models use played by the test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import queue
+import sys
+import threading
+from collections import Counter
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
+
+import pytest
+
+import trtqwen.triton
+
+SECONDS = 5.0  # more than anything here takes
+
+
+class PlayedTriton(MagicMock):
+    """`triton_python_backend_utils`."""
+
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1
+    TritonModelException = type("TritonModelException", (Exception,), {})
+
+    @property
+    def logged(self) -> list[str]:
+        return [call.args[0] for call in self.Logger.log_error.call_args_list]
+
+
+@pytest.fixture
+def triton(monkeypatch: pytest.MonkeyPatch) -> PlayedTriton:
+    played = PlayedTriton()
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", played)
+    return played
+
+
+def load(model: str) -> ModuleType:
+    """A model's module of its own, which finds the played Triton."""
+    path = Path(trtqwen.triton.__file__).parent / "models" / f"{model}.py"
+    spec = importlib.util.spec_from_file_location(model, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def request_of_a_client_that_has_gone() -> Any:
+    request = MagicMock()
+    request.inputs.return_value = []
+    request.get_response_sender.return_value.is_cancelled.return_value = True
+    return request
+
+
+def test_a_stop_that_fails_is_logged_and_tried_again_and_others_are_stopped(
+    triton: PlayedTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = load("tensorrt_llm_bls")
+    stops: queue.Queue[Any] = queue.Queue()
+    ended = threading.Event()
+
+    def stop(models: Any, settings: Any) -> None:
+        stops.put(models.request_id)
+        raise triton.TritonModelException("no shared memory is left")
+
+    monkeypatch.setattr(program, "answer", lambda *_: ended.wait(SECONDS))
+    monkeypatch.setattr(program, "stop", stop)
+    model = program.TritonPythonModel()
+    model.initialize({"model_config": json.dumps({"parameters": {}, "output": []})})
+    try:
+        model.execute([request_of_a_client_that_has_gone() for _ in range(2)])
+        stopped: Counter[str] = Counter()
+        while len(stopped) < 2 or min(stopped.values()) < 2:
+            stopped[stops.get(timeout=SECONDS)] += 1
+    finally:
+        ended.set()
+        model.finalize()
+    for request_id in stopped:
+        assert f"request {request_id} was not stopped: no shared memory is left" in triton.logged
+
+
+def test_a_look_for_gone_clients_that_fails_is_logged_and_the_engines_model_looks_again(
+    triton: PlayedTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = load("tensorrt_llm")
+    looks: queue.Queue[None] = queue.Queue()
+
+    def cancel_abandoned() -> None:
+        looks.put(None)
+        raise triton.TritonModelException("no shared memory is left")
+
+    service = SimpleNamespace(cancel_abandoned=cancel_abandoned)
+    parameters = MagicMock(cancellation_check_period=0.01, stats_check_period=600)
+    monkeypatch.setattr(engine, "engine_parameters", lambda args: parameters)
+    monkeypatch.setattr(engine, "EngineService", lambda *args, **kwargs: service)
+    for name in ("Executor", "Tokenizer"):
+        monkeypatch.setattr(engine, name, MagicMock())
+    model = engine.TritonPythonModel()
+    model.initialize({"model_name": "tensorrt_llm", "model_version": "1"})
+    try:
+        for _ in range(3):
+            looks.get(timeout=SECONDS)
+    finally:
+        model.finalize()
+    assert "no shared memory is left" in triton.logged[0]
