@@ -47,11 +47,13 @@ class RecordingSender:
     def __init__(self) -> None:
         self.sent: list[Any] = []
         self.tensors: list[Mapping[str, np.ndarray]] = []
-        self.gone = False
+        self.gone = self.full = False
         self.ended = False
 
     def send(self, tensors: Mapping[str, np.ndarray], *, final: bool) -> None:
         assert not self.ended
+        if self.full:
+            raise OSError("no memory")
         self.ended = final
         self.tensors.append(tensors)
         ids = tensors["output_ids"].reshape(-1).tolist() if tensors else None
@@ -104,6 +106,21 @@ def test_the_last_token_carries_the_final_flag() -> None:
     executor, sender, _ = start(streaming=True)
     executor.answer(0, 1, end=FinishReason.LENGTH)
     assert sender.sent == [([1], None, True)]
+
+
+def test_a_response_that_cannot_be_sent_ends_its_request_and_no_other() -> None:
+    """Shared memory may be full, and the thread that brings responses serves everybody."""
+    for end in (None, FinishReason.LENGTH):
+        executor, sender, service = start(rows=2, streaming=True)
+        other = RecordingSender()
+        service.handle("other", generation(streaming=True), other)
+        sender.full = True
+        executor.answer(0, 1, end=end)
+        assert sender.sent == ["the answer could not be sent: no memory"]
+        assert executor.cancelled == [request.id for request in executor.requests[:2]]
+        executor.answer(1, 1)
+        executor.answer(2, 1, end=FinishReason.LENGTH)
+        assert (len(sender.sent), other.sent) == (1, [([1], None, True)])
 
 
 def test_an_end_without_tokens_is_an_empty_final_response() -> None:

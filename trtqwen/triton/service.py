@@ -129,13 +129,12 @@ class Answer:
         with self._lock:
             if response.request_id not in self._open:
                 return
-            ended = response.finish_reason is not None
-            if ended:
-                self._open.remove(response.request_id)
+            left = self._open - {response.request_id} if response.finish_reason is not None else self._open
             index = self._indices[response.request_id]
             part = self._part(index, response)
             if part is not None:
-                self._sender.send(write_part(self._generation, index, part), final=not self._open)
+                self._sender.send(write_part(self._generation, index, part), final=not left)
+            self._open = left
 
     def fail(self, error: str) -> list[str]:
         """End the whole request with an error, unless it has ended; returns the ids of what still runs."""
@@ -245,8 +244,11 @@ class EngineService:
             if response.finish_reason is FinishReason.ERROR:
                 fail(response.error or "the engine gave no reason")
             else:
-                answer.take(response)
-                self._count(answer, response)
+                try:
+                    answer.take(response)
+                    self._count(answer, response)
+                except Exception as problem:  # the thread that brings the response serves everybody
+                    fail(f"the answer could not be sent: {problem}")
             if not answer.request_ids:
                 self._forget(answer)
 

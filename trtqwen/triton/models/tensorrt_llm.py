@@ -92,25 +92,22 @@ class _Sender:
 
     def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
         response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
-        self._respond(response, _FINAL if final else 0)
+        self._sender.send(response, _FINAL if final else 0)
 
     def fail(self, error: str) -> None:
-        response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error))
-        if self._from_program:
-            # Triton loses an error that is not a program's first response, and the end of the stream with it.
-            self._respond(response, 0)
-            self._sender.send(flags=_FINAL)
-        else:
-            self._respond(response, _FINAL)
+        try:
+            response = pb_utils.InferenceResponse(error=pb_utils.TritonError(error))
+            if self._from_program:
+                # Triton loses an error that is not a program's first response, and the end of the stream with it.
+                self._sender.send(response, 0)
+                self._sender.send(flags=_FINAL)
+            else:
+                self._sender.send(response, _FINAL)
+        except pb_utils.TritonModelException as problem:  # must not end the executor's reader thread
+            pb_utils.Logger.log_error(f"an error was lost ({problem}): {error}")
 
     def abandoned(self) -> bool:
         return bool(self._sender.is_cancelled())
-
-    def _respond(self, response: "pb_utils.InferenceResponse", flags: int) -> None:
-        try:
-            self._sender.send(response, flags)
-        except pb_utils.TritonModelException as problem:  # must not end the executor's reader thread
-            pb_utils.Logger.log_error(f"a response was lost: {problem}")
 
 
 class _Metrics:
