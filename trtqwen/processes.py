@@ -10,14 +10,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
 from types import TracebackType
-from typing import TypeVar
+from typing import IO, TypeVar
 
 from trtqwen.errors import ServerError
 
 S = TypeVar("S", bound="Service")
 
 _PR_SET_PDEATHSIG = 1
+_LINES_WAITING = 1000
 _STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
 
 
@@ -40,15 +43,20 @@ class Service(ABC):
     def stop(self) -> object:
         """Let running requests finish and end it, if it runs. May be called again."""
 
-    def _wait(self, ready: Callable[[], bool], timeout: float, late: Callable[[], str]) -> None:
+    def _wait(
+        self, ready: Callable[[], bool], timeout: float, late: Callable[[], str], behind: Service | None = None
+    ) -> None:
         """Ask until it is ready.
 
         Args:
             timeout: seconds.
             late: what to say when they are over.
+            behind: another service without which it never will be.
         """
         deadline = time.monotonic() + timeout
         while not ready():
+            if behind is not None:
+                behind.check()
             self.check()
             if time.monotonic() > deadline:
                 raise ServerError(late())
@@ -67,6 +75,49 @@ class Service(ABC):
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+class Relay:
+    """Passes on what a process writes, line by line; what nobody reads in time is dropped: the process never waits.
+
+    Args:
+        source: its end of the pipe.
+        target: file descriptor to write to.
+        keep_back: lines that begin so are not passed on.
+
+    Attributes:
+        last_line: the last that was not empty, without white space around.
+    """
+
+    def __init__(self, source: IO[str], target: int, keep_back: str) -> None:
+        self.last_line = ""
+        self._source, self._target, self._keep_back = source, target, keep_back
+        self._lines: Queue[str | None] = Queue(_LINES_WAITING)
+        self._threads = [Thread(target=work, daemon=True) for work in (self._read, self._write)]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout: float = 1) -> None:
+        """Wait until everything has been passed on, for each end of the way so many seconds at most."""
+        for thread in self._threads:
+            thread.join(timeout)
+
+    def _read(self) -> None:
+        with self._source:
+            for line in self._source:
+                self.last_line = line.strip() or self.last_line
+                if not line.startswith(self._keep_back):
+                    self._pass_on(line)
+        self._pass_on(None)
+
+    def _pass_on(self, line: str | None) -> None:
+        with suppress(Full):
+            self._lines.put_nowait(line)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError):
+                os.write(self._target, line.encode())  # a lock of Python's would abort the interpreter's end
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:

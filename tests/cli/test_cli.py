@@ -287,6 +287,8 @@ def test_a_port_in_use_is_refused_before_anything_starts(repository: Path) -> No
         holder.listen()
         port = holder.getsockname()[1]
         refused(trtqwen("serve", "--repo", repository, "--http-port", port), str(port), "is in use", "--http-port")
+    ports = ("--http-port", port, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", port)
+    refused(trtqwen("serve", "--repo", repository, *ports), "the gateway cannot listen there")
 
 
 def test_a_killed_build_is_not_served(repository: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
+import pytest
+
 from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.engine import Replica, Reply
 from trtqwen.gateway.gate import Gate
@@ -28,7 +30,7 @@ class Odd(Replica):
         yield Reply((1,))
 
 
-def test_nonsense_is_taken_for_the_replica_s_fault() -> None:
+def test_nonsense_is_taken_for_the_replica_s_fault(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         metrics, replica = Metrics(), Odd()
         gate = Gate(Admission(1, Capacity(1, 100), QueueLimits(1, 100)), metrics, 1)
@@ -42,5 +44,10 @@ def test_nonsense_is_taken_for_the_replica_s_fault() -> None:
         with suppress(asyncio.CancelledError):
             await watch
         assert seen == [False, True, False, True, False]
+        assert [record.message.partition(" (")[0] for record in caplog.records][:3] == [
+            "127.0.0.1:9: answers what nobody understands",
+            "127.0.0.1:9: works",
+            "127.0.0.1:9: answers what nobody understands",
+        ]
 
     asyncio.run(asyncio.wait_for(test(), 10))

@@ -153,6 +153,8 @@ def test_who_got_no_place_keeps_the_tokens_of_the_rate(another_gateway: Any, tmp
     with busy(target):
         refused = [replace(target, key=BOB).ask("hello", max_tokens=400) for _ in range(5)]
     assert {body["error"]["code"] for _, _, body in refused} == {"queue_full"}
+    for _ in range(5):
+        assert replace(target, key=BOB).ask("hello", max_tokens=400, n=2)[2]["error"]["code"] == "too_much"
     assert replace(target, key=BOB).ask("hello", max_tokens=400)[0] == 200
 
 

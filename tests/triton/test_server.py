@@ -15,11 +15,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import in_child
 from tests.triton.conftest import Call, id_request, in_threads
+from trtqwen import __version__
 from trtqwen.errors import InputError, PortInUseError, ServerError
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.listener import bind
+from trtqwen.processes import Service
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 
 SERVE = """
 import sys
@@ -85,6 +90,19 @@ def test_a_taken_port_is_named_with_its_option(repository: Path) -> None:
             TritonServer(repository, ports=Ports(0, port, 0))
 
 
+def test_ports_are_kept_until_triton_takes_them(repository: Path) -> None:
+    """Two sockets may be bound to one port as long as neither listens."""
+    with pytest.raises(PortInUseError, match=r"127.0.0.1:18301: is in use.*--grpc-port"):
+        TritonServer(repository, ports=Ports(18301, 18301, 0))
+    server = TritonServer(repository, ports=Ports(0, 0, 0))
+    with pytest.raises(PortInUseError):
+        TritonServer(repository, ports=server.ports)
+    with pytest.raises(InputError, match="the gateway cannot listen there"):
+        bind(GatewayConfig(repository=repository, port=server.ports.http))
+    server.stop()
+    TritonServer(repository, ports=server.ports).stop()
+
+
 def test_ports_picked_are_none_that_outgoing_connections_take(repository: Path) -> None:
     low, _ = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     ports = TritonServer(repository, ports=Ports(0, 0, 0)).ports
@@ -94,6 +112,10 @@ def test_ports_picked_are_none_that_outgoing_connections_take(repository: Path) 
 
 def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -> None:
     unfinished = Path(shutil.copytree(repository, tmp_path / "repository"))
+    manifest = (unfinished / "manifest.json").read_text()
+    (unfinished / "manifest.json").write_text(manifest.replace(f'"{__version__}"', '"0.0.1"'))
+    with pytest.raises(InputError, match=r"was written by trtqwen 0\.0\.1, this is .*; write it again"):
+        TritonServer(unfinished)
     (unfinished / "manifest.json").unlink()
     with pytest.raises(InputError, match="is not a finished repository"):
         TritonServer(unfinished)
@@ -155,9 +177,10 @@ def test_a_server_that_dies_is_noticed(repository: Path) -> None:
 
 
 @pytest.mark.triton
-def test_a_python_model_that_dies_is_noticed(repository: Path) -> None:
+def test_a_python_model_that_dies_is_noticed(repository: Path, tmp_path: Path) -> None:
     """Triton itself stays up and never starts it again."""
-    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
+    log = tmp_path / "triton.log"
+    with TritonServer(repository, ports=Ports(0, 0, 0), log=log) as server:
         server.check()
         [stub] = [pid for pid, command in family(server.pid).items() if "/preprocessing/1/model.py" in command]
         os.kill(stub, signal.SIGKILL)
@@ -166,6 +189,38 @@ def test_a_python_model_that_dies_is_noticed(repository: Path) -> None:
             while time.monotonic() < deadline:
                 server.check()
                 time.sleep(0.02)
+    assert "Waiting for in-flight requests to complete." not in log.read_text()  # on a dead engine, they would not
+
+
+class Broken(Service):
+    """Gets a signal while it stops, as from somebody who finds that it takes too long."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+
+    def start(self) -> None: ...
+
+    def wait_until_ready(self) -> None: ...
+
+    def check(self) -> None:
+        raise ServerError("broken")
+
+    def stop(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        time.sleep(0.01)
+        self.stopped = True
+
+
+def test_a_signal_does_not_interrupt_a_stop() -> None:
+    def work() -> None:
+        server, other = Broken(), Broken()
+        with pytest.raises(ServerError, match="broken"), serve_until_signal(server, other):  # type: ignore[arg-type]
+            pass
+        assert server.stopped
+        assert other.stopped
+
+    assert in_child(work) == 0
 
 
 @pytest.mark.triton

@@ -109,7 +109,7 @@ def command(
         endpoints = {"http": server.http_url, "grpc": server.grpc_url, "metrics": f"{server.metrics_url}/metrics"}
         if gateway:
             gateway.start()
-            gateway.wait_until_ready()
+            gateway.wait_until_ready(behind=server)
             endpoints["gateway"] = gateway.url
         if json:
             print_json({"repository": str(repository), **endpoints})

@@ -93,6 +93,8 @@ class Gate:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
             first = min(self._queue_seconds, deadline - begun)
             await asyncio.wait((turns[ticket],), timeout=max(0.0, first))
+            if time.monotonic() >= deadline and not turns[ticket].done():
+                raise late()
             if not any(turn.done() for turn in turns.values()):
                 raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
             if not turns[ticket].done():

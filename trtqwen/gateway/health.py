@@ -57,6 +57,7 @@ class Monitor:
         self._stall_seconds = stall_seconds
         self._prompt_tokens_per_second = prompt_tokens_per_second
         self._up = [False] * len(replicas)
+        self._told = [""] * len(replicas)
         self._look_now = [asyncio.Event() for _ in replicas]
         for number in range(len(replicas)):
             self._mark(number, False)
@@ -82,8 +83,8 @@ class Monitor:
             if suspected or time.monotonic() - replica.heard >= self._probe_seconds or not self._up[number]:
                 try:
                     await self._probe(number)
-                except Exception:
-                    _log.exception("%s answers what nobody understands", replica.address)
+                except Exception as problem:
+                    self._tell(number, f"answers what nobody understands ({problem})")
                     self._mark(number, False)
                 await asyncio.sleep(_PAUSE_SECONDS)
             replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))
@@ -98,24 +99,32 @@ class Monitor:
         replica, begun = self._replicas[number], time.monotonic()
         timeout = self._probe_seconds + self._reading_seconds(replica)
         replies = replica.generate(f"probe-{uuid.uuid4().hex}", _PROBE_INPUTS, timeout)
-        result = "ok"
+        result = says = "ok"
         try:
             async with aclosing(replies):
                 async for _ in replies:
                     pass
         except ApiError as problem:
-            result = problem.code
+            result, says = problem.code, problem.message
             if problem.status == 503:
                 replica.abort_all(problem)
         self._metrics.probes.labels(result).inc()
         late = result == "timeout" and replica.heard > begun  # others have had tokens meanwhile
-        self._mark(number, late or result in ("ok", "queue_full"))
+        works = late or result in ("ok", "queue_full")
+        self._tell(number, "works" if works else says)
+        self._mark(number, works)
         if result == "engine_dead" and not self.ready:
             self._gate.send_away(down())
 
     def _reading_seconds(self, replica: Replica) -> float:
         """How long the prompts may take that a replica has not answered yet."""
         return replica.unread_tokens / self._prompt_tokens_per_second
+
+    def _tell(self, number: int, what: str) -> None:
+        """Log what is new about a replica."""
+        if what != self._told[number] and (what != "works" or self._told[number]):
+            _log.warning("%s: %s", self._replicas[number].address, what)
+        self._told[number] = what
 
     def _mark(self, number: int, up: bool) -> None:
         self._up[number] = up

@@ -18,6 +18,7 @@ def bind(config: GatewayConfig) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((config.host, config.port))
+        listener.listen()  # bound alone, it would let others bind the same port
     except OSError as problem:
         listener.close()
         raise InputError(

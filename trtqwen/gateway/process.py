@@ -5,15 +5,15 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
-from threading import Thread
-from typing import IO
 
 from trtqwen.errors import ServerError
 from trtqwen.gateway.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
-from trtqwen.processes import Service
+from trtqwen.processes import Relay, Service
 
+_STDERR = 2
+_REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 10  # beyond the gateway's own time to drain
 
 
@@ -34,8 +34,7 @@ class GatewayProcess(Service):
         self._listener = bind(config)
         self.config = config.model_copy(update={"port": self._listener.getsockname()[1]})
         self._process: subprocess.Popen[str] | None = None
-        self._relay: Thread | None = None
-        self._last_line = "it said nothing"
+        self._relay: Relay | None = None
 
     @property
     def url(self) -> str:
@@ -59,28 +58,31 @@ class GatewayProcess(Service):
             start_new_session=True,  # Ctrl-C in the terminal is for us alone
         )
         self._listener.close()
-        self._relay = Thread(target=self._pass_on, args=(self._process.stdout,), daemon=True)
-        self._relay.start()
+        assert self._process.stdout is not None
+        self._relay = Relay(self._process.stdout, _STDERR, _REASON)
 
-    def wait_until_ready(self, timeout: float = 60) -> None:
+    def wait_until_ready(self, timeout: float = 60, behind: Service | None = None) -> None:
         """Return when the engine answers through the gateway; at once with an error when the gateway ends instead.
 
         Args:
             timeout: seconds.
+            behind: the server that it asks; its end is an error too.
 
         Raises:
             ServerError: with the last line that the gateway wrote.
         """
         self._wait(
-            self._answers, timeout, lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line}"
+            self._answers,
+            timeout,
+            lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line()}",
+            behind,
         )
 
     def check(self) -> None:
         """Raise a ServerError if the gateway has ended by itself."""
         code = self._running.poll()
         if code is not None:
-            self._join()
-            raise ServerError(f"the gateway ended with code {code}: {self._last_line}")
+            raise ServerError(f"the gateway ended with code {code}: {self._last_line()}")
 
     def stop(self) -> int:
         """Let running requests finish and end the process; returns its exit code. May be called again."""
@@ -95,7 +97,8 @@ class GatewayProcess(Service):
             process.kill()
         if process.stdin is not None:
             process.stdin.close()
-        self._join()
+        if self._relay is not None:
+            self._relay.join()
         return process.wait()
 
     @property
@@ -114,14 +117,8 @@ class GatewayProcess(Service):
         finally:
             connection.close()
 
-    def _pass_on(self, said: IO[str]) -> None:
-        with said:
-            for line in said:
-                if line.strip():
-                    self._last_line = line.strip().removeprefix("error: ")
-                if not line.startswith("error: "):  # the reason of its end, which `check` tells
-                    print(line, end="", file=sys.stderr, flush=True)
-
-    def _join(self) -> None:
-        if self._relay is not None:
-            self._relay.join(timeout=1)  # somebody else may have its end of the pipe
+    def _last_line(self) -> str:
+        if self._relay is None:
+            return "it was not started"
+        self._relay.join(0 if self._running.poll() is None else 1)
+        return self._relay.last_line.removeprefix(_REASON) or "it said nothing"

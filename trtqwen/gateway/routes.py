@@ -205,7 +205,7 @@ async def _respond(request: Request, plan: GenerationPlan, answers: _Answers, *,
             await frames.aclose()
             raise
     except ApiError as problem:
-        if problem.status in (429, 503):
+        if problem.status in (400, 429, 503):  # nothing was done for it
             caller.refund_tokens(tokens)
         raise
     return EventStream(_frames(request, first, frames))

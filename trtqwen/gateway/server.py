@@ -36,6 +36,7 @@ def serve(
         InputError: if the config cannot be used.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
     app = create_app(config)
     settings = uvicorn.Config(
         app,

@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
+from trtqwen import __version__
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.errors import InputError, PortInUseError, ServerError
@@ -30,6 +31,7 @@ from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_laun
 from trtqwen.triton.parameters import ENGINE_DEATH
 
 _SHARED_MEMORY = Path("/dev/shm")
+_KILLED = "the log has no error; was it killed, for its memory perhaps?"
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
@@ -75,7 +77,12 @@ class TritonServer(Service):
         log: Path | None = None,
         drain_seconds: int = 30,
     ) -> None:
-        read_manifest(repository, "repository")
+        written_by = read_manifest(repository, "repository").tool_version
+        if written_by != __version__:
+            raise InputError(
+                f"{repository}: was written by trtqwen {written_by}, this is {__version__}; write it again with "
+                "`trtqwen build` or `trtqwen repo --force`"
+            )
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
         self._machine: Host | None = None
@@ -86,14 +93,17 @@ class TritonServer(Service):
             raise InputError(f"{host}: Triton takes no IPv6 address; let it listen on an IPv4 address")
         self._installation = find_tritonserver()
         self.host = host
-        self.ports = _claim(ports or Ports(), host)
+        self._claims = ExitStack()
+        self.ports = _claim(ports or Ports(), host, self._claims)
         self._log = log
         self._keeps_log = log is not None
         self._drain_seconds = drain_seconds
         self._shm_prefix = f"trtqwen-{uuid.uuid4().hex[:12]}-"
         self._cleanup = ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
-        self._parts: dict[int, list[str]] = {}
+        self._ranks: dict[int, list[str]] = {}
+        self._helpers: dict[int, list[str]] = {}
+        self._broken = False
 
     @property
     def http_url(self) -> str:
@@ -148,12 +158,14 @@ class TritonServer(Service):
                 f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it; run "
                 "in NVIDIA's Triton container"
             )
-        self._tritonservers, self._parts = launch.tritonservers, {}
+        self._tritonservers = launch.tritonservers
+        self._ranks, self._helpers, self._broken = {}, {}, False
         if self._log is None:
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
         self._engine_death = workspace / "engine-death"
         environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death)}
+        self._claims.close()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 launch.command,
@@ -177,31 +189,41 @@ class TritonServer(Service):
         self._wait(
             self._answers, timeout, lambda: f"Triton was not ready within {timeout:g} s: {self._telling_line()}"
         )
-        self._parts |= programs(self.pid, _HELPERS)
+        self._helpers = programs(self.pid, _HELPERS)
 
     def check(self) -> None:
         """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
 
         Triton serves on without them: it starts none of them again.
         """
+        if problem := self._problem():
+            self._broken = True
+            raise ServerError(problem)
+
+    def _problem(self) -> str | None:
+        if self._tritonservers > max(1, len(self._ranks)):
+            self._ranks = programs(self.pid, [self._installation.binary.name])
+        ended = [command for pid, command in {**self._ranks, **self._helpers}.items() if not runs(pid)]
+        if ended:
+            with suppress(subprocess.TimeoutExpired):
+                self._running.wait(1)  # its own end, if that is what takes them along, says more
         code = self._running.poll()
         if code is not None:
-            raise ServerError(f"Triton ended with code {code}: {self._telling_line()}")
+            return f"Triton ended with code {code}: {self._telling_line(_KILLED if code < 0 else None)}"
         with suppress(FileNotFoundError):
             if death := self._engine_death.read_text("utf-8"):
-                raise ServerError(f"{death} ({self._advice})")
-        if len(self._parts) < self._tritonservers:
-            self._parts = programs(self.pid, [self._installation.binary.name])
-        for pid, command in self._parts.items():
-            if not runs(pid):
-                reason = self._telling_line("the log has no error; was it killed, for its memory perhaps?")
-                raise ServerError(f"a process of {_name(command)} has ended by itself: {reason}")
+                return f"{death} ({self._advice})"
+        return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_KILLED)}" if ended else None
 
     def stop(self) -> None:
-        """Let running requests finish, then end every process of the server. May be called again."""
+        """Let running requests finish, then end every process of the server. May be called again.
+
+        After `check` has found it broken, nothing is waited for: what runs on a dead engine would not finish.
+        """
+        self._claims.close()
         process = self._process
         if process is not None:
-            if process.poll() is None:
+            if process.poll() is None and not self._broken:
                 process.terminate()
                 with suppress(subprocess.TimeoutExpired):
                     process.wait(self._drain_seconds + 10)  # tritonserver itself gives up after drain_seconds
@@ -276,7 +298,7 @@ def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         for other in previous:
-            signal.signal(other, signal.SIG_IGN)  # one is enough: stopping must not be interrupted
+            signal.signal(other, signal.SIG_IGN)  # one is enough
         raise _Signalled
 
     previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -292,8 +314,11 @@ def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]
     except _Signalled:
         pass
     finally:
-        for service in (*reversed(others), server):
-            service.stop()
+        for number in previous:
+            signal.signal(number, signal.SIG_IGN)  # whatever has brought us here
+        with ExitStack() as stopping:  # the last one first, each whatever happens to the others
+            for service in (server, *others):
+                stopping.callback(service.stop)
         for number, handler in previous.items():
             signal.signal(number, handler)
 
@@ -315,34 +340,44 @@ def _prepend(environment: dict[str, str], variable: str, directory: Path) -> Non
     environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
 
 
-def _claim(ports: Ports, host: str) -> Ports:
-    """Check that every port is free and pick those that are 0."""
-    with ExitStack() as held:
-        for field in fields(ports):
-            port = getattr(ports, field.name)
-            listener = held.enter_context(socket.socket())
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                _bind(listener, host, port)
-            except OSError as problem:
-                if problem.errno != errno.EADDRINUSE:
-                    raise InputError(
-                        f"{host}:{port}: cannot be listened on ({problem.strerror}); choose another address or port"
-                    ) from None
-                raise PortInUseError(
-                    f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it; stop what listens there "
-                    f"or choose another with --{field.name}-port"
+def _claim(ports: Ports, host: str, held: ExitStack) -> Ports:
+    """Check that every port is free, pick those that are 0, and keep others from taking them while `held` is open."""
+    for field in fields(ports):
+        port = getattr(ports, field.name)
+        try:
+            listener = held.enter_context(_listen(host, port) if port else _listen_somewhere(host))
+        except OSError as problem:
+            held.close()
+            if problem.errno != errno.EADDRINUSE:
+                raise InputError(
+                    f"{host}:{port}: cannot be listened on ({problem.strerror}); choose another address or port"
                 ) from None
-            ports = replace(ports, **{field.name: listener.getsockname()[1]})
+            raise PortInUseError(
+                f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it; stop what listens there "
+                f"or choose another with --{field.name}-port"
+            ) from None
+        ports = replace(ports, **{field.name: listener.getsockname()[1]})
     return ports
 
 
-def _bind(listener: socket.socket, host: str, port: int) -> None:
-    *others, last = [port] if port else random.sample(_FREE_PORTS, 50)
-    for candidate in others:
+def _listen_somewhere(host: str) -> socket.socket:
+    *others, last = random.sample(_FREE_PORTS, 50)
+    for port in others:
         with suppress(OSError):
-            return listener.bind((host, candidate))
-    listener.bind((host, last))
+            return _listen(host, port)
+    return _listen(host, last)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen()  # bound alone, it would let others bind the same port
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def _reachable(host: str) -> str:
