@@ -184,13 +184,15 @@ class Generator:
                     last = now
                     usage.output_tokens += len(reply.token_ids)
                     piece = answer.take(reply)
+                    if answer.finish is not None:
+                        lasted = now - begun  # whoever reads it may leave with the last piece
                     if piece is not None:
                         yield piece
                         if piece.finish is not None:
                             break
                 else:
+                    lasted = time.monotonic() - begun
                     yield answer.end()
-            lasted = time.monotonic() - begun
         except ApiError as problem:
             if problem.code == "engine_dead":
                 self.suspect(replica)
