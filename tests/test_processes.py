@@ -19,7 +19,7 @@ print("error: enough")
 def talk(lines: int, target: int) -> tuple[Relay, subprocess.Popen[str]]:
     process = subprocess.Popen([sys.executable, "-c", TALKS, str(lines)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    return Relay(process.stdout, target, "error: "), process
+    return Relay(process.stdout, target, keep_back="error: "), process
 
 
 def test_lines_are_passed_on_but_for_the_reason_of_the_end() -> None:
@@ -28,7 +28,7 @@ def test_lines_are_passed_on_but_for_the_reason_of_the_end() -> None:
     assert process.wait(10) == 0
     relay.join()
     assert [line.split()[0] for line in os.read(heard, 1 << 16).decode().splitlines()] == list(map(str, range(20)))
-    assert relay.last_line == "error: enough"
+    assert relay.last_lines[-1] == "error: enough"
     os.close(heard)
     os.close(target)
 
@@ -39,7 +39,7 @@ def test_nobody_waits_for_who_does_not_read() -> None:
     relay, process = talk(50_000, target)
     assert process.wait(30) == 0
     relay.join(0.1)
-    assert relay.last_line == "error: enough"
+    assert relay.last_lines[-1] == "error: enough"
     os.close(heard)  # the relay's write fails, and it ends
     relay.join()
     os.close(target)

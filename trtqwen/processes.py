@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ S = TypeVar("S", bound="Service")
 
 _PR_SET_PDEATHSIG = 1
 _LINES_WAITING = 1000
+_LAST_LINES = 2  # C++ says on the first that it terminates, on the second why
 _STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
 
 
@@ -82,15 +84,15 @@ class Relay:
 
     Args:
         source: its end of the pipe.
-        target: file descriptor to write to.
+        target: file descriptor to write to; our standard error by default.
         keep_back: lines that begin so are not passed on.
 
     Attributes:
-        last_line: the last that was not empty, without white space around.
+        last_lines: the last few that were not empty, without white space around.
     """
 
-    def __init__(self, source: IO[str], target: int, keep_back: str) -> None:
-        self.last_line = ""
+    def __init__(self, source: IO[str], target: int = 2, keep_back: str | None = None) -> None:
+        self.last_lines = deque[str](maxlen=_LAST_LINES)
         self._source, self._target, self._keep_back = source, target, keep_back
         self._lines: Queue[str | None] = Queue(_LINES_WAITING)
         self._threads = [Thread(target=work, daemon=True) for work in (self._read, self._write)]
@@ -105,8 +107,9 @@ class Relay:
     def _read(self) -> None:
         with self._source:
             for line in self._source:
-                self.last_line = line.strip() or self.last_line
-                if not line.startswith(self._keep_back):
+                if line.strip():
+                    self.last_lines.append(line.strip())
+                if self._keep_back is None or not line.startswith(self._keep_back):
                     self._pass_on(line)
         self._pass_on(None)
 

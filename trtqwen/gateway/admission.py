@@ -84,8 +84,6 @@ class Admission:
 
     def has_room_when_idle(self, tickets: Sequence[Ticket]) -> bool:
         """Whether tickets that come together would all be taken in if nobody else were there."""
-        if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
-            return False
         try:
             Admission(len(self._replicas), self.capacity, self.queue_limits).arrive(tickets)
         except QueueFull:
@@ -98,6 +96,8 @@ class Admission:
         Raises:
             QueueFull: if not all of them can run or wait.
         """
+        if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
+            raise QueueFull  # it would wait for ever, and all others behind it
         for ticket in tickets:
             self._queue[ticket] = None
             self.queued_tokens += ticket.tokens

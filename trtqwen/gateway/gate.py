@@ -59,12 +59,6 @@ class Gate:
         """
         self._refuse_at_the_door()
         tickets = [Ticket(count) for count in token_counts]
-        if not self._admission.has_room_when_idle(tickets):
-            raise bad_request(
-                f"{len(tickets)} answers of {sum(token_counts)} tokens, prompts included, are more than this server "
-                "runs and queues at once; ask for fewer answers or a lower max_tokens",
-                code="too_much",
-            )
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
@@ -72,7 +66,13 @@ class Gate:
             self._grant(self._admission.arrive(tickets))
             yield tickets
         except QueueFull:
-            raise self._too_busy("the queue is full", "queue_full") from None
+            if self._admission.has_room_when_idle(tickets):
+                raise self._too_busy("the queue is full", "queue_full") from None
+            raise bad_request(
+                f"{len(tickets)} answers of {sum(token_counts)} tokens, prompts included, are more than this server "
+                "runs and queues at once; ask for fewer answers or a lower max_tokens",
+                code="too_much",
+            ) from None
         finally:
             for ticket in tickets:
                 self.give_back(ticket)
@@ -89,19 +89,17 @@ class Gate:
         """
         begun = time.monotonic()
         turns = self._turns[ticket]
+        turn = turns[ticket]
         try:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
-            first = min(self._queue_seconds, deadline - begun)
-            await asyncio.wait((turns[ticket],), timeout=max(0.0, first))
-            if time.monotonic() >= deadline and not turns[ticket].done():
-                raise late()
-            if not any(turn.done() for turn in turns.values()):
+            await asyncio.wait((turn,), timeout=min(self._queue_seconds, deadline - begun))
+            if time.monotonic() < deadline and not any(other.done() for other in turns.values()):
                 raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
-            if not turns[ticket].done():
-                await asyncio.wait((turns[ticket],), timeout=max(0.0, deadline - time.monotonic()))
-            if not turns[ticket].done():
+            if not turn.done():
+                await asyncio.wait((turn,), timeout=deadline - time.monotonic())
+            if not turn.done():
                 raise late()
-            return turns[ticket].result()
+            return turn.result()
         finally:
             self._metrics.queue_seconds.observe(time.monotonic() - begun)
 

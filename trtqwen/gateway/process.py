@@ -12,7 +12,6 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
 from trtqwen.processes import Relay, Service
 
-_STDERR = 2
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 10  # beyond the gateway's own time to drain
 
@@ -59,7 +58,7 @@ class GatewayProcess(Service):
         )
         self._listener.close()
         assert self._process.stdout is not None
-        self._relay = Relay(self._process.stdout, _STDERR, _REASON)
+        self._relay = Relay(self._process.stdout, keep_back=_REASON)
 
     def wait_until_ready(self, timeout: float = 60, behind: Service | None = None) -> None:
         """Return when the engine answers through the gateway; at once with an error when the gateway ends instead.
@@ -121,4 +120,4 @@ class GatewayProcess(Service):
         if self._relay is None:
             return "it was not started"
         self._relay.join(0 if self._running.poll() is None else 1)
-        return self._relay.last_line.removeprefix(_REASON) or "it said nothing"
+        return self._relay.last_lines[-1].removeprefix(_REASON) if self._relay.last_lines else "it said nothing"

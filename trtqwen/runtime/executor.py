@@ -9,20 +9,18 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 from trtqwen.artifact import read_manifest
 from trtqwen.engine.config import read_engine_config
 from trtqwen.errors import EngineError
+from trtqwen.processes import Relay
 from trtqwen.runtime.config import ExecutorConfig, WorkerConfig
 from trtqwen.runtime.request import Command, Event, FinishReason, IterationStats, Request, Response
 
 OnResponse = Callable[[Response], None]
-_LAST_LINES = 2  # C++ says on the first that it terminates, on the second why
 
 
 class Executor:
@@ -50,10 +48,9 @@ class Executor:
         self._rendezvous = tempfile.TemporaryDirectory(prefix="trtqwen-")
         ranks = self.engine_config.pretrained_config.mapping.world_size
         self._processes = [self._start(engine, config or ExecutorConfig(), rank, ranks) for rank in range(ranks)]
-        self._last_lines = [deque[str](maxlen=_LAST_LINES) for _ in range(ranks)]
-        self._echoes = [threading.Thread(target=self._echo, args=(rank,), daemon=True) for rank in range(ranks)]
+        self._relays = [Relay(process.stderr) for process in self._processes if process.stderr is not None]
         self._readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(ranks)]
-        for thread in (*self._echoes, *self._readers):
+        for thread in self._readers:
             thread.start()
         self._ready.wait()
         if self._death is not None:
@@ -172,21 +169,9 @@ class Executor:
             for line in pipe:
                 self._handle(Event.model_validate_json(line))
         reason = f"rank {rank} ended with code {self._processes[rank].wait()}"
-        self._echoes[rank].join(1)  # a child of the rank may hold the pipe a little longer
-        lines = " | ".join(self._last_lines[rank])
+        self._relays[rank].join()  # a child of the rank may hold the pipe a little longer
+        lines = " | ".join(self._relays[rank].last_lines)
         self._die(f"{reason}; its last lines: {lines}" if lines else reason)
-
-    def _echo(self, rank: int) -> None:
-        """Pass on what a rank writes to standard error; its last lines tell why it ended."""
-        pipe = self._processes[rank].stderr
-        assert pipe is not None
-        with pipe:
-            for line in pipe:
-                with suppress(OSError, ValueError):  # ours is closed: the rank must not wait for a reader
-                    sys.stderr.write(line)
-                    sys.stderr.flush()
-                if line.strip():
-                    self._last_lines[rank].append(line.strip())
 
     def _handle(self, event: Event) -> None:
         if event.response is not None:

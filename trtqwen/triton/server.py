@@ -26,6 +26,7 @@ from trtqwen.engine.provenance import check_provenance
 from trtqwen.errors import InputError, PortInUseError, ServerError
 from trtqwen.host import Host, read_host
 from trtqwen.processes import Service, die_with_parent, kill_session, programs, runs
+from trtqwen.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
 from trtqwen.triton.parameters import ENGINE_DEATH
@@ -345,7 +346,7 @@ def _claim(ports: Ports, host: str, held: ExitStack) -> Ports:
     for field in fields(ports):
         port = getattr(ports, field.name)
         try:
-            listener = held.enter_context(_listen(host, port) if port else _listen_somewhere(host))
+            listener = held.enter_context(listen(host, port) if port else _listen_somewhere(host))
         except OSError as problem:
             held.close()
             if problem.errno != errno.EADDRINUSE:
@@ -364,20 +365,8 @@ def _listen_somewhere(host: str) -> socket.socket:
     *others, last = random.sample(_FREE_PORTS, 50)
     for port in others:
         with suppress(OSError):
-            return _listen(host, port)
-    return _listen(host, last)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    listener = socket.socket()
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen()  # bound alone, it would let others bind the same port
-    except OSError:
-        listener.close()
-        raise
-    return listener
+            return listen(host, port)
+    return listen(host, last)
 
 
 def _reachable(host: str) -> str:
