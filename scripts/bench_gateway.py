@@ -33,11 +33,12 @@ from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.engine import Replica
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
-from trtqwen.triton.repository import tokenizer_directory, write_repository
+from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -140,7 +141,7 @@ class Bench:
         self.times.mkdir()
         limits = {"max_batch_size": options.streams, "max_num_tokens": 4096, "max_seq_len": 2048}
         run_conversion(plan_conversion(MODEL, CheckpointRecipe(dtype="float32")), home / "checkpoint")
-        build_engine(home / "checkpoint", EngineRecipe(builder="torch", **limits), home / "engine")
+        build_engine(home / "checkpoint", EngineRecipe(backend="torch", **limits), home / "engine")
         write_repository(home / "engine", ServeRecipe(), home / "plain")
         write_stand_in_repository(
             home / "plain", home / "stand-in", step_ms=options.step_ms, send_times=str(self.times)

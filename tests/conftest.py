@@ -65,7 +65,7 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 
     def make(tp_size: int = 1, **options: Any) -> Path:
         limits = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": 512, "tokens_per_block": 16}
-        recipe = EngineRecipe(builder="torch", **(limits | options))
+        recipe = EngineRecipe(backend="torch", **(limits | options))
         plan = plan_conversion(MODEL, CheckpointRecipe(dtype="float32", tp_size=tp_size))
         checkpoint = home / f"checkpoint-tp{tp_size}"
         if not cached(checkpoint, "checkpoint", plan.key()):
@@ -85,7 +85,7 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
     def make(world_size: int, replicas: int = 1) -> Path:
         engine = Path(shutil.copytree(bundled_engine(world_size), tmp_path / "engine"))
         config = json.loads((engine / "config.json").read_text())
-        (engine / "config.json").write_text(json.dumps(config | {"builder": "tensorrt_llm", "version": "1.2.1"}))
+        (engine / "config.json").write_text(json.dumps(config | {"backend": "tensorrt_llm", "version": "1.2.1"}))
         for rank in range(world_size):
             (engine / f"rank{rank}.engine").touch()
         (engine / "manifest.json").unlink()

@@ -22,7 +22,7 @@ from trtqwen.artifact import (
     stage_key,
     write_manifest,
 )
-from trtqwen.errors import InputError, OutputError
+from trtqwen.diagnostics import InputError, OutputError
 
 
 def finish(output: Path, content: str = "x", *, force: bool = False) -> None:

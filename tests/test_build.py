@@ -18,7 +18,7 @@ from trtqwen.artifact import read_manifest
 from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
 from trtqwen.checkpoint.convert import run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.errors import EngineError, InputError, OutputError
+from trtqwen.diagnostics import EngineError, InputError, OutputError
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe, load_recipe
 
 TINY = load_recipe("qwen2-tiny-cpu")
@@ -133,7 +133,7 @@ def test_replacing_does_not_mean_putting_up_with_a_spoiled_int8_kv_cache(tmp_pat
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.bias.mul_(40)
     model.save_pretrained(tmp_path / "hf")
-    engine = {"builder": "torch", "max_seq_len": 64, "max_num_tokens": 64}
+    engine = {"backend": "torch", "max_seq_len": 64, "max_num_tokens": 64}
     recipe = Recipe(name="spiked", description="d", engine=EngineRecipe(**engine), checkpoint=CheckpointRecipe())
     plan = plan_build(recipe, tmp_path / "hf", tmp_path, tmp_path / "repo")
     run_conversion(plan.conversion, plan.checkpoint.directory)
@@ -226,7 +226,7 @@ def test_of_builds_at_the_same_time_one_builds_and_the_others_wait_for_it(tmp_pa
 
 
 def test_without_trtllm_build_the_checkpoint_is_written_all_the_same(tmp_path: Path) -> None:
-    engine = TINY.engine.model_copy(update={"builder": "tensorrt_llm"})
+    engine = TINY.engine.model_copy(update={"backend": "tensorrt_llm"})
     with pytest.raises(EngineError, match="trtllm-build is not on this machine: the checkpoint is written"):
         build(tmp_path, TINY.model_copy(update={"engine": engine}))
     assert read_manifest(tmp_path / "engines" / TINY.name / "checkpoint", "checkpoint")

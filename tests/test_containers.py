@@ -19,9 +19,9 @@ from trtqwen import containers
 from trtqwen.artifact import Stage, finished_directory, write_manifest
 from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, plan_serve_container
 from trtqwen.demo import MODEL
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
+from trtqwen.facts.releases import images
 from trtqwen.recipe import Recipe, load_recipe, recipe_names
-from trtqwen.releases import images
 
 TP4 = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
 REPLICAS = load_recipe("qwen2.5-7b-int8-wo-tp1x4-4090d")

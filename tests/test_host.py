@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.standins.host import ADA, install
-from trtqwen.host import Gpu, Host, read_host
+from trtqwen.system.host import Gpu, Host, read_host
 
 OTHER = ("NVIDIA H200", "9.0")
 

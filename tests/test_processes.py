@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 
-from trtqwen.processes import Relay
+from trtqwen.system.processes import Relay
 
 TALKS = """
 import sys

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from trtqwen.errors import RecipeError
+from trtqwen.diagnostics import RecipeError
 from trtqwen.recipe import load_recipe, recipe_names
 
-GOOD = "description: d\nengine:\n  builder: torch\n"
+GOOD = "description: d\nengine:\n  backend: torch\n"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -17,7 +17,7 @@ def test_every_bundled_recipe_loads(name: str) -> None:
 
 def test_the_4090d_recipe_says_what_its_name_says() -> None:
     recipe = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
-    assert (recipe.checkpoint.dtype, recipe.checkpoint.tp_size, recipe.engine.builder) == (
+    assert (recipe.checkpoint.dtype, recipe.checkpoint.tp_size, recipe.engine.backend) == (
         "float16",
         4,
         "tensorrt_llm",

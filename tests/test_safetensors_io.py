@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtqwen.artifact import digest_file
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec, write_to_all
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}

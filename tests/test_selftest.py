@@ -14,10 +14,10 @@ from tests.standins.host import install
 from trtqwen.cli import app
 from trtqwen.demo import MODEL
 from trtqwen.demo.walkthrough import load_prompts
-from trtqwen.errors import EngineError
+from trtqwen.diagnostics import EngineError
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
-from trtqwen.host import Host, read_host
-from trtqwen.selftest import MAX_TOKENS, DtypeResult, PromptResult, Verdict, judge, run_selftest
+from trtqwen.selftest.run import MAX_TOKENS, DtypeResult, PromptResult, Verdict, judge, run_selftest
+from trtqwen.system.host import Host, read_host
 
 PACKAGES = Path(__file__).parent / "standins" / "packages"
 
@@ -68,7 +68,7 @@ def test_the_command_tells_the_verdict_by_its_exit_code(
     verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [DtypeResult("float16", (PromptResult("hi", 5, verdict, None if verdict == "same" else 0.05),))]
-    monkeypatch.setattr("trtqwen.selftest.run_selftest", lambda host, directory, watch: results)
+    monkeypatch.setattr("trtqwen.selftest.run.run_selftest", lambda host, directory, watch: results)
     for json_flag in ([], ["--json"]):
         result = CliRunner().invoke(app, ["selftest", "--engines", str(tmp_path), *json_flag])
         assert result.exit_code == (1 if verdict == "differs" else 0)
@@ -79,7 +79,7 @@ def test_the_command_tells_the_verdict_by_its_exit_code(
 def test_an_engine_that_does_not_run_is_explained(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trtqwen.selftest._run_embedded", lambda engine, prompts: [[] for _ in prompts])
+    monkeypatch.setattr("trtqwen.selftest.run._run_embedded", lambda engine, prompts: [[] for _ in prompts])
     monkeypatch.setenv("STANDIN_FAIL", "run")
     with pytest.raises(EngineError, match=r"did not run \(exit code 1\): the KV cache is exhausted"):
         run_selftest(host, tmp_path / "work", dtypes=["float16"])

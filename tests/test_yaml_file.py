@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtqwen.errors import InputError, RecipeError
+from trtqwen.diagnostics import InputError, RecipeError
 from trtqwen.yaml_file import read_mapping
 
 

@@ -16,7 +16,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict
 
 from trtqwen import __version__
-from trtqwen.errors import InputError, OutputError
+from trtqwen.diagnostics import InputError, OutputError
 
 MANIFEST = "manifest.json"
 Stage = Literal["checkpoint", "engine", "repository"]
@@ -158,17 +158,17 @@ def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
     """
     place = output.resolve()
     if place == place.parent or (place.exists() and not place.is_dir()):
-        raise OutputError(f"{output}: cannot become an output directory; name another")
+        raise OutputError(f"{output}: cannot become an output directory", "name another")
     for source in sources:
         if source.resolve().is_relative_to(place):
-            raise OutputError(f"{output}: would be replaced, and {source} lost; name another directory")
+            raise OutputError(f"{output}: would be replaced, and {source} lost", "name another directory")
 
 
 def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> None:
     """Refuse an output directory that exists, unless it is empty or `force` is set, and as `check_place` does."""
     check_place(output, sources)
     if output.is_dir() and any(output.iterdir()) and not force:
-        raise OutputError(f"{output}: exists; pass --force to replace it or choose another directory")
+        raise OutputError(f"{output}: exists", "pass --force to replace it or choose another directory")
 
 
 def write_manifest(
@@ -211,11 +211,13 @@ def load_manifest(directory: Path, stage: Stage) -> Manifest:
     try:
         manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
     except OSError:
-        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST}); {remedy}") from None
+        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", f"{remedy}") from None
     except ValueError:  # pydantic's ValidationError is one, and so is what is no UTF-8
-        raise InputError(f"{path}: is not a manifest of this version of trtqwen; {remedy}") from None
+        raise InputError(f"{path}: is not a manifest of this version of trtqwen", f"{remedy}") from None
     if manifest.stage != stage:
-        raise InputError(f"{directory}: holds a finished {manifest.stage}, not a {stage}; name the {stage} directory")
+        raise InputError(
+            f"{directory}: holds a finished {manifest.stage}, not a {stage}", f"name the {stage} directory"
+        )
     return manifest
 
 
@@ -237,7 +239,7 @@ def read_manifest(directory: Path, stage: Stage) -> Manifest:
     """
     manifest = load_manifest(directory, stage)
     if problem := damage(directory, manifest):
-        raise InputError(f"{directory}: {problem}; make the {stage} again")
+        raise InputError(f"{directory}: {problem}", f"make the {stage} again")
     return manifest
 
 
@@ -254,7 +256,9 @@ def _sibling(output: Path, suffix: str) -> Path:
 
 
 def _refuse_second_writer(output: Path, pid: int) -> None:
-    raise OutputError(f"{output}: process {pid} is writing it; wait until that is done, or choose another directory")
+    raise OutputError(
+        f"{output}: process {pid} is writing it", "wait until that is done, or choose another directory"
+    )
 
 
 def _open_lock(path: Path) -> TextIO:
@@ -283,7 +287,7 @@ def _fresh_temporary(output: Path) -> Path:
     for leftover in (retired, temporary):
         shutil.rmtree(leftover, ignore_errors=True)
         if leftover.exists():
-            raise OutputError(f"{leftover}: is left of a killed run and cannot be removed; remove it as its owner")
+            raise OutputError(f"{leftover}: is left of a killed run and cannot be removed", "remove it as its owner")
     make_directory(temporary)
     return temporary
 

@@ -29,14 +29,14 @@ from trtqwen.checkpoint.convert import (
     plan_conversion,
     run_conversion,
 )
+from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.engine.builder import build_engine, check_max_seq_len, engine_key, engine_parameters
 from trtqwen.engine.flags import build_command
 from trtqwen.engine.gates import check_release
 from trtqwen.engine.job import Watch
-from trtqwen.errors import InputError, OutputError
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.host import read_host
 from trtqwen.recipe import Recipe
+from trtqwen.system.host import read_host
 from trtqwen.triton.repository import repository_key, write_repository
 
 _SECTIONS: dict[Stage, str] = {"checkpoint": "checkpoint", "engine": "engine", "repository": "serve"}
@@ -106,7 +106,7 @@ class BuildPlan:
     @property
     def engine_command(self) -> list[str] | None:
         """The trtllm-build call that makes the engine; None if trtqwen makes it itself."""
-        if self.recipe.engine.builder == "torch":
+        if self.recipe.engine.backend == "torch":
             return None
         return build_command(self.recipe, self.checkpoint.directory, self.engine.directory)
 
@@ -243,7 +243,7 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
             the repository needs, cannot be read.
         EngineError: if the TensorRT-LLM of this machine is not the recipe's.
     """
-    if plan.recipe.engine.builder == "tensorrt_llm" and not plan.engine.done:
+    if plan.recipe.engine.backend == "tensorrt_llm" and not plan.engine.done:
         check_release(read_host(), plan.recipe.checkpoint.release)
     made: dict[Stage, Manifest] = {}
     for stage in plan.stages:
@@ -252,22 +252,24 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
                 made[stage.stage] = load_manifest(stage.directory, stage.stage)
             except InputError:
                 raise OutputError(
-                    f"{stage.directory}: holds files that are not a finished {stage.stage}; pass --force to replace "
-                    "them or choose another directory"
+                    f"{stage.directory}: holds files that are not a finished {stage.stage}",
+                    "pass --force to replace them or choose another directory",
                 ) from None
     if (checkpoint := made.get("checkpoint")) is not None:
         old, new = _weights(checkpoint.inputs), _weights(plan.checkpoint.inputs)
         if old != new:
             changed = sorted(name for name in old.keys() | new.keys() if old.get(name) != new.get(name))
             raise OutputError(
-                f"{plan.checkpoint.directory}: holds the checkpoint of another model ({changed[0]} differs from "
-                f"{plan.conversion.source.directory}'s); pass --force to replace it and its engine, or choose "
-                "another --engines directory"
+                (
+                    f"{plan.checkpoint.directory}: holds the checkpoint of another model ({changed[0]} "
+                    f"differs from {plan.conversion.source.directory}'s)"
+                ),
+                "pass --force to replace it and its engine, or choose another --engines directory",
             )
     elif (engine := made.get("engine")) is not None and engine.inputs.get("checkpoint") != plan.checkpoint.key:
         raise OutputError(
-            f"{plan.engine.directory}: holds an engine whose checkpoint is gone, perhaps one of another model; pass "
-            "--force to replace it or choose another --engines directory"
+            (f"{plan.engine.directory}: holds an engine whose checkpoint is gone, perhaps one of another model"),
+            "pass --force to replace it or choose another --engines directory",
         )
     if not plan.checkpoint.done:
         check_kv_cache(plan.conversion, force=force)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from trtqwen.artifact import make_directory, read_manifest
-from trtqwen.cards import card_facts
-from trtqwen.errors import ContainerError, InputError
-from trtqwen.host import IMAGE_VARIABLE
+from trtqwen.diagnostics import ContainerError, InputError
+from trtqwen.facts.cards import card_facts
+from trtqwen.facts.releases import Image, images, newest_image, newest_image_for, version
 from trtqwen.recipe import CHECKOUT, Recipe
-from trtqwen.releases import Image, images, newest_image, newest_image_for, version
+from trtqwen.system.host import IMAGE_VARIABLE
 
 _PACKAGE = Path(__file__).parent
 _HOME = Path("/opt/trtqwen")
@@ -121,7 +121,7 @@ def plan_serve_container(
     repository = repository.resolve()
     engine = read_manifest(repository, "repository").parameters.get("engine")
     if not isinstance(engine, str):
-        raise InputError(f"{repository}: its manifest names no engine; write it again with `trtqwen repo`")
+        raise InputError(f"{repository}: its manifest names no engine", "write it again with `trtqwen repo`")
     flags = [*flags, f"--log={log.resolve()}"] if log else flags
     return _plan(
         recipe,
@@ -142,11 +142,11 @@ def run_container(plan: ContainerPlan) -> NoReturn:
         OutputError: if a directory to write to cannot be created.
     """
     if shutil.which("docker") is None:
-        raise ContainerError("docker is not on PATH; install it, or run trtqwen in the container yourself")
+        raise ContainerError("docker is not on PATH", "install it, or run trtqwen in the container yourself")
     answer = subprocess.run(["docker", "version"], capture_output=True, text=True)
     if answer.returncode:
         reason = (answer.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise ContainerError(f"docker's daemon does not answer ({reason}); start it, or join its group")
+        raise ContainerError(f"docker's daemon does not answer ({reason})", "start it, or join its group")
     for directory in plan.writable:
         make_directory(directory)  # docker's daemon would make it root's
     sys.stdout.flush()
@@ -165,7 +165,7 @@ def _plan(
 ) -> ContainerPlan:
     image = _choose_image(recipe, options)
     docker = ["--rm", "--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"]
-    if recipe.engine.builder == "tensorrt_llm":
+    if recipe.engine.backend == "tensorrt_llm":
         devices = ",".join(map(str, range(gpus)))
         docker.append(f'--gpus="device={devices}"')  # to docker, a comma outside quotes begins a new field
     if network:
@@ -175,7 +175,7 @@ def _plan(
     mounts = {_HOME / _PACKAGE.name: (_PACKAGE, False)}
     for path in [*read, *([options.wheels] if options.wheels else [])]:
         if not path.exists():
-            raise InputError(f"{path}: does not exist, but the container has to read it; check the path")
+            raise InputError(f"{path}: does not exist, but the container has to read it", "check the path")
         mounts[path.resolve()] = path.resolve(), False
     if CHECKOUT.is_dir():
         mounts[_HOME / CHECKOUT.name] = (CHECKOUT, False)
@@ -191,16 +191,19 @@ def _choose_image(recipe: Recipe, options: ContainerOptions) -> str:
         known = _known(options.image) if options.image else newest_image(release)
     except KeyError:
         raise InputError(
-            f"recipe {recipe.name}: no known image holds checkpoint.release {release}; name one with --image"
+            f"recipe {recipe.name}: no known image holds checkpoint.release {release}", "name one with --image"
         ) from None
     if known is None:
         return str(options.image)
     if known.tensorrt_llm != release:
         raise InputError(
-            f"{known.image}: holds TensorRT-LLM {known.tensorrt_llm}, but the recipe's checkpoint.release is "
-            f"{release}; name another image or release"
+            (
+                f"{known.image}: holds TensorRT-LLM {known.tensorrt_llm}, but the recipe's "
+                f"checkpoint.release is {release}"
+            ),
+            "name another image or release",
         )
-    if recipe.engine.builder == "tensorrt_llm" and options.driver and version(options.driver) < version(known.driver):
+    if recipe.engine.backend == "tensorrt_llm" and options.driver and version(options.driver) < version(known.driver):
         raise InputError(_old_driver(options.driver, known))
     return options.image or known.image
 
@@ -242,7 +245,7 @@ def _requirements() -> list[str]:
         requirements = metadata.requires("trtqwen") or []
     except metadata.PackageNotFoundError:
         raise InputError(
-            "trtqwen is not installed as a package here; `pip install` it, so that its needs are known"
+            "trtqwen is not installed as a package here", "`pip install` it, so that its needs are known"
         ) from None
     return [requirement.replace(" ", "") for requirement in requirements if "extra ==" not in requirement]
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import RecipeError, first_problem
+from trtqwen.diagnostics import RecipeError, first_problem
+from trtqwen.facts.names import CardName, Release
 from trtqwen.hf.known import model_names
 from trtqwen.yaml_file import read_mapping
 
@@ -19,8 +20,6 @@ Quant = Literal["none", "int8_wo", "int8_sq"]
 KvCache = Literal["auto", "int8"]
 Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
 EmbeddingSharding = Literal["none", "vocab", "hidden"]
-Release = Literal["0.17.0", "0.18.2", "0.19.0", "0.20.0", "0.21.0", "1.0.0", "1.1.0", "1.2.0", "1.2.1"]
-CardName = Literal["rtx-4090d", "rtx-4090"]
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]  # TensorRT-LLM counts in 32 bits
 _TENSORRT_SERVING = (
     "replicas",
@@ -106,7 +105,7 @@ class EngineRecipe(_Section):
     """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
-        builder: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
+        backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
         max_batch_size: requests scheduled in one step.
         max_num_tokens: packed tokens in one step, context and generation together.
         max_seq_len: tokens of one request, prompt and answer together.
@@ -121,7 +120,7 @@ class EngineRecipe(_Section):
         workers: ranks built in parallel, each on its own GPU.
     """
 
-    builder: Literal["tensorrt_llm", "torch"]
+    backend: Literal["tensorrt_llm", "torch"]
     max_batch_size: Positive = 64
     max_num_tokens: Positive = 8192
     max_seq_len: Positive = 8192
@@ -133,6 +132,15 @@ class EngineRecipe(_Section):
     logits_dtype: Literal["float32", "float16"] = "float32"
     gather_context_logits: bool = False
     workers: Positive = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _older_name(cls, values: Any) -> Any:
+        """Recipes of trtqwen 0.1 call the backend `builder`."""
+        if isinstance(values, dict) and "builder" in values and "backend" not in values:
+            values = dict(values)
+            values["backend"] = values.pop("builder")
+        return values
 
     @model_validator(mode="after")
     def _steps_hold_a_batch(self) -> EngineRecipe:
@@ -150,10 +158,10 @@ class EngineRecipe(_Section):
 
     @model_validator(mode="after")
     def _torch_tunes_nothing(self) -> EngineRecipe:
-        if self.builder == "torch":
+        if self.backend == "torch":
             for name in ("opt_num_tokens", "multiple_profiles", "logits_dtype", "gather_context_logits"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is a setting of builder: tensorrt_llm")
+                    raise ValueError(f"{name} is a setting of backend: tensorrt_llm")
         return self
 
 
@@ -198,7 +206,7 @@ class Recipe(_Section):
 
     Attributes:
         model: the model whose sizes `plan` reckons with when no directory is given; see `hf/models.json`.
-        host: only for the builder tensorrt_llm.
+        host: only for the backend tensorrt_llm.
     """
 
     name: str
@@ -238,17 +246,17 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _builder_can(self) -> Recipe:
-        if self.engine.builder == "torch":
+    def _backend_can(self) -> Recipe:
+        if self.engine.backend == "torch":
             if self.host is not None:
-                raise ValueError("host is for builder: tensorrt_llm; the torch engine runs where it is started")
+                raise ValueError("host is for backend: tensorrt_llm; the torch engine runs where it is started")
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
                 if getattr(self.serve, name) != getattr(plain, name):
-                    raise ValueError(f"serve.{name} is a setting of builder: tensorrt_llm")
+                    raise ValueError(f"serve.{name} is a setting of backend: tensorrt_llm")
             return self
         if self.host is None:
-            raise ValueError("builder: tensorrt_llm needs a section host with card and gpus")
+            raise ValueError("backend: tensorrt_llm needs a section host with card and gpus")
         needed = self.world_size * self.serve.replicas
         if needed > self.host.gpus:
             raise ValueError(
@@ -283,7 +291,7 @@ def override(settings: CheckpointRecipe, changes: dict[str, object]) -> Checkpoi
     try:
         return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
     except ValidationError as problem:
-        raise RecipeError(f"options: {_first_problem(problem, CheckpointRecipe)}; correct them") from None
+        raise RecipeError(f"options: {_first_problem(problem, CheckpointRecipe)}", "correct them") from None
 
 
 def load_recipe(recipe: str) -> Recipe:
@@ -295,24 +303,24 @@ def load_recipe(recipe: str) -> Recipe:
     path = _find(recipe)
     content = read_mapping(path, RecipeError)
     if "name" in content:
-        raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name; remove the field")
+        raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name", "remove the field")
     try:
         return Recipe.model_validate({**content, "name": path.stem})
     except ValidationError as problem:
-        raise RecipeError(f"{path}: {_first_problem(problem, Recipe)}; fix the recipe") from None
+        raise RecipeError(f"{path}: {_first_problem(problem, Recipe)}", "fix the recipe") from None
 
 
 def _find(recipe: str) -> Path:
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
-            raise RecipeError(f"{path}: no such recipe file; check the path, or name one of `trtqwen recipe list`")
+            raise RecipeError(f"{path}: no such recipe file", "check the path, or name one of `trtqwen recipe list`")
         return path
     for directory in (CHECKOUT, BUNDLED):
         if (directory / f"{recipe}.yaml").is_file():
             return directory / f"{recipe}.yaml"
     near = _near(recipe, recipe_names())
-    raise RecipeError(f"{recipe}: no such recipe{near}; name one of `trtqwen recipe list`, or give a .yaml file")
+    raise RecipeError(f"{recipe}: no such recipe{near}", "name one of `trtqwen recipe list`, or give a .yaml file")
 
 
 def recipe_names() -> list[str]:

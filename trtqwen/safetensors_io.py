@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 
 Array = npt.NDArray[Any]
 
@@ -149,7 +149,7 @@ class SafetensorsReader:
         try:
             return self._entries[name]
         except KeyError:
-            raise self._error(f"{self.path}: has no tensor {name!r}; the file does not fit its index") from None
+            raise self._error(f"{self.path}: has no tensor {name!r}", "the file does not fit its index") from None
 
 
 def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, _Entry], int, bytes]:

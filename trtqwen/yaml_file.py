@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 
 
 class _Loader(yaml.SafeLoader):

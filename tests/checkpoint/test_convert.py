@@ -23,7 +23,7 @@ from tests.conftest import random_model
 from trtqwen.artifact import digest_file, read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.errors import CheckpointError, InputError, OutputError, SourceError
+from trtqwen.diagnostics import CheckpointError, InputError, OutputError, SourceError
 from trtqwen.quantize.ranges import ACT_RANGES
 from trtqwen.recipe import CheckpointRecipe
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from trtqwen.artifact import finished_directory, locked
 from trtqwen.cli import COMMANDS, app
 from trtqwen.demo import MODEL
-from trtqwen.errors import OutputError
+from trtqwen.diagnostics import OutputError
 from trtqwen.recipe import load_recipe, recipe_names
 
 BUILD = [sys.executable, "-m", "trtqwen", "build", "qwen2-tiny-cpu", "--model", str(MODEL)]
@@ -91,7 +91,7 @@ def test_a_dry_run_of_any_recipe_tells_and_writes_nothing(
     assert text.count("would be made, because it is not there\n") == 3
     assert printed["container"][:2] == ["docker", "run"]
     assert "docker run \\\n  --rm \\\n" in text
-    if load_recipe(name).engine.builder == "tensorrt_llm":
+    if load_recipe(name).engine.backend == "tensorrt_llm":
         assert printed["engine_command"][0] == "trtllm-build"
         assert " ".join(printed["engine_command"]) in text
     else:

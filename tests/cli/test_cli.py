@@ -132,7 +132,7 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     (tmp_path / "taken" / "file").touch()
     refused(trtqwen("convert", MODEL, "-o", tmp_path / "taken"), "exists; pass --force")
     recipe = tmp_path / "bad.yaml"
-    recipe.write_text("description: d\nengine:\n  builder: torch\n  batch: 1\n")
+    recipe.write_text("description: d\nengine:\n  backend: torch\n  batch: 1\n")
     refused(trtqwen("build", recipe, "--model", MODEL), "bad.yaml", "field 'engine.batch' is unknown")
     refused(trtqwen("build", "nope", "--model", MODEL), "no such recipe")
     refused(trtqwen("serve", "--repo", tmp_path / "empty"), "is not a finished repository")
@@ -253,7 +253,7 @@ def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
     ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
     server, _ = started("serve", "--repo", repository, *ports)
     family = children(server.pid)
-    [rank] = [pid for pid in family if "trtqwen.runtime.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
+    [rank] = [pid for pid in family if "trtqwen.executor.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(rank, signal.SIGKILL)
     try:
         assert server.wait(timeout=20) == 1

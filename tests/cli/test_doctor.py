@@ -16,7 +16,7 @@ def test_a_host_alone() -> None:
     assert result.returncode == (1 if printed["counts"]["fail"] else 0)
     assert [check["id"] for check in printed["checks"]] == IDS
     for check in printed["checks"]:
-        assert set(check) == {"id", "level", "title", "verdict", "evidence", "remedy"}
+        assert set(check) == {"id", "level", "title", "verdict", "evidence", "hint"}
     assert sum(printed["counts"].values()) == len(IDS)
 
 

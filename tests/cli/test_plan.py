@@ -20,7 +20,7 @@ HEAVY = """
 description: d
 model: qwen2.5-32b
 host: {}
-engine: {builder: tensorrt_llm}
+engine: {backend: tensorrt_llm}
 """
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-
 from trtqwen.checkpoint.layout import check_parallel
-from trtqwen.checkpoint.mapping import Mapping
+
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import HELDOUT, MODEL
 from trtqwen.hf.config import load_config
 from trtqwen.hf.tokenizer import Tokenizer
@@ -40,7 +40,7 @@ def test_the_demo_goes_the_whole_way() -> None:
 
 def test_the_bundled_model_is_small_and_splits_over_four_ranks() -> None:
     config = load_config(MODEL)
-    check_parallel(config, Mapping(4))
+    check_parallel(config, RankMapping(4))
     assert config.num_key_value_heads >= 4
     assert config.hidden_size // 4 % 64 == config.intermediate_size // 4 % 64 == 0
     assert not config.tie_word_embeddings

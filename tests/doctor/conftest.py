@@ -14,7 +14,7 @@ import pytest
 from trtqwen.doctor.check import Result
 from trtqwen.doctor.run import CHECKS, run_check
 from trtqwen.doctor.subject import Subject, System
-from trtqwen.host import Gpu, Host
+from trtqwen.system.host import Gpu, Host
 
 GIB = 2**30
 FOUR = tuple(Gpu(index, "NVIDIA GeForce RTX 4090 D", "8.9", 24564, 12) for index in range(4))

@@ -14,8 +14,8 @@ from tests.doctor.conftest import IN_IMAGE, check, trtllm_engine
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.doctor.subject import Subject, System
-from trtqwen.host import Host
 from trtqwen.recipe import CheckpointRecipe, Recipe, load_recipe
+from trtqwen.system.host import Host
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "type": "yarn"}
 PAGED = {"tokens_per_block": 32, "use_paged_context_fmha": False}
@@ -40,7 +40,7 @@ def recipe(max_seq_len: int = 32768, **checkpoint: Any) -> Recipe:
 def test_engines_of_another_release(tmp_path: Path, host: Host, verdict: str, says: str) -> None:
     result = check("D01", Subject(host, engine=trtllm_engine(tmp_path / "engine")))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def test_torch_engines_run_anywhere(bundled_engine: Callable[..., Path]) -> None:
@@ -68,7 +68,7 @@ def test_checkpoints_are_held_against_the_installed_release(checkpoint: Path) ->
     refused = check("D04", Subject(older, checkpoint=checkpoint))
     assert refused.verdict == "fail"
     assert "1.0.0 refuses mlp_only_layers, decoder_sparse_step in its top level" in refused.evidence
-    assert "checkpoint.release 1.0.0" in refused.remedy
+    assert "checkpoint.release 1.0.0" in refused.hint
     assert check("D04", Subject(Host(), recipe=recipe(release="1.0.0"), checkpoint=checkpoint)).verdict == "fail"
     edit(checkpoint / "config.json", rotary_scaling=YARN)
     assert "rotary_scaling yarn: 1.0.0 computes" in check("D04", Subject(older, checkpoint=checkpoint)).evidence
@@ -103,7 +103,7 @@ def test_long_context(
     built = None if engine is None else trtllm_engine(tmp_path / "engine", **engine)
     result = check("D17", Subject(Host(), recipe=recipe(tokens, yarn_factor=factor), engine=built))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def test_yarn_that_the_checkpoint_lost(checkpoint: Path) -> None:

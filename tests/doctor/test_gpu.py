@@ -14,7 +14,7 @@ import trtqwen
 from tests.doctor.conftest import FOUR, IN_IMAGE, check
 from trtqwen.doctor.collective import all_reduce_problem, contribution, is_sum
 from trtqwen.doctor.subject import Subject, System
-from trtqwen.host import Host
+from trtqwen.system.host import Host
 
 
 def test_the_all_reduce_runs_over_gloo() -> None:

@@ -20,10 +20,10 @@ from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, ser
 from tests.doctor.conftest import check, trtllm_engine
 from tests.triton.conftest import repository, server  # noqa: F401 (fixtures)
 from trtqwen.demo import MODEL
+from trtqwen.diagnostics import ServerError
 from trtqwen.doctor.endpoint import Endpoint
 from trtqwen.doctor.subject import Subject, completed
-from trtqwen.errors import ServerError
-from trtqwen.host import Host
+from trtqwen.system.host import Host
 from trtqwen.triton.server import TritonServer
 
 LIVE = ("D28", "D29", "D30", "D31", "D32", "D33", "D34")
@@ -159,7 +159,7 @@ def test_a_server_without_faults_is_well(sick: Subject) -> None:
 def test_faults_are_seen(sick: Subject, name: str, verdict: str, says: str) -> None:
     result = check(name, sick)
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 @pytest.mark.parametrize("sick", ["nan"], indirect=True)

@@ -12,8 +12,8 @@ from tests.doctor.conftest import IN_IMAGE, check, limits_text
 from trtqwen.demo import MODEL
 from trtqwen.doctor import machine as doctor_machine
 from trtqwen.doctor.subject import Subject, System
-from trtqwen.host import Host
 from trtqwen.recipe import load_recipe
+from trtqwen.system.host import Host
 
 Machine = Callable[..., System]
 CARDS = {
@@ -55,7 +55,7 @@ def test_pci(
     programs = {} if lspci is None else {"lspci": lspci}
     result = check("D06", Subject(Host(), machine(files, programs, environ)))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 LIMITED = limits_text("8388608", "8388608")
@@ -85,7 +85,7 @@ def test_shared_memory(
 ) -> None:
     result = check("D07", Subject(host, machine(files, shm=shm), load_recipe("qwen2.5-7b-fp16-tp4-4090d")))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_room_for_the_conversion(
 ) -> None:
     result = check("D09", Subject(Host(), machine(files, disk=disk), model=MODEL))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def test_this_machine_is_read_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

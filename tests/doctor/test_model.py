@@ -16,8 +16,8 @@ from tests.doctor.conftest import check, trtllm_engine
 from trtqwen.demo import MODEL
 from trtqwen.doctor.check import Result
 from trtqwen.doctor.subject import Subject
-from trtqwen.host import Host
 from trtqwen.recipe import Recipe, load_recipe
+from trtqwen.system.host import Host
 
 HfDirectory = Callable[..., Path]
 CHECKS = ("D10", "D11", "D12", "D13", "D14", "D16")
@@ -66,7 +66,7 @@ def test_other_families_are_refused(copy: Path, changes: dict[str, Any], says: s
     edit(copy / "config.json", **changes)
     result = examined("D10", copy)
     assert result.verdict == "fail"
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
     assert ("see D10" in examined("D14", copy).evidence) == ("model_type is" not in says)
 
 
@@ -89,7 +89,7 @@ def test_divisibility_by_published_sizes(model: str, tp_size: int, verdict: str,
     given = recipe(tp_size=tp_size).model_copy(update={"model": model})
     result = examined("D11", None, given)
     assert result.verdict == verdict
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def test_legal_sizes_are_told_without_a_recipe(hf_directory: HfDirectory) -> None:
@@ -134,7 +134,7 @@ def test_end_ids(
     edit(copy / "config.json", **config)
     result = examined("D12", copy)
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def template(path: Path, change: Callable[[str], str | None]) -> None:
@@ -207,7 +207,7 @@ def test_float16_from_bfloat16(dtype: str, accumulate: bool, verdict: str, says:
     )
     result = examined("D15", None, given)
     assert result.verdict == verdict
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 @pytest.mark.parametrize(

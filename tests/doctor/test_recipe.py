@@ -12,8 +12,8 @@ import pytest
 from tests.doctor.conftest import IN_IMAGE, check
 from trtqwen.doctor.subject import Subject, System
 from trtqwen.engine.flags import build_command
-from trtqwen.host import Host
 from trtqwen.recipe import Recipe, load_recipe
+from trtqwen.system.host import Host
 
 
 def recipe(model: str = "qwen2.5-7b", **sections: dict[str, Any]) -> Recipe:

@@ -13,12 +13,12 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from tests.doctor.conftest import check, trtllm_engine, write
+from trtqwen.diagnostics import InputError
 from trtqwen.doctor.check import Result
 from trtqwen.doctor.configs import read_model_files
 from trtqwen.doctor.subject import Subject, completed
-from trtqwen.errors import InputError
-from trtqwen.host import Host
 from trtqwen.recipe import ServeRecipe
+from trtqwen.system.host import Host
 from trtqwen.triton.repository import write_repository
 
 Filled = Callable[..., Path]
@@ -68,7 +68,7 @@ def test_a_forgotten_variable_is_named_with_its_place(
     assert result.verdict == "fail"
     kind = "bare" if bare else "quoted"
     assert f"{path}:{line_of(path, f'${{{variable}}}')}: {key} is still ${{{variable}}}, {kind}" in result.evidence
-    assert f"fill {variable}" in result.remedy.splitlines()
+    assert f"fill {variable}" in result.hint.splitlines()
     assert "Couldn't parse" not in result.evidence  # one cause, one line
     if bare:
         with pytest.raises(text_format.ParseError):
@@ -120,7 +120,7 @@ def test_syntax_errors_have_line_and_column(filled: Filled) -> None:
 def test_settings_that_do_not_go_together(filled: Filled, variables: dict[str, str], verdict: str, says: str) -> None:
     result = examined(filled(**variables))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def remove_rank(repository: Path, engine: Path) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from tests.doctor.conftest import FOUR, IN_IMAGE, check
 from trtqwen.doctor.subject import Subject, System
-from trtqwen.host import Gpu, Host
 from trtqwen.recipe import load_recipe
+from trtqwen.system.host import Gpu, Host
 
 Machine = Callable[..., System]
 A100 = (Gpu(0, "NVIDIA A100-SXM4-80GB", "8.0", 81920, 0),)
@@ -48,13 +48,13 @@ LIBRARY = {"opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so": ""}
 def test_versions(machine: Machine, name: str, host: Host, verdict: str, says: str) -> None:
     result = check(name, Subject(host, machine()))
     assert result.verdict == verdict, result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
 
 
 def test_a_triton_without_the_backend_is_told(machine: Machine) -> None:
     result = check("D02", Subject(IN_IMAGE, machine(TRITON)))
     assert (result.verdict, "libtriton_tensorrtllm.so" in result.evidence) == ("fail", True)
-    assert "-trtllm-python-py3" in result.remedy
+    assert "-trtllm-python-py3" in result.hint
 
 
 def test_a_triton_with_the_backend_is_fine(machine: Machine) -> None:
@@ -102,6 +102,6 @@ def test_the_driver_is_held_against_the_recipes_release(machine: Machine) -> Non
 def test_environment(machine: Machine, host: Host, environ: dict[str, str], says: str) -> None:
     result = check("D08", Subject(host, machine(environ=environ), load_recipe("qwen2.5-7b-fp16-tp4-4090d")))
     assert result.verdict == ("warn" if says else "ok"), result
-    assert says in f"{result.evidence} {result.remedy}"
+    assert says in f"{result.evidence} {result.hint}"
     if not says and environ:
         assert next(iter(environ.items()))[0] in result.evidence

@@ -11,7 +11,7 @@ import pytest
 from trtqwen.artifact import write_manifest
 from trtqwen.checkpoint.config import checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import MODEL
 from trtqwen.hf.config import stretched
 from trtqwen.hf.known import known_config
@@ -23,7 +23,7 @@ ALGORITHM = {"none": None, "int8_wo": "W8A16", "int8_sq": "W8A8_SQ_PER_CHANNEL_P
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model in bfloat16 for two ranks."""
-    out = tmp_path_factory.mktemp("builder") / "checkpoint"
+    out = tmp_path_factory.mktemp("backend") / "checkpoint"
     run_conversion(plan_conversion(MODEL, CheckpointRecipe(dtype="bfloat16", tp_size=2)), out)
     return out
 
@@ -40,7 +40,7 @@ def weightless(tmp_path: Path) -> Callable[[Recipe], Path]:
         content = checkpoint_config(
             hf,
             "bfloat16" if settings.dtype == "auto" else settings.dtype,
-            Mapping(settings.tp_size, settings.pp_size),
+            RankMapping(settings.tp_size, settings.pp_size),
             quantization={
                 "quant_algo": ALGORITHM[settings.quant],
                 "kv_cache_quant_algo": "INT8" if settings.kv_cache == "int8" else None,

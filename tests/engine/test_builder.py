@@ -8,19 +8,19 @@ from pathlib import Path
 import pytest
 
 from trtqwen.artifact import read_manifest
+from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.engine.builder import build_engine, engine_key
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import InputError, OutputError
 from trtqwen.recipe import EngineRecipe
 
-TORCH = EngineRecipe(builder="torch", max_batch_size=8, max_num_tokens=64, max_seq_len=256)
-TENSORRT = TORCH.model_copy(update={"builder": "tensorrt_llm"})
+TORCH = EngineRecipe(backend="torch", max_batch_size=8, max_num_tokens=64, max_seq_len=256)
+TENSORRT = TORCH.model_copy(update={"backend": "tensorrt_llm"})
 
 
 def test_a_torch_engine_is_the_checkpoint_with_limits(checkpoint: Path, tmp_path: Path) -> None:
     manifest = build_engine(checkpoint, TORCH, tmp_path / "engine")
     config = read_engine_config(tmp_path / "engine")
-    assert (config.builder, config.build_config.max_batch_size, config.build_config.max_seq_len) == ("torch", 8, 256)
+    assert (config.backend, config.build_config.max_batch_size, config.build_config.max_seq_len) == ("torch", 8, 256)
     assert config.pretrained_config.mapping.tp_size == 2
     for rank in ("rank0.safetensors", "rank1.safetensors"):
         assert os.path.samefile(checkpoint / rank, tmp_path / "engine" / rank)
@@ -80,6 +80,6 @@ def test_an_engine_that_exists_is_kept(bundled_engine: Callable[..., Path], chec
 def test_broken_engine_configs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"config\.json: is missing"):
         read_engine_config(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"builder": "torch"}))
+    (tmp_path / "config.json").write_text(json.dumps({"backend": "torch"}))
     with pytest.raises(InputError, match="is not the config of a trtqwen engine"):
         read_engine_config(tmp_path)

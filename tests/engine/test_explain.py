@@ -71,7 +71,7 @@ LOGS = [
 @pytest.mark.parametrize(("log", "words"), LOGS, ids=[log[:30] for log, _ in LOGS])
 def test_known_lines_are_explained(log: str, words: str) -> None:
     first = explain(log.splitlines())[0]
-    assert words in f"{first.cause} {first.remedy}"
+    assert words in f"{first.cause} {first.hint}"
     assert first.number == len(log.splitlines())
     assert first.line == log.splitlines()[-1].strip()
 

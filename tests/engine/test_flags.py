@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.standins import trtllm_build as standin
+from trtqwen.diagnostics import EngineError
 from trtqwen.engine.effective import changed_settings, check_promises
 from trtqwen.engine.flags import (
     build_command,
@@ -19,11 +20,11 @@ from trtqwen.engine.flags import (
     command_line,
     flag_facts,
 )
-from trtqwen.errors import EngineError
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, KvCache, Quant, Recipe, Release, load_recipe, recipe_names
+from trtqwen.facts.names import Release
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, KvCache, Quant, Recipe, load_recipe, recipe_names
 
 RELEASES = [release for release in get_args(Release) if release != "0.17.0"]
-RECIPES = [name for name in recipe_names() if load_recipe(name).engine.builder == "tensorrt_llm"]
+RECIPES = [name for name in recipe_names() if load_recipe(name).engine.backend == "tensorrt_llm"]
 
 
 def of_release(recipe: Recipe, release: str) -> Recipe:
@@ -78,7 +79,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
     tokens = least + draw(st.integers(0, 20000))
     profiles = draw(st.booleans())
     engine = {
-        "builder": "tensorrt_llm",
+        "backend": "tensorrt_llm",
         "max_batch_size": batch,
         "max_num_tokens": tokens,
         "max_seq_len": length,
@@ -117,7 +118,7 @@ def test_every_flag_of_any_recipe_exists_in_every_release(recipe: Recipe, gpus: 
 
 
 def test_an_int8_kv_cache_takes_paged_context_fmha_away_whatever_is_asked() -> None:
-    engine = EngineRecipe(builder="tensorrt_llm")
+    engine = EngineRecipe(backend="tensorrt_llm")
     assert build_flags(engine, CheckpointRecipe())["use_paged_context_fmha"] == "enable"
     assert build_flags(engine, CheckpointRecipe(kv_cache="int8"))["use_paged_context_fmha"] == "disable"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trtqwen.engine.provenance import check_provenance, provenance_of
-from trtqwen.host import Gpu, Host
+from trtqwen.system.host import Gpu, Host
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 GPU = Gpu(0, "NVIDIA GeForce RTX 4090 D", "8.9", 24564, 300)

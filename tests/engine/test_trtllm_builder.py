@@ -17,16 +17,16 @@ from safetensors.torch import load_file, save_file
 from tests.engine.conftest import rewrite_manifest
 from tests.standins.host import ADA, install
 from trtqwen.artifact import read_manifest
+from trtqwen.diagnostics import EngineError, TrtQwenError
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.job import BuildProgress
 from trtqwen.engine.provenance import check_provenance, read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
-from trtqwen.errors import EngineError, TrtQwenError
-from trtqwen.host import Host, read_host
 from trtqwen.recipe import EngineRecipe, ServeRecipe
+from trtqwen.system.host import Host, read_host
 
-RECIPE = EngineRecipe(builder="tensorrt_llm", max_batch_size=8, max_num_tokens=512, max_seq_len=256, workers=4)
+RECIPE = EngineRecipe(backend="tensorrt_llm", max_batch_size=8, max_num_tokens=512, max_seq_len=256, workers=4)
 HOPPER = ("NVIDIA H100 80GB HBM3", "9.0")
 
 
@@ -59,7 +59,7 @@ def test_the_engine_is_built_and_accounted_for(
     )
     assert list(work.iterdir()) == []  # no model.cache
     config = read_engine_config(home / "engine")
-    assert (config.builder, config.version, config.build_config.tokens_per_block) == ("tensorrt_llm", "1.2.1", 32)
+    assert (config.backend, config.version, config.build_config.tokens_per_block) == ("tensorrt_llm", "1.2.1", 32)
     assert set(manifest.outputs) >= {"rank0.engine", "rank1.engine", "config.json", "provenance.json"}
     assert "tokenizer/tokenizer.json" in manifest.outputs
     done = [progress.ranks_done for progress in seen]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from trtqwen.gateway.admission import Admission, Capacity, QueueFull, QueueLimits, Ticket
+from trtqwen.gateway.admission.admission import Admission, Capacity, QueueFull, QueueLimits, Ticket
 
 REQUESTS, TOKENS, LARGEST = 3, 100, 80
 QUEUE = QueueLimits(requests=5, tokens=150)

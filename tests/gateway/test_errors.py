@@ -9,12 +9,12 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
+from trtqwen.executor.request import Request, SamplingConfig
+from trtqwen.executor.sampling import Sampler
+from trtqwen.executor.scheduler import Scheduler, SchedulerConfig, Sequence
+from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
 from trtqwen.gateway.errors import from_engine
-from trtqwen.gateway.schemas import ChatRequest, GenerateRequest
-from trtqwen.runtime.request import Request, SamplingConfig
-from trtqwen.runtime.sampling import Sampler
-from trtqwen.runtime.scheduler import Scheduler, SchedulerConfig, Sequence
 from trtqwen.triton.tensors import Limits, read_generation
 
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "x"}]}

@@ -9,9 +9,9 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.gate import Gate
 from trtqwen.gateway.metrics import Metrics
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 
-from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
-from trtqwen.gateway.engine import Replica, Reply
+from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.gate import Gate
-from trtqwen.gateway.generation import GenerationPlan, Generator, Usage
+from trtqwen.gateway.generation.generator import GenerationPlan, Generator, Usage
+from trtqwen.gateway.generation.inputs import Sampling
+from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
-from trtqwen.gateway.sampling import Sampling
 
 
 class Quick(Replica):

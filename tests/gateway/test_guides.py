@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, Field
 
+from trtqwen.gateway.api.schemas import Function, Tool
+from trtqwen.gateway.api.tools import call_schema
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.guides import Guide, schema_guide
-from trtqwen.gateway.schemas import Function, Tool
-from trtqwen.gateway.tools import call_schema
+from trtqwen.gateway.generation.guide import Guide, schema_guide
 
 A = {"a": {"type": "integer"}}
 AB = {**A, "b": {"type": "integer"}}

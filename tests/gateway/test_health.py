@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from trtqwen.gateway.admission import Admission, Capacity, QueueLimits
-from trtqwen.gateway.engine import Replica, Reply
-from trtqwen.gateway.gate import Gate
-from trtqwen.gateway.health import Monitor
+from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.generation.health import Monitor
+from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 
 

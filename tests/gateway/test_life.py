@@ -14,7 +14,7 @@ import pytest
 
 from tests.gateway.conftest import Running, quick_gateway, quick_triton, wait_for
 from tests.gateway.deaths import LONG, Streams, check_death, process
-from trtqwen.errors import InputError, ServerError
+from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.triton.server import TritonServer

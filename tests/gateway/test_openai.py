@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 from tests.gateway.conftest import Running, wait_for
 from tests.gateway.deaths import check_death, process
 from trtqwen.demo import MODEL
-from trtqwen.gateway.schemas import ChatRequest
+from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.triton.client import stream
 from trtqwen.triton.repository import tokenizer_directory
@@ -356,5 +356,5 @@ def test_health_readiness_and_metrics(live: Running) -> None:
 
 def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
     """The last test with this engine."""
-    rank = process(live.triton.pid, "trtqwen.runtime.worker")
+    rank = process(live.triton.pid, "trtqwen.executor.worker")
     check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

@@ -15,9 +15,9 @@ from pydantic import BaseModel
 from tests.gateway.conftest import TOOLS_TEMPLATE, Running
 from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
-from trtqwen.gateway.chat import _rendered
+from trtqwen.gateway.api.chat import _rendered
+from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
 from trtqwen.gateway.chat_template import ChatTemplate
-from trtqwen.gateway.schemas import CalledFunction, Message, ToolCall
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.repository import tokenizer_directory
 

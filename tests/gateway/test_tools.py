@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtqwen.gateway.schemas import Tool
-from trtqwen.gateway.tools import CallArguments, CallBegins, Content, Event, ToolCallParser, call_schema
+from trtqwen.gateway.api.schemas import Tool
+from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, Event, ToolCallParser, call_schema
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('a{}[]"\\<>/ é', max_size=6),

@@ -19,19 +19,19 @@ from tritonclient.grpc import service_pb2
 
 from tests.gateway.conftest import TOOLS_TEMPLATE
 from trtqwen.demo import MODEL
-from trtqwen.errors import InputError, SourceError
-from trtqwen.gateway.admission import Capacity, QueueLimits
-from trtqwen.gateway.auth import Caller, TokenBucket, read_keys
+from trtqwen.diagnostics import InputError, SourceError
+from trtqwen.gateway.admission.admission import Capacity, QueueLimits
+from trtqwen.gateway.admission.auth import Caller, TokenBucket, read_keys
+from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig, gateway_config
-from trtqwen.gateway.engine import _reply
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation import fit_max_tokens
-from trtqwen.gateway.guides import ANY_OBJECT, Guide, plan_guide
+from trtqwen.gateway.generation.generator import fit_max_tokens
+from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide, plan_guide
+from trtqwen.gateway.generation.inputs import Sampling, engine_inputs, plan_sampling
+from trtqwen.gateway.generation.upstream import _reply
 from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
-from trtqwen.gateway.runtime import plan_admission
-from trtqwen.gateway.sampling import Sampling, engine_inputs, plan_sampling
-from trtqwen.gateway.schemas import ChatRequest, CompletionRequest, ResponseFormat
+from trtqwen.gateway.state import plan_admission
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}

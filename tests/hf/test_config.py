@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from trtqwen.errors import SourceError
+from trtqwen.diagnostics import SourceError
 from trtqwen.hf.config import load_config, stretched
 
 GOOD: dict[str, Any] = {

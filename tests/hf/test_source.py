@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from trtqwen.errors import SourceError
+from trtqwen.diagnostics import SourceError
 from trtqwen.hf.source import INDEX, HfModel
 
 

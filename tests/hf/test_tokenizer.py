@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from trtqwen.demo import MODEL
-from trtqwen.errors import InputError, SourceError
+from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.tokenizer import CharacterStream, Tokenizer, render_chat
 
 OURS = Tokenizer(MODEL)

@@ -21,7 +21,7 @@ def make_recipe(model: str = "qwen2.5-7b", **sections: dict[str, Any]) -> Recipe
             "model": model,
             "host": {"gpus": 4, **sections.get("host", {})},
             "checkpoint": {"dtype": "bfloat16", **sections.get("checkpoint", {})},
-            "engine": {"builder": "tensorrt_llm", "max_seq_len": 32768, **sections.get("engine", {})},
+            "engine": {"backend": "tensorrt_llm", "max_seq_len": 32768, **sections.get("engine", {})},
             "serve": sections.get("serve", {}),
         }
     )
@@ -68,7 +68,7 @@ def recipes(draw: st.DrawFn) -> Recipe:
             "release": draw(st.sampled_from(["0.18.2", "0.21.0", "1.2.1"])),
         },
         "engine": {
-            "builder": "torch" if torch else "tensorrt_llm",
+            "backend": "torch" if torch else "tensorrt_llm",
             "max_batch_size": batch,
             "max_num_tokens": least + draw(st.one_of(st.just(0), st.integers(0, 2**40))),
             "max_seq_len": length,

@@ -8,7 +8,7 @@ import pytest
 
 from tests.plan.recipes import make_recipe
 from tests.plan.tables import TABLES
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.hf.known import known_config
 from trtqwen.plan.memory import GIB, activation_bytes, concurrency, kv_token_bytes, plan_memory
 
@@ -24,11 +24,11 @@ UNPAGED: dict[str, Any] = {
 def test_kv_bytes(tp_size: int) -> None:
     key = str(tp_size)
     for value_bytes, index in ((2, 0), (1, 1)):
-        token = kv_token_bytes(CONFIG, Mapping(tp_size), 0, value_bytes)
+        token = kv_token_bytes(CONFIG, RankMapping(tp_size), 0, value_bytes)
         assert token == TABLES["kv_bytes_per_token"][key][index]
         for length, columns in TABLES["kv_gib"].items():
             assert int(length) * token / GIB == pytest.approx(columns[key][index], rel=0.01)
-    assert 32 * kv_token_bytes(CONFIG, Mapping(tp_size), 0, 2) == TABLES["kv_block_kib"][key] * 1024
+    assert 32 * kv_token_bytes(CONFIG, RankMapping(tp_size), 0, 2) == TABLES["kv_block_kib"][key] * 1024
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -17,12 +17,11 @@ from rich.console import Console
 from tests.plan.recipes import make_recipe, recipes
 from trtqwen.checkpoint.checks import check_settings
 from trtqwen.checkpoint.convert import plan_conversion
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import MODEL
-from trtqwen.errors import InputError, TrtQwenError
+from trtqwen.diagnostics import Diagnostic, InputError, TrtQwenError
 from trtqwen.hf.config import stretched
 from trtqwen.hf.known import known_config, model_names
-from trtqwen.plan.findings import Finding
 from trtqwen.plan.plan import plan_recipe
 from trtqwen.plan.show import print_comparison, print_plan
 from trtqwen.plan.speed import Span
@@ -30,8 +29,8 @@ from trtqwen.recipe import CheckpointRecipe, Recipe, load_recipe, recipe_names
 from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
 
 
-def found(name: str, recipe: Recipe, model: Path | None = None) -> Finding | None:
-    return next((finding for finding in plan_recipe(recipe, model).findings if finding.id == name), None)
+def found(name: str, recipe: Recipe, model: Path | None = None) -> Diagnostic | None:
+    return next((finding for finding in plan_recipe(recipe, model).findings if finding.code == name), None)
 
 
 def refused_by_check(recipe: Recipe) -> bool:
@@ -39,7 +38,7 @@ def refused_by_check(recipe: Recipe) -> bool:
     asked = recipe.checkpoint
     try:
         changed = stretched(config, asked.yarn_factor) if asked.yarn_factor else config
-        check_settings(changed, Mapping(asked.tp_size, asked.pp_size), asked)
+        check_settings(changed, RankMapping(asked.tp_size, asked.pp_size), asked)
     except TrtQwenError:
         return True
     return False
@@ -60,7 +59,7 @@ def test_any_recipe_is_planned_and_no_byte_is_lost(recipe: Recipe) -> None:
     json.dumps(plan.as_json(), allow_nan=False)
     print_plan(plan, Console(file=io.StringIO(), width=80))
     full = plan.concurrency[-1]
-    assert plan.fits == (full.by_blocks > 0 and not any(finding.id == "context" for finding in plan.findings))
+    assert plan.fits == (full.by_blocks > 0 and not any(finding.code == "context" for finding in plan.findings))
     assert all(at_once.by_blocks * at_once.tokens <= plan.kv_tokens for at_once in plan.concurrency)
 
 
@@ -74,36 +73,36 @@ def test_every_bundled_recipe_fits_and_serves_at_least_two_full_requests(name: s
     plan = plan_recipe(load_recipe(name))
     assert plan.fits
     assert plan.concurrency[-1].sequences >= 2
-    assert {finding.id for finding in plan.findings} <= {"layout", "float16"}
+    assert {finding.code for finding in plan.findings} <= {"layout", "float16"}
 
 
 def test_what_does_not_fit() -> None:
     heavy = plan_recipe(make_recipe("qwen2.5-32b"))
     assert (heavy.fits, heavy.speed, heavy.kv_tokens) == (False, None, 0)
-    assert heavy.findings[0].id == "memory"
+    assert heavy.findings[0].code == "memory"
     assert heavy.memory[0].unused < 0
-    assert heavy.findings[0].remedy == "take TP4 x 1, which fits"
-    assert plan_recipe(make_recipe("qwen2.5-72b")).findings[0].remedy.startswith("raise checkpoint.tp_size")
+    assert heavy.findings[0].hint == "take TP4 x 1, which fits"
+    assert plan_recipe(make_recipe("qwen2.5-72b")).findings[0].hint.startswith("raise checkpoint.tp_size")
     small = make_recipe(checkpoint={"yarn_factor": 32.0}, engine={"max_seq_len": 200_000})
     finding = found("kv-cache", small)
     assert finding is not None
-    assert "holds 134,592 tokens" in finding.message
-    assert "lower engine.max_seq_len to 134592" in finding.remedy
+    assert "holds 134,592 tokens" in finding.what
+    assert "lower engine.max_seq_len to 134592" in finding.hint
     shorter = make_recipe(checkpoint={"yarn_factor": 32.0}, engine={"max_seq_len": 134_592})
     assert plan_recipe(shorter).fits
     capped = found("kv-cache", make_recipe(serve={"max_tokens_in_paged_kv_cache": 1024}))
     assert capped is not None
-    assert "max_tokens_in_paged_kv_cache" in capped.remedy
+    assert "max_tokens_in_paged_kv_cache" in capped.hint
     serve = {"max_tokens_in_paged_kv_cache": 10**6}  # more than there is room for
     uncapped = found("kv-cache", small.model_copy(update={"serve": small.serve.model_copy(update=serve)}))
     assert uncapped is not None
-    assert uncapped.remedy == finding.remedy
+    assert uncapped.hint == finding.hint
 
 
 def test_serving_one_after_another() -> None:
     finding = found("sequential", make_recipe(checkpoint={"yarn_factor": 4.0}, engine={"max_seq_len": 131072}))
     assert finding is not None
-    assert "serving will be sequential" in finding.message
+    assert "serving will be sequential" in finding.what
     assert found("sequential", make_recipe(engine={"max_batch_size": 1})) is not None
     assert found("sequential", make_recipe()) is None
 
@@ -111,7 +110,7 @@ def test_serving_one_after_another() -> None:
 def test_context_beyond_what_the_model_carries() -> None:
     finding = found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 40_000}))
     assert finding is not None
-    assert (finding.level, finding.remedy) == ("error", "set checkpoint.yarn_factor: 2.0")
+    assert (finding.level, finding.hint) == ("error", "set checkpoint.yarn_factor: 2.0")
     stretched_recipe = make_recipe(checkpoint={"tp_size": 4, "yarn_factor": 2.0}, engine={"max_seq_len": 65536})
     assert plan_recipe(stretched_recipe).fits
     note = found("yarn", make_recipe(checkpoint={"yarn_factor": 4.0}))
@@ -124,7 +123,7 @@ def test_a_base_model_promises_more_than_it_was_trained_on(tmp_path: Path) -> No
     recipe = make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 65536})
     finding = found("yarn", recipe, tmp_path)
     assert finding is not None
-    assert (finding.level, finding.remedy) == ("warning", "set checkpoint.yarn_factor: 2.0")
+    assert (finding.level, finding.hint) == ("warning", "set checkpoint.yarn_factor: 2.0")
     assert plan_recipe(recipe, tmp_path).fits
 
 
@@ -136,7 +135,7 @@ def test_a_directory_wins_over_the_recipes_model(tmp_path: Path) -> None:
     assert plan_recipe(make_recipe(), tmp_path).kv_tokens > 2 * plan_recipe(make_recipe()).kv_tokens
     finding = found("model", make_recipe(), tmp_path)
     assert finding is not None
-    assert "num_hidden_layers 14 instead of 28" in finding.message
+    assert "num_hidden_layers 14 instead of 28" in finding.what
 
 
 def test_a_recipe_without_a_model_needs_a_directory() -> None:
@@ -144,7 +143,7 @@ def test_a_recipe_without_a_model_needs_a_directory() -> None:
     with pytest.raises(InputError, match=r"names no model.*--model"):
         plan_recipe(recipe)
     plan = plan_recipe(recipe, MODEL)
-    assert (plan.fits, plan.findings[0].remedy) == (False, "lower engine.max_seq_len to 2048")
+    assert (plan.fits, plan.findings[0].hint) == (False, "lower engine.max_seq_len to 2048")
 
 
 def test_parallel_sizes_that_the_model_does_not_allow() -> None:
@@ -168,13 +167,13 @@ def test_an_int8_kv_cache_is_judged_by_the_files(tmp_path: Path) -> None:
     )
     published = found("int8-kv", recipe)
     assert published is not None
-    assert "605 and 921" in published.message
+    assert "605 and 921" in published.what
     write_model(tmp_path, [1.0, 1.1, 0.9, 1.0])
     assert found("int8-kv", recipe, tmp_path) is None
     write_model(tmp_path, [27.0, 1.0, 1.0, 1.0, 42.0])
     finding = found("int8-kv", recipe, tmp_path)
     assert finding is not None
-    assert "27 (layer 0), 42 (layer 4)" in finding.message
+    assert "27 (layer 0), 42 (layer 4)" in finding.what
 
 
 def test_float16_may_overflow() -> None:
@@ -184,8 +183,8 @@ def test_float16_may_overflow() -> None:
     )
     assert plain is not None
     assert guarded is not None
-    assert "all the more" in plain.message
-    assert "all the more" not in guarded.message
+    assert "all the more" in plain.what
+    assert "all the more" not in guarded.what
     assert found("float16", make_recipe()) is None
 
 
@@ -208,18 +207,18 @@ def test_the_other_findings(name: str, sections: dict[str, Any]) -> None:
 def test_replicas_beside_tensor_parallelism() -> None:
     finding = found("layout", make_recipe(checkpoint={"tp_size": 4}))
     assert finding is not None
-    assert "TP1 x 4 gives 1.9 to 4.4 times the throughput of TP4 x 1" in finding.message
-    assert "checkpoint.tp_size: 1 and serve.replicas: 4" in finding.remedy
+    assert "TP1 x 4 gives 1.9 to 4.4 times the throughput of TP4 x 1" in finding.what
+    assert "checkpoint.tp_size: 1 and serve.replicas: 4" in finding.hint
     assert found("layout", make_recipe(serve={"replicas": 4})) is None
-    assert "many long requests" in finding.remedy
+    assert "many long requests" in finding.hint
     # Four ranks repeat the two KV heads of 1.5B, so that four replicas hold more.
     small = found("layout", make_recipe("qwen2.5-1.5b", checkpoint={"tp_size": 4}))
     assert small is not None
-    assert "many long requests" not in small.remedy
+    assert "many long requests" not in small.hint
     stages = found("layout", make_recipe("qwen2.5-14b", checkpoint={"pp_size": 4}))
     assert stages is not None
-    assert stages.remedy.startswith("set checkpoint.tp_size: 2, pp_size: 1 and serve.replicas: 2")
-    assert "latency" not in stages.remedy
+    assert stages.hint.startswith("set checkpoint.tp_size: 2, pp_size: 1 and serve.replicas: 2")
+    assert "latency" not in stages.hint
     # 131,072 tokens fit one card only once, and bfloat16 32B only all four.
     long = make_recipe(
         checkpoint={"tp_size": 2, "yarn_factor": 4.0}, engine={"max_seq_len": 131072}, serve={"replicas": 2}

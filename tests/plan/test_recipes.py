@@ -53,7 +53,7 @@ def sentences(plan: Plan) -> Iterator[str]:
         yield f"At best {at_best} with {one.load} requests in flight."
         if full.tokens > 32768:
             yield f"Reading a prompt of {full.tokens:,} tokens takes {rate(plan.speed.prompt.step.seconds)} s."
-        if any(finding.id == "layout" for finding in plan.findings):
+        if any(finding.code == "layout" for finding in plan.findings):
             best = max(others, key=lambda layout: layout.throughput.slow)
             yield f"{best.name} would give {rate(best.one_stream)}, and {rate(best.throughput)} with {best.load}."
 

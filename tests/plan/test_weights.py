@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from tests.plan.tables import TABLES
 from trtqwen.checkpoint.checks import check_settings
-from trtqwen.checkpoint.layout import Split
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision
-from trtqwen.checkpoint.rules import RuleBook
-from trtqwen.errors import CheckpointError
+from trtqwen.checkpoint.sharding import Split
+from trtqwen.checkpoint.tensors import RuleBook
+from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.plan.memory import GIB, kv_token_bytes, pool_blocks
@@ -62,13 +62,13 @@ def test_the_table_of_all_models(model: str) -> None:
             assert weights(model, "int8_wo", 4, sharding).total / GIB == pytest.approx(expected, rel=0.01)
     else:
         with pytest.raises(CheckpointError, match="use tp_size 1, 2"):
-            check_settings(known_config(model), Mapping(4), settings("none", 4))
+            check_settings(known_config(model), RankMapping(4), settings("none", 4))
 
 
 @pytest.mark.parametrize("model", [name for name, row in TABLES["models"].items() if row.get("tp4", True)])
 def test_kv_tokens_of_all_models_under_the_appendix_own_assumptions(model: str) -> None:
     """22.5 GiB usable, 2.5 GiB held back, 90 % of the rest for the cache."""
-    row, token = TABLES["models"][model], kv_token_bytes(known_config(model), Mapping(4), 0, 2)
+    row, token = TABLES["models"][model], kv_token_bytes(known_config(model), RankMapping(4), 0, 2)
     assert token == row["kv_kib"] * 1024
     for quant, key in (("none", "bf16_tokens"), ("int8_wo", "int8_tokens")):
         free = int(20 * GIB) - weights(model, quant, 4, "vocab").total
@@ -117,7 +117,7 @@ def checkpoints(draw: st.DrawFn) -> CheckpointRecipe:
 @hypothesis.settings(deadline=None)
 def test_every_byte_of_the_rank_files(config: HfConfig, asked: CheckpointRecipe) -> None:
     """A plain INT8 weight-only checkpoint is the exception: TensorRT-LLM quantises it when it builds."""
-    mapping = Mapping(asked.tp_size, asked.pp_size)
+    mapping = RankMapping(asked.tp_size, asked.pp_size)
     try:
         check_settings(config, mapping, asked)
     except CheckpointError:

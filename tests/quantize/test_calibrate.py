@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from tests.conftest import random_model
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.errors import InputError, SourceError
+from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.calibrate import MAX_TOKENS, activation_ranges, calibrate

@@ -13,7 +13,7 @@ import torch
 
 from tests.conftest import random_model
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.hf.source import HfModel
 from trtqwen.quantize.outliers import bias_norms, channel_outliers, check_int8_kv_cache
 from trtqwen.quantize.smoothquant import ActivationRange

@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtqwen.errors import CheckpointError
+from trtqwen.diagnostics import CheckpointError
 from trtqwen.quantize.smoothquant import (
     ActivationRange,
     SmoothedRange,

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 from trtqwen.triton.bls import BlsSettings, TextStream, answer
 
 SETTINGS = BlsSettings(llm="engine", accumulate_tokens=False, outputs=("cum_log_probs", "sequence_index"))

@@ -13,7 +13,7 @@ import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
-from trtqwen.errors import InputError, ServerError
+from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.triton.client import stream
 
 

@@ -8,10 +8,10 @@ import pytest
 
 from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL
+from trtqwen.executor.executor import Executor
+from trtqwen.executor.request import Request
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.recipe import load_recipe
-from trtqwen.runtime.executor import Executor
-from trtqwen.runtime.request import Request
 from trtqwen.triton.client import stream
 from trtqwen.triton.server import Ports, TritonServer
 

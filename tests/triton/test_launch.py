@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from tests.standins import host, mpirun, tritonserver
-from trtqwen.errors import InputError, ServerError
-from trtqwen.host import Gpu, Host
-from trtqwen.processes import living
+from trtqwen.diagnostics import InputError, ServerError
+from trtqwen.system.host import Gpu, Host
+from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
 from trtqwen.triton.launch import Deployment, Endpoint, Launch, plan_launch, read_deployment
 from trtqwen.triton.server import Ports, TritonServer

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from trtqwen.engine.config import BuildConfig
-from trtqwen.runtime.request import IterationStats
+from trtqwen.executor.request import IterationStats
 from trtqwen.triton import metrics
 
 UPSTREAM = json.loads(Path(__file__).with_name("data").joinpath("upstream.json").read_text("utf-8"))["metrics"]

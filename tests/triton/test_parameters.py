@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from google.protobuf import json_format
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
+from trtqwen.executor.config import ExecutorConfig
 from trtqwen.recipe import ServeRecipe
-from trtqwen.runtime.config import ExecutorConfig
 from trtqwen.triton.parameters import engine_parameters
 from trtqwen.triton.repository import plan_repository
 

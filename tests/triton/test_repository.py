@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from trtqwen.artifact import read_manifest, write_manifest
-from trtqwen.errors import InputError, OutputError
+from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.repository import plan_repository, repository_key, tokenizer_directory, write_repository
 
@@ -44,7 +44,7 @@ def tensorrt_engine(bundled_engine: Engine, tmp_path: Path) -> Engine:
     def make(tp_size: int = 1, version: str = "1.2.1", logits_dtype: str = "float32") -> Path:
         engine = Path(shutil.copytree(bundled_engine(tp_size), tmp_path / "engine"))
         config = json.loads((engine / "config.json").read_text("utf-8"))
-        config |= {"builder": "tensorrt_llm", "version": version}
+        config |= {"backend": "tensorrt_llm", "version": version}
         config["pretrained_config"]["logits_dtype"] = logits_dtype
         (engine / "config.json").write_text(json.dumps(config), encoding="utf-8")
         (engine / "manifest.json").unlink()
@@ -86,7 +86,7 @@ def test_the_models_are_upstreams(repository: Path) -> None:
     assert set(MODELS) == set(UPSTREAM) == {path.parent.name for path in repository.glob("*/config.pbtxt")}
 
 
-@pytest.mark.parametrize("builder", ["torch", "tensorrt_llm"])
+@pytest.mark.parametrize("backend", ["torch", "tensorrt_llm"])
 @pytest.mark.parametrize("model", MODELS)
 def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, builder: str) -> None:
     if builder == "torch":

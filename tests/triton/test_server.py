@@ -18,11 +18,11 @@ import pytest
 from tests.processes import in_child
 from tests.triton.conftest import Call, id_request, in_threads
 from trtqwen import __version__
-from trtqwen.errors import InputError, PortInUseError, ServerError
+from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
-from trtqwen.processes import Service
 from trtqwen.recipe import ServeRecipe
+from trtqwen.system.processes import Service
 from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 
@@ -145,7 +145,7 @@ def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[...
 def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Signals) -> None:
     with serving(repository) as (process, group, prefix):
         commands = " ".join(family(group).values())
-        assert "trtqwen.runtime.worker" in commands
+        assert "trtqwen.executor.worker" in commands
         assert "triton_python_backend_stub" in commands
         process.send_signal(number)
         assert process.wait(20) == 0
@@ -232,7 +232,7 @@ def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -
 
         def kill() -> None:
             time.sleep(0.5)
-            [rank] = [pid for pid, command in family(server.pid).items() if "trtqwen.runtime.worker" in command]
+            [rank] = [pid for pid, command in family(server.pid).items() if "trtqwen.executor.worker" in command]
             os.kill(rank, signal.SIGKILL)
 
         *errors, _ = in_threads([generate, generate, generate, kill])

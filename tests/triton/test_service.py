@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trtqwen.errors import EngineError
-from trtqwen.runtime.request import FinishReason, Request, Response
+from trtqwen.diagnostics import EngineError
+from trtqwen.executor.request import FinishReason, Request, Response
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 

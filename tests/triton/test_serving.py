@@ -17,12 +17,12 @@ import pytest
 
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
 from trtqwen.artifact import write_manifest
-from trtqwen.errors import ServerError
+from trtqwen.diagnostics import ServerError
+from trtqwen.executor.config import ExecutorConfig
+from trtqwen.executor.executor import Executor
+from trtqwen.executor.request import Request
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.recipe import ServeRecipe
-from trtqwen.runtime.config import ExecutorConfig
-from trtqwen.runtime.executor import Executor
-from trtqwen.runtime.request import Request
 from trtqwen.triton.client import SamplingOptions, stream
 from trtqwen.triton.repository import tokenizer_directory, write_repository
 from trtqwen.triton.server import Ports, TritonServer

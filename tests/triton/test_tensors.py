@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trtqwen.errors import RequestError
-from trtqwen.runtime.request import GuidedDecodingParams, OutputConfig, PerfMetrics, Request, SamplingConfig
+from trtqwen.diagnostics import RequestError
+from trtqwen.executor.request import GuidedDecodingParams, OutputConfig, PerfMetrics, Request, SamplingConfig
 from trtqwen.triton.tensors import Generation, Limits, Part, Place, read_generation, write_part
 from trtqwen.triton.words import pack_words, unpack_words
 

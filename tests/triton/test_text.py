@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from trtqwen.demo import MODEL
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.text import HoldingDecoder, decode_response, encode_request
 from trtqwen.triton.words import unpack_words

@@ -15,7 +15,7 @@ import torch
 from tests.verify.conftest import Make, Tensors, mutated
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.errors import CheckpointError, SourceError
+from trtqwen.diagnostics import CheckpointError, SourceError
 from trtqwen.quantize.texts import HELDOUT
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.verify.head import LogitsComparer

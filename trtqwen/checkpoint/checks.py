@@ -5,16 +5,16 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from trtqwen.checkpoint.layout import check_parallel
-from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.checkpoint.rules import TILE
-from trtqwen.errors import CheckpointError, OutputError
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.sharding import check_parallel
+from trtqwen.checkpoint.tensors import TILE
+from trtqwen.diagnostics import CheckpointError, OutputError
+from trtqwen.facts.releases import release_facts
 from trtqwen.hf.config import HfConfig
 from trtqwen.recipe import CheckpointRecipe
-from trtqwen.releases import release_facts
 
 
-def check_settings(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+def check_settings(config: HfConfig, mapping: RankMapping, settings: CheckpointRecipe) -> None:
     """Check sizes against parallelism, precision and release.
 
     Raises:
@@ -27,8 +27,8 @@ def check_settings(config: HfConfig, mapping: Mapping, settings: CheckpointRecip
         _check_weight_only(config, mapping, settings)
     if settings.quant == "int8_sq" and mapping.tp_size > config.num_key_value_heads:
         raise CheckpointError(
-            f"tp_size {mapping.tp_size}: SmoothQuant cannot repeat the {config.num_key_value_heads} KV heads; "
-            f"use at most tp_size {config.num_key_value_heads}, or quant int8_wo"
+            (f"tp_size {mapping.tp_size}: SmoothQuant cannot repeat the {config.num_key_value_heads} KV heads"),
+            f"use at most tp_size {config.num_key_value_heads}, or quant int8_wo",
         )
 
 
@@ -42,18 +42,21 @@ def check_disk(output: Path, nbytes: int) -> None:
     free = shutil.disk_usage(parent).free
     if free < nbytes:
         raise OutputError(
-            f"{output}: needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free; make room"
+            f"{output}: needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free", "make room"
         )
 
 
-def _check_pipeline(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+def _check_pipeline(config: HfConfig, mapping: RankMapping, settings: CheckpointRecipe) -> None:
     layers, stages = config.num_hidden_layers, mapping.pp_size
     if stages > layers:
-        raise CheckpointError(f"pp_size {stages}: the model has only {layers} layers; use a smaller pp_size")
+        raise CheckpointError(f"pp_size {stages}: the model has only {layers} layers", "use a smaller pp_size")
     if layers % stages and not release_facts(settings.release).uneven_pipeline:
         raise CheckpointError(
-            f"pp_size {stages}: does not divide {layers} layers, and release {settings.release} would drop the rest; "
-            "use a divisor or a newer release"
+            (
+                f"pp_size {stages}: does not divide {layers} layers, and release {settings.release} would "
+                "drop the rest"
+            ),
+            "use a divisor or a newer release",
         )
 
 
@@ -64,12 +67,12 @@ def _check_release(config: HfConfig, settings: CheckpointRecipe) -> None:
     known = release_facts(settings.release).rope_scalings
     if kind not in known:
         raise CheckpointError(
-            f"rope_scaling type {kind}: release {settings.release} computes {', '.join(known)} only; "
-            "use a newer release or remove it from config.json"
+            f"rope_scaling type {kind}: release {settings.release} computes {', '.join(known)} only",
+            "use a newer release or remove it from config.json",
         )
 
 
-def _check_weight_only(config: HfConfig, mapping: Mapping, settings: CheckpointRecipe) -> None:
+def _check_weight_only(config: HfConfig, mapping: RankMapping, settings: CheckpointRecipe) -> None:
     unit = TILE * mapping.tp_size
     attention = config.num_attention_heads * config.head_size
     kv = max(config.num_key_value_heads, mapping.tp_size) * config.head_size
@@ -80,5 +83,6 @@ def _check_weight_only(config: HfConfig, mapping: Mapping, settings: CheckpointR
         if size % unit:
             remedy = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
             raise CheckpointError(
-                f"INT8 weight-only at tp_size {mapping.tp_size}: {name} {size} is not a multiple of {unit}; {remedy}"
+                f"INT8 weight-only at tp_size {mapping.tp_size}: {name} {size} is not a multiple of {unit}",
+                f"{remedy}",
             )

@@ -8,11 +8,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.errors import CheckpointError, first_problem
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.diagnostics import CheckpointError, first_problem
+from trtqwen.facts.names import Release
+from trtqwen.facts.releases import release_facts
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
-from trtqwen.recipe import DtypeChoice, EmbeddingSharding, Release
-from trtqwen.releases import release_facts
+from trtqwen.layout import CONFIG
+from trtqwen.recipe import DtypeChoice, EmbeddingSharding
 
 Dtype = Literal["float16", "bfloat16", "float32"]
 Ranks = Annotated[int, Field(gt=0, le=1024)]
@@ -63,8 +65,8 @@ class CheckpointConfig(BaseModel):
     quantization: QuantConfig
 
     @property
-    def layout(self) -> Mapping:
-        return Mapping(self.mapping.tp_size, self.mapping.pp_size)
+    def layout(self) -> RankMapping:
+        return RankMapping(self.mapping.tp_size, self.mapping.pp_size)
 
     @property
     def local_heads(self) -> int:
@@ -87,7 +89,7 @@ def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:
 def checkpoint_config(
     hf: HfConfig,
     dtype: Dtype,
-    mapping: Mapping,
+    mapping: RankMapping,
     *,
     quantization: dict[str, Any],
     embedding_sharding: EmbeddingSharding,
@@ -186,12 +188,12 @@ def read_checkpoint_config(directory: Path) -> CheckpointConfig:
     Raises:
         CheckpointError: if it is missing, broken, or not a Qwen2 checkpoint.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     try:
         return CheckpointConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError:
-        raise CheckpointError(f"{path}: is missing; name a directory that `trtqwen convert` wrote") from None
+        raise CheckpointError(f"{path}: is missing", "name a directory that `trtqwen convert` wrote") from None
     except ValidationError as problem:
-        raise CheckpointError(f"{path}: {first_problem(problem)}; convert the model again") from None
+        raise CheckpointError(f"{path}: {first_problem(problem)}", "convert the model again") from None
     except ValueError:
-        raise CheckpointError(f"{path}: is not JSON; convert the model again") from None
+        raise CheckpointError(f"{path}: is not JSON", "convert the model again") from None

@@ -21,12 +21,13 @@ import numpy as np
 from trtqwen.artifact import Manifest, finished_directory, stage_key, write_manifest
 from trtqwen.checkpoint.checks import check_disk, check_settings
 from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
-from trtqwen.checkpoint.layout import Split
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision, Ranges, Rule
-from trtqwen.checkpoint.rules import LM_HEAD, RuleBook
-from trtqwen.errors import CheckpointError, OutputError, SourceError
+from trtqwen.checkpoint.sharding import Split
+from trtqwen.checkpoint.tensors import LM_HEAD, RuleBook
+from trtqwen.diagnostics import CheckpointError, OutputError, SourceError
 from trtqwen.hf.source import HfModel
+from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
 from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
@@ -34,7 +35,6 @@ from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.safetensors_io import LARGE_BYTES, SafetensorsWriter, TensorSpec, write_to_all
 
-TOKENIZER_DIRECTORY = "tokenizer"
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -57,7 +57,7 @@ class ConversionPlan:
     source: HfModel
     settings: CheckpointRecipe
     dtype: Dtype
-    mapping: Mapping
+    mapping: RankMapping
     precision: Precision
     rules: tuple[Rule, ...]
     parameters: dict[str, Any]
@@ -103,7 +103,7 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
     """
     settings = settings or CheckpointRecipe()
     source = HfModel(model, settings.yarn_factor)
-    config, mapping = source.config, Mapping(settings.tp_size, settings.pp_size)
+    config, mapping = source.config, RankMapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
     dtype = resolved_dtype(settings.dtype, config)
     precision = _precision(settings, dtype)
@@ -153,10 +153,10 @@ def run_conversion(
         try:
             digests = _write_ranks(ready, directory, progress)
         except OSError as problem:
-            raise OutputError(f"{output}: cannot be written ({problem.strerror}); make room") from None
+            raise OutputError(f"{output}: cannot be written ({problem.strerror})", "make room") from None
         if ranges is not None:
             write_ranges(ranges, directory / ACT_RANGES)
-        (directory / "config.json").write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
+        (directory / CONFIG).write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
         if plan.source.tokenizer_files:
             (directory / TOKENIZER_DIRECTORY).mkdir()
         for path in plan.source.tokenizer_files:
@@ -179,7 +179,7 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
     """Write every rank file in one pass over the source; returns their digests."""
     with ExitStack() as stack:
         writers = [
-            stack.enter_context(SafetensorsWriter(directory / f"rank{rank}.safetensors", specs))
+            stack.enter_context(SafetensorsWriter(directory / rank_weights(rank), specs))
             for rank, specs in enumerate(plan.ranks)
         ]
         for rule in _examined(plan, _rules(plan.source, plan.settings, plan.mapping, plan.precision)):
@@ -210,8 +210,11 @@ def _examined(plan: ConversionPlan, rules: Iterable[Rule]) -> Iterator[Rule]:
             if plan.precision.float16_anywhere and largest >= FLOAT16_OVERFLOW:
                 count = plan.source.count_beyond(name, FLOAT16_OVERFLOW)
                 raise CheckpointError(
-                    f"{plan.source.directory}: {count} values of tensor {name!r} overflow float16 "
-                    f"(largest {largest:.3g}); {_overflow_remedy(plan.precision)}"
+                    (
+                        f"{plan.source.directory}: {count} values of tensor {name!r} overflow float16 (largest "
+                        f"{largest:.3g})"
+                    ),
+                    f"{_overflow_remedy(plan.precision)}",
                 )
         return rule
 
@@ -231,7 +234,9 @@ def _overflow_remedy(precision: Precision) -> str:
     return "use dtype bfloat16"
 
 
-def _rules(source: HfModel, settings: CheckpointRecipe, mapping: Mapping, precision: Precision) -> tuple[Rule, ...]:
+def _rules(
+    source: HfModel, settings: CheckpointRecipe, mapping: RankMapping, precision: Precision
+) -> tuple[Rule, ...]:
     splits = {"none": Split.REPLICATED, "vocab": Split.VOCAB, "hidden": Split.ROW}
     book = RuleBook(source.config, mapping, precision, embedding=splits[settings.embedding_sharding])
     return tuple(book.rules(tied=source.config.tie_word_embeddings or LM_HEAD not in source))
@@ -273,10 +278,13 @@ def _check_source(source: HfModel, name: str, shape: tuple[int, ...]) -> None:
     spec = source.spec(name)
     if spec.shape != shape:
         raise SourceError(
-            f"{source.directory}: tensor {name!r} has shape {list(spec.shape)}, but config.json makes it "
-            f"{list(shape)}; config.json and weights are of different models"
+            (
+                f"{source.directory}: tensor {name!r} has shape {list(spec.shape)}, but config.json makes "
+                f"it {list(shape)}"
+            ),
+            "config.json and weights are of different models",
         )
     if spec.dtype not in NUMPY_DTYPES.values():
         raise SourceError(
-            f"{source.directory}: tensor {name!r} is {spec.dtype}; trtqwen converts 16- and 32-bit floats"
+            f"{source.directory}: tensor {name!r} is {spec.dtype}", "trtqwen converts 16- and 32-bit floats"
         )

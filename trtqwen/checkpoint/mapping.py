@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Mapping:
+class RankMapping:
     """`world_size = tp_size * pp_size` ranks; rank r is tensor rank `r % tp_size` of stage `r // tp_size`."""
 
     tp_size: int = 1

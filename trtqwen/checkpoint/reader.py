@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from trtqwen.errors import CheckpointError
+from trtqwen.diagnostics import CheckpointError
+from trtqwen.layout import rank_weights
 from trtqwen.safetensors_io import Array, SafetensorsReader
 
 
@@ -15,6 +16,6 @@ def read_rank(directory: Path, rank: int) -> Iterator[tuple[str, Array]]:
     Raises:
         CheckpointError: if the rank file is missing or damaged.
     """
-    reader = SafetensorsReader(directory / f"rank{rank}.safetensors", CheckpointError)
+    reader = SafetensorsReader(directory / rank_weights(rank), CheckpointError)
     for name in reader:
         yield name, reader.tensor(name)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from trtqwen.checkpoint.layout import Split
+from trtqwen.checkpoint.sharding import Split
 from trtqwen.hf.config import HfConfig
 from trtqwen.quantize.smoothquant import ActivationRange, SmoothQuantMode
 from trtqwen.quantize.weight_only import Int8Layout

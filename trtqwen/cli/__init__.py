@@ -13,7 +13,8 @@ import typer
 from typer.core import TyperGroup
 
 from trtqwen import __version__
-from trtqwen.errors import TrtQwenError
+from trtqwen.cli.output import print_json
+from trtqwen.diagnostics import Diagnostic, TrtQwenError
 
 # Each is a module here with a function (or, for a command with subcommands, a Typer) named `command`.
 COMMANDS = {
@@ -98,16 +99,22 @@ def main() -> None:
     try:
         app()
     except TrtQwenError as problem:
-        _leave(str(problem), problem.exit_code)
+        _leave(problem.diagnostic, problem.exit_code)
     except OSError as problem:
         path = f"{problem.filename}: " if problem.filename else ""
         if problem.errno in _WRONG_PATH:
-            _leave(f"{path}cannot be read or written ({problem.strerror}); correct the path or its permissions", 2)
-        _leave(f"{path}{problem.strerror or problem}; look at the disk and the system's log", 1)
+            what = f"{path}cannot be read or written ({problem.strerror})"
+            _leave(Diagnostic(what, "correct the path or its permissions"), 2)
+        _leave(Diagnostic(f"{path}{problem.strerror or problem}", "check the disk and the system log"), 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _leave(message: str, exit_code: int) -> NoReturn:
-    typer.secho(f"error: {message}", fg="red", bold=True, err=True)
+def _leave(diagnostic: Diagnostic, exit_code: int) -> NoReturn:
+    """Print an error and its hint, with `--json` as one object on standard output too, and exit."""
+    typer.secho(f"error: {diagnostic.what}", fg="red", bold=True, err=True)
+    if diagnostic.hint:
+        typer.secho(f"hint: {diagnostic.hint}", fg="cyan", err=True)
+    if "--json" in sys.argv:
+        print_json({"error": diagnostic.as_json()})
     sys.exit(exit_code)

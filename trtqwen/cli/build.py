@@ -28,8 +28,8 @@ from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_conta
 from trtqwen.engine.job import BuildProgress, Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
-from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
+from trtqwen.system.host import read_host
 
 
 def command(

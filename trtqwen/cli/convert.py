@@ -20,6 +20,8 @@ from trtqwen.checkpoint.convert import (
 )
 from trtqwen.checkpoint.rule import Ranges
 from trtqwen.cli.output import Bars, DryRun, Json, print_json, progress_bars, size, stderr, stdout
+from trtqwen.facts.names import Release
+from trtqwen.layout import rank_weights
 from trtqwen.recipe import (
     CheckpointRecipe,
     DtypeChoice,
@@ -27,7 +29,6 @@ from trtqwen.recipe import (
     Int8LayoutChoice,
     KvCache,
     Quant,
-    Release,
     load_recipe,
     override,
 )
@@ -162,7 +163,7 @@ def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
         "pp_size": plan.mapping.pp_size,
         "ranks": [
             {
-                "file": f"rank{rank}.safetensors",
+                "file": rank_weights(rank),
                 "tensors": len(specs),
                 "bytes": sum(spec.nbytes for spec in specs.values()),
             }

@@ -13,8 +13,8 @@ from rich.text import Text
 from trtqwen.cli.output import Json, print_json, stderr, stdout
 from trtqwen.doctor.run import Finding, examine
 from trtqwen.doctor.subject import Subject, completed
-from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
+from trtqwen.system.host import read_host
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
@@ -73,8 +73,8 @@ def _print(findings: list[Finding]) -> None:
         check, result = found.check, found.result
         if result.verdict != "skip":
             text = Text(result.evidence)
-            if result.remedy:
-                text.append("\n" + "\n".join(f"-> {line}" for line in result.remedy.splitlines()), style="bold")
+            if result.hint:
+                text.append("\n" + "\n".join(f"-> {line}" for line in result.hint.splitlines()), style="bold")
             table.add_row(check.id, Text(result.verdict, _COLOURS[result.verdict]), check.title, text)
     stdout.print(table)
     skipped = [found for found in findings if found.result.verdict == "skip"]

@@ -11,8 +11,8 @@ from typing import Annotated
 import typer
 
 from trtqwen.cli.output import Json, print_json, stdout
+from trtqwen.diagnostics import InputError
 from trtqwen.engine.explain import explain
-from trtqwen.errors import InputError
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
         with nullcontext(sys.stdin) if str(log) == "-" else log.open(encoding="utf-8", errors="replace") as lines:
             findings = explain(lines)
     except OSError as problem:
-        raise InputError(f"{log}: cannot be read ({problem.strerror}); name a log file, or - for input") from None
+        raise InputError(f"{log}: cannot be read ({problem.strerror})", "name a log file, or - for input") from None
     if json:
         print_json({"log": name, "findings": [asdict(finding) for finding in findings]})
     for finding in [] if json else findings:
@@ -38,7 +38,7 @@ def command(
             soft_wrap=True,
         )
         stdout.print(f"  cause:  {finding.cause}", markup=False, highlight=False, soft_wrap=True)
-        stdout.print(f"  remedy: {finding.remedy}", markup=False, highlight=False, soft_wrap=True)
+        stdout.print(f"  remedy: {finding.hint}", markup=False, highlight=False, soft_wrap=True)
     if not findings:
         if not json:
             stdout.print(f"{name}: holds no failure that trtqwen knows", markup=False, highlight=False)

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from trtqwen.cli.output import Json, print_json, stdout
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.plan.plan import model_config
 from trtqwen.plan.show import layout_name
 from trtqwen.recipe import Recipe, load_recipe, recipe_names

@@ -11,11 +11,11 @@ import typer
 from rich.table import Table
 
 from trtqwen.cli.output import Json, print_json, stderr, stdout
-from trtqwen.errors import EngineError
-from trtqwen.host import read_host
+from trtqwen.diagnostics import EngineError
+from trtqwen.system.host import read_host
 
 if TYPE_CHECKING:
-    from trtqwen.selftest import DtypeResult
+    from trtqwen.selftest.run import DtypeResult
 
 
 def command(
@@ -29,8 +29,8 @@ def command(
     For a GPU host. A token that the embedded engine finds as good as its own, up to rounding, counts as a tie.
     """
     if importlib.util.find_spec("torch") is None:
-        raise EngineError("selftest needs PyTorch, which is not installed; `pip install trtqwen[torch]`")
-    from trtqwen.selftest import run_selftest  # the other commands start without PyTorch
+        raise EngineError("selftest needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+    from trtqwen.selftest.run import run_selftest  # the other commands start without PyTorch
 
     with stderr.status("building") as status:
         results = run_selftest(

@@ -22,12 +22,12 @@ from trtqwen.cli.output import (
     stdout,
 )
 from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.config import gateway_config as plan_gateway
 from trtqwen.gateway.process import GatewayProcess
-from trtqwen.host import read_host
 from trtqwen.recipe import load_recipe
+from trtqwen.system.host import read_host
 from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
 
 DEFAULT = Path("triton_repo")
@@ -74,7 +74,7 @@ def command(
         return plan_gateway(gateway_config, **place, api_keys=api_keys, model_name=model_name)
 
     if no_gateway and host != LOOPBACK:
-        raise InputError(f"--host {host} is the gateway's address; with --no-gateway, give --triton-host")
+        raise InputError(f"--host {host} is the gateway's address", "with --no-gateway, give --triton-host")
     if in_container:
         if recipe is None:
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
@@ -131,7 +131,7 @@ def _print_dry_run(content: dict[str, Any], text: str, json: bool) -> None:
 
 def _choose(recipe: str | None, repo: Path | None) -> Path:
     if recipe and repo:
-        raise InputError("both a recipe and --repo name a repository; give one of them")
+        raise InputError("both a recipe and --repo name a repository", "give one of them")
     if repo:
         return repo
     if recipe:
@@ -139,5 +139,5 @@ def _choose(recipe: str | None, repo: Path | None) -> Path:
     built = sorted(path.parent for path in DEFAULT.glob(f"*/{MANIFEST}"))
     if len(built) != 1:
         names = ", ".join(path.name for path in built) or "none"
-        raise InputError(f"{DEFAULT}: holds {len(built)} repositories ({names}); name a recipe or pass --repo")
+        raise InputError(f"{DEFAULT}: holds {len(built)} repositories ({names})", "name a recipe or pass --repo")
     return built[0]

@@ -10,7 +10,7 @@ import typer
 from rich.table import Table
 
 from trtqwen.cli.output import Json, print_json, progress_bars, stderr, stdout
-from trtqwen.errors import EngineError
+from trtqwen.diagnostics import EngineError
 from trtqwen.hf.config import load_config
 from trtqwen.quantize.texts import HELDOUT
 from trtqwen.recipe import Int8LayoutChoice
@@ -48,7 +48,7 @@ def command(
     Limits depend on the precision unless they are given.
     """
     if importlib.util.find_spec("torch") is None:
-        raise EngineError("verify needs PyTorch, which is not installed; `pip install trtqwen[torch]`")
+        raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
     from trtqwen.verify.run import verify, write_report  # the other commands start without PyTorch
 
     limits = {

@@ -7,24 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from trtqwen.diagnostics import Diagnostic, Level
 from trtqwen.doctor.subject import Subject
-from trtqwen.errors import TrtQwenError
 
-Level = Literal["error", "warning"]
 Verdict = Literal["ok", "warn", "fail", "skip"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One thing that is wrong.
-
-    Attributes:
-        level: a warning does not make a check fail, whatever the check's own level.
-    """
-
-    text: str
-    remedy: str
-    level: Level = "error"
 
 
 @dataclass(frozen=True)
@@ -33,7 +19,7 @@ class Result:
 
     verdict: Verdict
     evidence: str
-    remedy: str = ""
+    hint: str = ""
 
 
 class Check(ABC):
@@ -56,22 +42,16 @@ class Check(ABC):
             TrtQwenError: a problem, as its own sentence.
         """
 
-    def judge(self, problems: Sequence[Problem], evidence: str = "") -> Result:
+    def judge(self, problems: Sequence[Diagnostic], evidence: str = "") -> Result:
         """Ok with the evidence where there are no problems; else the problems in its place."""
         if not problems:
             return Result("ok", evidence)
         fails = self.level == "error" and any(problem.level == "error" for problem in problems)
-        remedies = dict.fromkeys(problem.remedy for problem in problems)
+        remedies = dict.fromkeys(problem.hint for problem in problems)
         return Result(
-            "fail" if fails else "warn", "\n".join(problem.text for problem in problems), "\n".join(remedies)
+            "fail" if fails else "warn", "\n".join(problem.what for problem in problems), "\n".join(remedies)
         )
 
     def found(self, text: str, remedy: str, level: Level = "error") -> Result:
         """The result of one problem."""
-        return self.judge([Problem(text, remedy, level)])
-
-
-def as_problem(error: TrtQwenError) -> Problem:
-    """An error's sentence, whose remedy stands behind its last semicolon."""
-    text, separator, remedy = str(error).rpartition("; ")
-    return Problem(text, remedy) if separator else Problem(remedy, "")
+        return self.judge([Diagnostic(text, remedy, level)])

@@ -10,8 +10,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from trtqwen.errors import InputError
-from trtqwen.triton.repository import CONFIG
+from trtqwen.diagnostics import InputError
+from trtqwen.layout import MODEL_CONFIG
 
 _PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 _PARAMETER = re.compile(r'\bkey\s*:\s*"([^"]*)"')
@@ -67,9 +67,9 @@ def read_model_files(repository: Path) -> Mapping[str, ModelFile]:
     Raises:
         InputError: if the directory holds no model.
     """
-    paths = sorted(repository.glob(f"*/{CONFIG}")) if repository.is_dir() else []
+    paths = sorted(repository.glob(f"*/{MODEL_CONFIG}")) if repository.is_dir() else []
     if not paths:
-        raise InputError(f"{repository}: holds no */{CONFIG}; name a Triton model repository")
+        raise InputError(f"{repository}: holds no */{MODEL_CONFIG}", "name a Triton model repository")
     return {path.parent.name: _read(path) for path in paths}
 
 

@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trtqwen.errors import ServerError
+from trtqwen.diagnostics import ServerError
 from trtqwen.triton.client import Array, Tensors, answer_text, infer_request, output_arrays, server_error
 
 _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.float32, "top_p": np.float32}
@@ -80,7 +80,7 @@ class Endpoint:
         missing = [name for name in ("INPUT_ID", "OUT_END_ID") if not outputs.get(name, np.empty(0)).size]
         if missing:
             raise ServerError(
-                f"{self._url}: preprocessing gives no {missing[0]}; serve one of TensorRT-LLM's repositories"
+                f"{self._url}: preprocessing gives no {missing[0]}", "serve one of TensorRT-LLM's repositories"
             )
         return outputs["INPUT_ID"].reshape(-1).tolist(), int(outputs["OUT_END_ID"].reshape(-1)[0])
 
@@ -107,7 +107,7 @@ class Endpoint:
             with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=5) as response:
                 text = response.read().decode()
         except (OSError, ValueError):
-            raise ServerError(f"{self._metrics}: shows no metrics; name Triton's metrics address") from None
+            raise ServerError(f"{self._metrics}: shows no metrics", "name Triton's metrics address") from None
         gauges = {}
         for family, labels, value in re.findall(r"^nv_trt_llm_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
             label = next((v for k, v in re.findall(r'(\w+)="([^"]*)"', labels) if k not in ("model", "version")), "")

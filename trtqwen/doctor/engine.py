@@ -7,13 +7,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from trtqwen.checkpoint.config import read_checkpoint_config
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
 from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.provenance import check_provenance
+from trtqwen.facts.names import Release
+from trtqwen.facts.releases import known_release, last_engine_release, release_facts
 from trtqwen.hf.config import TRAINED_CONTEXT
-from trtqwen.recipe import Release
-from trtqwen.releases import known_release, last_engine_release, release_facts
+from trtqwen.layout import CONFIG, rank_weights
 
 _CONVERT = "convert the model again with `trtqwen convert`"
 _REBUILD = "build the engine again with `trtqwen build`"
@@ -27,11 +29,11 @@ class EngineProvenance(Check):
     def run(self, subject: Subject) -> Result:
         engine = subject.named_engine
         config = read_engine_config(engine)
-        if config.builder == "torch":
+        if config.backend == "torch":
             return Result("ok", "a torch engine: runs wherever PyTorch does")
         if subject.host.tensorrt_llm is None and not subject.host.gpus:
             raise Skip(f"no TensorRT-LLM and no GPU here; the engine is of {config.version}")
-        problems = [Problem(found.what, found.remedy) for found in check_provenance(engine, subject.host)]
+        problems = check_provenance(engine, subject.host)
         return self.judge(problems, f"TensorRT-LLM {config.version}, built on the like of this host")
 
 
@@ -48,24 +50,24 @@ class CheckpointRelease(Check):
         config = read_checkpoint_config(subject.checkpoint)
         release = _release(subject)
         facts = release_facts(release)
-        content: dict[str, Any] = json.loads((subject.checkpoint / "config.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((subject.checkpoint / CONFIG).read_text(encoding="utf-8"))
         problems = []
         for section, keys in facts.unknown_checkpoint_keys.items():
             holder = content.get(section, {}) if section else content
             if refused := [key for key in keys if key in holder]:
                 text = f"config.json: {release} refuses {', '.join(refused)} in {section or 'its top level'}"
-                problems.append(Problem(text, f"{_CONVERT}, with checkpoint.release {release}"))
+                problems.append(Diagnostic(text, f"{_CONVERT}, with checkpoint.release {release}"))
         scaling = (config.rotary_scaling or {}).get("rope_type") or (config.rotary_scaling or {}).get("type")
         if scaling is not None and scaling not in facts.rope_scalings:
             text = f"rotary_scaling {scaling}: {release} computes {', '.join(facts.rope_scalings)}"
-            problems.append(Problem(text, "use a newer release"))
+            problems.append(Diagnostic(text, "use a newer release"))
         ranks = range(config.mapping.world_size)
-        missing = [rank for rank in ranks if not (subject.checkpoint / f"rank{rank}.safetensors").is_file()]
+        missing = [rank for rank in ranks if not (subject.checkpoint / rank_weights(rank)).is_file()]
         if missing:
             text = (
                 f"{subject.checkpoint}: rank{missing[0]}.safetensors is missing, its mapping has {len(ranks)} ranks"
             )
-            problems.append(Problem(text, _CONVERT))
+            problems.append(Diagnostic(text, _CONVERT))
         return self.judge(
             problems, f"{config.dtype}, {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}, {release}"
         )
@@ -91,10 +93,10 @@ class LongContext(Check):
                 text = f"{name}: {tokens:,} tokens, but no rope_scaling: Qwen2.5 has learned {TRAINED_CONTEXT:,}"
                 factor = -(-tokens // TRAINED_CONTEXT)
                 remedy = f"set checkpoint.yarn_factor {factor} and build again, or max_seq_len {TRAINED_CONTEXT}"
-                problems.append(Problem(text, remedy))
+                problems.append(Diagnostic(text, remedy))
             if scaled and tokens <= TRAINED_CONTEXT:
                 text = f"{name}: YaRN is on for {tokens:,} tokens; it is static and costs short prompts a little"
-                problems.append(Problem(text, "leave it out up to 32,768 tokens", "warning"))
+                problems.append(Diagnostic(text, "leave it out up to 32,768 tokens", "warning"))
         return self.judge(problems, ", ".join(seen))
 
 
@@ -126,13 +128,13 @@ class Conflicts(Check):
     def run(self, subject: Subject) -> Result:
         config, build = subject.engine_config, subject.engine_config.build_config
         kv_algorithm = config.pretrained_config.quantization.kv_cache_quant_algo
-        torch = config.builder == "torch"
+        torch = config.backend == "torch"
         paged = torch or bool(subject.plugin_config.get("use_paged_context_fmha"))
         problems = []
         if subject.recipe is not None and subject.recipe.engine.use_paged_context_fmha and not paged:
             because = f": it has no kernel for a KV cache in {kv_algorithm}" if kv_algorithm else ""
             text = f"the engine came out without use_paged_context_fmha, which the recipe asks for{because}"
-            problems.append(Problem(text, _REBUILD))
+            problems.append(Diagnostic(text, _REBUILD))
         chunked, reuse = _serving(subject, unset_reuses=not torch)
         if not paged:
             on = [
@@ -142,13 +144,15 @@ class Conflicts(Check):
             ]
             if on:
                 text = f"{' and '.join(on)}: the engine has no use_paged_context_fmha, they are silently off"
-                problems.append(Problem(text, f"{_REBUILD} with engine.use_paged_context_fmha, or set them False"))
+                problems.append(Diagnostic(text, f"{_REBUILD} with engine.use_paged_context_fmha, or set them False"))
         if chunked is False and build.max_num_tokens < build.max_seq_len:
             text = (
                 f"prompts over {build.max_num_tokens:,} tokens will be refused, although max_seq_len is "
                 f"{build.max_seq_len:,}: enable_chunked_context is off"
             )
-            problems.append(Problem(text, "set enable_chunked_context True, or build with a larger max_num_tokens"))
+            problems.append(
+                Diagnostic(text, "set enable_chunked_context True, or build with a larger max_num_tokens")
+            )
         evidence = f"use_paged_context_fmha {'on' if paged else 'off'}, KV cache {kv_algorithm or '16 or 32 bit'}"
         return self.judge(problems, evidence)
 

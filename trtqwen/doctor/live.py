@@ -11,10 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import ClassVar, TypeVar
 
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic, ServerError
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.endpoint import Endpoint, chat_prompt
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.errors import ServerError
 
 T = TypeVar("T")
 _NAN = "logits may be NaN: build with bfloat16, check the all-reduce with `trtqwen doctor --gpu`, check INT8 scales"
@@ -58,15 +58,15 @@ class Sanity(LiveCheck):
         problems = []
         longest = max((len(list(run)) for token, run in itertools.groupby(ids) if token == 0), default=0)
         if longest >= 8:
-            problems.append(Problem(f"token 0 ('!') {longest} times in a row", _NAN))
+            problems.append(Diagnostic(f"token 0 ('!') {longest} times in a row", _NAN))
         elif ids and len(set(ids)) < 3:
-            problems.append(Problem(f"{len(ids)} tokens, but only {len(set(ids))} different ones", _NAN))
+            problems.append(Diagnostic(f"{len(ids)} tokens, but only {len(set(ids))} different ones", _NAN))
         if not ids:
             text = "a question gets an empty answer"
-            problems.append(Problem(text, "look whether the prompt arrives: preprocessing's tokenizer_dir"))
+            problems.append(Diagnostic(text, "look whether the prompt arrives: preprocessing's tokenizer_dir"))
         if len(ids) >= limit:
             text = f"'What is 2+2?' is not answered within {limit} tokens: no end id {end_id} came"
-            problems.append(Problem(text, "see D12: serve an Instruct model with its own end ids"))
+            problems.append(Diagnostic(text, "see D12: serve an Instruct model with its own end ids"))
         return self.judge(problems, f"{len(ids)} tokens, {len(set(ids))} different, ended by itself")
 
 
@@ -181,10 +181,12 @@ class Seeds(LiveCheck):
         problems = []
         if first != again:
             text = "two requests with one seed differ"
-            problems.append(Problem(text, "look at who is between client and engine, and which tensor names it uses"))
+            problems.append(
+                Diagnostic(text, "look at who is between client and engine, and which tensor names it uses")
+            )
         if first == other:
             text = "requests with different seeds agree: sampling options do not reach the engine"
-            problems.append(Problem(text, "send seed (random_seed before 1.0) as UINT64, and top_p or top_k"))
+            problems.append(Diagnostic(text, "send seed (random_seed before 1.0) as UINT64, and top_p or top_k"))
         repeat = "repeat each other, as the engine's fixed default seed has it: send a seed for variety"
         return self.judge(
             problems, f"seeded requests agree; unseeded ones {repeat if len(unseeded) == 1 else 'differ'}"

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterator
 
 from trtqwen.checkpoint.convert import plan_conversion
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic, TrtQwenError
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject, System
-from trtqwen.errors import TrtQwenError
 from trtqwen.recipe import CheckpointRecipe
 
 GIB = 2**30
@@ -38,12 +38,12 @@ class PciRouting(Check):
         words = (system.read("proc/cmdline") or "").split()
         if _iommu_is_on(system) and "iommu=pt" not in words:
             remedy = "boot with iommu=pt, switch the IOMMU off in the BIOS, or export NCCL_P2P_DISABLE=1"
-            problems.append(Problem("the IOMMU translates (no iommu=pt on the kernel's command line)", remedy))
+            problems.append(Diagnostic("the IOMMU translates (no iommu=pt on the kernel's command line)", remedy))
         listing = system.output("lspci", "-vvv") or ""
         bridges = _acs_bridges(listing)
         if bridges:
             text = f"ACS redirects at {len(bridges)} bridges: {', '.join(bridges[:4])}"
-            problems.append(Problem(text, "setpci -s BRIDGE ECAP_ACS+6.w=0000, or export NCCL_P2P_DISABLE=1"))
+            problems.append(Diagnostic(text, "setpci -s BRIDGE ECAP_ACS+6.w=0000, or export NCCL_P2P_DISABLE=1"))
         if not problems and "ACSCtl" not in listing:
             raise Skip("lspci does not show ACS; run as root with pciutils installed")
         return self.judge(problems, f"{len(cards)} cards, neither in the way")
@@ -81,18 +81,18 @@ class SharedMemory(Check):
         problems = []
         if total < ranks * _SHM_PER_RANK:
             text = f"/dev/shm has {total / GIB:.2f} GiB for {ranks} ranks, one GiB each is needed"
-            problems.append(Problem(text, "start the container with --ipc=host or --shm-size=16g"))
+            problems.append(Diagnostic(text, "start the container with --ipc=host or --shm-size=16g"))
         if subject.host.gpus and ranks > 1:
             problems += _limits(system)
         stale = _stale_segments(system)
         if stale:
             text = f"/dev/shm holds {len(stale)} segments that nobody has open: {', '.join(stale[:4])}"
             remedy = f"rm {' '.join(f'/dev/shm/{name}' for name in stale[:4])}"
-            problems.append(Problem(text, remedy + (" ..." if len(stale) > 4 else ""), "warning"))
+            problems.append(Diagnostic(text, remedy + (" ..." if len(stale) > 4 else ""), "warning"))
         return self.judge(problems, f"/dev/shm {total / GIB:.1f} GiB for {ranks} {'rank' if ranks == 1 else 'ranks'}")
 
 
-def _limits(system: System) -> Iterator[Problem]:
+def _limits(system: System) -> Iterator[Diagnostic]:
     soft = {
         found[1].strip(): found[2]
         for found in re.finditer(r"^(Max .*?)\s{2,}(\S+)", system.read("proc/self/limits") or "", re.MULTILINE)
@@ -100,10 +100,10 @@ def _limits(system: System) -> Iterator[Problem]:
     memlock, stack = soft.get("Max locked memory", "unlimited"), soft.get("Max stack size", "unlimited")
     if memlock != "unlimited":
         text = f"locked memory is limited to {int(memlock) / 2**20:.0f} MiB; NCCL's host buffers need more"
-        yield Problem(text, "start the container with --ulimit memlock=-1")
+        yield Diagnostic(text, "start the container with --ulimit memlock=-1")
     if stack != "unlimited" and int(stack) < _STACK:
         text = f"the stack is limited to {int(stack) / 2**20:.0f} MiB"
-        yield Problem(text, f"start the container with --ulimit stack={_STACK}", "warning")
+        yield Diagnostic(text, f"start the container with --ulimit stack={_STACK}", "warning")
 
 
 def _stale_segments(system: System) -> list[str]:
@@ -134,10 +134,10 @@ class ConversionRoom(Check):
         problems = []
         if available < peak:
             text = f"conversion takes up to {peak / GIB:.1f} GiB of memory, {limited_by} leaves {available / GIB:.1f}"
-            problems.append(Problem(text, "end other programs, raise the limit or add swap"))
+            problems.append(Diagnostic(text, "end other programs, raise the limit or add swap"))
         if free < needed:
             text = f"checkpoint and engine take about {needed / GIB:.1f} GiB, the disk has {free / GIB:.1f} free"
-            problems.append(Problem(text, "make room, or build with --engines on another disk"))
+            problems.append(Diagnostic(text, "make room, or build with --engines on another disk"))
         evidence = (
             f"memory {peak / GIB:.1f} of {available / GIB:.1f} GiB, disk {needed / GIB:.1f} of {free / GIB:.1f}"
         )

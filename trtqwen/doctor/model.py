@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from trtqwen.checkpoint.checks import check_settings
-from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.diagnostics import CheckpointError, Diagnostic
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.errors import CheckpointError
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.layout import CONFIG
 from trtqwen.quantize.outliers import BIAS_RATIO, bias_norms
 from trtqwen.recipe import CheckpointRecipe
 
@@ -55,14 +56,14 @@ class Divisible(Check):
         heads = f"{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads"
         if subject.recipe is not None:
             settings = subject.recipe.checkpoint
-            check_settings(config, Mapping(settings.tp_size, settings.pp_size), settings)
+            check_settings(config, RankMapping(settings.tp_size, settings.pp_size), settings)
             repeats = settings.tp_size // config.num_key_value_heads
             copies = f", each KV head on {repeats} ranks" if repeats > 1 else ""
             return Result("ok", f"{heads}: tp_size {settings.tp_size}, pp_size {settings.pp_size}{copies}")
         legal = []
         for size in (1, 2, 4, 8):
             try:
-                check_settings(config, Mapping(size), CheckpointRecipe(tp_size=size))
+                check_settings(config, RankMapping(size), CheckpointRecipe(tp_size=size))
             except CheckpointError:
                 continue
             legal.append(str(size))
@@ -82,22 +83,22 @@ class StopIds(Check):
         named = {
             "tokenizer_config.json": [tokenizer.end_id],
             "generation_config.json": _ids(model / "generation_config.json"),
-            "config.json": _ids(model / "config.json"),
+            "config.json": _ids(model / CONFIG),
         }
         union = sorted({token for ids in named.values() for token in ids})
         problems = []
         if beyond := [token for token in union if token >= len(tokenizer)]:
             text = f"end ids {beyond} are no tokens: the tokenizer has {len(tokenizer)}"
-            problems.append(Problem(text, "take tokenizer and config files from one model"))
+            problems.append(Diagnostic(text, "take tokenizer and config files from one model"))
         turn_end = tokenizer.encode(_TURN_END)
         if len(turn_end) == 1 and turn_end[0] not in union:
             text = f"{_TURN_END} ({turn_end[0]}) ends no answer: {_named(named)}"
             if _is_instruct(model):
                 remedy = "take generation_config.json and tokenizer_config.json from the Instruct model"
-                problems.append(Problem(text, remedy))
+                problems.append(Diagnostic(text, remedy))
             else:
                 remedy = "a base model completes text: do not serve it as chat, or take the Instruct model"
-                problems.append(Problem(text, remedy, "warning"))
+                problems.append(Diagnostic(text, remedy, "warning"))
         return self.judge(problems, f"end ids {', '.join(map(str, union))}: {_named(named)}")
 
 
@@ -198,7 +199,7 @@ class Overflow(Check):
             return Result("ok", f"weights {trained}, recipe {dtype}")
         text = f"weights {trained}, recipe float16: activations over 65504 become NaN, and answers '!!!!'"
         remedy = "set checkpoint.dtype bfloat16 (as fast on Ada), or run `trtqwen verify`, which measures the largest"
-        if recipe.engine.builder == "tensorrt_llm" and not recipe.serve.enable_context_fmha_fp32_acc:
+        if recipe.engine.backend == "tensorrt_llm" and not recipe.serve.enable_context_fmha_fp32_acc:
             remedy += ", and set serve.enable_context_fmha_fp32_acc"
         return self.found(text, remedy)
 
@@ -217,16 +218,18 @@ class Vocabulary(Check):
         problems = []
         if (rows := source.spec(embedding).shape[0]) != config.vocab_size:
             text = f"the embedding has {rows} rows, config.json says vocab_size {config.vocab_size}"
-            problems.append(Problem(text, "take config.json and weights from one model"))
+            problems.append(Diagnostic(text, "take config.json and weights from one model"))
         if not config.tie_word_embeddings and head not in source:
             text = "tie_word_embeddings is false, but there is no lm_head.weight"
-            problems.append(Problem(text, "set tie_word_embeddings true if the model ties them, or download again"))
+            problems.append(
+                Diagnostic(text, "set tie_word_embeddings true if the model ties them, or download again")
+            )
         if config.tie_word_embeddings and head in source and not _same_rows(source, embedding, head):
             text = "tie_word_embeddings is true, but lm_head.weight differs from the embedding: a stale one?"
-            problems.append(Problem(text, "remove lm_head.weight or set tie_word_embeddings false"))
+            problems.append(Diagnostic(text, "remove lm_head.weight or set tie_word_embeddings false"))
         if (source.directory / "tokenizer.json").is_file() and len(subject.tokenizer) > config.vocab_size:
             text = f"the tokenizer has {len(subject.tokenizer)} tokens, the model {config.vocab_size} rows"
-            problems.append(Problem(text, "take the tokenizer of this model"))
+            problems.append(Diagnostic(text, "take the tokenizer of this model"))
         padding = -config.vocab_size % (subject.recipe.checkpoint.tp_size if subject.recipe else 1)
         padded = f", padded by {padding} for the ranks" if padding else ""
         tied = "tied" if config.tie_word_embeddings else "untied"

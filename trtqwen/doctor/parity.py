@@ -6,7 +6,8 @@ import importlib.util
 import itertools
 from concurrent.futures import ThreadPoolExecutor
 
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.endpoint import Endpoint
 from trtqwen.doctor.live import LiveCheck
 from trtqwen.doctor.subject import Skip, Subject
@@ -41,7 +42,7 @@ class TokenParity(LiveCheck):
             if share < _LEAST:
                 text = f"{share:.0%} of the greedy tokens {name} are the model's"
                 remedy = "check the all-reduce with `trtqwen doctor --gpu` and the checkpoint with `trtqwen verify`"
-                problems.append(Problem(text, remedy))
+                problems.append(Diagnostic(text, remedy))
         return self.judge(problems, f"{', '.join(shares)}, within {_MARGIN:g} of the best logit")
 
 

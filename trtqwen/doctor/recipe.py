@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import TrtQwenError
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
 from trtqwen.engine.flags import build_command, check_against_help, check_command
-from trtqwen.errors import TrtQwenError
 from trtqwen.plan.plan import Plan, plan_recipe
 
 _GIB = 2**30
@@ -21,12 +21,12 @@ class MemoryPlan(Check):
 
     def run(self, subject: Subject) -> Result:
         plan = _plan(subject)
-        found = [finding for finding in plan.findings if finding.id in _CAPACITY and finding.level == "error"]
+        found = [finding for finding in plan.findings if finding.code in _CAPACITY and finding.level == "error"]
         rank = plan.tightest
         evidence = f"KV cache {rank.kv_pool / _GIB:.1f} GiB, {plan.kv_tokens:,} tokens"
         if rank.card is not None:
             evidence = f"{rank.taken / _GIB:.1f} of {rank.card / _GIB:.1f} GiB before the KV cache, {evidence}"
-        return self.judge([Problem(finding.message, finding.remedy) for finding in found], evidence)
+        return self.judge(found, evidence)
 
 
 class Concurrent(Check):
@@ -60,8 +60,8 @@ class BuildFlags(Check):
 
     def run(self, subject: Subject) -> Result:
         recipe = subject.named_recipe
-        if recipe.engine.builder == "torch":
-            raise Skip("the torch builder has no flags")
+        if recipe.engine.backend == "torch":
+            raise Skip("the torch backend has no flags")
         command = build_command(recipe, Path("checkpoint"), Path("engine"))
         release = recipe.checkpoint.release
         check_command(command, release)

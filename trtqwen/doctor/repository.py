@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trtqwen.artifact import MANIFEST
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.configs import ModelFile
 from trtqwen.doctor.lint import lint
 from trtqwen.doctor.subject import Skip, Subject
@@ -35,12 +36,12 @@ class Queue(Check):
         if engine is not None and engine.config is not None:
             if not engine.config.dynamic_batching.default_queue_policy.max_queue_size:
                 text = "tensorrt_llm: max_queue_size is 0: requests queue without end"
-                problems.append(Problem(text, "set serve.max_queue_size, such as twice engine.max_batch_size"))
+                problems.append(Diagnostic(text, "set serve.max_queue_size, such as twice engine.max_batch_size"))
             problems += _bls_instances(subject)
         return self.judge(problems, "no delay, bounded queue")
 
 
-def _delays(model: ModelFile) -> Iterator[Problem]:
+def _delays(model: ModelFile) -> Iterator[Diagnostic]:
     if model.config is None:
         return
     delay = model.config.dynamic_batching.max_queue_delay_microseconds
@@ -48,10 +49,10 @@ def _delays(model: ModelFile) -> Iterator[Problem]:
         text = (
             f"{model.name}: max_queue_delay_microseconds {delay}: every request waits, the engine batches in flight"
         )
-        yield Problem(text, "set it to 0")
+        yield Diagnostic(text, "set it to 0")
 
 
-def _bls_instances(subject: Subject) -> Iterator[Problem]:
+def _bls_instances(subject: Subject) -> Iterator[Diagnostic]:
     """Upstream's tensorrt_llm_bls serves one request per instance; that of our own repositories serves many."""
     bls = subject.model_files.get("tensorrt_llm_bls")
     if bls is None or bls.config is None or subject.engine is None or subject.repository is None:
@@ -62,7 +63,7 @@ def _bls_instances(subject: Subject) -> Iterator[Problem]:
     batch = subject.engine_config.build_config.max_batch_size
     if count < batch:
         text = f"tensorrt_llm_bls: {count} instances for an engine of max_batch_size {batch}: one request each"
-        yield Problem(text, f"set its instance_group count to {batch}, or let clients use ensemble")
+        yield Diagnostic(text, f"set its instance_group count to {batch}, or let clients use ensemble")
 
 
 class GuidedDecoding(Check):
@@ -83,23 +84,23 @@ class GuidedDecoding(Check):
         return self.judge(list(_xgrammar(engine, subject)), "xgrammar")
 
 
-def _xgrammar(engine: ModelFile, subject: Subject) -> Iterator[Problem]:
+def _xgrammar(engine: ModelFile, subject: Subject) -> Iterator[Diagnostic]:
     info = engine.parameter("xgrammar_tokenizer_info_path")
     if engine.config is not None and engine.config.backend == "python":
         if not engine.parameter("tokenizer_dir"):
-            yield Problem("guided decoding on the python backend needs tokenizer_dir", "set it in tensorrt_llm")
+            yield Diagnostic("guided decoding on the python backend needs tokenizer_dir", "set it in tensorrt_llm")
         return
     remedy = "write it with upstream's generate_xgrammar_tokenizer_info.py"
     try:
         vocabulary = json.loads(Path(info).read_text(encoding="utf-8"))["encoded_vocab"]
     except (OSError, ValueError, KeyError, TypeError):
-        yield Problem(f"xgrammar_tokenizer_info_path {info!r}: cannot be read", remedy)
+        yield Diagnostic(f"xgrammar_tokenizer_info_path {info!r}: cannot be read", remedy)
         return
     if subject.engine is not None and len(vocabulary) != (size := subject.engine_config.pretrained_config.vocab_size):
         text = (
             f"xgrammar's vocabulary has {len(vocabulary)} entries, the engine {size}: masks fall on the wrong words"
         )
-        yield Problem(text, f"{remedy}, with the model's vocab_size")
+        yield Diagnostic(text, f"{remedy}, with the model's vocab_size")
 
 
 CHECKS: tuple[Check, ...] = (RepositoryLint(), Queue(), GuidedDecoding())

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from trtqwen.diagnostics import TrtQwenError
 from trtqwen.doctor import engine, gpu, live, machine, model, parity, recipe, repository, software
-from trtqwen.doctor.check import Check, Result, as_problem
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.errors import TrtQwenError
 
 _MODULES = (software, machine, model, recipe, engine, repository, gpu, live, parity)
 CHECKS: tuple[Check, ...] = tuple(
@@ -32,7 +32,7 @@ class Finding:
             "title": check.title,
             "verdict": result.verdict,
             "evidence": result.evidence,
-            "remedy": result.remedy,
+            "hint": result.hint,
         }
 
 
@@ -54,7 +54,7 @@ def run_check(check: Check, subject: Subject) -> Result:
     except Skip as reason:
         return Result("skip", str(reason))
     except TrtQwenError as problem:
-        return check.judge([as_problem(problem)])
+        return check.judge([problem.diagnostic])
     except OSError as problem:
         where = problem.filename or "this host"
         return check.found(f"{where}: {problem.strerror or problem}", "look at its permissions")

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from trtqwen.cards import has_peer_to_peer
-from trtqwen.doctor.check import Check, Problem, Result
+from trtqwen.diagnostics import Diagnostic
+from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.releases import (
+from trtqwen.facts.cards import has_peer_to_peer
+from trtqwen.facts.releases import (
     Image,
     images,
     known_release,
@@ -39,13 +40,13 @@ class EnginePath(Check):
             return self.found(text, f"use {image}, or serve the model with upstream's llmapi")
         problems = []
         if host.trtllm_build is None:
-            problems.append(Problem("trtllm-build is not on PATH", f"use {image}, unchanged"))
+            problems.append(Diagnostic("trtllm-build is not on PATH", f"use {image}, unchanged"))
         if _build_config_is_gone():
-            problems.append(Problem("tensorrt_llm/builder.py has no BuildConfig", f"use {image}, unchanged"))
+            problems.append(Diagnostic("tensorrt_llm/builder.py has no BuildConfig", f"use {image}, unchanged"))
         triton = (system.root / "opt/tritonserver/bin/tritonserver").is_file()
         if triton and not (system.root / _BACKEND).is_file():
             text = f"this Triton has no {_BACKEND.name}: it cannot serve engines"
-            problems.append(Problem(text, "use an image whose tag ends in -trtllm-python-py3"))
+            problems.append(Diagnostic(text, "use an image whose tag ends in -trtllm-python-py3"))
         return self.judge(problems, f"TensorRT-LLM {host.tensorrt_llm}, {host.trtllm_build}")
 
 
@@ -127,27 +128,29 @@ class Environment(Check):
         hijacked = sorted(name for name in environ if name.startswith(FOREIGN_LAUNCHERS))
         if hijacked:
             text = f"{', '.join(hijacked)}: another launcher's, which mpi4py and mpirun obey"
-            problems.append(Problem(text, f"env {' '.join(f'-u {name}' for name in hijacked)} trtqwen ..."))
+            problems.append(Diagnostic(text, f"env {' '.join(f'-u {name}' for name in hijacked)} trtqwen ..."))
         if environ.get("NCCL_SHM_DISABLE", "0") != "0":
             text = "NCCL_SHM_DISABLE is set: without peer-to-peer, NCCL falls back to sockets"
-            problems.append(Problem(text, "unset NCCL_SHM_DISABLE"))
+            problems.append(Diagnostic(text, "unset NCCL_SHM_DISABLE"))
         problems += _peer_to_peer(subject) + _visible(subject)
         seen = sorted(name for name in environ if name.startswith(("NCCL_", "CUDA_VISIBLE_DEVICES")))
         return self.judge(problems, ", ".join(f"{name}={environ[name]}" for name in seen) or "nothing in the way")
 
 
-def _peer_to_peer(subject: Subject) -> list[Problem]:
+def _peer_to_peer(subject: Subject) -> list[Diagnostic]:
     """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data."""
     environ = subject.system.environ
     cards = [gpu for gpu in subject.host.gpus if not has_peer_to_peer(gpu.name)]
     several = len(cards) > 1 and subject.local_ranks > 1
     off = environ.get("NCCL_P2P_DISABLE", "0") != "0" or environ.get("NCCL_P2P_LEVEL") == "LOC"
     if several and not off:
-        return [Problem(f"NCCL_P2P_DISABLE is not set for {len(cards)} GeForce cards", "export NCCL_P2P_DISABLE=1")]
+        return [
+            Diagnostic(f"NCCL_P2P_DISABLE is not set for {len(cards)} GeForce cards", "export NCCL_P2P_DISABLE=1")
+        ]
     return []
 
 
-def _visible(subject: Subject) -> list[Problem]:
+def _visible(subject: Subject) -> list[Diagnostic]:
     value = subject.system.environ.get("CUDA_VISIBLE_DEVICES")
     if value is None or not subject.host.gpus:
         return []
@@ -155,7 +158,7 @@ def _visible(subject: Subject) -> list[Problem]:
     if visible >= subject.local_ranks:
         return []
     text = f"CUDA_VISIBLE_DEVICES={value!r} shows {visible} GPUs, {subject.local_ranks} ranks are to run here"
-    return [Problem(text, "unset CUDA_VISIBLE_DEVICES or name a GPU for each rank")]
+    return [Diagnostic(text, "unset CUDA_VISIBLE_DEVICES or name a GPU for each rank")]
 
 
 CHECKS: tuple[Check, ...] = (EnginePath(), TensorRtVersion(), Driver(), Environment())

@@ -14,15 +14,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trtqwen.diagnostics import InputError, TrtQwenError
 from trtqwen.doctor.configs import ModelFile, read_model_files
 from trtqwen.engine.config import EngineConfig, read_engine_config
-from trtqwen.errors import InputError, TrtQwenError
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.host import Host
+from trtqwen.layout import CONFIG
 from trtqwen.recipe import Recipe
+from trtqwen.system.host import Host
 
 _ADDRESS = re.compile(r"[\w.-]+:\d+|\[[0-9a-fA-F:]+\]:\d+")
 T = TypeVar("T")
@@ -90,7 +91,7 @@ class Subject:
     @property
     def local_ranks(self) -> int:
         """Ranks that run on this machine, as far as recipe and host tell; at least 1."""
-        if self.recipe is not None and (self.recipe.engine.builder == "torch" or self.host.gpus):
+        if self.recipe is not None and (self.recipe.engine.backend == "torch" or self.host.gpus):
             return self.recipe.world_size * self.recipe.serve.replicas
         return max(1, len(self.host.gpus))
 
@@ -142,9 +143,9 @@ class Subject:
     @cached_property
     def plugin_config(self) -> Mapping[str, Any]:
         """What trtllm-build set, with all it changed itself; empty for a torch engine."""
-        if self.engine_config.builder == "torch" or self.engine is None:
+        if self.engine_config.backend == "torch" or self.engine is None:
             return {}
-        content = json.loads((self.engine / "config.json").read_text(encoding="utf-8"))
+        content = json.loads((self.engine / CONFIG).read_text(encoding="utf-8"))
         plugins = content["build_config"].get("plugin_config")
         return plugins if isinstance(plugins, dict) else {}
 
@@ -163,11 +164,11 @@ def completed(subject: Subject) -> Subject:
     for name in ("model", "checkpoint", "engine", "repository"):
         directory = getattr(subject, name)
         if directory is not None and not directory.is_dir():
-            raise InputError(f"{directory}: no such directory; correct --{name.removesuffix('sitory')}")
+            raise InputError(f"{directory}: no such directory", f"correct --{name.removesuffix('sitory')}")
     for name in ("url", "metrics"):
         address = getattr(subject, name)
         if address is not None and not _ADDRESS.fullmatch(address):
-            raise InputError(f"--{name} {address}: is not host:port; give such as 127.0.0.1:8001")
+            raise InputError(f"--{name} {address}: is not host:port", "give such as 127.0.0.1:8001")
     if subject.recipe is not None:
         home = subject.system.work / "engines" / subject.recipe.name
         subject = replace(

@@ -10,15 +10,16 @@ from pydantic import ValidationError
 
 from trtqwen.artifact import Manifest, check_output, finished_directory, read_manifest, stage_key, write_manifest
 from trtqwen.checkpoint.config import read_checkpoint_config
-from trtqwen.checkpoint.convert import TOKENIZER_DIRECTORY
+from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.flags import NOT_IN_RESULT
 from trtqwen.engine.job import BuildJob, EngineBuilder, Watch
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
-from trtqwen.errors import InputError
-from trtqwen.host import Host
-from trtqwen.recipe import CardName, CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.facts.names import CardName
+from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.system.host import Host
 
 
 def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
@@ -31,8 +32,8 @@ def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
 
 def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
     """What of a recipe changes the engine."""
-    if recipe.builder == "torch":
-        return {"builder": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    if recipe.backend == "torch":
+        return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
     return recipe.model_dump(exclude=set(NOT_IN_RESULT))
 
 
@@ -44,8 +45,11 @@ def check_max_seq_len(recipe: EngineRecipe, max_position_embeddings: int) -> Non
     """
     if recipe.max_seq_len > max_position_embeddings:
         raise InputError(
-            f"engine.max_seq_len {recipe.max_seq_len} exceeds the model's max_position_embeddings "
-            f"{max_position_embeddings}; lower it in the recipe, or stretch the context by checkpoint.yarn_factor"
+            (
+                f"engine.max_seq_len {recipe.max_seq_len} exceeds the model's max_position_embeddings "
+                f"{max_position_embeddings}"
+            ),
+            "lower it in the recipe, or stretch the context by checkpoint.yarn_factor",
         )
 
 
@@ -87,13 +91,13 @@ def build_engine(
         serve=serve,
         card=card,
     )
-    builder: EngineBuilder = TorchBuilder() if recipe.builder == "torch" else TrtLlmBuilder(host)
+    builder: EngineBuilder = TorchBuilder() if recipe.backend == "torch" else TrtLlmBuilder(host)
     builder.check(job)
     with finished_directory(output, force=force, sources=[checkpoint]) as directory:
         builder.build(job, directory, watch)
         if (checkpoint / TOKENIZER_DIRECTORY).is_dir():
             shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)
-        known = {name: record.digest for name, record in source.outputs.items() if name != "config.json"}
+        known = {name: record.digest for name, record in source.outputs.items() if name != CONFIG}
         return write_manifest(directory, "engine", {"checkpoint": source.key}, engine_parameters(recipe), known)
 
 
@@ -102,6 +106,9 @@ def _settings(source: Manifest, checkpoint: Path) -> CheckpointRecipe:
         return CheckpointRecipe.model_validate(source.parameters)
     except ValidationError:
         raise InputError(
-            f"{checkpoint}: was converted by trtqwen {source.tool_version} with settings that this version does not "
-            "know; convert the model again"
+            (
+                f"{checkpoint}: was converted by trtqwen {source.tool_version} with settings that this "
+                "version does not know"
+            ),
+            "convert the model again",
         ) from None

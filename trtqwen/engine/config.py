@@ -9,11 +9,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from trtqwen.checkpoint.config import CheckpointConfig
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
+from trtqwen.layout import CONFIG
 from trtqwen.quantize.weight_only import Int8Layout
 from trtqwen.recipe import Positive
 
-Builder = Literal["tensorrt_llm", "torch"]
+Backend = Literal["tensorrt_llm", "torch"]
 
 
 class BuildConfig(BaseModel):
@@ -45,7 +46,7 @@ class EngineConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
-    builder: Builder = "tensorrt_llm"  # trtllm-build does not name itself
+    backend: Backend = "tensorrt_llm"  # trtllm-build does not name itself
     version: str | None = None
     int8_layout: Int8Layout | None = None
     pretrained_config: CheckpointConfig
@@ -58,10 +59,10 @@ def read_engine_config(directory: Path) -> EngineConfig:
     Raises:
         InputError: if it is missing or broken.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     try:
         return EngineConfig.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError:
-        raise InputError(f"{path}: is missing; name an engine directory that `trtqwen build` wrote") from None
+        raise InputError(f"{path}: is missing", "name an engine directory that `trtqwen build` wrote") from None
     except (ValidationError, ValueError):
-        raise InputError(f"{path}: is not the config of a trtqwen engine; build the engine again") from None
+        raise InputError(f"{path}: is not the config of a trtqwen engine", "build the engine again") from None

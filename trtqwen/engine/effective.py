@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from trtqwen.diagnostics import EngineError
 from trtqwen.engine.flags import NOT_IN_RESULT, Flags, flag_facts
-from trtqwen.errors import EngineError
 from trtqwen.recipe import ServeRecipe
 
 PAGED_CONTEXT = "use_paged_context_fmha"
@@ -64,9 +64,11 @@ def check_promises(config: Mapping[str, Any], serve: ServeRecipe) -> None:
     if broken and not _effective(PAGED_CONTEXT, config):
         names = " and ".join(broken)
         raise EngineError(
-            f"the engine came out without {PAGED_CONTEXT} ({flag_facts().flags[PAGED_CONTEXT].changed_because}), but "
-            f"{names} cannot do without; convert with a 16-bit KV cache, or set engine.{PAGED_CONTEXT} and {names} "
-            "to false"
+            (
+                f"the engine came out without {PAGED_CONTEXT} ({flag_facts().flags[PAGED_CONTEXT].changed_because}), "
+                f"but {names} cannot do without"
+            ),
+            f"convert with a 16-bit KV cache, or set engine.{PAGED_CONTEXT} and {names} to false",
         )
 
 

@@ -29,7 +29,7 @@ class Failure(BaseModel):
     after: str | None = None
     last: bool = False
     cause: str
-    remedy: str
+    hint: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Finding:
     line: str
     times: int
     cause: str
-    remedy: str
+    hint: str
 
 
 def explain(lines: Iterable[str]) -> list[Finding]:
@@ -82,7 +82,7 @@ class _Search:
     def result(self, last: int) -> Iterator[Finding]:
         for number, line in self._hits:
             if not self._failure.last or number == last:
-                yield Finding(number, line, self._times, self._failure.cause, self._failure.remedy)
+                yield Finding(number, line, self._times, self._failure.cause, self._failure.hint)
 
 
 @cache

@@ -10,9 +10,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from trtqwen.errors import EngineError
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe, Release
-from trtqwen.releases import version
+from trtqwen.diagnostics import EngineError
+from trtqwen.facts.names import Release
+from trtqwen.facts.releases import version
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe
 
 PROGRAM = "trtllm-build"
 NOT_IN_RESULT = ("workers", "log_level")  # flags that leave the engine as it is
@@ -135,20 +136,20 @@ def check_command(command: list[str], release: Release) -> None:
     first = flag_facts().first
     if version(release) < version(first):
         raise EngineError(
-            f"trtllm-build is known from {first} on; set checkpoint.release to a newer one than {release}"
+            f"trtllm-build is known from {first} on", f"set checkpoint.release to a newer one than {release}"
         )
     for name, value in _arguments(command):
         flag = flag_facts().flags.get(name)
         if flag is None:
             instead = flag_facts().removed.get(name)
             hint = f" ({instead})" if instead else ""
-            raise EngineError(f"--{name}: is no flag of trtllm-build in {release}{hint}; leave it out")
+            raise EngineError(f"--{name}: is no flag of trtllm-build in {release}{hint}", "leave it out")
         if flag.last is not None and version(release) > version(flag.last):
             raise EngineError(
-                f"--{name}: TensorRT-LLM {release} has it no more, {flag.last} was the last; leave it out"
+                f"--{name}: TensorRT-LLM {release} has it no more, {flag.last} was the last", "leave it out"
             )
         if flag.never is not None:
-            raise EngineError(f"--{name}: {flag.never}; leave it out")
+            raise EngineError(f"--{name}: {flag.never}", "leave it out")
         _check_value(name, value, flag.choices, f"TensorRT-LLM {release}", switch=flag.kind == "switch")
 
 
@@ -166,8 +167,8 @@ def check_against_help(command: list[str], text: str) -> None:
     for name, value in _arguments(command):
         if name not in known:
             raise EngineError(
-                f"--{name}: the installed trtllm-build does not know it, see `trtllm-build --help`; it is not the "
-                "release that it says it is: build in an unchanged image"
+                f"--{name}: the installed trtllm-build does not know it, see `trtllm-build --help`",
+                "it is not the release that it says it is: build in an unchanged image",
             )
         _check_value(name, value, known[name], "the installed trtllm-build")
 
@@ -179,9 +180,9 @@ def _arguments(command: list[str]) -> list[tuple[str, str | None]]:
 
 def _check_value(name: str, value: str | None, choices: tuple[str, ...], who: str, *, switch: bool = False) -> None:
     if switch and value is not None:
-        raise EngineError(f"--{name}: takes no value (got {value!r}); leave it out")
+        raise EngineError(f"--{name}: takes no value (got {value!r})", "leave it out")
     if choices and value not in choices:
-        raise EngineError(f"--{name}: {who} takes {', '.join(choices)} (got {value!r}); correct the recipe")
+        raise EngineError(f"--{name}: {who} takes {', '.join(choices)} (got {value!r})", "correct the recipe")
 
 
 def _switch(on: bool) -> str:

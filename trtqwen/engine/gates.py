@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from trtqwen.cards import card_facts
-from trtqwen.errors import EngineError
-from trtqwen.host import Host
-from trtqwen.recipe import CardName, Release
-from trtqwen.releases import known_release, last_engine_release, newest_image, release_facts, version
+from trtqwen.diagnostics import EngineError
+from trtqwen.facts.cards import card_facts
+from trtqwen.facts.names import CardName, Release
+from trtqwen.facts.releases import known_release, last_engine_release, newest_image, release_facts, version
+from trtqwen.system.host import Host
 
 
 def check_host(host: Host, release: Release, card: CardName | None, *, workers: int, command: str) -> None:
@@ -25,8 +25,11 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
     gpus = host.visible_gpus
     if not gpus:
         raise EngineError(
-            "no GPU is visible: converting works here, but building needs the GPU that will serve (trtllm-build asks "
-            "it for its kind before all else); build there, and look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+            (
+                "no GPU is visible: converting works here, but building needs the GPU that will serve "
+                "(trtllm-build asks it for its kind before all else)"
+            ),
+            "build there, and look at nvidia-smi and CUDA_VISIBLE_DEVICES",
         )
     if card is None:
         return
@@ -34,9 +37,11 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
     for gpu in gpus[:workers]:
         if gpu.compute_capability != wanted.compute_capability:
             raise EngineError(
-                f"GPU {gpu.index} is an {gpu.name} with compute capability {gpu.compute_capability}, but host.card "
-                f"{card} has {wanted.compute_capability} and an engine runs on no other; build on the "
-                f"{wanted.title}, or name the card that is here in the recipe"
+                (
+                    f"GPU {gpu.index} is an {gpu.name} with compute capability {gpu.compute_capability}, but "
+                    f"host.card {card} has {wanted.compute_capability} and an engine runs on no other"
+                ),
+                f"build on the {wanted.title}, or name the card that is here in the recipe",
             )
 
 
@@ -59,9 +64,11 @@ def check_software(host: Host, release: Release, *, command: str) -> None:
     last = last_engine_release()
     if installed is not None and version(installed)[:2] > version(last)[:2]:  # pre-releases of 1.3 have lost the path
         raise EngineError(
-            f"TensorRT-LLM {installed} builds no engines: upstream removed that path after {last}; build and serve "
-            f"in {newest_image(last).image}, or serve the Hugging Face model with this release's own PyTorch backend "
-            "(`trtllm-serve`)"
+            f"TensorRT-LLM {installed} builds no engines: upstream removed that path after {last}",
+            (
+                f"build and serve in {newest_image(last).image}, or serve the Hugging Face model with "
+                "this release's own PyTorch backend (`trtllm-serve`)"
+            ),
         )
     if host.trtllm_build is None:
         raise EngineError(
@@ -70,7 +77,7 @@ def check_software(host: Host, release: Release, *, command: str) -> None:
         )
     if installed is None:
         raise EngineError(
-            f"{host.trtllm_build}: its Python has no TensorRT-LLM; repair that installation, or build in {image}"
+            f"{host.trtllm_build}: its Python has no TensorRT-LLM", f"repair that installation, or build in {image}"
         )
     if installed.partition("+")[0] != release:
         convert = (
@@ -79,13 +86,13 @@ def check_software(host: Host, release: Release, *, command: str) -> None:
             else ""
         )
         raise EngineError(
-            f"TensorRT-LLM {installed} is installed, but the checkpoint is for checkpoint.release {release}; "
-            f"build in {image}{convert}"
+            (f"TensorRT-LLM {installed} is installed, but the checkpoint is for checkpoint.release {release}"),
+            f"build in {image}{convert}",
         )
     pinned = release_facts(release).tensorrt
     if host.tensorrt is None or ".".join(host.tensorrt.split(".")[:2]) != pinned:
         found = f"TensorRT {host.tensorrt} is installed" if host.tensorrt else "TensorRT is not installed"
         raise EngineError(
-            f"{found}, but TensorRT-LLM {release} is made for {pinned}; reinstall `tensorrt~={pinned}.0`, or build "
-            f"in {image}"
+            f"{found}, but TensorRT-LLM {release} is made for {pinned}",
+            f"reinstall `tensorrt~={pinned}.0`, or build in {image}",
         )

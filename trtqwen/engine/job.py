@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from trtqwen.recipe import CardName, CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.facts.names import CardName
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 
 
 @dataclass(frozen=True)

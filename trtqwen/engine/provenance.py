@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from trtqwen import __version__
+from trtqwen.diagnostics import Diagnostic, EngineError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.effective import SettingChange
 from trtqwen.engine.flags import Flags
-from trtqwen.errors import EngineError
-from trtqwen.host import Host
-from trtqwen.releases import images
+from trtqwen.facts.releases import images
+from trtqwen.system.host import Host
 
 PROVENANCE = "provenance.json"
 
@@ -43,17 +42,6 @@ class Provenance(BaseModel):
     checkpoint: str
     flags: dict[str, int | str | bool]
     changes: list[SettingChange]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why an engine does not run on a machine, and what to do."""
-
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.what}; {self.remedy}"
 
 
 def provenance_of(host: Host, checkpoint: str, flags: Flags, changes: list[SettingChange]) -> Provenance:
@@ -88,10 +76,10 @@ def read_provenance(engine: Path) -> Provenance | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError):  # pydantic's ValidationError is one
-        raise EngineError(f"{path}: is not a record of this version of trtqwen; build the engine again") from None
+        raise EngineError(f"{path}: is not a record of this version of trtqwen", "build the engine again") from None
 
 
-def check_provenance(engine: Path, host: Host) -> list[Problem]:
+def check_provenance(engine: Path, host: Host) -> list[Diagnostic]:
     """What keeps an engine from running on this machine; nothing for torch engines.
 
     Raises:
@@ -99,7 +87,7 @@ def check_provenance(engine: Path, host: Host) -> list[Problem]:
         EngineError: if its provenance cannot be read.
     """
     config = read_engine_config(engine)
-    if config.builder == "torch":
+    if config.backend == "torch":
         return []
     record = read_provenance(engine)
     built_by = record.tensorrt_llm if record else config.version
@@ -107,19 +95,19 @@ def check_provenance(engine: Path, host: Host) -> list[Problem]:
     problems = []
     if host.tensorrt_llm != built_by or (built_on is not None and host.tensorrt != built_on):
         problems.append(
-            Problem(
+            Diagnostic(
                 f"{engine}: was built by {_software(built_by, built_on)}, here is "
                 f"{_software(host.tensorrt_llm, host.tensorrt)}, and an engine runs with no other version",
                 f"build it again here with `trtqwen build`, or serve it in {_image(record, built_by)}",
             )
         )
     if not host.visible_gpus:
-        problems.append(Problem(f"{engine}: needs a GPU, and none is visible", "look at nvidia-smi here"))
+        problems.append(Diagnostic(f"{engine}: needs a GPU, and none is visible", "look at nvidia-smi here"))
     elif record:
         here = host.visible_gpus[0]
         if here.compute_capability != record.compute_capability:
             problems.append(
-                Problem(
+                Diagnostic(
                     f"{engine}: was built on {record.gpu} with compute capability {record.compute_capability}, here "
                     f"is {here.name} with {here.compute_capability}",
                     "build it again on this GPU with `trtqwen build`, or serve it on the other",

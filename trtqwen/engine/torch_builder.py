@@ -9,6 +9,7 @@ from pathlib import Path
 
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.job import BuildJob, Watch
+from trtqwen.layout import CONFIG, rank_weights
 
 
 class TorchBuilder:
@@ -19,17 +20,17 @@ class TorchBuilder:
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
         """Link the rank files, or copy them across disks."""
-        pretrained = json.loads((job.checkpoint / "config.json").read_text(encoding="utf-8"))
+        pretrained = json.loads((job.checkpoint / CONFIG).read_text(encoding="utf-8"))
         layout = job.settings.int8_layout
         content = {
-            "builder": "torch",
+            "backend": "torch",
             "int8_layout": None if layout == "plain" else layout,
             "pretrained_config": pretrained,
             "build_config": BuildConfig.model_validate(job.recipe.model_dump()).model_dump(),
         }
-        (directory / "config.json").write_text(json.dumps(content, indent=4), encoding="utf-8")
+        (directory / CONFIG).write_text(json.dumps(content, indent=4), encoding="utf-8")
         for rank in range(job.ranks):
-            name = f"rank{rank}.safetensors"
+            name = rank_weights(rank)
             try:
                 os.link(job.checkpoint / name, directory / name)
             except OSError:

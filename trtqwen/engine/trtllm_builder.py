@@ -9,15 +9,16 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from trtqwen.child import run_logged
+from trtqwen.diagnostics import EngineError
 from trtqwen.engine.effective import changed_settings, check_promises
 from trtqwen.engine.explain import explain
 from trtqwen.engine.flags import NOT_IN_RESULT, Flags, build_flags, check_against_help, check_command, command_line
 from trtqwen.engine.gates import check_host
 from trtqwen.engine.job import BuildJob, BuildProgress, Watch
 from trtqwen.engine.provenance import PROVENANCE, provenance_of
-from trtqwen.errors import EngineError
-from trtqwen.host import Host, read_host
+from trtqwen.layout import CONFIG, rank_engine
+from trtqwen.system.child import run_logged
+from trtqwen.system.host import Host, read_host
 
 LOG = "build.log"
 _ENVIRONMENT = {
@@ -105,12 +106,12 @@ class TrtLlmBuilder:
             )
         except (OSError, subprocess.TimeoutExpired) as problem:
             raise EngineError(
-                f"`trtllm-build --help` does not run ({problem}); repair TensorRT-LLM's installation"
+                f"`trtllm-build --help` does not run ({problem})", "repair TensorRT-LLM's installation"
             ) from None
         if result.returncode != 0:
             output = result.stdout + result.stderr
             findings = explain(output.splitlines())
-            why = f"{findings[0].cause}; {findings[0].remedy}" if findings else _last_line(output)
+            why = f"{findings[0].cause}; {findings[0].hint}" if findings else _last_line(output)
             raise EngineError(f"`trtllm-build --help` failed ({_ending(result.returncode)}): {why}")
         return result.stdout
 
@@ -118,11 +119,11 @@ class TrtLlmBuilder:
 def _read_result(directory: Path, ranks: int, log: Path) -> dict[str, Any]:
     """The engine's config.json, once every rank has its file."""
     for rank in range(ranks):
-        file = directory / f"rank{rank}.engine"
+        file = directory / rank_engine(rank)
         if not file.is_file() or file.stat().st_size == 0:
             raise BuildFailed(f"trtllm-build ended well, but {file.name} is missing or empty; build again", log)
     try:
-        content: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
         content["pretrained_config"]["dtype"], content["build_config"]["plugin_config"]
     except (OSError, ValueError, KeyError, TypeError):
         raise BuildFailed("trtllm-build ended well, but config.json is missing or of another form", log) from None
@@ -139,7 +140,7 @@ def _cause(code: int, log: Path) -> str:
     with log.open(encoding="utf-8", errors="replace") as file:
         findings = explain(file)
     if findings:
-        return f"{findings[0].cause}; {findings[0].remedy}"
+        return f"{findings[0].cause}; {findings[0].hint}"
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "it was killed from outside, usually by the kernel because the host ran out of memory; lower "

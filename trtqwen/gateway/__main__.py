@@ -14,7 +14,7 @@ import threading
 
 from pydantic import ValidationError
 
-from trtqwen.errors import TrtQwenError
+from trtqwen.diagnostics import TrtQwenError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.server import serve
 

@@ -10,16 +10,16 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from trtqwen import __version__
-from trtqwen.gateway import routes
-from trtqwen.gateway.auth import read_keys
+from trtqwen.gateway.admission.auth import read_keys
+from trtqwen.gateway.admission.middleware import Guard
+from trtqwen.gateway.api import routes
+from trtqwen.gateway.api.sse import ClientGone
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.guard import Guard
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
-from trtqwen.gateway.runtime import running
-from trtqwen.gateway.sse import ClientGone
+from trtqwen.gateway.state import running
 
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 

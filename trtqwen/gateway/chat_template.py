@@ -7,7 +7,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from trtqwen.errors import SourceError
+from trtqwen.diagnostics import SourceError
 from trtqwen.gateway.errors import bad_request
 from trtqwen.hf.tokenizer import chat_template
 
@@ -26,7 +26,7 @@ class ChatTemplate:
         try:
             self._template = chat_template(text)
         except TemplateError as problem:
-            raise SourceError(f"the model's chat template is broken ({problem}); download it again") from None
+            raise SourceError(f"the model's chat template is broken ({problem})", "download it again") from None
         self.takes_tools = "tools" in text
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import InputError, first_problem
+from trtqwen.diagnostics import InputError, first_problem
 from trtqwen.yaml_file import read_mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -111,11 +111,11 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
     if file is not None:
         where, written = str(file), _read(file)
         if twice := sorted(given.keys() & written.keys()):
-            raise InputError(f"{file}: {twice[0]}: is also set by the command; remove it from the file")
+            raise InputError(f"{file}: {twice[0]}: is also set by the command", "remove it from the file")
     try:
         return GatewayConfig.model_validate(written | given)
     except ValidationError as problem:
-        raise InputError(f"{where}: {first_problem(problem)}; correct it") from None
+        raise InputError(f"{where}: {first_problem(problem)}", "correct it") from None
 
 
 def _read(file: Path) -> dict[str, Any]:

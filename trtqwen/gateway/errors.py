@@ -9,7 +9,7 @@ from typing import Any
 
 import grpc
 
-from trtqwen.errors import TrtQwenError
+from trtqwen.diagnostics import TrtQwenError
 
 _ENGINE_ERRORS = Path(__file__).with_name("engine_errors.json")
 _TYPES = {

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import socket
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.sockets import listen
+from trtqwen.system.sockets import listen
 
 
 def bind(config: GatewayConfig) -> socket.socket:
@@ -19,6 +19,6 @@ def bind(config: GatewayConfig) -> socket.socket:
         return listen(config.host, config.port)
     except OSError as problem:
         raise InputError(
-            f"{config.host}:{config.port}: the gateway cannot listen there ({problem.strerror}); stop what does or "
-            "choose another address or port"
+            f"{config.host}:{config.port}: the gateway cannot listen there ({problem.strerror})",
+            "stop what does or choose another address or port",
         ) from None

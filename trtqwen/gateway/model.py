@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from trtqwen.artifact import read_manifest
+from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.engine.config import BuildConfig, read_engine_config
-from trtqwen.errors import InputError, SourceError
 from trtqwen.gateway.errors import bad_request
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
-from trtqwen.triton.repository import CONFIG, tokenizer_directory
 
 
 class GenerationDefaults(BaseModel):
@@ -90,11 +90,11 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         InputError: if the repository, its engine's config or its tokenizer cannot be used.
     """
     manifest = read_manifest(repository, "repository")
-    path = repository / "tensorrt_llm" / CONFIG
+    path = repository / "tensorrt_llm" / MODEL_CONFIG
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
     except (OSError, text_format.ParseError) as problem:
-        raise InputError(f"{path}: cannot be read ({problem}); write the repository again") from None
+        raise InputError(f"{path}: cannot be read ({problem})", "write the repository again") from None
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     cap = parameters.get("max_tokens_in_paged_kv_cache", "")
     tokenizer = Tokenizer(tokenizer_directory(repository))
@@ -122,4 +122,4 @@ def _defaults(path: Path) -> GenerationDefaults:
         return GenerationDefaults.model_validate({key: value for key, value in content.items() if value is not None})
     except ValidationError as problem:
         field = ".".join(map(str, problem.errors()[0]["loc"]))
-        raise SourceError(f"{path}: field {field!r} is out of range; correct it") from None
+        raise SourceError(f"{path}: field {field!r} is out of range", "correct it") from None

@@ -6,11 +6,11 @@ import http.client
 import subprocess
 import sys
 
-from trtqwen.errors import ServerError
-from trtqwen.gateway.auth import read_keys
+from trtqwen.diagnostics import ServerError
+from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
-from trtqwen.processes import Relay, Service
+from trtqwen.system.processes import Relay, Service
 
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 10  # beyond the gateway's own time to drain
@@ -103,7 +103,7 @@ class GatewayProcess(Service):
     @property
     def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
-            raise ServerError("the gateway is not running; call start() first")
+            raise ServerError("the gateway is not running", "call start() first")
         return self._process
 
     def _answers(self) -> bool:

@@ -13,11 +13,11 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from trtqwen.gateway.admission.gate import stopping
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.gate import stopping
 from trtqwen.gateway.listener import bind
-from trtqwen.gateway.runtime import Runtime
+from trtqwen.gateway.state import Runtime
 
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connections: who closes first loses no request

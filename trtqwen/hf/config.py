@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.errors import SourceError, first_problem
+from trtqwen.diagnostics import SourceError, first_problem
+from trtqwen.layout import CONFIG
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 TRAINED_CONTEXT = 32768  # tokens; Qwen2.5 reads more only by YaRN, whatever max_position_embeddings says
@@ -71,7 +72,7 @@ def stretched(config: HfConfig, factor: float) -> HfConfig:
     """
     if config.rope_scaling is not None:
         raise SourceError(
-            f"yarn_factor {factor:g}: the model's config.json has a rope_scaling of its own; leave yarn_factor out"
+            f"yarn_factor {factor:g}: the model's config.json has a rope_scaling of its own", "leave yarn_factor out"
         )
     original = min(config.max_position_embeddings, TRAINED_CONTEXT)
     scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original, "type": "yarn"}
@@ -86,33 +87,34 @@ def load_config(directory: Path) -> HfConfig:
     Raises:
         SourceError: if the file is missing or broken, or the model is not a dense, unquantised Qwen2.
     """
-    path = directory / "config.json"
+    path = directory / CONFIG
     if not directory.is_dir():
-        raise SourceError(f"{directory}: no such directory; name a Hugging Face model directory")
+        raise SourceError(f"{directory}: no such directory", "name a Hugging Face model directory")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError:
-        raise SourceError(f"{directory}: has no config.json; name the directory of a Hugging Face model") from None
+        raise SourceError(f"{directory}: has no config.json", "name the directory of a Hugging Face model") from None
     except ValueError as problem:
-        raise SourceError(f"{path}: is not JSON ({problem}); download the file again") from None
+        raise SourceError(f"{path}: is not JSON ({problem})", "download the file again") from None
     if not isinstance(data, dict):
-        raise SourceError(f"{path}: is not a JSON object; download the file again")
+        raise SourceError(f"{path}: is not a JSON object", "download the file again")
     architectures = data.get("architectures")
     if architectures != [ARCHITECTURE]:
         found = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
         raise SourceError(
-            f"{path}: architectures is {found or 'none'}; trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)"
+            f"{path}: architectures is {found or 'none'}",
+            f"trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)",
         )
     if quantization := data.get("quantization_config"):
         method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
         raise SourceError(
-            f"{path}: the weights are quantised already (quant_method {method}); use the 16-bit original"
+            f"{path}: the weights are quantised already (quant_method {method})", "use the 16-bit original"
         )
     if data.get("use_sliding_window"):
         raise SourceError(
-            f"{path}: use_sliding_window is true, which TensorRT-LLM's Qwen2 does not carry out; set it to false"
+            f"{path}: use_sliding_window is true, which TensorRT-LLM's Qwen2 does not carry out", "set it to false"
         )
     try:
         return HfConfig.model_validate(data)
     except ValidationError as problem:
-        raise SourceError(f"{path}: {first_problem(problem)}; fix the file") from None
+        raise SourceError(f"{path}: {first_problem(problem)}", "fix the file") from None

@@ -10,20 +10,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.hf.source import HfModel
-from trtqwen.rotary import make_rotary, rotate
-from trtqwen.safetensors_io import Array
+from trtqwen.nn.ops import rms_norm, to_torch
+from trtqwen.nn.rotary import make_rotary, rotate
 
 Observer = Callable[[str, Tensor, Tensor], None]
 """Called with a linear layer's Hugging Face module name, its input [tokens, in] and its output [tokens, out]."""
 
 _HEAD_ROWS = 16384
-
-
-def to_torch(tensor: Array) -> Tensor:
-    """A copy of a numpy tensor, bfloat16 included."""
-    if tensor.dtype.name == "bfloat16":  # torch does not know numpy's extension dtypes
-        return torch.from_numpy(tensor.view("uint16").copy()).view(torch.bfloat16)
-    return torch.from_numpy(tensor.copy())
 
 
 class LayerwiseModel:
@@ -121,10 +114,3 @@ class DecoderLayer:
 
     def _norm(self, hidden: Tensor, name: str) -> Tensor:
         return rms_norm(hidden, self._weights[f"{name}.weight"], self._config.rms_norm_eps)
-
-
-def rms_norm(hidden: Tensor, gain: Tensor, epsilon: float) -> Tensor:
-    """Root-mean-square norm over the last axis, computed in float32."""
-    wide = hidden.float()
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)
-    return gain * wide.to(hidden.dtype)

@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from trtqwen.artifact import digest_file
-from trtqwen.errors import SourceError
+from trtqwen.diagnostics import SourceError
 from trtqwen.hf.config import HfConfig, load_config, stretched
+from trtqwen.layout import CONFIG
 from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
 
 INDEX = "model.safetensors.index.json"
@@ -72,7 +73,7 @@ class HfModel:
             if not math.isfinite(largest):
                 count = self.count_beyond(name, math.inf)
                 raise SourceError(
-                    f"{self.directory}: tensor {name!r} holds {count} values that are not finite; download it again"
+                    f"{self.directory}: tensor {name!r} holds {count} values that are not finite", "download it again"
                 )
             self._examined[name] = digest, largest
         return self._examined[name][1]
@@ -93,7 +94,7 @@ class HfModel:
                 self.examine(name)
                 self.finish(name)
         digests = {name: digest for name, (digest, _) in self._examined.items()}
-        small = {path.name: digest_file(path) for path in [self.directory / "config.json", *self.tokenizer_files]}
+        small = {path.name: digest_file(path) for path in [self.directory / CONFIG, *self.tokenizer_files]}
         return small | {name: reader.file_digest(digests) for name, reader in self._readers.items()}
 
     @cached_property
@@ -111,7 +112,7 @@ class HfModel:
             return self._owner[name]
         except KeyError:
             raise SourceError(
-                f"{self.directory}: tensor {name!r} is missing; the model is incomplete, download it again"
+                f"{self.directory}: tensor {name!r} is missing", "the model is incomplete, download it again"
             ) from None
 
 
@@ -122,14 +123,16 @@ def _weight_files(directory: Path) -> list[Path]:
         try:
             names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, AttributeError):
-            raise SourceError(f"{index}: is not a safetensors index; download the file again") from None
+            raise SourceError(f"{index}: is not a safetensors index", "download the file again") from None
         for name in names:
             if not (directory / name).is_file():
-                raise SourceError(f"{directory / name}: this shard of the index is missing; download it again")
+                raise SourceError(f"{directory / name}: this shard of the index is missing", "download it again")
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
     if not files:
-        raise SourceError(f"{directory}: has no *.safetensors; only safetensors are read (convert .bin files first)")
+        raise SourceError(
+            f"{directory}: has no *.safetensors", "only safetensors are read (convert .bin files first)"
+        )
     return files
 
 
@@ -139,4 +142,4 @@ def _check_index(directory: Path, owner: dict[str, SafetensorsReader]) -> None:
         return
     for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
         if name not in owner or owner[name].path.name != file:
-            raise SourceError(f"{index}: places tensor {name!r} in {file}, which does not hold it; download again")
+            raise SourceError(f"{index}: places tensor {name!r} in {file}, which does not hold it", "download again")

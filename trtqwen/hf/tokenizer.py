@@ -13,7 +13,7 @@ import tokenizers
 from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from trtqwen.errors import InputError, SourceError
+from trtqwen.diagnostics import InputError, SourceError
 
 _LONG_TEXT = 10_000  # characters, tokenised in some milliseconds
 
@@ -29,11 +29,11 @@ class Tokenizer:
         self.directory = directory
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise SourceError(f"{directory}: has no tokenizer.json; copy the model's tokenizer files there")
+            raise SourceError(f"{directory}: has no tokenizer.json", "copy the model's tokenizer files there")
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as problem:  # the library raises bare Exception
-            raise SourceError(f"{path}: is not a tokenizer ({problem}); download the file again") from None
+            raise SourceError(f"{path}: is not a tokenizer ({problem})", "download the file again") from None
         if not isinstance(self._backend.decoder, tokenizers.decoders.ByteLevel):
             raise SourceError(f"{path}: is not a byte-level BPE tokenizer, as Qwen's are")
         self._config = _read_json(directory / "tokenizer_config.json")
@@ -62,7 +62,7 @@ class Tokenizer:
         """
         token = self._token("eos_token")
         if token is None:
-            raise SourceError(f"{self.directory / 'tokenizer_config.json'}: names no eos_token; add it")
+            raise SourceError(f"{self.directory / 'tokenizer_config.json'}: names no eos_token", "add it")
         return token
 
     @cached_property
@@ -125,7 +125,7 @@ def render_chat(template: str, messages: Sequence[Mapping[str, str]]) -> str:
     try:
         return chat_template(template).render(messages=messages, add_generation_prompt=True)
     except TemplateError as problem:
-        raise InputError(f"the chat template refuses these messages: {problem}; change them") from None
+        raise InputError(f"the chat template refuses these messages: {problem}", "change them") from None
 
 
 class CharacterStream:
@@ -186,7 +186,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as problem:
-        raise SourceError(f"{path}: is not JSON ({problem}); download the file again") from None
+        raise SourceError(f"{path}: is not JSON ({problem})", "download the file again") from None
     if not isinstance(content, dict):
-        raise SourceError(f"{path}: is not a JSON object; download the file again")
+        raise SourceError(f"{path}: is not a JSON object", "download the file again")
     return content

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from trtqwen.checkpoint.config import Dtype
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import Diagnostic, InputError, Level
 from trtqwen.hf.config import TRAINED_CONTEXT, HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
@@ -18,7 +16,6 @@ from trtqwen.plan.memory import GIB, RankMemory, buffer_bytes, concurrency
 from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.recipe import Recipe
 
-Level = Literal["error", "warning", "note"]
 _SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -35,21 +32,6 @@ _WORTH_SHARDING = 0.05  # share of the KV cache
 _CLEARLY_FASTER = 1.05
 
 
-@dataclass(frozen=True)
-class Finding:
-    """One sentence about a recipe and one about what to do.
-
-    Attributes:
-        level: `error` where it will not run.
-        id: a short name that stays.
-    """
-
-    level: Level
-    id: str
-    message: str
-    remedy: str
-
-
 def find(
     recipe: Recipe,
     config: HfConfig,
@@ -57,12 +39,12 @@ def find(
     memory: tuple[RankMemory, ...],
     layouts: tuple[Layout, ...],
     model: Path | None,
-) -> tuple[Finding, ...]:
+) -> tuple[Diagnostic, ...]:
     """Everything worth saying, errors first.
 
     Args:
         config: as converted, stretched by YaRN if the recipe asks for it.
-        layouts: empty for the torch builder.
+        layouts: empty for the torch backend.
         model: the directory that `config` is from, if it is from one.
     """
     found = [
@@ -83,7 +65,7 @@ def find(
     return tuple(sorted(found, key=lambda finding: levels.index(finding.level)))
 
 
-def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Layout, ...]) -> Iterator[Finding]:
+def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Layout, ...]) -> Iterator[Diagnostic]:
     engine, blocks = recipe.engine, memory[0].kv_blocks
     tokens, limit = blocks * engine.tokens_per_block, recipe.serve.max_tokens_in_paged_kv_cache
     capped = limit is not None and limit // engine.tokens_per_block == blocks
@@ -93,78 +75,78 @@ def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Lay
         remedy = f"take {' or '.join(layout.name for layout in layouts)}, which fits"
         if not layouts:
             remedy = "raise checkpoint.tp_size, take INT8 weights, or lower engine.max_num_tokens and max_batch_size"
-        yield Finding(
-            "error",
-            "memory",
+        yield Diagnostic(
             f"weights {_gib(tightest.weights.total)}, activations {_gib(tightest.activations)}, buffers "
             f"{_gib(tightest.buffers)} and context {_gib(tightest.context)} need more than the card's "
             f"{_gib(tightest.card)}",
             remedy,
+            "error",
+            "memory",
         )
     elif full.by_blocks == 0:
         more = "serve.max_tokens_in_paged_kv_cache" if capped else "checkpoint.tp_size, or take INT8 weights"
         shorter = f"lower engine.max_seq_len to {tokens}, or " if tokens else ""
-        yield Finding(
-            "error",
-            "kv-cache",
+        yield Diagnostic(
             f"the KV cache holds {tokens:,} tokens, less than one request of engine.max_seq_len "
             f"{engine.max_seq_len:,}",
             f"{shorter}raise {more}",
+            "error",
+            "kv-cache",
         )
     elif full.by_blocks == 1:
         waits = "requests that do not limit their answer run one after another"
         if recipe.serve.batch_scheduler_policy == "max_utilization":
             waits = "long requests pause each other"
-        yield Finding(
-            "warning",
-            "sequential",
+        yield Diagnostic(
             f"only one request of engine.max_seq_len {engine.max_seq_len:,} tokens fits the KV cache of {tokens:,}: "
             f"{waits}, serving will be sequential",
             f"lower engine.max_seq_len to {tokens // 2} or less, or make room; have clients send max_tokens",
-        )
-    elif full.sequences == 1:
-        yield Finding(
             "warning",
             "sequential",
+        )
+    elif full.sequences == 1:
+        yield Diagnostic(
             f"engine.max_batch_size 1 lets one request run at a time, where the KV cache holds {full.by_blocks}",
             "raise engine.max_batch_size",
+            "warning",
+            "sequential",
         )
 
 
-def _context(recipe: Recipe, config: HfConfig) -> Iterator[Finding]:
+def _context(recipe: Recipe, config: HfConfig) -> Iterator[Diagnostic]:
     length, factor = recipe.engine.max_seq_len, recipe.checkpoint.yarn_factor
     needed = max(1, math.ceil(length / TRAINED_CONTEXT))
     stretch = f"lower engine.max_seq_len to {min(length, config.max_position_embeddings)}"
     if 1 < needed <= _LARGEST_FACTOR and (config.rope_scaling is None or factor is not None):
         stretch = f"set checkpoint.yarn_factor: {needed}.0"
     if length > config.max_position_embeddings:
-        yield Finding(
-            "error",
-            "context",
+        yield Diagnostic(
             f"engine.max_seq_len {length:,} exceeds the {config.max_position_embeddings:,} tokens that the model "
             "carries; the build refuses it",
             stretch,
+            "error",
+            "context",
         )
     elif length > TRAINED_CONTEXT and config.rope_scaling is None:
-        yield Finding(
-            "warning",
-            "yarn",
+        yield Diagnostic(
             f"engine.max_seq_len {length:,} is beyond the {TRAINED_CONTEXT:,} tokens that Qwen2.5 was trained on: "
             "it reads more only with YaRN",
             stretch,
+            "warning",
+            "yarn",
         )
     elif factor is not None and needed < factor:
         smallest = f"checkpoint.yarn_factor: {needed}.0" if needed > 1 else "no checkpoint.yarn_factor"
-        yield Finding(
-            "note",
-            "yarn",
+        yield Diagnostic(
             f"checkpoint.yarn_factor {factor:g} stretches more than engine.max_seq_len {length:,} needs, and a "
             "stretch costs quality on short prompts",
             f"{smallest} is enough",
+            "note",
+            "yarn",
         )
 
 
-def _sizes(recipe: Recipe, config: HfConfig, model: Path | None) -> Iterator[Finding]:
+def _sizes(recipe: Recipe, config: HfConfig, model: Path | None) -> Iterator[Diagnostic]:
     if model is None or recipe.model is None:
         return
     expected = known_config(recipe.model)
@@ -174,62 +156,62 @@ def _sizes(recipe: Recipe, config: HfConfig, model: Path | None) -> Iterator[Fin
         if getattr(config, name) != getattr(expected, name)
     ]
     if differ:
-        yield Finding(
-            "warning",
-            "model",
+        yield Diagnostic(
             f"{model} is not the recipe's {recipe.model}: {', '.join(differ)}; the plan is for {model}",
             "name the right directory, or change the recipe's model",
+            "warning",
+            "model",
         )
 
 
-def _int8_kv_cache(recipe: Recipe, model: Path | None) -> Iterator[Finding]:
+def _int8_kv_cache(recipe: Recipe, model: Path | None) -> Iterator[Diagnostic]:
     if recipe.checkpoint.kv_cache != "int8":
         return
     if model is not None:
         try:
             check_int8_kv_cache(HfModel(model))
         except InputError as problem:
-            message, _, remedy = str(problem).partition("; ")
-            yield Finding("warning", "int8-kv", message, remedy)
+            message, remedy = problem.what, problem.hint
+            yield Diagnostic(message, remedy, "warning", "int8-kv")
     elif recipe.model and recipe.model.startswith("qwen2.5-"):
-        yield Finding(
-            "warning",
-            "int8-kv",
+        yield Diagnostic(
             "an INT8 KV cache ruins Qwen2.5: k_proj biases of 7B have norms of 605 and 921 in the first and last "
             "layer, 22 elsewhere, and TensorRT-LLM has one scale a layer for all of it",
             "leave checkpoint.kv_cache auto, or have the files checked with --model",
+            "warning",
+            "int8-kv",
         )
 
 
-def _float16(recipe: Recipe, config: HfConfig, dtype: Dtype) -> Iterator[Finding]:
+def _float16(recipe: Recipe, config: HfConfig, dtype: Dtype) -> Iterator[Diagnostic]:
     if dtype != "float16" or config.torch_dtype != "bfloat16":
         return
     guard = ""
     if not recipe.serve.enable_context_fmha_fp32_acc:
         guard = ", all the more as attention sums in float16 here"
-    yield Finding(
-        "warning",
-        "float16",
+    yield Diagnostic(
         "the model was trained in bfloat16, and some activations exceed float16's 65,504: answers can turn into "
         f"'!!!!'{guard}",
         "checkpoint.dtype: bfloat16 costs nothing on these cards"
         + ("; if float16 must be, set serve.enable_context_fmha_fp32_acc: true" if guard else ""),
+        "warning",
+        "float16",
     )
 
 
-def _step(recipe: Recipe, config: HfConfig, memory: tuple[RankMemory, ...]) -> Iterator[Finding]:
+def _step(recipe: Recipe, config: HfConfig, memory: tuple[RankMemory, ...]) -> Iterator[Diagnostic]:
     engine, last = recipe.engine, memory[-1]
     assert last.card is not None
     if engine.max_num_tokens > _MOST_TOKENS_A_STEP:
         remedy = "lower it to 8192; chunked context spreads longer prompts over steps"
         if not recipe.serve.enable_chunked_context:
             remedy = "lower it with engine.max_seq_len: without chunked context a step takes whole prompts"
-        yield Finding(
-            "warning",
-            "max-num-tokens",
+        yield Diagnostic(
             f"engine.max_num_tokens {engine.max_num_tokens:,} takes {_gib(last.activations)} of activations; "
             f"trtllm-build warns above {_MOST_TOKENS_A_STEP:,}, and NVIDIA measured no gain beyond 8,192",
             remedy,
+            "warning",
+            "max-num-tokens",
         )
     if last.buffers > _MOST_BUFFERS * last.card:
         smaller: dict[str, int] = {"max_batch_size": engine.max_batch_size // 2}
@@ -239,29 +221,29 @@ def _step(recipe: Recipe, config: HfConfig, memory: tuple[RankMemory, ...]) -> I
         less = buffer_bytes(
             recipe.model_copy(update={"engine": engine.model_copy(update=smaller)}), config, last=True
         )
-        yield Finding(
-            "warning",
-            "logits",
+        yield Diagnostic(
             f"logits and decoder take {_gib(last.buffers)} of each card: engine.max_batch_size "
             f"{engine.max_batch_size:,} times {config.vocab_size:,} words",
             f"{remedy} takes {_gib(less)}",
+            "warning",
+            "logits",
         )
 
 
-def _cards(recipe: Recipe) -> Iterator[Finding]:
+def _cards(recipe: Recipe) -> Iterator[Diagnostic]:
     assert recipe.host is not None
     used, replicas = recipe.world_size * recipe.serve.replicas, recipe.host.gpus // recipe.world_size
     if used < recipe.host.gpus:
         more = replicas > recipe.serve.replicas
-        yield Finding(
-            "warning",
-            "idle-cards",
+        yield Diagnostic(
             f"{used} of the host's {recipe.host.gpus} cards are used",
             f"set serve.replicas: {replicas}" if more else "raise checkpoint.tp_size, or give the rest other work",
+            "warning",
+            "idle-cards",
         )
 
 
-def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Finding]:
+def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Diagnostic]:
     assert recipe.host is not None
     own = (recipe.checkpoint.tp_size, recipe.checkpoint.pp_size)
     mine = next((layout for layout in layouts if (layout.tp_size, layout.pp_size) == own), None)
@@ -277,29 +259,29 @@ def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Find
     if mine.replicas * mine.full_length > best.replicas * best.full_length:
         merits.append("many long requests")
     keep = f"; {mine.name} is for {' and '.join(merits)}" if merits else ""
-    yield Finding(
-        "warning",
-        "layout",
+    yield Diagnostic(
         f"{best.name} gives {low:.1f} to {high:.1f} times the throughput of {mine.name}, with {best.load} requests "
         f"in flight instead of {mine.load}; one stream alone runs at {_span(best.one_stream)} tokens/s there, at "
         f"{_span(mine.one_stream)} here",
         f"set checkpoint.tp_size: {best.tp_size}{', pp_size: 1' * (mine.pp_size > 1)} and serve.replicas: "
         f"{best.replicas}{keep}",
+        "warning",
+        "layout",
     )
 
 
-def _embedding(recipe: Recipe, memory: tuple[RankMemory, ...]) -> Iterator[Finding]:
+def _embedding(recipe: Recipe, memory: tuple[RankMemory, ...]) -> Iterator[Diagnostic]:
     settings, first = recipe.checkpoint, memory[0]
     if settings.tp_size == 1 or settings.embedding_sharding != "none" or not first.kv_pool:
         return
     saved = first.weights.embedding * (settings.tp_size - 1) // settings.tp_size
     gain = saved * recipe.serve.kv_cache_free_gpu_mem_fraction / first.kv_pool
     if gain >= _WORTH_SHARDING:
-        yield Finding(
-            "note",
-            "embedding",
+        yield Diagnostic(
             f"each rank holds the whole embedding, {_gib(first.weights.embedding)}",
             f"checkpoint.embedding_sharding: vocab makes the KV cache {gain:.0%} larger, for one all-reduce a step",
+            "note",
+            "embedding",
         )
 
 

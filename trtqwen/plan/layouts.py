@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from trtqwen.checkpoint.checks import check_settings
 from trtqwen.checkpoint.config import Dtype
-from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.errors import CheckpointError
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import assumptions
 from trtqwen.plan.memory import concurrency, plan_memory
@@ -83,7 +83,7 @@ def _throughput(recipe: Recipe, speed: Roofline, sequences: int) -> Span:
 def _legal(recipe: Recipe, config: HfConfig, tp_size: int) -> bool:
     settings = recipe.checkpoint.model_copy(update={"tp_size": tp_size, "pp_size": 1})
     try:
-        check_settings(config, Mapping(tp_size), settings)
+        check_settings(config, RankMapping(tp_size), settings)
     except CheckpointError:
         return False
     return True

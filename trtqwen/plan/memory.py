@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from trtqwen.cards import card_facts
 from trtqwen.checkpoint.config import Dtype
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import assumptions
 from trtqwen.plan.weights import RankWeights, local_kv_heads, rank_matrices, rank_weights
@@ -77,7 +77,7 @@ def plan_memory(recipe: Recipe, config: HfConfig, dtype: Dtype) -> tuple[RankMem
     context = facts.context_gib.one_rank if recipe.world_size == 1 else facts.context_gib.more_ranks
     tokens = step_tokens(recipe)
     kv_value = 1 if settings.kv_cache == "int8" else value_bytes
-    mapping = Mapping(settings.tp_size, settings.pp_size)
+    mapping = RankMapping(settings.tp_size, settings.pp_size)
     ranks = [
         RankMemory(
             card=int(card_facts(recipe.host.card).usable_gib * GIB),
@@ -127,7 +127,7 @@ def buffer_bytes(recipe: Recipe, config: HfConfig, *, last: bool) -> int:
     return facts.runtime_buffers_bytes + int(engine.max_batch_size * row) + prompts
 
 
-def kv_token_bytes(config: HfConfig, mapping: Mapping, stage: int, value_bytes: int) -> int:
+def kv_token_bytes(config: HfConfig, mapping: RankMapping, stage: int, value_bytes: int) -> int:
     """Bytes of one token's keys and values on each rank of a stage."""
     layers = len(mapping.stage_layers(stage, config.num_hidden_layers))
     return 2 * layers * local_kv_heads(config, mapping.tp_size) * config.head_size * value_bytes
@@ -148,7 +148,7 @@ def _host_memory(recipe: Recipe, config: HfConfig) -> tuple[RankMemory, ...]:
     """The torch engine's weights and KV cache; what a step needs beside them depends on PyTorch."""
     engine, settings = recipe.engine, recipe.checkpoint
     tokens = recipe.serve.max_tokens_in_paged_kv_cache or engine.max_batch_size * engine.max_seq_len
-    mapping = Mapping(settings.tp_size, settings.pp_size)
+    mapping = RankMapping(settings.tp_size, settings.pp_size)
     plain = settings.model_copy(update={"quant": "none"})
     return tuple(
         RankMemory(

@@ -8,13 +8,13 @@ from typing import Any
 
 from trtqwen.checkpoint.checks import check_settings
 from trtqwen.checkpoint.config import Dtype, resolved_dtype
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.engine.flags import build_command
-from trtqwen.errors import InputError
 from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.known import known_config
 from trtqwen.plan.assumptions import assumptions
-from trtqwen.plan.findings import Finding, find
+from trtqwen.plan.findings import find
 from trtqwen.plan.layouts import Layout, plan_layouts, typical_request
 from trtqwen.plan.memory import Concurrency, RankMemory, concurrency, plan_memory
 from trtqwen.plan.speed import Context, Generation, Roofline, Span, Step
@@ -44,9 +44,9 @@ class Plan:
         model: name or directory that the sizes are from.
         memory: of a rank of each pipeline stage.
         concurrency: requests at once on one replica, by length; the last is max_seq_len.
-        speed: None for the torch builder, and where nothing fits.
-        layouts: the recipe's own among them; empty for the torch builder.
-        command: the trtllm-build call; empty for the torch builder.
+        speed: None for the torch backend, and where nothing fits.
+        layouts: the recipe's own among them; empty for the torch backend.
+        command: the trtllm-build call; empty for the torch backend.
     """
 
     recipe: Recipe
@@ -57,7 +57,7 @@ class Plan:
     speed: Speed | None
     layouts: tuple[Layout, ...]
     command: tuple[str, ...]
-    findings: tuple[Finding, ...]
+    findings: tuple[Diagnostic, ...]
 
     @property
     def fits(self) -> bool:
@@ -80,7 +80,7 @@ class Plan:
         return {
             "recipe": recipe.name,
             "model": self.model,
-            "builder": recipe.engine.builder,
+            "backend": recipe.engine.backend,
             "fits": self.fits,
             "dtype": self.dtype,
             "quant": recipe.checkpoint.quant,
@@ -94,7 +94,7 @@ class Plan:
             "speed": None if self.speed is None else _speed_json(self.speed),
             "layouts": [asdict(layout) for layout in self.layouts],
             "command": list(self.command),
-            "findings": [asdict(finding) for finding in self.findings],
+            "findings": [finding.as_json() for finding in self.findings],
             "assumptions": assumptions().model_dump(),
         }
 
@@ -137,13 +137,13 @@ def model_config(recipe: Recipe, model: Path | None = None) -> HfConfig:
     """
     if model is None and recipe.model is None:
         raise InputError(
-            f"{recipe.name}: names no model, whose sizes a plan needs; add the field model, or pass --model"
+            f"{recipe.name}: names no model, whose sizes a plan needs", "add the field model, or pass --model"
         )
     config = load_config(model) if model is not None else known_config(str(recipe.model))
     settings = recipe.checkpoint
     if settings.yarn_factor is not None:
         config = stretched(config, settings.yarn_factor)
-    check_settings(config, Mapping(settings.tp_size, settings.pp_size), settings)
+    check_settings(config, RankMapping(settings.tp_size, settings.pp_size), settings)
     return config
 
 

@@ -10,9 +10,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from trtqwen.cards import card_facts
+from trtqwen.diagnostics import Level
+from trtqwen.facts.cards import card_facts
 from trtqwen.plan.assumptions import assumptions
-from trtqwen.plan.findings import Level
 from trtqwen.plan.memory import GIB, RankMemory
 from trtqwen.plan.plan import Plan, Speed
 from trtqwen.plan.speed import Span
@@ -162,10 +162,10 @@ def _findings(plan: Plan, console: Console, name: str = "") -> None:
         label = Text(finding.level, style=_STYLES[finding.level])
         if console.is_terminal:
             table = Table.grid(padding=(0, 2))
-            table.add_row(label, Text.assemble(f"{name}{finding.message}\n", (finding.remedy, "italic dim")))
+            table.add_row(label, Text.assemble(f"{name}{finding.what}\n", (finding.hint, "italic dim")))
             console.print(table)
         else:
-            console.print(label + Text(f": {name}{finding.message}; {finding.remedy}"), soft_wrap=True)
+            console.print(label + Text(f": {name}{finding.what}; {finding.hint}"), soft_wrap=True)
     if plan.findings:
         console.print()
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from trtqwen.cards import card_facts
 from trtqwen.checkpoint.config import Dtype
-from trtqwen.checkpoint.mapping import Mapping
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import Link, assumptions
 from trtqwen.plan.memory import VALUE_BYTES, RankMemory, step_tokens
@@ -90,12 +90,12 @@ class Context:
 
 
 class Roofline:
-    """The speed of one replica of a recipe for the builder tensorrt_llm."""
+    """The speed of one replica of a recipe for the backend tensorrt_llm."""
 
     def __init__(self, recipe: Recipe, config: HfConfig, dtype: Dtype, memory: tuple[RankMemory, ...]) -> None:
         assert recipe.host is not None
         self._config = config
-        self._mapping = Mapping(recipe.checkpoint.tp_size, recipe.checkpoint.pp_size)
+        self._mapping = RankMapping(recipe.checkpoint.tp_size, recipe.checkpoint.pp_size)
         self._step_tokens = step_tokens(recipe)
         self._value_bytes = VALUE_BYTES[dtype]
         self._sharded = recipe.checkpoint.embedding_sharding != "none"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trtqwen.checkpoint.mapping import Mapping
-from trtqwen.checkpoint.rules import TILE
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.tensors import TILE
 from trtqwen.hf.config import HfConfig
 from trtqwen.recipe import CheckpointRecipe
 
@@ -80,7 +80,7 @@ def rank_weights(config: HfConfig, settings: CheckpointRecipe, value_bytes: int,
     Args:
         value_bytes: of everything that is not quantised.
     """
-    mapping, hidden = Mapping(settings.tp_size, settings.pp_size), config.hidden_size
+    mapping, hidden = RankMapping(settings.tp_size, settings.pp_size), config.hidden_size
     rows = -(-config.vocab_size // mapping.tp_size)
     shards = {"none": config.vocab_size * hidden, "vocab": rows * hidden}
     shards["hidden"] = shards["none"] // mapping.tp_size

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from trtqwen.artifact import digest_file
-from trtqwen.errors import InputError, SourceError
+from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.ranges import read_ranges
@@ -93,8 +93,8 @@ def calibrate(
     for module, span in ranges.items():
         if not (np.isfinite(span.x).all() and np.isfinite(span.y).all()):
             raise SourceError(
-                f"{source.directory}: activations of {module} overflow float16, in which TensorRT-LLM calibrates; "
-                "this model cannot use SmoothQuant or an INT8 KV cache"
+                (f"{source.directory}: activations of {module} overflow float16, in which TensorRT-LLM calibrates"),
+                "this model cannot use SmoothQuant or an INT8 KV cache",
             )
     return ranges
 
@@ -104,8 +104,11 @@ def _check_sizes(ranges: dict[str, ActivationRange], source: HfModel, path: str)
         out, inner = source.spec(f"{module}.weight").shape
         if (span.x.shape, span.y.shape) != ((inner,), (out,)):
             raise InputError(
-                f"{path}: {module} has ranges of {span.x.size} inputs and {span.y.size} outputs, but the model's has "
-                f"{inner} and {out}; they are of another model"
+                (
+                    f"{path}: {module} has ranges of {span.x.size} inputs and {span.y.size} outputs, but the "
+                    f"model's has {inner} and {out}"
+                ),
+                "they are of another model",
             )
 
 
@@ -113,7 +116,7 @@ def _digest(path: Path) -> str:
     try:
         return digest_file(path)
     except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror}); check the path") from None
+        raise InputError(f"{path}: cannot be read ({problem.strerror})", "check the path") from None
 
 
 def _calibration_file(settings: CheckpointRecipe) -> Path:

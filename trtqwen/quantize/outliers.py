@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.hf.source import HfModel
 from trtqwen.quantize.smoothquant import ActivationRange
 
@@ -32,8 +32,11 @@ def check_int8_kv_cache(source: HfModel) -> None:
     broken = [f"{ratios[layer]:.0f} (layer {layer})" for layer in np.flatnonzero(ratios > BIAS_RATIO)]
     if broken:
         raise InputError(
-            f"{source.directory}: k_proj biases are {', '.join(broken)} times the median of all layers, where "
-            f"{BIAS_RATIO:g} is the most that an INT8 KV cache bears; leave kv_cache auto, or pass --force"
+            (
+                f"{source.directory}: k_proj biases are {', '.join(broken)} times the median of all "
+                f"layers, where {BIAS_RATIO:g} is the most that an INT8 KV cache bears"
+            ),
+            "leave kv_cache auto, or pass --force",
         )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.quantize.smoothquant import ActivationRange
 from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
 
@@ -31,7 +31,7 @@ def read_ranges(path: Path, num_layers: int) -> dict[str, ActivationRange]:
             module = f"model.layers.{layer}.{linear}"
             x, y = (reader.tensor(f"{module}.{side}").astype(np.float32) for side in "xy")
             if not (np.isfinite(x).all() and np.isfinite(y).all() and x.max() > 0 and y.max() > 0):
-                raise InputError(f"{path}: {module} has no usable range; calibrate again")
+                raise InputError(f"{path}: {module} has no usable range", "calibrate again")
             ranges[module] = ActivationRange(x, y)
     return ranges
 

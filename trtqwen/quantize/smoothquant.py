@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.errors import CheckpointError
+from trtqwen.diagnostics import CheckpointError
 
 Array = npt.NDArray[Any]
 Int8 = npt.NDArray[np.int8]
@@ -131,7 +131,7 @@ def smooth_weight(source: Array, factor: Float64, pool: Executor) -> SmoothedWei
 
     _share(pool, measure, _row_blocks(source, _CACHED_ELEMENTS))
     if largest.max() >= _OVERFLOW:
-        raise CheckpointError("smoothing takes weights out of float16's range; lower sq_alpha")
+        raise CheckpointError("smoothing takes weights out of float16's range", "lower sq_alpha")
     return SmoothedWeight(source, factor, largest.astype(np.float16), pool)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 
 CALIBRATION = Path(__file__).parent.parent / "demo" / "calibration.jsonl"
@@ -21,16 +21,16 @@ def read_texts(path: Path) -> list[str]:
     try:
         content = path.read_text(encoding="utf-8")
     except OSError as problem:
-        raise InputError(f"{path}: cannot be read ({problem.strerror}); name a text or JSONL file") from None
+        raise InputError(f"{path}: cannot be read ({problem.strerror})", "name a text or JSONL file") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is not UTF-8; convert the file") from None
+        raise InputError(f"{path}: is not UTF-8", "convert the file") from None
     if path.suffix == ".jsonl":
         texts = [_text_of(path, number, line) for number, line in enumerate(content.splitlines(), 1) if line.strip()]
     else:
         texts = content.split("\n\n")
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
-        raise InputError(f"{path}: holds no text; put some in")
+        raise InputError(f"{path}: holds no text", "put some in")
     return texts
 
 
@@ -42,7 +42,7 @@ def tokenize(texts: list[str], tokenizer: Tokenizer, max_tokens: int, *, chat: b
     """
     if chat:
         if tokenizer.chat_template is None:
-            raise InputError(f"{tokenizer.directory}: has no chat template; leave chat_template off")
+            raise InputError(f"{tokenizer.directory}: has no chat template", "leave chat_template off")
         texts = [render_chat(tokenizer.chat_template, [{"role": "user", "content": text}]) for text in texts]
     return [ids[:max_tokens] for text in texts if (ids := tokenizer.encode(text))]
 
@@ -51,4 +51,4 @@ def _text_of(path: Path, number: int, line: str) -> str:
     try:
         return str(json.loads(line)["text"])
     except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path}: line {number} is not a JSON object with a field 'text'; fix the line") from None
+        raise InputError(f"{path}: line {number} is not a JSON object with a field 'text'", "fix the line") from None

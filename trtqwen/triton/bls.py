@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 from trtqwen.triton.contract import step_maps
 from trtqwen.triton.service import Sender
 
@@ -112,7 +112,7 @@ def stop(models: Models, settings: BlsSettings) -> None:
 def _responses(models: Models, settings: BlsSettings, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
     for name, need in _UNSUPPORTED.items():
         if name in inputs and inputs[name].any():
-            raise RequestError(f"{name}: needs {need}, which this server does not have; leave the tensor out")
+            raise RequestError(f"{name}: needs {need}, which this server does not have", "leave the tensor out")
     # Scalars that the config reshapes come without their last dimension.
     known = {
         name: value[:, None] if value.ndim == 1 else value

@@ -18,7 +18,7 @@ from tritonclient.utils import (
     triton_to_np_dtype,
 )
 
-from trtqwen.errors import InputError, ServerError
+from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.hf.tokenizer import render_chat
 from trtqwen.triton.contract import older_names
 
@@ -113,7 +113,7 @@ def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, 
     try:
         encoded = text.encode()
     except UnicodeEncodeError:
-        raise InputError("the prompt is not Unicode text; pass it as UTF-8") from None
+        raise InputError("the prompt is not Unicode text", "pass it as UTF-8") from None
     inputs: dict[str, Array] = {
         "text_input": np.array([[encoded]], np.object_),
         "max_tokens": np.array([[max_tokens]], np.int32),

@@ -9,7 +9,7 @@ import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtqwen.errors import ServerError
+from trtqwen.diagnostics import ServerError
 
 _CONTAINER = "/opt/tritonserver/bin"  # where NVIDIA's images have it
 _STUB = "triton_python_backend_stub"
@@ -41,17 +41,17 @@ def find_tritonserver() -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            "no tritonserver on this machine; run in NVIDIA's Triton container or `pip install trtqwen[triton]`"
+            "no tritonserver on this machine", "run in NVIDIA's Triton container or `pip install trtqwen[triton]`"
         )
     home = Path(spec.origin).parent / "tritonserver"
     if not _stub(home).is_file():
-        raise ServerError(f"{home}: has no python backend for Python {_python_version()}; use Python 3.10 to 3.12")
+        raise ServerError(f"{home}: has no python backend for Python {_python_version()}", "use Python 3.10 to 3.12")
     library_directory = sysconfig.get_config_var("LIBDIR")
     library = Path(library_directory, sysconfig.get_config_var("INSTSONAME") or "")
     if not library.is_file() or ".so" not in library.name:
         raise ServerError(
-            f"{sys.executable}: has no shared libpython, which Triton's python backend loads; use a Python that was "
-            "built with --enable-shared"
+            f"{sys.executable}: has no shared libpython, which Triton's python backend loads",
+            "use a Python that was built with --enable-shared",
         )
     return Installation(
         binary=home / "bin" / "tritonserver",

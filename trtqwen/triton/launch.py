@@ -22,10 +22,11 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from trtqwen.cards import has_peer_to_peer
+from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import InputError
-from trtqwen.host import Host
+from trtqwen.facts.cards import has_peer_to_peer
+from trtqwen.layout import MODEL_CONFIG, rank_engine
+from trtqwen.system.host import Host
 
 ENGINE_MODEL = "tensorrt_llm"
 _CPP_BACKEND = "tensorrtllm"
@@ -88,18 +89,18 @@ def read_deployment(repository: Path) -> Deployment:
     Raises:
         InputError: if the config is broken or the engine is not where it says.
     """
-    path = repository / ENGINE_MODEL / "config.pbtxt"
+    path = repository / ENGINE_MODEL / MODEL_CONFIG
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError):
-        raise InputError(f"{path}: is missing or no model config; write it again with `trtqwen repo`") from None
+        raise InputError(f"{path}: is missing or no model config", "write it again with `trtqwen repo`") from None
     if config.backend != _CPP_BACKEND:
         return Deployment()
     engine = Path(config.parameters["gpt_model_path"].string_value)
     world_size = read_engine_config(engine).pretrained_config.mapping.world_size
-    missing = [rank for rank in range(world_size) if not (engine / f"rank{rank}.engine").is_file()]
+    missing = [rank for rank in range(world_size) if not (engine / rank_engine(rank)).is_file()]
     if missing:
-        raise InputError(f"{engine}: rank{missing[0]}.engine is missing; build the engine again")
+        raise InputError(f"{engine}: rank{missing[0]}.engine is missing", "build the engine again")
     return Deployment(world_size, replica_count(config), engine)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from trtqwen.engine.config import BuildConfig
-from trtqwen.runtime.request import IterationStats
+from trtqwen.executor.request import IterationStats
 
 Gauges = dict[tuple[str, str, str], float]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trtqwen.errors import InputError
-from trtqwen.runtime.config import ExecutorConfig
+from trtqwen.diagnostics import InputError
+from trtqwen.executor.config import ExecutorConfig
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
@@ -84,11 +84,11 @@ def _executor_config(parameters: Mapping[str, str], config: Mapping[str, Any]) -
     except ValidationError as problem:
         first = problem.errors()[0]
         key, value = first["loc"][0], first["input"]
-        raise InputError(f"config.pbtxt: parameter {key} cannot be {value!r}; write the repository again") from None
+        raise InputError(f"config.pbtxt: parameter {key} cannot be {value!r}", "write the repository again") from None
 
 
 def _milliseconds(parameters: Mapping[str, str], key: str) -> float:
     text = parameters.get(key, "0")
     if not text.isdecimal():
-        raise InputError(f"config.pbtxt: parameter {key} cannot be {text!r}; give whole milliseconds")
+        raise InputError(f"config.pbtxt: parameter {key} cannot be {text!r}", "give whole milliseconds")
     return (int(text) or 100) / 1000

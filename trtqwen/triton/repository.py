@@ -14,23 +14,21 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from trtqwen.artifact import Manifest, finished_directory, read_manifest, stage_key, write_manifest
-from trtqwen.checkpoint.convert import TOKENIZER_DIRECTORY
-from trtqwen.engine.config import Builder, read_engine_config
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
+from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
-CONFIG = "config.pbtxt"
 _MODELS = Path(__file__).with_name("models")
-_BACKENDS: dict[Builder, str] = {"torch": "python", "tensorrt_llm": "tensorrtllm"}
+_BACKENDS: dict[Backend, str] = {"torch": "python", "tensorrt_llm": "tensorrtllm"}
 
 # The repository carries its own copy of the tokenizer: building the engine again under a running server does not
 # change it, and the manifest accounts for it. Models find it relative to their directory, so a repository can move.
-_TOKENIZER = Path("preprocessing", "1", TOKENIZER_DIRECTORY)
 _TOKENIZER_INFO = Path("tensorrt_llm", "1", "xgrammar_tokenizer_info.json")
-_TOKENIZER_FROM_MODEL = Path("..") / _TOKENIZER
+_TOKENIZER_FROM_MODEL = tokenizer_directory(Path(".."))
 
 
 @dataclass(frozen=True)
@@ -57,11 +55,6 @@ def repository_key(engine: Path, engine_key: str, serve: ServeRecipe) -> str:
     return stage_key("repository", {"engine": engine_key}, _parameters(engine, serve))
 
 
-def tokenizer_directory(repository: Path) -> Path:
-    """Where a repository keeps its tokenizer."""
-    return repository / _TOKENIZER
-
-
 def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None) -> RepositoryPlan:
     """Work out every model's config for a finished engine.
 
@@ -77,8 +70,8 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     built = _built(engine)
     if not (engine / TOKENIZER_DIRECTORY).is_dir():
         raise InputError(
-            f"{engine / TOKENIZER_DIRECTORY}: is missing, but Triton's text models need it; put tokenizer.json and "
-            "tokenizer_config.json beside the model's weights and build again"
+            f"{engine / TOKENIZER_DIRECTORY}: is missing, but Triton's text models need it",
+            "put tokenizer.json and tokenizer_config.json beside the model's weights and build again",
         )
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
     configs = {name: model_config(name, built.release, built.logits_dtype) for name in model_names()}
@@ -90,7 +83,7 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     _bls(configs["tensorrt_llm_bls"])
     configs["ensemble"].platform = "ensemble"
     # Upstream has it from 0.19.
-    guided = built.builder == "tensorrt_llm" and "guided_decoding_backend" in configs["tensorrt_llm"].parameters
+    guided = built.backend == "tensorrt_llm" and "guided_decoding_backend" in configs["tensorrt_llm"].parameters
     if guided and output is not None:
         _set_parameters(
             configs["tensorrt_llm"],
@@ -113,7 +106,7 @@ def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: b
         for name, config in plan.configs.items():
             version = directory / name / "1"
             version.mkdir(parents=True)
-            (directory / name / CONFIG).write_text(config_text(config), encoding="utf-8")
+            (directory / name / MODEL_CONFIG).write_text(config_text(config), encoding="utf-8")
             if name in plan.python_models:
                 shutil.copyfile(_MODELS / f"{name}.py", version / "model.py")
             else:
@@ -144,7 +137,7 @@ class _Built:
         release: the TensorRT-LLM release that built it, or None.
     """
 
-    builder: Builder
+    backend: Backend
     release: str | None
     logits_dtype: str
     world_size: int
@@ -152,9 +145,9 @@ class _Built:
 
 def _built(engine: Path) -> _Built:
     config = read_engine_config(engine)
-    raw = json.loads((engine / "config.json").read_text(encoding="utf-8"))
-    logits_dtype = raw["pretrained_config"].get("logits_dtype", "float32") if config.builder != "torch" else "float32"
-    return _Built(config.builder, config.version, logits_dtype, config.pretrained_config.mapping.world_size)
+    raw = json.loads((engine / CONFIG).read_text(encoding="utf-8"))
+    logits_dtype = raw["pretrained_config"].get("logits_dtype", "float32") if config.backend != "torch" else "float32"
+    return _Built(config.backend, config.version, logits_dtype, config.pretrained_config.mapping.world_size)
 
 
 def _preprocessing(config: ModelConfig, serve: ServeRecipe, engine: Path, tokenizer: Tokenizer) -> None:
@@ -170,7 +163,7 @@ def _preprocessing(config: ModelConfig, serve: ServeRecipe, engine: Path, tokeni
 
 
 def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: _Built) -> None:
-    config.backend = _BACKENDS[built.builder]
+    config.backend = _BACKENDS[built.backend]
     cap = serve.max_tokens_in_paged_kv_cache
     _set_parameters(
         config,
@@ -184,9 +177,9 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
         enable_kv_cache_reuse=str(serve.enable_kv_cache_reuse),
         enable_chunked_context=str(serve.enable_chunked_context),
     )
-    if "tokenizer_dir" in config.parameters or built.builder == "torch":  # upstream has it from 0.19
+    if "tokenizer_dir" in config.parameters or built.backend == "torch":  # upstream has it from 0.19
         config.parameters["tokenizer_dir"].string_value = str(_TOKENIZER_FROM_MODEL)
-    if built.builder == "tensorrt_llm":
+    if built.backend == "tensorrt_llm":
         _set_parameters(
             config,
             enable_context_fmha_fp32_acc=str(serve.enable_context_fmha_fp32_acc),
@@ -228,11 +221,14 @@ def _postprocessing(config: ModelConfig, serve: ServeRecipe, built: _Built) -> N
     _set_parameters(
         config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), skip_special_tokens=str(serve.skip_special_tokens)
     )
-    if built.builder == "tensorrt_llm":
+    if built.backend == "tensorrt_llm":
         if serve.postprocessing_instance_count > 1:
             raise InputError(
-                f"serve.postprocessing_instance_count: {serve.postprocessing_instance_count} processes cannot keep "
-                "the characters together that TensorRT-LLM splits over responses; set it to 1"
+                (
+                    f"serve.postprocessing_instance_count: {serve.postprocessing_instance_count} processes "
+                    "cannot keep the characters together that TensorRT-LLM splits over responses"
+                ),
+                "set it to 1",
             )
         # Beyond upstream: the C++ backend sends tokens as they come, the embedded engine whole characters.
         config.parameters[HOLDS_CHARACTERS].string_value = "True"

@@ -22,11 +22,11 @@ from types import FrameType
 
 from trtqwen import __version__
 from trtqwen.artifact import read_manifest
+from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.engine.provenance import check_provenance
-from trtqwen.errors import InputError, PortInUseError, ServerError
-from trtqwen.host import Host, read_host
-from trtqwen.processes import Service, die_with_parent, kill_session, programs, runs
-from trtqwen.sockets import listen
+from trtqwen.system.host import Host, read_host
+from trtqwen.system.processes import Service, die_with_parent, kill_session, programs, runs
+from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
 from trtqwen.triton.parameters import ENGINE_DEATH
@@ -81,8 +81,8 @@ class TritonServer(Service):
         written_by = read_manifest(repository, "repository").tool_version
         if written_by != __version__:
             raise InputError(
-                f"{repository}: was written by trtqwen {written_by}, this is {__version__}; write it again with "
-                "`trtqwen build` or `trtqwen repo --force`"
+                f"{repository}: was written by trtqwen {written_by}, this is {__version__}",
+                "write it again with `trtqwen build` or `trtqwen repo --force`",
             )
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
@@ -91,7 +91,7 @@ class TritonServer(Service):
             self._machine = read_host()
             _check_engine(self._deployment.engine, self._machine)
         if ":" in host:
-            raise InputError(f"{host}: Triton takes no IPv6 address; let it listen on an IPv4 address")
+            raise InputError(f"{host}: Triton takes no IPv6 address", "let it listen on an IPv4 address")
         self._installation = find_tritonserver()
         self.host = host
         self._claims = ExitStack()
@@ -127,7 +127,7 @@ class TritonServer(Service):
     def log(self) -> Path:
         """The file with the server's log."""
         if self._log is None:
-            raise ServerError("the server has not been started; call start() first")
+            raise ServerError("the server has not been started", "call start() first")
         return self._log
 
     def launch(self, backends: Path | None = None) -> Launch:
@@ -156,8 +156,8 @@ class TritonServer(Service):
         launch = self.launch(link_backends(home, workspace) if home else None)
         if shutil.which(launch.command[0]) is None:
             raise ServerError(
-                f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it; run "
-                "in NVIDIA's Triton container"
+                (f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it"),
+                "run in NVIDIA's Triton container",
             )
         self._tritonservers = launch.tritonservers
         self._ranks, self._helpers, self._broken = {}, {}, False
@@ -238,7 +238,7 @@ class TritonServer(Service):
     @property
     def _running(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            raise ServerError("the server is not running; call start() first")
+            raise ServerError("the server is not running", "call start() first")
         return self._process
 
     def _environment(self) -> dict[str, str]:
@@ -351,11 +351,11 @@ def _claim(ports: Ports, host: str, held: ExitStack) -> Ports:
             held.close()
             if problem.errno != errno.EADDRINUSE:
                 raise InputError(
-                    f"{host}:{port}: cannot be listened on ({problem.strerror}); choose another address or port"
+                    f"{host}:{port}: cannot be listened on ({problem.strerror})", "choose another address or port"
                 ) from None
             raise PortInUseError(
-                f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it; stop what listens there "
-                f"or choose another with --{field.name}-port"
+                f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it",
+                f"stop what listens there or choose another with --{field.name}-port",
             ) from None
         ports = replace(ports, **{field.name: listener.getsockname()[1]})
     return ports

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import numpy.typing as npt
 
-from trtqwen.errors import TrtQwenError
+from trtqwen.diagnostics import TrtQwenError
+from trtqwen.executor.executor import Executor
+from trtqwen.executor.request import FinishReason, Response
 from trtqwen.hf.tokenizer import CharacterStream
-from trtqwen.runtime.executor import Executor
-from trtqwen.runtime.request import FinishReason, Response
 from trtqwen.triton.metrics import Gauges, gauges
 from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
 

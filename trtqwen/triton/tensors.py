@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from trtqwen.errors import RequestError
-from trtqwen.runtime.request import GuidedDecodingParams, GuideType, OutputConfig, PerfMetrics, Request
+from trtqwen.diagnostics import RequestError
+from trtqwen.executor.request import GuidedDecodingParams, GuideType, OutputConfig, PerfMetrics, Request
 from trtqwen.triton.words import unpack_words
 
 Array = npt.NDArray[Any]
@@ -130,7 +130,7 @@ def read_generation(inputs: Mapping[str, Array], ids: Iterator[str], limits: Lim
     _refuse_unsupported(inputs)
     for name in ("input_ids", "input_lengths", "request_output_len"):
         if name not in inputs:
-            raise RequestError(f"{name}: is missing; send it with every request")
+            raise RequestError(f"{name}: is missing", "send it with every request")
     requests: list[Request] = []
     places: list[Place] = []
     for row in range(inputs["input_ids"].shape[0]):
@@ -198,10 +198,10 @@ def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:
             asked = not np.isin(values, (0, *_NEUTRAL.get(name, ()))).all()
         if asked and name in _FOR_BEAMS:
             raise RequestError(
-                f"{name}: is for beam search, which the embedded engine does not do; leave the tensor out"
+                f"{name}: is for beam search, which the embedded engine does not do", "leave the tensor out"
             )
         if asked:
-            raise RequestError(f"{name}: is not supported by the embedded engine; leave the tensor out")
+            raise RequestError(f"{name}: is not supported by the embedded engine", "leave the tensor out")
 
 
 def _any(inputs: Mapping[str, Array], name: str) -> bool | None:
@@ -213,7 +213,7 @@ def _fields(inputs: Mapping[str, Array], row: int, limits: Limits) -> dict[str, 
     length = _scalar(inputs, "input_lengths", row)
     width = inputs["input_ids"].shape[1]
     if not 0 < length <= width:
-        raise RequestError(f"input_lengths: {length} is not between 1 and the {width} ids of input_ids; correct it")
+        raise RequestError(f"input_lengths: {length} is not between 1 and the {width} ids of input_ids", "correct it")
     fields: dict[str, Any] = {
         "input_token_ids": inputs["input_ids"][row, :length].tolist(),
         "max_tokens": _scalar(inputs, "request_output_len", row),
@@ -249,8 +249,11 @@ def _num_return_sequences(inputs: Mapping[str, Array], row: int, limits: Limits)
     count = int(_scalar(inputs, "num_return_sequences", row)) if "num_return_sequences" in inputs else 1
     if not 0 <= count <= limits.max_batch_size:
         raise RequestError(
-            f"num_return_sequences: {count} is not between 1 and the engine's max_batch_size "
-            f"{limits.max_batch_size}; correct it"
+            (
+                f"num_return_sequences: {count} is not between 1 and the engine's max_batch_size "
+                f"{limits.max_batch_size}"
+            ),
+            "correct it",
         )
     return count or 1
 
@@ -259,8 +262,11 @@ def _embedding_bias(inputs: Mapping[str, Array], row: int, vocab_size: int) -> d
     bias = inputs["embedding_bias"][row] if "embedding_bias" in inputs else np.zeros(0)
     if bias.size not in (0, vocab_size):
         raise RequestError(
-            f"embedding_bias: has {bias.size} values, but the model's vocabulary, padding included, has "
-            f"{vocab_size}; send one for each"
+            (
+                f"embedding_bias: has {bias.size} values, but the model's vocabulary, padding included, "
+                f"has {vocab_size}"
+            ),
+            "send one for each",
         )
     token_ids = np.flatnonzero(bias)
     return dict(zip(token_ids.tolist(), bias[token_ids].tolist(), strict=True))
@@ -271,14 +277,14 @@ def _guided_decoding(inputs: Mapping[str, Array], row: int) -> GuidedDecodingPar
     guide = _text(inputs, "guided_decoding_guide", row)
     if not guide_type:
         if guide:
-            raise RequestError("guided_decoding_guide_type: is missing beside guided_decoding_guide; send both")
+            raise RequestError("guided_decoding_guide_type: is missing beside guided_decoding_guide", "send both")
         return None
     if guide_type not in get_args(GuideType):
         raise RequestError(
-            f"guided_decoding_guide_type: is {guide_type!r}; send one of {', '.join(get_args(GuideType))}"
+            f"guided_decoding_guide_type: is {guide_type!r}", f"send one of {', '.join(get_args(GuideType))}"
         )
     if not guide and guide_type != "json":
-        raise RequestError(f"guided_decoding_guide: is missing for guide type {guide_type}; send it")
+        raise RequestError(f"guided_decoding_guide: is missing for guide type {guide_type}", "send it")
     return GuidedDecodingParams.model_validate({"guide_type": guide_type, "guide": guide})
 
 
@@ -288,7 +294,7 @@ def _text(inputs: Mapping[str, Array], name: str, row: int) -> str:
     try:
         return bytes(_scalar(inputs, name, row)).decode("utf-8")
     except UnicodeDecodeError as problem:
-        raise RequestError(f"{name}: byte {problem.start} is not UTF-8; send the text as UTF-8") from None
+        raise RequestError(f"{name}: byte {problem.start} is not UTF-8", "send the text as UTF-8") from None
 
 
 def _scalar(inputs: Mapping[str, Array], name: str, row: int) -> Any:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 from trtqwen.hf.tokenizer import CharacterStream, Tokenizer
 from trtqwen.triton.words import Words, pack_words
 
@@ -45,7 +45,7 @@ def encode_request(
     _refuse_unsupported(inputs)
     prompts = [_encode(tokenizer, "QUERY", text) for text in inputs["QUERY"].reshape(-1)]
     if not all(prompts):
-        raise RequestError("QUERY: the prompt is empty; send at least one character")
+        raise RequestError("QUERY: the prompt is empty", "send at least one character")
     rows, width = len(prompts), max(map(len, prompts))
     pad = inputs.get("PAD_ID", np.full((rows, 1), tokenizer.pad_id, np.int32)).reshape(rows, 1)
     end = inputs.get("END_ID", np.full((rows, 1), tokenizer.end_id, np.int32)).reshape(rows, 1)
@@ -138,7 +138,7 @@ def _sequences(tokens: Array, lengths: Array) -> list[list[int]]:
 def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:
     for name, need in _UNSUPPORTED.items():
         if name in inputs and inputs[name].any():
-            raise RequestError(f"{name}: needs {need}, which this server does not have; leave the tensor out")
+            raise RequestError(f"{name}: needs {need}, which this server does not have", "leave the tensor out")
 
 
 def _words(tokenizer: Tokenizer, inputs: Mapping[str, Array], name: str, rows: int) -> Sequence[Words]:
@@ -159,7 +159,7 @@ def _embedding_bias(
         return np.zeros((rows, 0), np.float32)
     if words.shape != weights.shape:
         raise RequestError(
-            f"EMBEDDING_BIAS_WEIGHTS: has {weights.shape[1]} values for {words.shape[1]} words; send one for each"
+            f"EMBEDDING_BIAS_WEIGHTS: has {weights.shape[1]} values for {words.shape[1]} words", "send one for each"
         )
     bias = np.zeros((rows, vocab_size()), np.float32)
     for row, row_words, row_weights in zip(bias, words, weights, strict=True):
@@ -172,4 +172,4 @@ def _encode(tokenizer: Tokenizer, name: str, text: bytes) -> list[int]:
     try:
         return tokenizer.encode(text.decode("utf-8"))
     except UnicodeDecodeError as problem:
-        raise RequestError(f"{name}: byte {problem.start} is not UTF-8; send the text as UTF-8") from None
+        raise RequestError(f"{name}: byte {problem.start} is not UTF-8", "send the text as UTF-8") from None

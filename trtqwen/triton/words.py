@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 
 Words = tuple[tuple[int, ...], ...]
 
@@ -34,7 +34,7 @@ def unpack_words(name: str, packed: npt.NDArray[np.int32]) -> Words:
         RequestError: if the offsets do not rise within the row.
     """
     if packed.ndim != 2 or packed.shape[0] != 2:
-        raise RequestError(f"{name}: has shape {list(packed.shape)}; send [2, N]: ids over end offsets")
+        raise RequestError(f"{name}: has shape {list(packed.shape)}", "send [2, N]: ids over end offsets")
     ids, offsets = packed.tolist()
     words: list[tuple[int, ...]] = []
     start = 0
@@ -42,7 +42,7 @@ def unpack_words(name: str, packed: npt.NDArray[np.int32]) -> Words:
         if end < 0:
             break
         if not start < end <= len(ids):
-            raise RequestError(f"{name}: end offset {end} is out of order; send rising offsets padded with -1")
+            raise RequestError(f"{name}: end offset {end} is out of order", "send rising offsets padded with -1")
         words.append(tuple(ids[start:end]))
         start = end
     return tuple(words)

@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.checkpoint.convert import ConversionPlan
-from trtqwen.checkpoint.rules import EMBEDDING as HF_EMBEDDING
-from trtqwen.checkpoint.rules import LM_HEAD as HF_LM_HEAD
-from trtqwen.hf.forward import LayerwiseModel, rms_norm, to_torch
+from trtqwen.checkpoint.tensors import EMBEDDING as HF_EMBEDDING
+from trtqwen.checkpoint.tensors import LM_HEAD as HF_LM_HEAD
+from trtqwen.hf.forward import LayerwiseModel
+from trtqwen.nn.ops import rms_norm, to_torch
 from trtqwen.safetensors_io import Array
 from trtqwen.verify.head import ROWS, HeadComparison, LogitsComparer
 from trtqwen.verify.ranks import EMBEDDING, LM_HEAD, NORM, CheckpointLayer, CheckpointRanks

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.checkpoint.config import read_checkpoint_config
-from trtqwen.errors import CheckpointError
-from trtqwen.hf.forward import to_torch
+from trtqwen.diagnostics import CheckpointError
+from trtqwen.executor.layer import RankLayer
+from trtqwen.executor.linear import LinearLoader
+from trtqwen.layout import rank_weights
+from trtqwen.nn.ops import to_torch
+from trtqwen.nn.rotary import Rotary, make_rotary
 from trtqwen.recipe import Int8LayoutChoice
-from trtqwen.rotary import Rotary, make_rotary
-from trtqwen.runtime.layer import RankLayer
-from trtqwen.runtime.linear import LinearLoader
 from trtqwen.safetensors_io import Array, SafetensorsReader
 
 EMBEDDING = "transformer.vocab_embedding.weight"
@@ -41,7 +42,7 @@ class CheckpointRanks:
         self.config = read_checkpoint_config(directory)
         self.mapping = self.config.layout
         self.readers = [
-            SafetensorsReader(directory / f"rank{rank}.safetensors", CheckpointError)
+            SafetensorsReader(directory / rank_weights(rank), CheckpointError)
             for rank in range(self.mapping.world_size)
         ]
         self.non_finite: list[str] = []

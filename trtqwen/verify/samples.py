@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from trtqwen.errors import InputError
+from trtqwen.diagnostics import InputError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.texts import read_texts, tokenize
 
@@ -33,5 +33,5 @@ def read_samples(model: Path, text: Path, max_tokens: int) -> list[list[int]]:
         if left < 2:
             break
     if not chosen:
-        raise InputError(f"{text}: holds no text of two tokens; name another file")
+        raise InputError(f"{text}: holds no text of two tokens", "name another file")
     return chosen

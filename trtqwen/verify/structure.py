@@ -9,8 +9,9 @@ from pathlib import Path
 from trtqwen.artifact import MANIFEST, read_manifest
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.checkpoint.convert import ConversionPlan
-from trtqwen.errors import CheckpointError
+from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
+from trtqwen.layout import CONFIG
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, Int8LayoutChoice, override
 from trtqwen.safetensors_io import SafetensorsReader, TensorSpec
@@ -46,13 +47,13 @@ def stored_layout(directory: Path, int8_layout: Int8LayoutChoice | None) -> Int8
     if (directory / MANIFEST).is_file():
         recorded: Int8LayoutChoice = read_manifest(directory, "checkpoint").parameters["int8_layout"]
         return recorded
-    content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    content = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     if content["quantization"]["quant_algo"] == "W8A16":
         reader = SafetensorsReader(directory / "rank0.safetensors", CheckpointError)
         if any(reader.spec(name).dtype.name == "int8" for name in reader):
             raise CheckpointError(
-                f"{directory}: has no manifest that tells the layout of its INT8 weights; "
-                "pass --int8-layout sm80 (Ampere, Ada) or sm90 (Hopper)"
+                f"{directory}: has no manifest that tells the layout of its INT8 weights",
+                "pass --int8-layout sm80 (Ampere, Ada) or sm90 (Hopper)",
             )
     return "plain"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import triton_python_backend_utils as pb_utils
 
+from trtqwen.diagnostics import TrtQwenError
 from trtqwen.engine.config import read_engine_config
-from trtqwen.errors import TrtQwenError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.parameters import read_parameters, tokenizer_path
 from trtqwen.triton.text import encode_request

@@ -10,9 +10,9 @@ from typing import Any
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from trtqwen.errors import EngineError
+from trtqwen.diagnostics import EngineError
+from trtqwen.executor.executor import Executor
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.runtime.executor import Executor
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
 from trtqwen.triton.parameters import ENGINE_DEATH, FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService

@@ -10,7 +10,7 @@ from typing import Any
 import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
-from trtqwen.errors import RequestError
+from trtqwen.diagnostics import RequestError
 from trtqwen.triton.bls import BlsSettings, answer, stop
 from trtqwen.triton.parameters import FROM_PROGRAM, flag, read_parameters
 

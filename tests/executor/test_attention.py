@@ -1,0 +1,60 @@
+"""The fast path against the plain one, and the plain one against PyTorch's own attention."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trtqwen.executor.attention import AttentionBatch, CpuAttention, PlainAttention
+from trtqwen.executor.scheduler import Chunk, Step
+
+BLOCK, HEAD_SIZE = 4, 8
+CPU = torch.device("cpu")
+spans = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=6)
+
+
+def make_batch(lengths: list[tuple[int, int]], seed: int) -> AttentionBatch:
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
+    chunks = []
+    for index, (start, count) in enumerate(lengths):
+        blocks = tuple(order.pop() for _ in range(-(-(start + count) // BLOCK)))
+        chunks.append(Chunk(str(index), tuple(range(count)), start, blocks, samples=True, num_logits=1))
+    return AttentionBatch(Step(tuple(chunks)), BLOCK, CPU)
+
+
+@settings(max_examples=30, deadline=None)
+@given(spans, st.sampled_from([(4, 4), (4, 2), (8, 1)]), st.integers(0, 9))
+def test_the_fast_path_agrees_with_the_plain_one(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch = make_batch(lengths, seed)
+    query = torch.randn(len(batch.token_ids), heads[0], HEAD_SIZE)
+    keys, values = torch.randn(2, 64, heads[1], BLOCK, HEAD_SIZE)
+    fast = CpuAttention()(query, keys, values, batch)
+    torch.testing.assert_close(fast, PlainAttention()(query, keys, values, batch), atol=1e-5, rtol=1e-5)
+
+
+def test_the_plain_path_is_causal_attention() -> None:
+    """One unbroken sequence in order of blocks is ordinary causal attention."""
+    torch.manual_seed(0)
+    chunk = Chunk("a", tuple(range(8)), 0, (2, 5), samples=True, num_logits=1)
+    batch = AttentionBatch(Step((chunk,)), BLOCK, CPU)
+    query, key, value = torch.randn(3, 8, 2, HEAD_SIZE)
+    keys, values = torch.zeros(2, 8, 2, BLOCK, HEAD_SIZE)
+    for cache, tensor in ((keys, key), (values, value)):
+        cache[2], cache[5] = tensor[:4].transpose(0, 1), tensor[4:].transpose(0, 1)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), is_causal=True
+    ).transpose(0, 1)
+    torch.testing.assert_close(PlainAttention()(query, keys, values, batch), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_batch_lays_tokens_out_by_position() -> None:
+    step = Step((Chunk("a", (7, 8, 9), 3, (4, 1), True, 1), Chunk("b", (5,), 0, (0,), False, 0)))
+    batch = AttentionBatch(step, BLOCK, CPU)
+    assert batch.token_ids.tolist() == [7, 8, 9, 5]
+    assert batch.positions.tolist() == [3, 4, 5, 0]
+    assert batch.slots.tolist() == [4 * BLOCK + 3, 1 * BLOCK, 1 * BLOCK + 1, 0]
+    assert batch.logit_rows.tolist() == [2]

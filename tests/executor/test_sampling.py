@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from transformers import (
+    LogitsProcessorList,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trtqwen.diagnostics import RequestError
+from trtqwen.executor.request import OutputConfig, Request, SamplingConfig
+from trtqwen.executor.sampling import Sampled, Sampler
+from trtqwen.executor.scheduler import Sequence
+
+PROMPT = (1, 2, 3)
+
+
+FIELDS = ("end_id", "bad_words", "embedding_bias", "guided_decoding")
+
+
+def sequence(name: str = "a", output: tuple[int, ...] = (), asks: Any = None, **options: Any) -> Sequence:
+    fields = {field: options.pop(field) for field in FIELDS if field in options}
+    if asks is not None:
+        fields["output"] = asks
+    request = Request(id=name, input_token_ids=PROMPT, max_tokens=9, sampling=SamplingConfig(**options), **fields)
+    return Sequence(request, 9, [*PROMPT, *output])
+
+
+def token(result: Sampled | RequestError) -> int:
+    assert isinstance(result, Sampled), result
+    return result.token_id
+
+
+def draw(logits: torch.Tensor, subject: Sequence, count: int) -> Counter[int]:
+    sampler = Sampler()
+    return Counter(token(sampler.sample(logits.clone()[None], [subject])[0]) for _ in range(count))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 1, "temperature": 9.0}, {"top_p": 0.9, "temperature": 0.0}])
+def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
+    assert draw(torch.tensor([0.1, 3.0, 2.9]), sequence(**options), 5) == {1: 5}
+
+
+@pytest.mark.parametrize(
+    ("options", "processors"),
+    [
+        ({"top_k": 3}, [TopKLogitsWarper(3)]),
+        ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
+        ({"top_p": 1.0, "temperature": 2.0}, [TemperatureLogitsWarper(2.0)]),
+        (
+            {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
+            [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)],
+        ),
+    ],
+)
+def test_draws_follow_the_distribution_of_transformers(options: dict[str, Any], processors: list[Any]) -> None:
+    torch.manual_seed(3)
+    logits = torch.randn(12) * 2
+    scores = LogitsProcessorList(processors)(torch.tensor([PROMPT]), logits.clone()[None])[0]
+    expected = scores.softmax(-1)
+    counts = draw(logits, sequence(seed=5, **options), 4000)
+    assert all(expected[token] > 0 for token in counts)
+    for token, probability in enumerate(expected.tolist()):
+        assert abs(counts[token] / 4000 - probability) < 0.03
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    torch.manual_seed(1)
+    logits = torch.randn(1, 8)
+    subject = sequence(output=(5, 5), repetition_penalty=1.7)
+    expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([subject.token_ids]), logits.clone())
+    changed = logits.clone()
+    Sampler().sample(changed, [subject])
+    torch.testing.assert_close(changed, expected)
+
+
+def test_presence_and_frequency_count_the_answer_only() -> None:
+    logits = torch.zeros(1, 8)
+    Sampler().sample(logits, [sequence(output=(5, 5, 6), presence_penalty=1.0, frequency_penalty=0.5)])
+    assert logits[0].tolist() == [0, 0, 0, 0, 0, -2.0, -1.5, 0]
+
+
+def test_min_tokens_forbids_the_end() -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0]])
+    assert Sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1)]) == [Sampled(2)]
+    assert Sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1, output=(0,))]) == [Sampled(1)]
+
+
+def test_a_seed_decides_whatever_else_is_in_the_batch() -> None:
+    torch.manual_seed(0)
+    steps = torch.randn(6, 20)
+
+    def run(neighbours: int, seed: int) -> list[int]:
+        sampler = Sampler()
+        others = [sequence(f"other{i}", top_p=1.0, seed=i) for i in range(neighbours)]
+        subject = sequence("subject", top_p=1.0, seed=seed)
+        return [token(sampler.sample(row.repeat(neighbours + 1, 1), [*others, subject])[-1]) for row in steps]
+
+    assert run(0, 42) == run(3, 42)
+    assert run(0, 42) != run(0, 43)
+
+
+def test_logits_that_are_not_finite_give_no_token() -> None:
+    logits = torch.tensor([[0.0, float("nan")], [0.0, float("inf")], [1.0, 0.0]])
+    *broken, fine = Sampler().sample(logits, [sequence(name) for name in "abc"])
+    assert ["not finite" in str(result) for result in broken] == [True, True]
+    assert fine == Sampled(0)
+
+
+@pytest.mark.parametrize("output", [(), (4,), (4, 5), (5, 5, 5)])
+def test_bad_words_are_forbidden_as_by_transformers(output: tuple[int, ...]) -> None:
+    words = ((6,), (4, 7), (4, 5, 2), (5, 5), (3, 1))  # the last one begins in the prompt
+    subject = sequence(output=output, bad_words=words)
+    processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=[99])
+    expected = processor(torch.tensor([subject.token_ids]), torch.zeros(1, 8))
+    changed = torch.zeros(1, 8)
+    Sampler().sample(changed, [subject])
+    torch.testing.assert_close(changed, expected)
+
+
+def test_a_bias_is_added_before_the_choice() -> None:
+    logits = torch.tensor([0.0, 3.0, 2.9, 1.0])
+    assert draw(logits, sequence(embedding_bias={2: 0.2}), 1) == {2: 1}
+    assert draw(logits, sequence(embedding_bias={1: -math.inf, 2: -math.inf}, top_p=1.0), 60).keys() == {0, 3}
+
+
+def test_a_request_that_leaves_no_token_fails_alone() -> None:
+    forbidding = sequence("a", bad_words=((0,), (1,)), embedding_bias={2: -math.inf}, top_p=1.0)
+    overflowing = sequence("b", output=(1, 2), frequency_penalty=-1e39, top_p=1.0)
+    results = Sampler().sample(torch.zeros(3, 3), [forbidding, overflowing, sequence("c")])
+    assert ["no token is left to choose" in str(result) for result in results] == [True, True, False]
+
+
+class BrokenGuide:
+    def mask(self, row: torch.Tensor) -> None:
+        raise RequestError("broken")
+
+    def accept(self, token_id: int) -> None:
+        raise AssertionError
+
+
+def test_a_guide_that_fails_fails_alone() -> None:
+    sampler = Sampler()
+    sampler.guide("a", BrokenGuide())
+    broken, fine = sampler.sample(
+        torch.eye(2), [sequence("a", guided_decoding={"guide_type": "json"}), sequence("b")]
+    )
+    assert str(broken) == "broken"
+    assert fine == Sampled(1)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-38, 1e-9])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    assert draw(torch.tensor([-1.0, 3e4, 2e4]), sequence(top_p=1.0, temperature=temperature), 5) == {1: 5}
+
+
+def test_log_probs_and_logits_are_the_models_own() -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(1, 12)
+    own = logits.clone()
+    asks = OutputConfig(return_log_probs=True, return_generation_logits=True)
+    subject = sequence(asks=asks, output=(5,), temperature=3.0, top_p=0.9, presence_penalty=2.0, bad_words=((0,),))
+    [result] = Sampler().sample(logits, [subject])
+    assert isinstance(result, Sampled)
+    assert result.log_prob == pytest.approx(own[0].log_softmax(-1)[result.token_id].item(), rel=1e-5)
+    torch.testing.assert_close(result.logits, own[0])
+    assert Sampler().sample(own, [sequence()])[0] == Sampled(int(own.argmax()))
+
+
+@pytest.mark.parametrize(
+    "bad", [{"top_p": 1.5}, {"top_k": -1}, {"temperature": -1.0}, {"repetition_penalty": 0.0}, {"seed": -1}]
+)
+def test_values_out_of_range_are_refused(bad: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        SamplingConfig(**bad)

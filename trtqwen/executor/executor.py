@@ -1,0 +1,212 @@
+"""The client's handle on a running engine: starts one process a rank, hands requests in, hands tokens out."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from trtqwen.artifact import read_manifest
+from trtqwen.diagnostics import EngineError
+from trtqwen.engine.config import read_engine_config
+from trtqwen.executor.config import ExecutorConfig, WorkerConfig
+from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
+from trtqwen.system.processes import Relay
+
+OnResponse = Callable[[Response], None]
+
+
+class Executor:
+    """A running torch engine. Thread-safe; use as a context manager or call `shutdown`.
+
+    Callbacks run on the executor's reader thread: they must be quick and must not raise.
+
+    Raises:
+        InputError: if the directory is not a finished engine.
+        EngineError: if the engine is for another builder, or a rank does not start.
+    """
+
+    def __init__(self, engine: Path, config: ExecutorConfig | None = None) -> None:
+        read_manifest(engine, "engine")
+        self.engine_config = read_engine_config(engine)
+        if self.engine_config.backend != "torch":
+            raise EngineError(f"{engine}: was built by {self.engine_config.backend}", "serve it with TensorRT-LLM")
+        if importlib.util.find_spec("torch") is None:
+            raise EngineError(f"{engine}: needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+        self._callbacks: dict[str, OnResponse] = {}
+        self._lock = threading.Lock()
+        self._stats: queue.Queue[IterationStats | None] = queue.Queue()
+        self._ready = threading.Event()
+        self._death: str | None = None
+        self._rendezvous = tempfile.TemporaryDirectory(prefix="trtqwen-")
+        ranks = self.engine_config.pretrained_config.mapping.world_size
+        self._processes = [self._start(engine, config or ExecutorConfig(), rank, ranks) for rank in range(ranks)]
+        self._relays = [Relay(process.stderr) for process in self._processes if process.stderr is not None]
+        self._readers = [threading.Thread(target=self._read, args=(rank,), daemon=True) for rank in range(ranks)]
+        for thread in self._readers:
+            thread.start()
+        self._ready.wait()
+        if self._death is not None:
+            self.shutdown()
+            raise EngineError(f"{engine}: did not start: {self._death}")
+
+    def submit(self, request: Request, on_response: OnResponse) -> None:
+        """Queue a request; its responses come to `on_response`, the last with a finish reason.
+
+        Raises:
+            EngineError: if the engine has died or the id is in flight already.
+        """
+        with self._lock:
+            if self._death is not None:
+                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+            if request.id in self._callbacks:
+                raise EngineError(f"request id {request.id!r} is in flight already", "use a new one")
+            self._callbacks[request.id] = on_response
+            self._send(Command(request=request))
+
+    def cancel(self, request_id: str) -> None:
+        """End a request; it answers with finish reason `CANCELLED` unless it has ended already."""
+        with self._lock:
+            if self._death is None:
+                self._send(Command(cancel=request_id))
+
+    def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
+        """Run requests together and wait for all; each one's responses in order."""
+        responses: dict[str, list[Response]] = {request.id: [] for request in requests}
+        finished: queue.Queue[str] = queue.Queue()
+
+        def collect(response: Response) -> None:
+            responses[response.request_id].append(response)
+            if response.finish_reason is not None:
+                finished.put(response.request_id)
+
+        for request in requests:
+            self.submit(request, collect)
+        for _ in requests:
+            finished.get()
+        return [responses[request.id] for request in requests]
+
+    @property
+    def alive(self) -> bool:
+        """Whether requests are served."""
+        return self._death is None
+
+    @property
+    def resident_bytes(self) -> int:
+        """Memory of the ranks' processes."""
+        return sum(map(_resident_bytes, self._processes))
+
+    def stats(self) -> IterationStats:
+        """The step loop's own account, taken between two steps."""
+        with self._lock:
+            if self._death is not None:
+                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+            self._send(Command(stats=True))
+        stats = self._stats.get()
+        if stats is None:
+            raise EngineError(f"the engine has died ({self._death})", "start the server again")
+        return stats
+
+    def shutdown(self) -> None:
+        """Stop every rank; requests in flight end with an error. May be called again."""
+        self._die("it was shut down")
+        for process in self._processes:
+            process.wait()
+        for reader in self._readers:
+            if reader is not threading.current_thread():
+                reader.join()
+        self._rendezvous.cleanup()
+
+    def __enter__(self) -> Executor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.shutdown()
+
+    def _start(self, engine: Path, config: ExecutorConfig, rank: int, ranks: int) -> subprocess.Popen[str]:
+        threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+        worker = WorkerConfig(
+            engine=engine.resolve(),
+            executor=config,
+            rank=rank,
+            rendezvous=Path(self._rendezvous.name) / "ranks",
+            threads=threads,
+        )
+        return subprocess.Popen(
+            [sys.executable, "-m", "trtqwen.executor.worker", worker.model_dump_json()],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            # Spinning threads starve whoever shares the cores, Triton's text models among them: 4x slower there.
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
+        )
+
+    def _send(self, command: Command) -> None:
+        pipe = self._processes[0].stdin
+        assert pipe is not None
+        try:
+            pipe.write(command.model_dump_json(exclude_defaults=True) + "\n")
+            pipe.flush()
+        except OSError:
+            pass  # the rank is gone; its reader tells everyone
+
+    def _read(self, rank: int) -> None:
+        pipe = self._processes[rank].stdout
+        assert pipe is not None
+        with pipe:
+            for line in pipe:
+                self._handle(Event.model_validate_json(line))
+        reason = f"rank {rank} ended with code {self._processes[rank].wait()}"
+        self._relays[rank].join()  # a child of the rank may hold the pipe a little longer
+        lines = " | ".join(self._relays[rank].last_lines)
+        self._die(f"{reason}; its last lines: {lines}" if lines else reason)
+
+    def _handle(self, event: Event) -> None:
+        if event.response is not None:
+            response = event.response
+            with self._lock:
+                final = response.finish_reason is not None
+                callback = (self._callbacks.pop if final else self._callbacks.get)(response.request_id, None)
+            if callback is not None:
+                callback(response)
+        elif event.stats is not None:
+            self._stats.put(event.stats)
+        elif event.ready:
+            self._ready.set()
+        elif event.fatal is not None:
+            self._die(event.fatal)
+
+    def _die(self, reason: str) -> None:
+        """One rank's end is everyone's: stop the others and answer whoever waits. The first reason counts."""
+        with self._lock:
+            if self._death is not None:
+                return
+            self._death = reason
+            orphans, self._callbacks = self._callbacks, {}
+        for process in self._processes:
+            process.kill()
+        error = f"the engine has died ({reason})"
+        for request_id, callback in orphans.items():
+            callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
+        self._stats.put(None)
+        self._ready.set()
+
+
+def _resident_bytes(process: subprocess.Popen[str]) -> int:
+    try:
+        pages = int(Path(f"/proc/{process.pid}/statm").read_text().split()[1])
+    except (OSError, IndexError):
+        return 0  # it has just ended
+    return pages * os.sysconf("SC_PAGE_SIZE")

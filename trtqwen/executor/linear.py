@@ -1,0 +1,161 @@
+"""Linear layers of a checkpoint, in each precision it may hold: how their tensors are read and what they compute."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trtqwen.checkpoint.config import CheckpointConfig
+from trtqwen.diagnostics import CheckpointError
+from trtqwen.nn.ops import to_torch
+from trtqwen.quantize.weight_only import Int8Layout, dequantize, from_layout, quantize
+from trtqwen.safetensors_io import Array
+
+Tensors = Mapping[str, Array]
+
+
+class Linear(Protocol):
+    """One rank's share of a linear layer."""
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[tokens, in] to [tokens, out]."""
+        ...
+
+
+@dataclass(frozen=True)
+class FloatLinear:
+    """A matrix in the dtype of the computation, INT8 weight-only ones multiplied out.
+
+    Attributes:
+        weight: [out, in].
+        bias: [out], or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight, self.bias)
+
+
+@dataclass(frozen=True)
+class SmoothQuantLinear:
+    """INT8 times INT8, as TensorRT-LLM's SmoothQuant plugin computes it.
+
+    Attributes:
+        weight: int8 values, [out, in].
+        scale: `per_channel_scale`, [1, out] or [1, 1].
+        bias: [out], or None.
+        smoother: [in]; divides the input where no norm has done so.
+        to_int: factor from the input to its int8 code; None takes each token's own range.
+        act_scale: with `to_int`: multiplies `scale`, which NVIDIA's converter writes relative to the output's range.
+    """
+
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+    smoother: Tensor | None
+    to_int: Tensor | None
+    act_scale: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        wide = hidden.float() if self.smoother is None else hidden.float() / self.smoother
+        if self.to_int is None:
+            step = wide.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127.0
+            codes = (wide / step).round()
+        else:
+            assert self.act_scale is not None
+            step = self.act_scale
+            codes = (wide * self.to_int).round().clamp(-128, 127)
+        output = F.linear(codes, self.weight) * step * self.scale
+        return (output if self.bias is None else output + self.bias).to(hidden.dtype)
+
+
+class LinearLoader:
+    """Makes the linear layers of one rank from its tensors.
+
+    Args:
+        int8_layout: how the checkpoint's INT8 weight-only matrices lie, if it has them.
+        dtype: of the computation.
+    """
+
+    def __init__(
+        self, config: CheckpointConfig, int8_layout: Int8Layout | None, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._config = config
+        self._algo = config.quantization.quant_algo or ""
+        self._int8_layout = int8_layout
+        self._dtype = dtype
+        self._device = device
+
+    def load(self, tensors: Tensors, name: str, to_int: str) -> Linear:
+        """One linear layer.
+
+        Args:
+            name: such as `transformer.layers.0.mlp.fc`.
+            to_int: name of the tensor that scales its input with static SmoothQuant.
+
+        Raises:
+            CheckpointError: if a tensor is missing or the precision is unknown.
+        """
+        weight, bias = need(tensors, f"{name}.weight"), tensors.get(f"{name}.bias")
+        if self._algo.startswith("W8A8_SQ_") and self._algo.endswith("_PLUGIN"):
+            return self._smooth(tensors, name, to_int)
+        if self._algo == "W8A16":
+            return FloatLinear(self._to(torch.from_numpy(self._weight_only(tensors, name))), self._maybe(bias))
+        if self._algo:
+            raise CheckpointError(
+                f"quantization.quant_algo {self._algo} is not computed by the torch engine", "use tensorrt_llm"
+            )
+        return FloatLinear(self._to(to_torch(weight)), self._maybe(bias))
+
+    def _weight_only(self, tensors: Tensors, name: str) -> Array:
+        stored = tensors[f"{name}.weight"]
+        if stored.dtype == np.int8:
+            if self._int8_layout is None:
+                raise CheckpointError(
+                    f"{name}.weight is INT8, but its layout is not recorded", "convert the model again"
+                )
+            scale = need(tensors, f"{name}.per_channel_scale")
+            return dequantize(from_layout(stored, self._int8_layout), scale)
+        codes, steps = quantize(stored)  # plain: as TensorRT-LLM does when it builds
+        return dequantize(codes, steps.astype(stored.dtype))
+
+    def _smooth(self, tensors: Tensors, name: str, to_int: str) -> SmoothQuantLinear:
+        static = not self._algo.endswith("PER_TOKEN_PLUGIN")
+        smoother = tensors.get(f"{name}.smoother")
+        return SmoothQuantLinear(
+            weight=self._wide(need(tensors, f"{name}.weight")),
+            scale=self._wide(need(tensors, f"{name}.per_channel_scale")),
+            bias=None if f"{name}.bias" not in tensors else self._wide(tensors[f"{name}.bias"]),
+            smoother=None if smoother is None else self._wide(smoother[0]),
+            to_int=self._wide(need(tensors, to_int)) if static else None,
+            act_scale=self._wide(need(tensors, f"{name}.act_scale")) if static else None,
+        )
+
+    def _wide(self, tensor: Array) -> Tensor:
+        return to_torch(tensor).to(self._device, torch.float32)
+
+    def _to(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype)
+
+    def _maybe(self, tensor: Array | None) -> Tensor | None:
+        return None if tensor is None else self._to(to_torch(tensor))
+
+
+def need(tensors: Tensors, name: str) -> Array:
+    """A tensor that must be there.
+
+    Raises:
+        CheckpointError: if it is not.
+    """
+    try:
+        return tensors[name]
+    except KeyError:
+        raise CheckpointError(f"tensor {name!r} is missing from the rank file", "convert the model again") from None

@@ -1,0 +1,1 @@
+"""Facts about TensorRT-LLM releases and graphics cards, each with its source."""

@@ -1,0 +1,101 @@
+"""Facts about TensorRT-LLM releases and the containers that hold them, read from `releases.json`."""
+
+from __future__ import annotations
+
+import json
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ConfigDict
+
+from trtqwen.facts.names import Release
+
+_FACTS = Path(__file__).with_name("releases.json")
+
+
+class ReleaseFacts(BaseModel):
+    """What a release reads and is built on.
+
+    Attributes:
+        tensorrt: the TensorRT it pins, `major.minor`; None where engines are not built with it here.
+        unknown_checkpoint_keys: keys of config.json, by section, that its reader refuses.
+        uneven_pipeline: whether it keeps the layers that pp_size does not divide; otherwise it drops them silently.
+        rope_scalings: types of rotary scaling it computes for Qwen2.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    tensorrt: str | None
+    unknown_checkpoint_keys: dict[str, list[str]]
+    uneven_pipeline: bool
+    rope_scalings: list[str]
+
+
+class Image(BaseModel):
+    """A container image with Triton, TensorRT-LLM and its C++ backend.
+
+    Attributes:
+        driver: the oldest driver that a GeForce card runs it with; forward compatibility is for data-centre cards.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    image: str
+    tensorrt_llm: str
+    tensorrt: str
+    cuda: str
+    driver: str
+
+
+def version(text: str) -> tuple[int, ...]:
+    """The leading numbers of a version, for comparison: 1.3.0rc15 is (1, 3, 0)."""
+    found = re.match(r"\d+(?:\.\d+)*", text)
+    return tuple(map(int, found[0].split("."))) if found else ()
+
+
+def known_release(installed: str | None) -> Release | None:
+    """The release that an installed version is, local parts such as `+cu130` aside; None if it is not known."""
+    base = (installed or "").partition("+")[0]
+    return next((release for release in get_args(Release) if release == base), None)
+
+
+def release_facts(release: Release) -> ReleaseFacts:
+    """The facts of one release."""
+    return ReleaseFacts.model_validate(_facts()["releases"][release])
+
+
+@cache
+def images() -> tuple[Image, ...]:
+    """The known images, oldest first."""
+    return tuple(Image.model_validate(image) for image in _facts()["images"])
+
+
+def newest_image(release: Release) -> Image:
+    """The newest image that holds a release.
+
+    Raises:
+        KeyError: for a release without images (0.17.0).
+    """
+    for image in reversed(images()):
+        if image.tensorrt_llm == release:
+            return image
+    raise KeyError(release)
+
+
+def newest_image_for(driver: str) -> Image | None:
+    """The newest image that a driver runs on a GeForce card; None if it is too old for all."""
+    return next((image for image in reversed(images()) if version(driver) >= version(image.driver)), None)
+
+
+def last_engine_release() -> Release:
+    """The last release that builds engines; upstream removed the path after it."""
+    release: Release = _facts()["last_engine_release"]
+    return release
+
+
+@cache
+def _facts() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
+    return content

@@ -1,0 +1,165 @@
+"""API keys from a file, and what each may ask for a minute."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from trtqwen.diagnostics import InputError
+from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.yaml_file import read_mapping
+
+_MINUTE = 60.0
+
+
+class _Key(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Annotated[str, Field(min_length=1)]
+    key: Annotated[str, Field(min_length=16, pattern=r"^[!-~]+$")]  # what an HTTP header carries unchanged
+    requests_per_minute: Annotated[int, Field(ge=1)] | None = None
+    tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+
+
+class _Keys(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    keys: Annotated[list[_Key], Field(min_length=1)]
+
+
+class TokenBucket:
+    """Holds at most a minute's worth and fills evenly."""
+
+    def __init__(self, per_minute: int, now: float) -> None:
+        self._size = float(per_minute)
+        self._level = self._size
+        self._at = now
+
+    def wait(self, amount: float, now: float) -> float:
+        """Seconds until `amount` can be taken; 0 if it can be now, infinite if it never can."""
+        self._level = min(self._size, self._level + (now - self._at) * self._size / _MINUTE)
+        self._at = now
+        if amount > self._size:
+            return math.inf
+        return max(0.0, amount - self._level) * _MINUTE / self._size
+
+    def take(self, amount: float) -> None:
+        self._level -= amount
+
+
+@dataclass
+class Caller:
+    """Who sends requests; without buckets, without limit."""
+
+    name: str
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
+
+    def charge_request(self, now: float) -> None:
+        """Take one request from the caller's rate, before any work is done for it.
+
+        Raises:
+            ApiError: 429 with the time to wait; then nothing is taken.
+        """
+        _charge(self.requests, 1, "requests", now)
+
+    def charge_tokens(self, tokens: int, now: float) -> None:
+        """Take tokens, prompt and longest answer, from the caller's rate.
+
+        Raises:
+            ApiError: 429 with the time to wait, or 400 if no wait is long enough; then nothing is taken.
+        """
+        _charge(self.tokens, tokens, "tokens", now)
+
+    def refund_tokens(self, tokens: int) -> None:
+        """Give back what was taken for a request that the server then had no place for."""
+        if self.tokens is not None:
+            self.tokens.take(-tokens)
+
+
+def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> None:
+    if bucket is None:
+        return
+    wait = bucket.wait(amount, now)
+    if wait == math.inf:
+        message = f"{amount} {unit}, prompt and longest answer, are more than the key's rate ever allows"
+        raise bad_request(f"{message}; lower max_tokens", param="max_tokens", code="rate_limit_exceeded")
+    if wait > 0:
+        seconds = math.ceil(wait)
+        message = f"the key's rate of {unit} is used up; try again in {seconds} s"
+        raise ApiError(429, message, "rate_limit_exceeded", retry_after=seconds)
+    bucket.take(amount)
+
+
+@dataclass
+class Authenticator:
+    """Tells callers by their keys; without keys, everybody is the same caller.
+
+    Attributes:
+        callers: by SHA-256 of their keys: the keys themselves are not kept.
+    """
+
+    callers: dict[bytes, Caller] = field(default_factory=dict)
+    anonymous: Caller = field(default_factory=lambda: Caller("anonymous"))
+
+    def authenticate(self, header: str | None) -> Caller:
+        """The caller of an `Authorization` header.
+
+        Raises:
+            ApiError: 401 without a known key.
+        """
+        if not self.callers:
+            return self.anonymous
+        scheme, _, key = (header or "").partition(" ")
+        if scheme.lower() != "bearer" or not key:
+            raise ApiError(401, "no API key; send it as `Authorization: Bearer KEY`", "missing_api_key")
+        digest = _digest(key.strip())
+        found = None
+        for known, caller in self.callers.items():  # all of them: the time must not tell how far a guess got
+            if hmac.compare_digest(known, digest):
+                found = caller
+        if found is None:
+            raise ApiError(401, "the API key is not known here; check it", "invalid_api_key")
+        return found
+
+
+def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) -> Authenticator:
+    """Read a keys file: YAML, `keys:` over entries of name, key, requests_per_minute and tokens_per_minute.
+
+    Raises:
+        InputError: if the file is missing or an entry cannot be used; keys are not repeated in the message.
+    """
+    if path is None:
+        return Authenticator()
+    content = read_mapping(path)
+    try:
+        entries = _Keys.model_validate(content).keys
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field_name = ".".join(map(str, first["loc"])) or "keys"
+        raise InputError(f"{path}: field {field_name!r}: {first['msg'].lower()}", "correct it") from None
+    callers: dict[bytes, Caller] = {}
+    for entry in entries:
+        digest = _digest(entry.key)
+        if digest in callers:
+            raise InputError(f"{path}: {entry.name} has the same key as {callers[digest].name}", "give each its own")
+        callers[digest] = Caller(
+            entry.name, _bucket(entry.requests_per_minute, clock), _bucket(entry.tokens_per_minute, clock)
+        )
+    return Authenticator(callers)
+
+
+def _bucket(per_minute: int | None, clock: Callable[[], float]) -> TokenBucket | None:
+    return None if per_minute is None else TokenBucket(per_minute, clock())
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()

@@ -1,0 +1,161 @@
+"""Admission for coroutines: wait for a turn, hold it, give it back whatever happens."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from trtqwen.gateway.admission.admission import Admission, QueueFull, Ticket
+from trtqwen.gateway.errors import ApiError, bad_request, late
+from trtqwen.gateway.metrics import Metrics
+
+_LONGEST_ADVICE = 60  # seconds of Retry-After
+_Turns = dict[Ticket, asyncio.Future[int]]
+
+
+class Gate:
+    """Hands out turns on the engine.
+
+    Args:
+        queue_seconds: how long a ticket may wait.
+    """
+
+    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+        self._admission = admission
+        self._metrics = metrics
+        self._queue_seconds = queue_seconds
+        self._turns: dict[Ticket, _Turns] = {}  # for each ticket, those of all that came with it, its own among them
+        self._draining = False
+        self._service_seconds = 1.0  # how long a turn lasts, averaged over the recent ones
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def idle(self) -> bool:
+        return not self._turns
+
+    def check_room(self) -> None:
+        """Refuse at once what the queue has no place for: under overload, even tokenising it costs the others.
+
+        Raises:
+            ApiError: as `places` does.
+        """
+        self._refuse_at_the_door()
+        if 0 < self._admission.queue_limits.requests <= self._admission.queued:
+            raise self._too_busy("the queue is full", "queue_full")
+
+    @contextmanager
+    def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
+        """Queue one ticket for each count, all or none; whatever is still held afterwards is given back.
+
+        Raises:
+            ApiError: 429 if the queue is full, 503 if the gateway stops or no replica is up, 400 if the counts are
+                more than can run and wait at any time.
+        """
+        self._refuse_at_the_door()
+        tickets = [Ticket(count) for count in token_counts]
+        loop = asyncio.get_running_loop()
+        turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
+        try:
+            self._turns |= dict.fromkeys(tickets, turns)
+            self._grant(self._admission.arrive(tickets))
+            yield tickets
+        except QueueFull:
+            if self._admission.has_room_when_idle(tickets):
+                raise self._too_busy("the queue is full", "queue_full") from None
+            raise bad_request(
+                f"{len(tickets)} answers of {sum(token_counts)} tokens, prompts included, are more than this server "
+                "runs and queues at once; ask for fewer answers or a lower max_tokens",
+                code="too_much",
+            ) from None
+        finally:
+            for ticket in tickets:
+                self.give_back(ticket)
+
+    async def turn(self, ticket: Ticket, deadline: float) -> int:
+        """Wait for the ticket's turn; returns the number of the replica to use.
+
+        Args:
+            deadline: of the whole request, in seconds of the monotonic clock.
+
+        Raises:
+            ApiError: 429 if no ticket of the request has had a turn after `queue_seconds`, 504 if the deadline comes
+                before the turn.
+        """
+        begun = time.monotonic()
+        turns = self._turns[ticket]
+        turn = turns[ticket]
+        try:
+            # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
+            await asyncio.wait((turn,), timeout=min(self._queue_seconds, deadline - begun))
+            if time.monotonic() < deadline and not any(other.done() for other in turns.values()):
+                raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
+            if not turn.done():
+                await asyncio.wait((turn,), timeout=deadline - time.monotonic())
+            if not turn.done():
+                raise late()
+            return turn.result()
+        finally:
+            self._metrics.queue_seconds.observe(time.monotonic() - begun)
+
+    def give_back(self, ticket: Ticket, lasted: float | None = None) -> None:
+        """End a ticket, waiting or running; nothing happens the second time.
+
+        Args:
+            lasted: seconds that its turn took to a regular end.
+        """
+        if self._turns.pop(ticket, None) is None:
+            return
+        if lasted is not None:
+            self._service_seconds += 0.1 * (lasted - self._service_seconds)
+        self._admission.leave(ticket)
+        self._grant(self._admission.admit())
+
+    def set_up(self, replica: int, up: bool) -> None:
+        """Whether a replica takes requests."""
+        self._admission.set_up(replica, up)
+        self._grant(self._admission.admit())
+
+    def send_away(self, failure: ApiError) -> None:
+        """End the waiting of all who wait."""
+        for ticket, turns in self._turns.items():
+            if not turns[ticket].done():
+                turns[ticket].set_exception(failure)
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on."""
+        self._draining = True
+
+    def _grant(self, admitted: Sequence[tuple[Ticket, int]]) -> None:
+        for ticket, replica in admitted:
+            turn = self._turns[ticket][ticket]
+            if not turn.done():
+                turn.set_result(replica)
+        self._metrics.in_flight.set(self._admission.in_flight)
+        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+        self._metrics.queued.set(self._admission.queued)
+        self._metrics.queued_tokens.set(self._admission.queued_tokens)
+
+    def _refuse_at_the_door(self) -> None:
+        if self._draining:
+            raise stopping()
+        if not self._admission.any_up:
+            raise down()
+
+    def _too_busy(self, what: str, code: str) -> ApiError:
+        rounds = (self._admission.queued + 1) / self._admission.slots
+        seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
+        return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+def stopping() -> ApiError:
+    return ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
+
+
+def down() -> ApiError:
+    return ApiError(503, "the engine does not answer; try again", "engine_dead", retry_after=5)

@@ -1,0 +1,1 @@
+"""From a checked request to tokens of the engine and back to text."""

@@ -1,0 +1,333 @@
+"""One request's answers: sequences through the gate to the engine, tokens back as text, and why each ended."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trtqwen.gateway.admission.admission import Ticket
+from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
+from trtqwen.gateway.generation.text import StopStrings, TextStream
+from trtqwen.gateway.generation.upstream import Replica, Reply
+from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import ServedModel
+
+Finish = Literal["stop", "length", "tool_calls"]
+_NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, for ever
+
+
+@dataclass(frozen=True)
+class TokenLogProb:
+    """A token of an answer.
+
+    Attributes:
+        text: as bytes; a character may take several tokens.
+        log_prob: natural logarithm of its probability.
+        start: characters of the answer before the one that it begins or belongs to.
+    """
+
+    token_id: int
+    text: bytes
+    log_prob: float
+    start: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an answer; the last one says why it ended.
+
+    Attributes:
+        index: number of the answer.
+        matched: the stop string that ended it.
+    """
+
+    index: int
+    text: str
+    log_probs: tuple[TokenLogProb, ...] = ()
+    finish: Finish | None = None
+    matched: str | None = None
+
+
+@dataclass(frozen=True)
+class GenerationPlan:
+    """What the engine is asked for.
+
+    Attributes:
+        request_id: unique; the sequences' ids derive from it.
+        prompts: token ids, one tuple for each answer, answers of one prompt side by side.
+        choices: answers of each prompt.
+        max_tokens: of each answer.
+        stop: strings that end an answer.
+    """
+
+    request_id: str
+    prompts: tuple[tuple[int, ...], ...]
+    choices: int
+    max_tokens: int
+    sampling: Sampling
+    stop: tuple[str, ...] = ()
+
+
+@dataclass
+class Usage:
+    """Tokens so far; a prompt with several answers counts once."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+
+
+def fit_max_tokens(model: ServedModel, config: GatewayConfig, prompt_tokens: int, asked: int | None) -> int:
+    """The answer's limit.
+
+    Raises:
+        ApiError: with the numbers, if the prompt leaves no room or the answer asked for does not fit.
+    """
+    context, cache = model.limits.max_seq_len, model.cache_tokens(config.kv_cache_tokens)
+    limit, what, code = (
+        (context, "context", "context_length_exceeded")
+        if context <= cache
+        else (cache, "KV cache", "kv_cache_exceeded")
+    )
+    room = limit - prompt_tokens
+    if room < 1:
+        raise bad_request(
+            f"the prompt has {prompt_tokens} tokens; the {what} of {limit} leaves no room for an answer; shorten it "
+            f"to {limit - 1} tokens or fewer",
+            code=code,
+        )
+    if asked is None:
+        return min(config.default_max_tokens, room, config.max_tokens or room)
+    if config.max_tokens is not None and asked > config.max_tokens:
+        raise bad_request(f"max_tokens is {asked}; this server allows {config.max_tokens}", param="max_tokens")
+    if asked > room:
+        raise bad_request(
+            f"prompt ({prompt_tokens} tokens) and answer ({asked}) exceed the {what} of {limit} tokens; ask for "
+            f"{room} or fewer",
+            param="max_tokens",
+            code=code,
+        )
+    return asked
+
+
+@dataclass
+class Generator:
+    """Runs plans on the replicas.
+
+    Args:
+        request_seconds: how long a request may take in all.
+        suspect: is told of a replica that does not answer.
+    """
+
+    model: ServedModel
+    replicas: Sequence[Replica]
+    gate: Gate
+    metrics: Metrics
+    request_seconds: float
+    suspect: Callable[[Replica], None]
+    stop_ids: frozenset[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.stop_ids = frozenset(self.model.tokenizer.stop_ids)
+
+    def abort_all(self, failure: ApiError) -> None:
+        """End every running answer with an error."""
+        for replica in self.replicas:
+            replica.abort_all(failure)
+
+    async def run(self, plan: GenerationPlan, usage: Usage) -> AsyncGenerator[Piece, None]:
+        """Yield pieces of all answers as they come; close it early to cancel whatever still runs.
+
+        Raises:
+            ApiError: if the request is refused or fails; then all its answers end.
+        """
+        begun, first = time.monotonic(), True
+        deadline = begun + self.request_seconds
+        usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
+        with self.gate.places([len(prompt) + plan.max_tokens for prompt in plan.prompts]) as tickets:
+            sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
+            pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
+            try:
+                async with aclosing(pieces):
+                    async for piece in pieces:
+                        if first:
+                            self.metrics.first_token_seconds.observe(time.monotonic() - begun)
+                            first = False
+                        yield piece
+            finally:
+                self.metrics.request_seconds.observe(time.monotonic() - begun)
+
+    async def _sequence(
+        self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage, deadline: float
+    ) -> AsyncGenerator[Piece, None]:
+        prompt = plan.prompts[index]
+        inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
+        replica = self.replicas[await self.gate.turn(ticket, deadline)]
+        begun = last = time.monotonic()
+        lasted: float | None = None
+        self.metrics.prompt_tokens.inc(len(prompt))
+        self.metrics.request_prompt_tokens.observe(len(prompt))
+        answer = _Answer(self.model, plan, index, self.stop_ids)
+        try:
+            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun)
+            async with aclosing(replies):
+                async for reply in replies:
+                    now = time.monotonic()
+                    if answer.num_tokens:
+                        self.metrics.inter_token_seconds.observe(now - last)
+                    last = now
+                    usage.output_tokens += len(reply.token_ids)
+                    piece = answer.take(reply)
+                    if answer.finish is not None:
+                        lasted = now - begun  # whoever reads it may leave with the last piece
+                    if piece is not None:
+                        yield piece
+                        if piece.finish is not None:
+                            break
+                else:
+                    lasted = time.monotonic() - begun
+                    yield answer.end()
+        except ApiError as problem:
+            if problem.code == "engine_dead":
+                self.suspect(replica)
+            raise
+        finally:
+            if answer.only_zeros:
+                self.metrics.nan_guard.inc()
+            self.metrics.output_tokens.inc(answer.num_tokens)
+            self.metrics.request_output_tokens.observe(answer.num_tokens)
+            self.gate.give_back(ticket, lasted)
+
+
+class _Answer:
+    """One sequence on its way from tokens to text."""
+
+    def __init__(self, model: ServedModel, plan: GenerationPlan, index: int, stop_ids: frozenset[int]) -> None:
+        self._plan = plan
+        self._index = index
+        self._stop_ids = frozenset() if plan.sampling.ignore_eos else stop_ids
+        self._token_bytes = model.tokenizer.token_bytes
+        self._text = TextStream(self._token_bytes)
+        self._stops = StopStrings(plan.stop)
+        self._zeros = 0
+        self._wants_zeros = plan.sampling.bias.get(0, 0) > 0
+        self._decoded = self._sent = 0  # characters
+        self._entries: list[TokenLogProb] = []  # not sent yet
+        self.num_tokens = 0
+        self.finish: Finish | None = None
+
+    @property
+    def only_zeros(self) -> bool:
+        return self._zeros >= _NAN_TOKENS and not self._wants_zeros
+
+    def take(self, reply: Reply) -> Piece | None:
+        """Take in new tokens; what of the text is certain, if anything.
+
+        Raises:
+            ApiError: if the engine sends nothing but token 0.
+        """
+        ids = reply.token_ids
+        self._guard(ids)
+        kept = self._before_stop(ids)
+        self.num_tokens += len(ids)
+        text = self._decode(kept, reply.log_probs)
+        if self.finish is not None:
+            text += self._text.flush()
+        text = self._stops.push(text)
+        if self._stops.found is not None:
+            self.finish = "stop"
+        elif self.finish is not None:
+            text += self._stops.flush()
+        return self._piece(text)
+
+    def end(self) -> Piece:
+        """The last piece, when the engine has said all."""
+        text = self._stops.push(self._text.flush())
+        self.finish = "length" if self.num_tokens >= self._plan.max_tokens else "stop"
+        if self._stops.found is None:
+            text += self._stops.flush()
+        else:
+            self.finish = "stop"
+        piece = self._piece(text)
+        assert piece is not None
+        return piece
+
+    def _guard(self, ids: Sequence[int]) -> None:
+        if not any(ids):
+            self._zeros += len(ids)
+        else:
+            self._zeros = next(count for count, token_id in enumerate(reversed(ids)) if token_id)
+        if self.only_zeros:
+            raise ApiError(
+                500,
+                f"the engine sent token 0 {self._zeros} times in a row, as one does whose float16 overflows; serve "
+                "with enable_context_fmha_fp32_acc or in bfloat16",
+                "nan_guard",
+            )
+
+    def _before_stop(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        if self._stop_ids.isdisjoint(ids):
+            return ids
+        for count, token_id in enumerate(ids):
+            if token_id in self._stop_ids and self.num_tokens + count >= self._plan.sampling.min_tokens:
+                self.finish = "stop"
+                return ids[:count]
+        return ids
+
+    def _decode(self, ids: Sequence[int], log_probs: Sequence[float]) -> str:
+        if not self._plan.sampling.log_probs:
+            return self._text.push(ids)
+        text = ""
+        for token_id, log_prob in zip(ids, log_probs, strict=False):
+            content = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
+            self._entries.append(TokenLogProb(token_id, content, log_prob, self._decoded))
+            new = self._text.push((token_id,))
+            self._decoded += len(new)
+            text += new
+        return text
+
+    def _piece(self, text: str) -> Piece | None:
+        self._sent += len(text)
+        # An answer's tokens end with its text; those of a stop string belong to neither.
+        all_sent = self.finish is not None and self._stops.found is None
+        ready = [entry for entry in self._entries if all_sent or entry.start < self._sent]
+        del self._entries[: len(ready)]
+        if text or ready or self.finish is not None:
+            return Piece(self._index, text, tuple(ready), self.finish, self._stops.found)
+        return None
+
+
+async def _merged(sequences: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:
+    """The pieces of several sequences as they come; the first error ends all."""
+    pieces: asyncio.Queue[Piece | Exception | None] = asyncio.Queue(maxsize=64)
+
+    async def forward(sequence: AsyncGenerator[Piece, None]) -> None:
+        try:
+            async with aclosing(sequence):
+                async for piece in sequence:
+                    await pieces.put(piece)
+            await pieces.put(None)
+        except Exception as problem:
+            await pieces.put(problem)
+
+    tasks = [asyncio.create_task(forward(sequence)) for sequence in sequences]
+    try:
+        left = len(tasks)
+        while left:
+            piece = await pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            if piece is None:
+                left -= 1
+            else:
+                yield piece
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

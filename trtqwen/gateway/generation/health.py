@@ -1,0 +1,132 @@
+"""Whether the engine works: it is asked for one token now and then, unless its answers show it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+
+import numpy as np
+
+from trtqwen.gateway.admission.gate import Gate, down
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.generation.upstream import Replica
+from trtqwen.gateway.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+_PAUSE_SECONDS = 0.2  # many answers that fail at once are one reason to look
+_PROBE_INPUTS = {
+    "input_ids": np.zeros((1, 1), np.int32),
+    "input_lengths": np.ones((1, 1), np.int32),
+    "request_output_len": np.ones((1, 1), np.int32),
+    "streaming": np.array([[True]]),
+}
+
+
+class Monitor:
+    """Watches the replicas, takes those that fail out of the gate, and puts them back when they answer.
+
+    A replica that fails outright loses its running answers at once, with an error for each: a killed backend would
+    leave them hanging. One that is only silent keeps them until they are stalled. The token that it is asked for
+    waits behind the prompts that it reads: they lengthen the time that it may take.
+
+    Args:
+        probe_seconds: how long a replica may be silent before it is asked, and how long it may take to answer. Its
+            death is noticed within twice that.
+        stall_seconds: silence after which an answer is ended.
+        prompt_tokens_per_second: how slowly a working engine may read.
+    """
+
+    def __init__(
+        self,
+        replicas: Sequence[Replica],
+        gate: Gate,
+        metrics: Metrics,
+        *,
+        probe_seconds: float,
+        stall_seconds: float,
+        prompt_tokens_per_second: float,
+    ) -> None:
+        self._replicas = replicas
+        self._gate = gate
+        self._metrics = metrics
+        self._probe_seconds = probe_seconds
+        self._stall_seconds = stall_seconds
+        self._prompt_tokens_per_second = prompt_tokens_per_second
+        self._up = [False] * len(replicas)
+        self._told = [""] * len(replicas)
+        self._look_now = [asyncio.Event() for _ in replicas]
+        for number in range(len(replicas)):
+            self._mark(number, False)
+
+    @property
+    def ready(self) -> bool:
+        """Whether any replica works."""
+        return any(self._up)
+
+    async def watch(self) -> None:
+        """Look after the replicas until cancelled."""
+        await asyncio.gather(*(self._watch(number) for number in range(len(self._replicas))))
+
+    def suspect(self, replica: Replica) -> None:
+        """An answer failed there: look at once."""
+        self._look_now[self._replicas.index(replica)].set()
+
+    async def _watch(self, number: int) -> None:
+        replica, look_now = self._replicas[number], self._look_now[number]
+        while True:
+            suspected = look_now.is_set()
+            look_now.clear()
+            if suspected or time.monotonic() - replica.heard >= self._probe_seconds or not self._up[number]:
+                try:
+                    await self._probe(number)
+                except Exception as problem:
+                    self._tell(number, f"answers what nobody understands ({problem})")
+                    self._mark(number, False)
+                await asyncio.sleep(_PAUSE_SECONDS)
+            replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))
+            silence = time.monotonic() - replica.heard
+            pause = self._probe_seconds - silence if silence < self._probe_seconds else self._probe_seconds
+            try:
+                await asyncio.wait_for(look_now.wait(), max(pause, _PAUSE_SECONDS))
+            except asyncio.TimeoutError:
+                continue
+
+    async def _probe(self, number: int) -> None:
+        replica, begun = self._replicas[number], time.monotonic()
+        timeout = self._probe_seconds + self._reading_seconds(replica)
+        replies = replica.generate(f"probe-{uuid.uuid4().hex}", _PROBE_INPUTS, timeout)
+        result = says = "ok"
+        try:
+            async with aclosing(replies):
+                async for _ in replies:
+                    pass
+        except ApiError as problem:
+            result, says = problem.code, problem.message
+            if problem.status == 503:
+                replica.abort_all(problem)
+        self._metrics.probes.labels(result).inc()
+        late = result == "timeout" and replica.heard > begun  # others have had tokens meanwhile
+        works = late or result in ("ok", "queue_full")
+        self._tell(number, "works" if works else says)
+        self._mark(number, works)
+        if result == "engine_dead" and not self.ready:
+            self._gate.send_away(down())
+
+    def _reading_seconds(self, replica: Replica) -> float:
+        """How long the prompts may take that a replica has not answered yet."""
+        return replica.unread_tokens / self._prompt_tokens_per_second
+
+    def _tell(self, number: int, what: str) -> None:
+        """Log what is new about a replica."""
+        if what != self._told[number] and (what != "works" or self._told[number]):
+            _log.warning("%s: %s", self._replicas[number].address, what)
+        self._told[number] = what
+
+    def _mark(self, number: int, up: bool) -> None:
+        self._up[number] = up
+        self._gate.set_up(number, up)
+        self._metrics.replica_up.labels(self._replicas[number].address).set(up)

@@ -1,0 +1,74 @@
+"""What lives as long as the gateway: the model's facts, the replicas, the gate in front of them, and their watch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+
+from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.health import Monitor
+from trtqwen.gateway.generation.upstream import Replica
+from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import ServedModel
+
+_HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What the routes work with."""
+
+    config: GatewayConfig
+    model: ServedModel
+    template: ChatTemplate | None
+    metrics: Metrics
+    gate: Gate
+    generator: Generator
+    monitor: Monitor
+
+
+def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
+    """Limits from the engines': what their batches and KV caches hold, with a little more to keep them full."""
+    limits = model.limits
+    batch = model.copies * limits.max_batch_size
+    cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
+    capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
+    replicas = len(config.triton)
+    queue = QueueLimits(
+        requests=2 * replicas * batch if config.max_queued_requests is None else config.max_queued_requests,
+        tokens=2 * replicas * cache if config.max_queued_tokens is None else config.max_queued_tokens,
+    )
+    return Admission(replicas, capacity, queue)
+
+
+@asynccontextmanager
+async def running(
+    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics
+) -> AsyncIterator[Runtime]:
+    """Connect to the replicas and watch them until the block ends."""
+    replicas = [Replica(address) for address in config.triton]
+    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
+    monitor = Monitor(
+        replicas,
+        gate,
+        metrics,
+        probe_seconds=config.probe_seconds,
+        stall_seconds=config.stall_seconds,
+        prompt_tokens_per_second=config.prompt_tokens_per_second,
+    )
+    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
+    watch = asyncio.create_task(monitor.watch())
+    try:
+        yield Runtime(config, model, template, metrics, gate, generator, monitor)
+    finally:
+        watch.cancel()
+        with suppress(asyncio.CancelledError):
+            await watch
+        for replica in replicas:
+            await replica.close()

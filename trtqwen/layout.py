@@ -1,0 +1,28 @@
+"""File names inside a checkpoint, an engine and a model repository.
+
+Every package that reads or writes an artifact takes its names from here, so that a process which serves imports no
+converter.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+CONFIG = "config.json"  # of a Hugging Face directory, a checkpoint and an engine
+TOKENIZER_DIRECTORY = "tokenizer"  # in a checkpoint and an engine
+MODEL_CONFIG = "config.pbtxt"  # of each model in a Triton model repository
+
+
+def rank_weights(rank: int) -> str:
+    """The weights of one rank in a checkpoint and in an engine of the embedded executor."""
+    return f"rank{rank}.safetensors"
+
+
+def rank_engine(rank: int) -> str:
+    """The TensorRT engine of one rank."""
+    return f"rank{rank}.engine"
+
+
+def tokenizer_directory(repository: Path) -> Path:
+    """Where a model repository keeps the tokenizer."""
+    return repository / "preprocessing" / "1" / TOKENIZER_DIRECTORY

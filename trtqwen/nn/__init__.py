@@ -1,0 +1,1 @@
+"""Small torch operators that the checkpoint's readers and the executor share."""

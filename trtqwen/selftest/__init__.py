@@ -1,0 +1,1 @@
+"""Compare TensorRT-LLM with the embedded engine on the bundled model."""

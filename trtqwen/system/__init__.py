@@ -1,0 +1,1 @@
+"""Processes, sockets and the host: what knows Linux and nothing of models."""

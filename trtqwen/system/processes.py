@@ -1,0 +1,188 @@
+"""Processes that belong to us: they end with us, and none is left behind."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from pathlib import Path
+from queue import Full, Queue
+from threading import Thread
+from types import TracebackType
+from typing import IO, TypeVar
+
+from trtqwen.diagnostics import ServerError
+
+S = TypeVar("S", bound="Service")
+
+_PR_SET_PDEATHSIG = 1
+_LINES_WAITING = 1000
+_LAST_LINES = 2  # C++ says on the first that it terminates, on the second why
+_STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
+
+
+class Service(ABC):
+    """A server in a process of its own; use as a context manager or call `start` and `stop`."""
+
+    @abstractmethod
+    def start(self) -> None:
+        """Start the process; `wait_until_ready` tells when it serves."""
+
+    @abstractmethod
+    def wait_until_ready(self) -> None:
+        """Return when it serves; at once with a ServerError when it ends instead."""
+
+    @abstractmethod
+    def check(self) -> None:
+        """Raise a ServerError if it has ended by itself."""
+
+    @abstractmethod
+    def stop(self) -> object:
+        """Let running requests finish and end it, if it runs. May be called again."""
+
+    def _wait(
+        self, ready: Callable[[], bool], timeout: float, late: Callable[[], str], behind: Service | None = None
+    ) -> None:
+        """Ask until it is ready.
+
+        Args:
+            timeout: seconds.
+            late: what to say when they are over.
+            behind: another service without which it never will be.
+        """
+        deadline = time.monotonic() + timeout
+        while not ready():
+            if behind is not None:
+                behind.check()
+            self.check()
+            if time.monotonic() > deadline:
+                raise ServerError(late())
+            time.sleep(0.05)
+
+    def __enter__(self: S) -> S:
+        self.start()
+        try:
+            self.wait_until_ready()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+class Relay:
+    """Passes on what a process writes, line by line; what nobody reads in time is dropped: the process never waits.
+
+    Args:
+        source: its end of the pipe.
+        target: file descriptor to write to; our standard error by default.
+        keep_back: lines that begin so are not passed on.
+
+    Attributes:
+        last_lines: the last few that were not empty, without white space around.
+    """
+
+    def __init__(self, source: IO[str], target: int = 2, keep_back: str | None = None) -> None:
+        self.last_lines = deque[str](maxlen=_LAST_LINES)
+        self._source, self._target, self._keep_back = source, target, keep_back
+        self._lines: Queue[str | None] = Queue(_LINES_WAITING)
+        self._threads = [Thread(target=work, daemon=True) for work in (self._read, self._write)]
+        for thread in self._threads:
+            thread.start()
+
+    def join(self, timeout: float = 1) -> None:
+        """Wait until everything has been passed on, for each end of the way so many seconds at most."""
+        for thread in self._threads:
+            thread.join(timeout)
+
+    def _read(self) -> None:
+        with self._source:
+            for line in self._source:
+                if line.strip():
+                    self.last_lines.append(line.strip())
+                if self._keep_back is None or not line.startswith(self._keep_back):
+                    self._pass_on(line)
+        self._pass_on(None)
+
+    def _pass_on(self, line: str | None) -> None:
+        with suppress(Full):
+            self._lines.put_nowait(line)
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            with suppress(OSError):
+                os.write(self._target, line.encode())  # a lock of Python's would abort the interpreter's end
+
+
+def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
+    """What a child calls between fork and exec so that it gets a signal when the thread that started it ends."""
+    # Looked up here: between fork and exec a child may not load libraries.
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    parent = os.getpid()
+
+    def ask() -> None:
+        prctl(_PR_SET_PDEATHSIG, number)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def living(session: int) -> Iterator[int]:
+    """Process ids of a session. MPI gives every rank a process group of its own, but they stay in its session.
+
+    One that has ended counts until init has taken it away; a child of ours does not: we take it away ourselves.
+    """
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                fields = _stat(int(entry.name))
+                ours = fields[_STATE] == "Z" and int(fields[_PARENT]) == os.getpid()
+                if int(fields[_SESSION]) == session and not ours:
+                    yield int(entry.name)
+
+
+def programs(session: int, names: Collection[str]) -> dict[int, list[str]]:
+    """The processes of a session that run one of the programs `names`: their commands, by process id."""
+    found = {}
+    for pid in living(session):
+        with suppress(OSError):
+            words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+            # A script's interpreter comes before it.
+            if not {Path(word).name for word in words[:2]}.isdisjoint(names):
+                found[pid] = words
+    return found
+
+
+def runs(pid: int) -> bool:
+    """Whether a process has not ended."""
+    try:
+        return _stat(pid)[_STATE] not in "ZX"
+    except OSError:
+        return False
+
+
+def _stat(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def kill_session(session: int) -> None:
+    """End what is left of a session: python stubs and ranks that outlived the program they belong to."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        pids = list(living(session))
+        if not pids:
+            return
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
