@@ -89,11 +89,11 @@ def test_an_interrupt_reaches_docker(programs: Path) -> None:
 def test_without_docker_or_its_daemon_one_sentence(programs: Path) -> None:
     code, output, problem = run(programs, *BUILD, DAEMON="1")
     assert (code, output) == (1, "")
-    assert problem.startswith("error: docker's daemon does not answer (Cannot connect to the Docker daemon); ")
+    assert problem.startswith("error: docker's daemon does not answer (Cannot connect to the Docker daemon)\nhint: ")
     (programs / "docker").unlink()
     code, output, problem = run(programs, *BUILD, PATH=str(programs))
     assert (code, output) == (1, "")
-    assert problem.startswith("error: docker is not on PATH; ")
+    assert problem.startswith("error: docker is not on PATH\nhint: ")
     assert not (programs.parent / "engines").exists()
 
 
