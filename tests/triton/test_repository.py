@@ -88,8 +88,8 @@ def test_the_models_are_upstreams(repository: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "tensorrt_llm"])
 @pytest.mark.parametrize("model", MODELS)
-def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, builder: str) -> None:
-    if builder == "torch":
+def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, backend: str) -> None:
+    if backend == "torch":
         config = read(repository, model)
     else:
         config = plan_repository(tensorrt_engine(), ServeRecipe()).configs[model]

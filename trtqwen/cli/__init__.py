@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -117,5 +118,6 @@ def _leave(diagnostic: Diagnostic, exit_code: int) -> NoReturn:
     if diagnostic.hint:
         typer.secho(f"hint: {diagnostic.hint}", fg="cyan", err=True)
     if "--json" in sys.argv:
-        print_json({"error": diagnostic.as_json()})
+        with suppress(OSError):  # standard output itself may be what failed
+            print_json({"error": diagnostic.as_json()})
     sys.exit(exit_code)
