@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -29,6 +30,7 @@ COMMANDS = {
     "serve": "Triton on a model repository.",
     "gateway": "The web gateway alone, in front of running Tritons.",
     "infer": "Stream one answer of a running server.",
+    "bench": "Measure a running server under load.",
     "doctor": "What is wrong here, and the remedy.",
     "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
 }
@@ -116,5 +118,6 @@ def _leave(diagnostic: Diagnostic, exit_code: int) -> NoReturn:
     if diagnostic.hint:
         typer.secho(f"hint: {diagnostic.hint}", fg="cyan", err=True)
     if "--json" in sys.argv:
-        print_json({"error": diagnostic.as_json()})
+        with suppress(OSError):  # standard output itself may be what failed
+            print_json({"error": diagnostic.as_json()})
     sys.exit(exit_code)

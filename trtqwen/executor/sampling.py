@@ -86,11 +86,11 @@ class Sampler:
         results: list[Sampled | RequestError] = []
         for index, sequence in enumerate(sequences):
             if not finite[index]:
-                results.append(RequestError("the logits are not finite; convert the model to bfloat16"))
+                results.append(RequestError("the logits are not finite", "convert the model to bfloat16"))
             elif index in refused:
                 results.append(refused[index])
             elif not possible[index]:
-                results.append(RequestError("no token is left to choose; ask with fewer or smaller restrictions"))
+                results.append(RequestError("no token is left to choose", "ask with fewer or smaller restrictions"))
             else:
                 greedy = sequence.request.sampling.greedy
                 token_id = tokens[index] if greedy else self._draw(logits[index], sequence)
