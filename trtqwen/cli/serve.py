@@ -123,7 +123,9 @@ def command(
             gateway.wait_until_ready(behind=server)
             endpoints["gateway"] = gateway.url
         if json:
-            print_json({"repository": str(repository), **endpoints, "servers": replicas})
+            print_json(
+                {"repository": str(repository), **endpoints, **({"servers": replicas} if replicas[1:] else {})}
+            )
         else:
             ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
             stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
