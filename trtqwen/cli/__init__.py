@@ -30,6 +30,7 @@ COMMANDS = {
     "serve": "Triton on a model repository.",
     "gateway": "The web gateway alone, in front of running Tritons.",
     "infer": "Stream one answer of a running server.",
+    "bench": "Measure a running server under load.",
     "doctor": "What is wrong here, and the remedy.",
     "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
 }
