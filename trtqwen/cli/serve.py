@@ -117,15 +117,13 @@ def command(
             {"http": one.http_url, "grpc": one.grpc_url, "metrics": f"{one.metrics_url}/metrics"}
             for one in server.servers
         ]
-        endpoints = dict(replicas[0])
+        endpoints, several = dict(replicas[0]), {"servers": replicas} if replicas[1:] else {}
         if gateway:
             gateway.start()
             gateway.wait_until_ready(behind=server)
             endpoints["gateway"] = gateway.url
         if json:
-            print_json(
-                {"repository": str(repository), **endpoints, **({"servers": replicas} if replicas[1:] else {})}
-            )
+            print_json({"repository": str(repository), **endpoints, **several})
         else:
             ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
             stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
