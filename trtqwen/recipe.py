@@ -171,6 +171,9 @@ class ServeRecipe(_Section):
 
     Attributes:
         replicas: copies of the engine, each on GPUs of its own.
+        replica_mode: `servers` runs a tritonserver for each replica behind the gateway, which sends a request to the
+            replica with the fewest tokens to do. `orchestrator` lets one tritonserver spawn all replicas through MPI:
+            one gRPC address, but Triton spreads requests blindly and the replicas share one set of gauges.
         batch_scheduler_policy: `guaranteed_no_evict` admits a request when its whole answer fits into the KV cache;
             `max_utilization` admits more and pauses the youngest when blocks run out.
         enable_chunked_context: spread long prompts over several steps.
@@ -187,6 +190,7 @@ class ServeRecipe(_Section):
     """
 
     replicas: Annotated[int, Field(ge=1, le=8)] = 1
+    replica_mode: Literal["servers", "orchestrator"] = "servers"
     batch_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
     enable_chunked_context: bool = True
     enable_kv_cache_reuse: bool = False
