@@ -88,11 +88,11 @@ class Pending:
         results: list[Sampled | RequestError] = []
         for row, token_id in enumerate(self._on_host.tolist()):
             if token_id == NOT_FINITE:
-                results.append(RequestError("the logits are not finite; convert the model to bfloat16"))
+                results.append(RequestError("the logits are not finite", "convert the model to bfloat16"))
             elif row in self._refused:
                 results.append(self._refused[row])
             elif token_id == NONE_LEFT:
-                results.append(RequestError("no token is left to choose; ask with fewer or smaller restrictions"))
+                results.append(RequestError("no token is left to choose", "ask with fewer or smaller restrictions"))
             else:
                 log_prob = log_probs[row] if log_probs is not None and row in self._own else None
                 results.append(Sampled(token_id, log_prob, self._own.get(row)))
