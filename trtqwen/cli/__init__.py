@@ -21,6 +21,7 @@ from trtqwen.diagnostics import Diagnostic, TrtQwenError
 COMMANDS = {
     "demo": "The whole way on this machine, with the bundled model.",
     "convert": "Hugging Face weights to a TensorRT-LLM checkpoint.",
+    "export": "A TensorRT-LLM checkpoint back to a Hugging Face directory.",
     "verify": "Compare a checkpoint with the model it was made from.",
     "recipe": "List, show and check recipes.",
     "plan": "Memory, concurrency and speed of a recipe, before a GPU is touched.",
