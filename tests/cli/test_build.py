@@ -52,7 +52,8 @@ def test_of_two_conversions_to_one_directory_one_is_refused_in_a_sentence(tmp_pa
         output, problem = loser.communicate(timeout=60)
     assert (loser.returncode, output) == (2, "")
     what, hint = parse_error(problem)
-    assert what.endswith("is writing it") and hint.startswith("wait until that is done")
+    assert what.endswith("is writing it")
+    assert hint.startswith("wait until that is done")
     assert (tmp_path / "out" / "file").exists()
 
 
