@@ -277,7 +277,7 @@ class Recipe(_Section):
         return self
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "host": HostRecipe,
     "checkpoint": CheckpointRecipe,
     "engine": EngineRecipe,
@@ -377,5 +377,5 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
     """Every field that a file may have: its dotted name and the last part of it."""
     fields = [(name, name) for name in model.model_fields if name != "name"]
     if model is Recipe:
-        fields += [(f"{name}.{last}", last) for name, section in _SECTIONS.items() for last in section.model_fields]
+        fields += [(f"{name}.{last}", last) for name, section in SECTIONS.items() for last in section.model_fields]
     return fields

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from trtqwen.engine import explain as module
-from trtqwen.engine.explain import Finding, explain
+from trtqwen.engine.explain import Finding, explain, failures
 
 # Lines as users posted them; the words after them are what the explanation must speak of.
 LOGS = [
@@ -139,11 +138,11 @@ def test_a_log_of_many_lines_keeps_its_numbers() -> None:
 
 
 def test_patterns_compile_and_name_only_groups_that_they_have() -> None:
-    for failure in module._failures():
+    for failure in failures():
         names = set(re.compile(failure.pattern).groupindex)
         assert set(re.findall(r"{(\w+)}", failure.cause + failure.hint)) <= names, failure.id
         assert failure.hint, failure.id
-    ids = [failure.id for failure in module._failures()]
+    ids = [failure.id for failure in failures()]
     assert len(set(ids)) == len(ids)
 
 

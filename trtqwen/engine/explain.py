@@ -116,7 +116,7 @@ class Explanation:
 
 def explain(lines: Iterable[str]) -> Explanation:
     """Search a log for known failures."""
-    searches = [_Search(failure) for failure in _failures()]
+    searches = [_Search(failure) for failure in failures()]
     telling = _Telling()
     last = 0
     for chunk in _chunks(lines, telling):
@@ -326,6 +326,7 @@ def _filled(text: str, groups: dict[str, str]) -> str:
 
 
 @cache
-def _failures() -> tuple[Failure, ...]:
+def failures() -> tuple[Failure, ...]:
+    """Every known failure, the specific ones before the general ones."""
     content: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
     return tuple(Failure.model_validate(entry) for entry in content["failures"])

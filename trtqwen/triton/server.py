@@ -283,7 +283,7 @@ class TritonServer(Service):
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
-        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known else ""
+        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
         return f"{message} ({self._advice}){cause}"
 
 
