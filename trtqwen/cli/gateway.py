@@ -31,8 +31,8 @@ def command(
 ) -> None:
     """Serve the OpenAI routes and the chat page in front of running Triton servers until Ctrl-C or SIGTERM.
 
-    A request goes to the replica with the fewest outstanding tokens. A failed replica gets none until it answers again.
-    The repository is only read: its config, its tokenizer and its engine's config.json have to be here.
+    A request goes to the replica with the fewest outstanding tokens. A failed replica gets none until it answers.
+    The gateway reads config, tokenizer and engine limits from the repository.
 
     Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous;
     max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
