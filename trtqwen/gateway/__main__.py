@@ -1,7 +1,7 @@
 """The gateway's process: `python -m trtqwen.gateway CONFIG [DESCRIPTOR]`, CONFIG a `GatewayConfig` as JSON.
 
-`trtqwen serve` starts it with the file descriptor of a bound socket. Then the gateway stops as by SIGTERM when its
-standard input closes: a parent that dies leaves no gateway behind.
+`trtqwen serve` starts it with the file descriptor of a bound socket, under a guardian that stops it when
+`serve` ends.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 
 from pydantic import ValidationError
 
@@ -31,19 +30,12 @@ def main() -> int:
     listener = None
     if len(sys.argv) > 2:
         listener = socket.socket(fileno=int(sys.argv[2]))
-        threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         serve(config, listener)
     except TrtQwenError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     return 0
-
-
-def _stop_with_parent() -> None:
-    while os.read(0, 4096):  # unbuffered: sys.stdin's lock would abort the interpreter's end
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -51,6 +51,7 @@ class GatewayConfig(BaseModel):
         probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
             Triton needs a second to notice that its python backend was killed: with less than 1.5, such an engine
             counts as silent, and its answers end only when they are stalled.
+        supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
         prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
 
@@ -78,6 +79,7 @@ class GatewayConfig(BaseModel):
     drain_seconds: Positive = 30
     probe_seconds: Positive = 2
     prompt_tokens_per_second: Positive = 1000
+    supervisor: Path | None = None
 
     @property
     def url(self) -> str:
