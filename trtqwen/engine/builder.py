@@ -16,9 +16,10 @@ from trtqwen.engine.flags import NOT_IN_RESULT
 from trtqwen.engine.job import BuildJob, EngineBuilder, Watch
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
+from trtqwen.engine.vllm_builder import VllmBuilder
 from trtqwen.facts.names import CardName
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
 from trtqwen.system.host import Host
 
 
@@ -34,6 +35,9 @@ def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
     """What of a recipe changes the engine."""
     if recipe.backend == "torch":
         return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    if recipe.backend == "vllm":
+        limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
+        return {"backend": "vllm", "vllm": (recipe.vllm or VllmSettings()).model_dump(), **limits}
     return recipe.model_dump(exclude=set(NOT_IN_RESULT))
 
 
@@ -91,7 +95,7 @@ def build_engine(
         serve=serve,
         card=card,
     )
-    builder: EngineBuilder = TorchBuilder() if recipe.backend == "torch" else TrtLlmBuilder(host)
+    builder = _builder(recipe, host)
     builder.check(job)
     with finished_directory(output, force=force, sources=[checkpoint]) as directory:
         builder.build(job, directory, watch)
@@ -99,6 +103,12 @@ def build_engine(
             shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)
         known = {name: record.digest for name, record in source.outputs.items() if name != CONFIG}
         return write_manifest(directory, "engine", {"checkpoint": source.key}, engine_parameters(recipe), known)
+
+
+def _builder(recipe: EngineRecipe, host: Host | None) -> EngineBuilder:
+    if recipe.backend == "torch":
+        return TorchBuilder()
+    return VllmBuilder() if recipe.backend == "vllm" else TrtLlmBuilder(host)
 
 
 def _settings(source: Manifest, checkpoint: Path) -> CheckpointRecipe:
