@@ -29,6 +29,7 @@ ORDER = (
     "export",
     "engine",
     "executor",
+    "vllm",
     "triton",
     "plan",
     "verify",
