@@ -48,8 +48,11 @@ class Engine(Protocol):
         """Stop it; requests in flight end with an error. May be called again."""
 
 
-def open_engine(engine: Path, config: ExecutorConfig) -> Engine:
+def open_engine(engine: Path, config: ExecutorConfig, *, verify: bool = True) -> Engine:
     """Start the engine of a directory, by its backend.
+
+    Args:
+        verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
 
     Raises:
         InputError: if the directory is not a finished engine.
@@ -59,9 +62,9 @@ def open_engine(engine: Path, config: ExecutorConfig) -> Engine:
     if backend == "torch":
         from trtqwen.executor.executor import Executor
 
-        return Executor(engine, config)
+        return Executor(engine, config, verify=verify)
     if backend == "vllm":
         from trtqwen.vllm.executor import VllmExecutor
 
-        return VllmExecutor(engine, config)
+        return VllmExecutor(engine, config, verify=verify)
     raise EngineError(f"{engine}: is of backend {backend}", "serve it with TensorRT-LLM's own Triton backend")

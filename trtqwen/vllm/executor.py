@@ -43,6 +43,7 @@ class VllmExecutor:
     Callbacks run on the thread of its event loop: they must be quick and must not raise.
 
     Args:
+        verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
         stall_seconds: a vLLM that sends no token for so long while requests wait counts as dead.
 
     Raises:
@@ -51,9 +52,14 @@ class VllmExecutor:
     """
 
     def __init__(
-        self, engine: Path, config: ExecutorConfig | None = None, *, stall_seconds: float = STALL_SECONDS
+        self,
+        engine: Path,
+        config: ExecutorConfig | None = None,
+        *,
+        verify: bool = True,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        read_manifest(engine, "engine")
+        read_manifest(engine, "engine", digests=verify)
         self.engine_config: EngineConfig = read_engine_config(engine)
         if self.engine_config.backend != "vllm":
             raise EngineError(f"{engine}: is of backend {self.engine_config.backend}", "serve it with that backend")

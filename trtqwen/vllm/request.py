@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from typing import Any
 
 from trtqwen.diagnostics import RequestError
@@ -11,7 +10,8 @@ from trtqwen.executor.request import GuidedDecodingParams, Request
 from trtqwen.facts.vllm import VllmFacts
 from trtqwen.hf.tokenizer import Tokenizer
 
-_LARGEST_BIAS = 100  # vLLM cuts off what is larger
+_LARGEST_BIAS = 100.0
+_LARGEST_TEMPERATURE = 2
 _LARGEST_PENALTY = 2
 
 
@@ -79,6 +79,10 @@ def _refuse(request: Request) -> None:
     for name, wanted in asked.items():
         if wanted:
             raise RequestError(f"{name}: vLLM does not tell", "leave the tensor out")
+    if request.sampling.temperature > _LARGEST_TEMPERATURE and not request.sampling.greedy:
+        raise RequestError(
+            f"temperature: vLLM takes values from 0 to 2 (got {request.sampling.temperature:g})", "correct the tensor"
+        )
     for name in ("presence_penalty", "frequency_penalty"):
         value = getattr(request.sampling, name)
         if abs(value) > _LARGEST_PENALTY:
@@ -138,5 +142,6 @@ def _guide(guided: GuidedDecodingParams) -> dict[str, Any]:
         try:
             return {"json": json.loads(guided.guide)}
         except ValueError as problem:
-            raise RequestError(f"guided_decoding_guide: is not JSON ({problem})", "correct it") from None
+            what = f"guided_decoding_guide: is no json_schema that can be followed ({problem})"
+            raise RequestError(what, "correct it") from None
     return {"regex" if guided.guide_type == "regex" else "grammar": guided.guide}
