@@ -105,13 +105,8 @@ def _sampling(request: Request) -> dict[str, Any]:
 
 
 def _bias(value: float) -> float:
-    if value == -math.inf:
-        return -_LARGEST_BIAS
-    if abs(value) > _LARGEST_BIAS:
-        raise RequestError(
-            f"embedding_bias: vLLM takes values from -100 to 100 (got {value:g})", "correct the tensor"
-        )
-    return value
+    """What is beyond vLLM's range counts as its end, which forces or forbids a token already."""
+    return max(-_LARGEST_BIAS, min(_LARGEST_BIAS, value))
 
 
 def _add_bad_words(body: dict[str, Any], request: Request, facts: VllmFacts, tokenizer: Tokenizer) -> None:
