@@ -75,6 +75,6 @@ def require_guides(model: ServedModel, param: str) -> None:
     if not model.guided_decoding:
         raise unsupported(
             param,
-            f"{param} needs guided decoding, which the engine was started without; leave it out, or set "
-            "guided_decoding_backend in the recipe's section serve and write the repository again",
+            f"{param} needs guided decoding, which the engine was started without; leave it out, or build with a "
+            "checkpoint.release of 0.19.0 or newer",
         )
