@@ -22,7 +22,7 @@ import torch
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.diagnostics import EngineError, RequestError, TrtQwenError
 from trtqwen.engine.config import read_engine_config
-from trtqwen.executor.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
+from trtqwen.executor.attention import AttentionBackend, AttentionBatch, PlainAttention
 from trtqwen.executor.config import WorkerConfig, scheduler_config
 from trtqwen.executor.guided import GuidedDecoder, check_installed
 from trtqwen.executor.model import Qwen2Model
@@ -208,16 +208,18 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
     communicator: Communicator = (
         ProcessGroup(config.rank, mapping, config.rendezvous) if mapping.world_size > 1 else SingleRank()
     )
+    attention = _attention()
     model = Qwen2Model(
         engine.pretrained_config,
         dict(read_rank(config.engine, config.rank)),
         communicator,
-        _attention(),
+        attention,
         int8_layout=engine.int8_layout,
         dtype=_DTYPE,
         device=_DEVICE,
         num_blocks=limits.num_blocks,
         tokens_per_block=limits.tokens_per_block,
+        plain=isinstance(attention, PlainAttention),
     )
     communicator.broadcast(b"ready" if config.rank == 0 else None)
     if config.rank == 0:
@@ -232,7 +234,11 @@ def _attention() -> AttentionBackend:
     name = os.environ.get("TRTQWEN_ATTENTION", "cpu")
     if name not in ("cpu", "plain"):
         raise EngineError(f"TRTQWEN_ATTENTION is {name!r}", "set it to cpu or plain, or leave it unset")
-    return PlainAttention() if name == "plain" else CpuAttention()
+    if name == "plain":
+        return PlainAttention()
+    from trtqwen.executor.attention.cpu import CpuAttention  # brings Numba along
+
+    return CpuAttention()
 
 
 def _compute(model: Qwen2Model, step: Step, tokens_per_block: int) -> torch.Tensor | None:
