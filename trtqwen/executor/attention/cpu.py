@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numba
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -17,6 +18,7 @@ class CpuAttention:
     """Online softmax over tiles of query rows, in float32, for context and generation alike."""
 
     def __init__(self) -> None:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         self._planned: tuple[AttentionBatch, int, _Plan] | None = None
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
@@ -47,22 +49,22 @@ class _Plan:
 
     Attributes:
         tiles: int64 [tiles, 4], as `paged_attention` takes them.
-        block_ids: the blocks of all sequences, one behind the other.
-        block_begins: where each sequence's begin.
+        block_ids, block_begins: those of `StepInputs`.
     """
 
     def __init__(self, batch: AttentionBatch, rows: int) -> None:
-        spans = batch.spans
-        self.tiles = np.array(
-            [
-                (index, row, min(rows, span.end - row), span.context_length - span.end + row)
-                for index, span in enumerate(spans)
-                for row in range(span.begin, span.end, rows)
-            ],
-            np.int64,
-        )
-        self.block_ids: npt.NDArray[np.int64] = torch.cat([span.block_ids for span in spans]).numpy()
-        self.block_begins = np.cumsum([0, *(len(span.block_ids) for span in spans)])
+        inputs = batch.inputs
+        ends = inputs.query_begins[1:]
+        lengths = np.diff(inputs.query_begins)
+        tiles = -(-lengths // rows)
+        sequence = np.repeat(np.arange(len(lengths)), tiles)
+        number = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        begin = inputs.query_begins[sequence] + number * rows
+        left = ends[sequence] - begin
+        position = inputs.context_lengths[sequence] - left
+        self.tiles = np.stack([sequence, begin, np.minimum(rows, left), position], axis=1).astype(np.int64)
+        self.block_ids = inputs.block_ids
+        self.block_begins = inputs.block_begins
 
 
 def _bits(cache: Tensor) -> npt.NDArray[np.generic]:

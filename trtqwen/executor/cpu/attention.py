@@ -1,8 +1,8 @@
 """Attention that reads KV cache blocks where they lie.
 
 A work item is a tile of one sequence's query rows and one KV head. The query heads that share the KV head and the
-rows of the tile go over each block of keys together, so that a block is read once for all of them. Softmax is computed
-online over panels of blocks (Milakov and Gimelshein 2018), so the memory of an item does not grow with the context.
+rows of the tile go over each block of keys together, so that a block is read once for all of them. Softmax is
+computed online over panels of blocks (Milakov and Gimelshein 2018): an item's memory does not grow with the context.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def paged_attention(
         query, output: float32 [tokens, heads, head_size].
         keys, values: [blocks, kv_heads, tokens_per_block, head_size], float32 or the bits of bfloat16 as uint16.
         tiles: int64 [tiles, 4]: sequence, first row, number of rows, and position of the first row in its sequence.
-        table, block_starts: the blocks of sequence s are `table[block_starts[s]:]`.
+        table, block_starts: int32; the blocks of sequence s are `table[block_starts[s]:]`.
         scale: float32, multiplies the scores.
     """
     heads, size = query.shape[1], query.shape[2]
