@@ -116,6 +116,11 @@ class Gate:
         self._admission.leave(ticket)
         self._grant(self._admission.admit())
 
+    def grow(self, ticket: Ticket, tokens: int) -> None:
+        """Count more tokens for a running ticket, whose answer has got longer than was reserved."""
+        self._admission.grow(ticket, tokens)
+        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+
     def set_up(self, replica: int, up: bool) -> None:
         """Whether a replica takes requests."""
         self._admission.set_up(replica, up)
