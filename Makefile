@@ -1,29 +1,48 @@
-# Each target makes .venv by itself when it is missing or pyproject.toml is newer.
+# `make demo` needs what a user needs, `make test` and `make check` what a developer needs. Each target installs it first.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check format clean
+.PHONY: demo test check format docs lock clean
 
-demo: .venv/installed
+demo: .venv/user
 	$(BIN)/trtqwen demo
 
-test: .venv/installed
+test: .venv/developer
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
-check: .venv/installed
+check: .venv/developer
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-format: .venv/installed
+format: .venv/developer
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-.venv/installed: pyproject.toml
+docs: .venv/developer
+	$(BIN)/python docs/generate.py
+	$(BIN)/mkdocs build --strict
+
+# pip reads dependency groups from 25.1 on.
+.venv/pip:
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
 	touch $@
 
+.venv/user: .venv/pip pyproject.toml constraints.txt
+	$(INSTALL) '.[torch,triton]'
+	touch $@
+
+.venv/developer: .venv/pip pyproject.toml constraints.txt
+	$(INSTALL) '.[all]' --group dev
+	touch $@ .venv/user
+
+# The exact versions that CI installs; needs uv.
+lock:
+	uv pip compile --universal --python-version 3.10 --no-header --no-annotate --quiet --all-extras --group dev \
+		--output-file constraints.txt pyproject.toml
+
 clean:
-	rm -rf .venv
+	rm -rf .venv site

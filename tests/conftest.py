@@ -82,7 +82,7 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Callable[..., Path]:
     """The repository of a TensorRT engine with some ranks and replicas; the engine's plans are empty."""
 
-    def make(world_size: int, replicas: int = 1) -> Path:
+    def make(world_size: int, replicas: int = 1, replica_mode: str = "servers") -> Path:
         engine = Path(shutil.copytree(bundled_engine(world_size), tmp_path / "engine"))
         config = json.loads((engine / "config.json").read_text())
         (engine / "config.json").write_text(json.dumps(config | {"backend": "tensorrt_llm", "version": "1.2.1"}))
@@ -90,7 +90,8 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
             (engine / f"rank{rank}.engine").touch()
         (engine / "manifest.json").unlink()
         write_manifest(engine, "engine", {}, {})
-        write_repository(engine, ServeRecipe(replicas=replicas), tmp_path / "repository")
+        serve = ServeRecipe.model_validate({"replicas": replicas, "replica_mode": replica_mode})
+        write_repository(engine, serve, tmp_path / "repository")
         return tmp_path / "repository"
 
     return make

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,12 @@ def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (GOOD + "  max_bath_size: 4\n", "'engine.max_bath_size' is unknown, did you mean 'engine.max_batch_size';"),
-        (GOOD + "servee: {}\n", "field 'servee' is unknown, did you mean 'serve';"),
-        (GOOD + "max_seq_len: 4\n", "field 'max_seq_len' is unknown, did you mean 'engine.max_seq_len';"),
-        (GOOD + "  replicas: 4\n", "field 'engine.replicas' is unknown, did you mean 'serve.replicas';"),
+        (GOOD + "  max_bath_size: 4\n", "'engine.max_bath_size' is unknown; did you mean 'engine.max_batch_size'"),
+        (GOOD + "servee: {}\n", "field 'servee' is unknown; did you mean 'serve'"),
+        (GOOD + "max_seq_len: 4\n", "field 'max_seq_len' is unknown; did you mean 'engine.max_seq_len'"),
+        (GOOD + "  replicas: 4\n", "field 'engine.replicas' is unknown; did you mean 'serve.replicas'"),
         (GOOD + "  frobnicate: 4\n", "field 'engine.frobnicate' is unknown;"),
-        (GOOD + "model: qwen25-7b\n", "model 'qwen25-7b' is not one of .*, did you mean 'qwen2.5-7b'"),
+        (GOOD + "model: qwen25-7b\n", "model 'qwen25-7b' is not one of .*'?qwen2.5-7b"),
         (GOOD + "  max_batch_size: 0\n", "field 'engine.max_batch_size': input should be greater than 0"),
         (GOOD + "  max_batch_size: '8'\n", "field 'engine.max_batch_size': input should be a valid integer"),
         (GOOD + "  max_batch_size: 9000\n", "engine: max_num_tokens 8192 is less than 9000"),
@@ -74,9 +75,32 @@ def test_a_wrong_recipe_names_file_and_field(tmp_path: Path, text: str, message:
 
 
 def test_an_unknown_name_says_where_the_known_ones_are() -> None:
-    with pytest.raises(RecipeError, match=r"nope: no such recipe; name one of `trtqwen recipe list`"):
+    with pytest.raises(RecipeError, match=r"nope: no such recipe; name one that `trtqwen recipe list` prints"):
         load_recipe("nope")
     with pytest.raises(RecipeError, match="did you mean 'qwen2-tiny-cpu'"):
         load_recipe("qwen2-tiny-gpu")
     with pytest.raises(RecipeError, match="no such recipe file"):
         load_recipe("nope.yaml")
+
+
+def test_changes_replace_fields() -> None:
+    recipe = load_recipe("qwen2-tiny-cpu", ["engine.max_batch_size=3", "description=mine", "serve.replicas=1"])
+    assert (recipe.engine.max_batch_size, recipe.description) == (3, "mine")
+    assert recipe.name == "qwen2-tiny-cpu"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("engine.max_batch_size", "is not field=value; write it like engine.max_batch_size=32"),
+        ("=3", "is not field=value"),
+        ("engine.max_bath_size=3", "did you mean 'engine.max_batch_size'"),
+        ("description.text=3", "description is not a section"),
+        ("engine.max_batch_size=many", "engine.max_batch_size"),
+        ("engine.max_batch_size=[", "is not a YAML value"),
+        ("name=other", "remove the field"),
+    ],
+)
+def test_a_wrong_change_is_refused(change: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        load_recipe("qwen2-tiny-cpu", [change])

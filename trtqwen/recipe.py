@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from trtqwen.diagnostics import RecipeError, first_problem
 from trtqwen.facts.names import CardName, Release
 from trtqwen.hf.known import model_names
-from trtqwen.yaml_file import read_mapping
+from trtqwen.yaml_file import parse_value, read_mapping
 
 BUNDLED = Path(__file__).parent / "recipes"
 CHECKOUT = Path(__file__).parent.parent / "recipes"
@@ -170,6 +171,9 @@ class ServeRecipe(_Section):
 
     Attributes:
         replicas: copies of the engine, each on GPUs of its own.
+        replica_mode: `servers` runs a tritonserver for each replica behind the gateway, which sends a request to the
+            replica with the fewest tokens to do. `orchestrator` lets one tritonserver spawn all replicas through MPI:
+            one gRPC address, but Triton spreads requests blindly and the replicas share one set of gauges.
         batch_scheduler_policy: `guaranteed_no_evict` admits a request when its whole answer fits into the KV cache;
             `max_utilization` admits more and pauses the youngest when blocks run out.
         enable_chunked_context: spread long prompts over several steps.
@@ -186,6 +190,7 @@ class ServeRecipe(_Section):
     """
 
     replicas: Annotated[int, Field(ge=1, le=8)] = 1
+    replica_mode: Literal["servers", "orchestrator"] = "servers"
     batch_scheduler_policy: Literal["guaranteed_no_evict", "max_utilization"] = "guaranteed_no_evict"
     enable_chunked_context: bool = True
     enable_kv_cache_reuse: bool = False
@@ -225,8 +230,7 @@ class Recipe(_Section):
     @model_validator(mode="after")
     def _known_model(self) -> Recipe:
         if self.model is not None and self.model not in model_names():
-            near = _near(self.model, list(model_names()))
-            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}{near}")
+            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}")
         return self
 
     @model_validator(mode="after")
@@ -273,7 +277,7 @@ class Recipe(_Section):
         return self
 
 
-_SECTIONS: dict[str, type[BaseModel]] = {
+SECTIONS: dict[str, type[BaseModel]] = {
     "host": HostRecipe,
     "checkpoint": CheckpointRecipe,
     "engine": EngineRecipe,
@@ -291,26 +295,48 @@ def override(settings: CheckpointRecipe, changes: dict[str, object]) -> Checkpoi
     try:
         return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
     except ValidationError as problem:
-        raise RecipeError(f"options: {_first_problem(problem, CheckpointRecipe)}", "correct them") from None
+        raise RecipeError(f"options: {first_problem(problem)}", "change the options") from None
 
 
-def load_recipe(recipe: str) -> Recipe:
+def load_recipe(recipe: str, changes: Sequence[str] = ()) -> Recipe:
     """Load a recipe by path, or by the name of one that ships with trtqwen.
 
+    Args:
+        changes: fields to replace, each as `section.field=value` with the value in YAML: `engine.max_batch_size=32`.
+
     Raises:
-        RecipeError: naming file and field, if it is missing or not valid.
+        RecipeError: naming file and field, if the recipe is missing or not valid.
     """
-    path = _find(recipe)
+    path = find_recipe(recipe)
     content = read_mapping(path, RecipeError)
+    for change in changes:
+        _change(content, change)
     if "name" in content:
         raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name", "remove the field")
+    where = f"{path} with {', '.join(changes)}" if changes else str(path)
     try:
         return Recipe.model_validate({**content, "name": path.stem})
     except ValidationError as problem:
-        raise RecipeError(f"{path}: {_first_problem(problem, Recipe)}", "fix the recipe") from None
+        raise RecipeError(f"{where}: {first_problem(problem)}", _advice(problem, Recipe)) from None
 
 
-def _find(recipe: str) -> Path:
+def _change(content: dict[str, Any], change: str) -> None:
+    field, separator, text = change.partition("=")
+    sections, _, name = field.strip().rpartition(".")
+    if not separator or not name:
+        raise RecipeError(f"{change!r} is not field=value", "write it like engine.max_batch_size=32")
+    section = content.setdefault(sections, {}) if sections else content
+    if not isinstance(section, dict):
+        raise RecipeError(f"{change!r}: {sections} is not a section of the recipe", "name section and field")
+    section[name] = parse_value(text, RecipeError)
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe, by path or by name.
+
+    Raises:
+        RecipeError: if there is none.
+    """
     path = Path(recipe)
     if path.suffix in (".yaml", ".yml") or path.exists():
         if not path.is_file():
@@ -319,8 +345,9 @@ def _find(recipe: str) -> Path:
     for directory in (CHECKOUT, BUNDLED):
         if (directory / f"{recipe}.yaml").is_file():
             return directory / f"{recipe}.yaml"
-    near = _near(recipe, recipe_names())
-    raise RecipeError(f"{recipe}: no such recipe{near}", "name one of `trtqwen recipe list`, or give a .yaml file")
+    near = get_close_matches(recipe, recipe_names(), n=1)
+    hint = f"did you mean {near[0]!r}?" if near else "name one that `trtqwen recipe list` prints, or a .yaml file"
+    raise RecipeError(f"{recipe}: no such recipe", hint)
 
 
 def recipe_names() -> list[str]:
@@ -329,31 +356,26 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in directory.glob("*.yaml"))
 
 
-def _first_problem(problem: ValidationError, model: type[BaseModel]) -> str:
+def _advice(problem: ValidationError, model: type[BaseModel]) -> str:
     first = problem.errors()[0]
-    unknown = first["type"] == "extra_forbidden"
-    return first_problem(problem) + (_near_field(".".join(map(str, first["loc"])), model) if unknown else "")
+    near = _near_field(".".join(map(str, first["loc"])), model) if first["type"] == "extra_forbidden" else None
+    return f"did you mean {near!r}?" if near else "change the recipe"
 
 
-def _near_field(field: str, model: type[BaseModel]) -> str:
-    """The known field that an unknown one may stand for: spelt alike in its section, or else in another."""
+def _near_field(field: str, model: type[BaseModel]) -> str | None:
+    """The known field that an unknown one may stand for: of a like name in its section, or else in another."""
     section, _, key = field.rpartition(".")
     inside = {last: name for name, last in _fields(model) if name.removesuffix(last).rstrip(".") == section}
     elsewhere = {last: name for name, last in _fields(model)}
     for names in (inside, elsewhere):
         if match := get_close_matches(key, names, n=1, cutoff=0.75):
-            return f", did you mean {names[match[0]]!r}"
-    return ""
+            return names[match[0]]
+    return None
 
 
 def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
     """Every field that a file may have: its dotted name and the last part of it."""
     fields = [(name, name) for name in model.model_fields if name != "name"]
     if model is Recipe:
-        fields += [(f"{name}.{last}", last) for name, section in _SECTIONS.items() for last in section.model_fields]
+        fields += [(f"{name}.{last}", last) for name, section in SECTIONS.items() for last in section.model_fields]
     return fields
-
-
-def _near(name: str, names: list[str]) -> str:
-    match = get_close_matches(name, names, n=1)
-    return f", did you mean {match[0]!r}" if match else ""

@@ -101,7 +101,7 @@ def test_recipe_check(tmp_path: Path) -> None:
     assert result.exit_code == 2
     ok, typo, divides = result.stdout.splitlines()
     assert ok == f"{TP4}: ok"
-    assert "field 'hosts' is unknown, did you mean 'host'" in typo
+    assert "field 'hosts' is unknown; did you mean 'host'" in typo
     assert "tp_size 3" in divides
     assert "tp3.yaml" in divides
     results = json.loads(run("recipe", "check", TP4, tmp_path / "typo.yaml", "--json").stdout)["recipes"]

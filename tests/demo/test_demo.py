@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from trtqwen.checkpoint.layout import check_parallel
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.sharding import check_parallel
 from trtqwen.demo import HELDOUT, MODEL
 from trtqwen.hf.config import load_config
 from trtqwen.hf.tokenizer import Tokenizer

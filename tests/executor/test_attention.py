@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
+from array import array
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtqwen.executor.attention import AttentionBatch, CpuAttention, PlainAttention
-from trtqwen.executor.scheduler import Chunk, Step
+from trtqwen.executor.inputs import pack
+from trtqwen.executor.request import Request
+from trtqwen.executor.scheduler import Chunk, Sequence, Step
 
 BLOCK, HEAD_SIZE = 4, 8
 CPU = torch.device("cpu")
 spans = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, max_size=6)
 
 
+def chunk(
+    name: str, token_ids: tuple[int, ...], start: int, blocks: tuple[int, ...], num_logits: int = 1, slot: int = 0
+) -> Chunk:
+    sequence = Sequence(Request(id=name, input_token_ids=(1,), max_tokens=1), 1, [1], slot=slot)
+    return Chunk(sequence, token_ids, start, array("i", blocks), samples=num_logits > 0, num_logits=num_logits)
+
+
 def make_batch(lengths: list[tuple[int, int]], seed: int) -> AttentionBatch:
     order = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
     chunks = []
+    lengths = sorted(lengths, key=lambda span: span[1] > 1)
     for index, (start, count) in enumerate(lengths):
         blocks = tuple(order.pop() for _ in range(-(-(start + count) // BLOCK)))
-        chunks.append(Chunk(str(index), tuple(range(count)), start, blocks, samples=True, num_logits=1))
-    return AttentionBatch(Step(tuple(chunks)), BLOCK, CPU)
+        chunks.append(chunk(str(index), tuple(range(count)), start, blocks))
+    return AttentionBatch(pack(Step(tuple(chunks)), BLOCK), CPU)
 
 
 @settings(max_examples=30, deadline=None)
@@ -39,8 +51,7 @@ def test_the_fast_path_agrees_with_the_plain_one(
 def test_the_plain_path_is_causal_attention() -> None:
     """One unbroken sequence in order of blocks is ordinary causal attention."""
     torch.manual_seed(0)
-    chunk = Chunk("a", tuple(range(8)), 0, (2, 5), samples=True, num_logits=1)
-    batch = AttentionBatch(Step((chunk,)), BLOCK, CPU)
+    batch = AttentionBatch(pack(Step((chunk("a", tuple(range(8)), 0, (2, 5)),)), BLOCK), CPU)
     query, key, value = torch.randn(3, 8, 2, HEAD_SIZE)
     keys, values = torch.zeros(2, 8, 2, BLOCK, HEAD_SIZE)
     for cache, tensor in ((keys, key), (values, value)):
@@ -52,9 +63,12 @@ def test_the_plain_path_is_causal_attention() -> None:
 
 
 def test_a_batch_lays_tokens_out_by_position() -> None:
-    step = Step((Chunk("a", (7, 8, 9), 3, (4, 1), True, 1), Chunk("b", (5,), 0, (0,), False, 0)))
-    batch = AttentionBatch(step, BLOCK, CPU)
-    assert batch.token_ids.tolist() == [7, 8, 9, 5]
-    assert batch.positions.tolist() == [3, 4, 5, 0]
-    assert batch.slots.tolist() == [4 * BLOCK + 3, 1 * BLOCK, 1 * BLOCK + 1, 0]
-    assert batch.logit_rows.tolist() == [2]
+    shown = chunk("c", (5, 6), 0, (0,), num_logits=2, slot=4)
+    step = Step((chunk("b", (5,), 0, (0,), num_logits=0), chunk("a", (7, 8, 9), 3, (4, 1), slot=2), shown))
+    batch = AttentionBatch(pack(step, BLOCK), CPU)
+    assert batch.token_ids.tolist() == [5, 7, 8, 9, 5, 6]
+    assert batch.positions.tolist() == [0, 3, 4, 5, 0, 1]
+    assert batch.slots.tolist() == [0, 4 * BLOCK + 3, 1 * BLOCK, 1 * BLOCK + 1, 0, 1]
+    assert batch.logit_rows.tolist() == [3, 4, 5]
+    assert batch.inputs.logit_slots.tolist() == [2, -1, 4]
+    assert [span.block_ids.tolist() for span in batch.spans] == [[0], [4, 1], [0]]

@@ -16,7 +16,7 @@ from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.executor.parallel import ProcessGroup
 
 rank, size, stages = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-group = ProcessGroup(rank, RankMapping(size, stages), Path(sys.argv[4]))
+group = ProcessGroup(rank, RankMapping(size, stages), Path(sys.argv[4]), torch.device("cpu"))
 place = rank % size
 for count in (5, 70_000):  # one exchange, and gloo's own ring
     part = torch.arange(count).float().view(1, -1) * (place + 1)

@@ -9,6 +9,7 @@ import torch
 from pydantic import ValidationError
 from transformers import (
     LogitsProcessorList,
+    MinPLogitsWarper,
     NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -31,8 +32,13 @@ def sequence(name: str = "a", output: tuple[int, ...] = (), asks: Any = None, **
     fields = {field: options.pop(field) for field in FIELDS if field in options}
     if asks is not None:
         fields["output"] = asks
+    slot = options.pop("slot", 0)
     request = Request(id=name, input_token_ids=PROMPT, max_tokens=9, sampling=SamplingConfig(**options), **fields)
-    return Sequence(request, 9, [*PROMPT, *output])
+    return Sequence(request, 9, [*PROMPT, *output], slot=slot)
+
+
+def sampler() -> Sampler:
+    return Sampler(4, torch.device("cpu"))
 
 
 def token(result: Sampled | RequestError) -> int:
@@ -41,8 +47,12 @@ def token(result: Sampled | RequestError) -> int:
 
 
 def draw(logits: torch.Tensor, subject: Sequence, count: int) -> Counter[int]:
-    sampler = Sampler()
-    return Counter(token(sampler.sample(logits.clone()[None], [subject])[0]) for _ in range(count))
+    """Tokens drawn for the first `count` places of an answer."""
+    subject_sampler, drawn = sampler(), []
+    for _ in range(count):
+        drawn.append(token(subject_sampler.sample(logits.clone()[None], [subject])[0]))
+        subject.token_ids.append(0)
+    return Counter(drawn)
 
 
 @pytest.mark.parametrize("options", [{}, {"top_k": 1, "temperature": 9.0}, {"top_p": 0.9, "temperature": 0.0}])
@@ -56,6 +66,11 @@ def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
         ({"top_k": 3}, [TopKLogitsWarper(3)]),
         ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
         ({"top_p": 1.0, "temperature": 2.0}, [TemperatureLogitsWarper(2.0)]),
+        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        (
+            {"min_p": 0.1, "top_p": 0.95, "temperature": 1.5},
+            [TemperatureLogitsWarper(1.5), TopPLogitsWarper(0.95), MinPLogitsWarper(0.1)],
+        ),
         (
             {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
             [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)],
@@ -79,20 +94,20 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
     subject = sequence(output=(5, 5), repetition_penalty=1.7)
     expected = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([subject.token_ids]), logits.clone())
     changed = logits.clone()
-    Sampler().sample(changed, [subject])
+    sampler().sample(changed, [subject])
     torch.testing.assert_close(changed, expected)
 
 
 def test_presence_and_frequency_count_the_answer_only() -> None:
     logits = torch.zeros(1, 8)
-    Sampler().sample(logits, [sequence(output=(5, 5, 6), presence_penalty=1.0, frequency_penalty=0.5)])
+    sampler().sample(logits, [sequence(output=(5, 5, 6), presence_penalty=1.0, frequency_penalty=0.5)])
     assert logits[0].tolist() == [0, 0, 0, 0, 0, -2.0, -1.5, 0]
 
 
 def test_min_tokens_forbids_the_end() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0]])
-    assert Sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1)]) == [Sampled(2)]
-    assert Sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1, output=(0,))]) == [Sampled(1)]
+    assert sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1)]) == [Sampled(2)]
+    assert sampler().sample(logits.clone(), [sequence(end_id=1, min_tokens=1, output=(0,))]) == [Sampled(1)]
 
 
 def test_a_seed_decides_whatever_else_is_in_the_batch() -> None:
@@ -100,10 +115,14 @@ def test_a_seed_decides_whatever_else_is_in_the_batch() -> None:
     steps = torch.randn(6, 20)
 
     def run(neighbours: int, seed: int) -> list[int]:
-        sampler = Sampler()
-        others = [sequence(f"other{i}", top_p=1.0, seed=i) for i in range(neighbours)]
-        subject = sequence("subject", top_p=1.0, seed=seed)
-        return [token(sampler.sample(row.repeat(neighbours + 1, 1), [*others, subject])[-1]) for row in steps]
+        subject_sampler, tokens = sampler(), []
+        others = [sequence(f"other{i}", top_p=1.0, seed=i, slot=i) for i in range(neighbours)]
+        subject = sequence("subject", top_p=1.0, seed=seed, slot=3)
+        for row in steps:
+            results = subject_sampler.sample(row.repeat(neighbours + 1, 1), [*others, subject])
+            tokens.append(token(results[-1]))
+            subject.token_ids.append(tokens[-1])
+        return tokens
 
     assert run(0, 42) == run(3, 42)
     assert run(0, 42) != run(0, 43)
@@ -111,7 +130,7 @@ def test_a_seed_decides_whatever_else_is_in_the_batch() -> None:
 
 def test_logits_that_are_not_finite_give_no_token() -> None:
     logits = torch.tensor([[0.0, float("nan")], [0.0, float("inf")], [1.0, 0.0]])
-    *broken, fine = Sampler().sample(logits, [sequence(name) for name in "abc"])
+    *broken, fine = sampler().sample(logits, [sequence(name, slot=slot) for slot, name in enumerate("abc")])
     assert ["not finite" in str(result) for result in broken] == [True, True]
     assert fine == Sampled(0)
 
@@ -123,7 +142,7 @@ def test_bad_words_are_forbidden_as_by_transformers(output: tuple[int, ...]) -> 
     processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=[99])
     expected = processor(torch.tensor([subject.token_ids]), torch.zeros(1, 8))
     changed = torch.zeros(1, 8)
-    Sampler().sample(changed, [subject])
+    sampler().sample(changed, [subject])
     torch.testing.assert_close(changed, expected)
 
 
@@ -134,9 +153,9 @@ def test_a_bias_is_added_before_the_choice() -> None:
 
 
 def test_a_request_that_leaves_no_token_fails_alone() -> None:
-    forbidding = sequence("a", bad_words=((0,), (1,)), embedding_bias={2: -math.inf}, top_p=1.0)
-    overflowing = sequence("b", output=(1, 2), frequency_penalty=-1e39, top_p=1.0)
-    results = Sampler().sample(torch.zeros(3, 3), [forbidding, overflowing, sequence("c")])
+    forbidding = sequence("a", bad_words=((0,), (1,)), embedding_bias={2: -math.inf, 3: -math.inf}, top_p=1.0)
+    overflowing = sequence("b", output=(1, 2), frequency_penalty=-1e39, top_p=1.0, slot=1)
+    results = sampler().sample(torch.zeros(3, 4), [forbidding, overflowing, sequence("c", slot=2)])
     assert ["no token is left to choose" in str(result) for result in results] == [True, True, False]
 
 
@@ -149,10 +168,10 @@ class BrokenGuide:
 
 
 def test_a_guide_that_fails_fails_alone() -> None:
-    sampler = Sampler()
-    sampler.guide("a", BrokenGuide())
-    broken, fine = sampler.sample(
-        torch.eye(2), [sequence("a", guided_decoding={"guide_type": "json"}), sequence("b")]
+    subject = sampler()
+    subject.guide("a", BrokenGuide())
+    broken, fine = subject.sample(
+        torch.eye(2), [sequence("a", guided_decoding={"guide_type": "json"}), sequence("b", slot=1)]
     )
     assert str(broken) == "broken"
     assert fine == Sampled(1)
@@ -169,11 +188,11 @@ def test_log_probs_and_logits_are_the_models_own() -> None:
     own = logits.clone()
     asks = OutputConfig(return_log_probs=True, return_generation_logits=True)
     subject = sequence(asks=asks, output=(5,), temperature=3.0, top_p=0.9, presence_penalty=2.0, bad_words=((0,),))
-    [result] = Sampler().sample(logits, [subject])
+    [result] = sampler().sample(logits, [subject])
     assert isinstance(result, Sampled)
     assert result.log_prob == pytest.approx(own[0].log_softmax(-1)[result.token_id].item(), rel=1e-5)
     torch.testing.assert_close(result.logits, own[0])
-    assert Sampler().sample(own, [sequence()])[0] == Sampled(int(own.argmax()))
+    assert sampler().sample(own, [sequence()])[0] == Sampled(int(own.argmax()))
 
 
 @pytest.mark.parametrize(

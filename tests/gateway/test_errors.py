@@ -47,7 +47,7 @@ def add(length: int, **limits: Any) -> None:
 def leave_no_token() -> None:
     request = Request(id="a", input_token_ids=(1,), max_tokens=8, end_id=0, sampling=SamplingConfig(min_tokens=5))
     logits = torch.full((1, 1), 1.0)
-    [result] = Sampler().sample(logits, [Sequence(request, 8, [0])])
+    [result] = Sampler(1, torch.device("cpu")).sample(logits, [Sequence(request, 8, [0], slot=0)])
     assert isinstance(result, RequestError)
     raise result
 

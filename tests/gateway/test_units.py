@@ -129,7 +129,7 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
 ) -> None:
     """Orchestrator mode: one address, a batch and a KV cache for each copy; a request lives in one of them."""
     one = plan_admission(GatewayConfig(repository=engine_repository), load_model(engine_repository))
-    path = trt_repository(1, 4)
+    path = trt_repository(1, 4, "orchestrator")
     four = plan_admission(GatewayConfig(repository=path), load_model(path))
     assert four.capacity == Capacity(4 * one.capacity.requests, 4 * one.capacity.tokens)
     assert four.queue_limits == QueueLimits(4 * one.queue_limits.requests, 4 * one.queue_limits.tokens)

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tests.conftest import random_model
+from tests.errors import parse_error
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.diagnostics import InputError
 from trtqwen.hf.source import HfModel
@@ -51,7 +52,7 @@ def test_the_command_refuses_without_force(spiked: Path, tmp_path: Path) -> None
     asked = [*command, "--quant", "int8_wo", "--kv-cache", "int8"]
     result = subprocess.run(asked, capture_output=True, text=True, timeout=100)
     assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
+    parse_error(result.stderr)
     assert "(layer 5) times the median" in result.stderr
     result = subprocess.run([*asked, "--force", "--dry-run"], capture_output=True, text=True, timeout=100)
     assert json.loads(result.stdout)["kv_cache"] == "int8"

@@ -1,4 +1,4 @@
-"""A stand-in for OpenMPI's mpirun, as far as trtqwen uses it: `mpirun --allow-run-as-root -n 1 A ... : -n 1 B ...`.
+"""A stand-in for Open MPI's mpirun, as far as trtqwen uses it: `mpirun OPTIONS -n 1 A ... : -n 1 B ...`.
 
 Like the real one it gives every rank a process group of its own, and ends all when one fails; with STANDIN_MPI_BLIND
 it does not notice, as happens when a rank's own launcher hangs.
@@ -15,8 +15,8 @@ from types import FrameType
 
 
 def main() -> int:
-    first, *rest = sys.argv[1:]
-    assert first == "--allow-run-as-root"
+    options, rest = sys.argv[1:5], sys.argv[5:]
+    assert options == ["--allow-run-as-root", "--bind-to", "none", "--oversubscribe"]
     commands: list[list[str]] = [[]]
     for word in rest:
         if word == ":":

@@ -65,10 +65,13 @@ def main() -> None:
     record = {
         "pid": os.getpid(),
         "options": {name: value for name, value in options.items() if value},
+        "gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "environment": {name: os.environ[name] for name in names if name in os.environ},
     }
     with Path(os.environ["STANDIN_RECORD"]).open("a") as file:
         file.write(json.dumps(record) + "\n")
+    if os.environ.get("STANDIN_BROKEN_GPU", "") == record["gpus"]:
+        sys.exit(1)
     print("E0101 00:00:00.000000 1 standin.cc:1] the last words of a rank", flush=True)
     if options["allow_http"] == ["false"]:
         while True:

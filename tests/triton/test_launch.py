@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,17 +22,38 @@ from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.system.host import Gpu, Host
 from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
-from trtqwen.triton.launch import Deployment, Endpoint, Launch, plan_launch, read_deployment
+from trtqwen.triton.launch import (
+    MPIRUN,
+    Deployment,
+    Endpoint,
+    Launch,
+    plan_launch,
+    read_deployment,
+    server_devices,
+)
+from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.server import Ports, TritonServer
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)
+REAL_MPIRUN = pytest.mark.skipif(
+    shutil.which("mpirun", path=str(Path(sys.executable).parent)) is None, reason="needs the package openmpi"
+)
 FOUR_4090D = Host(gpus=tuple(Gpu(index, "NVIDIA GeForce RTX 4090 D", "8.9", 24564, 1) for index in range(4)))
 
 
-def plan(world_size: int = 1, replicas: int = 1, host: Host | None = None) -> Launch:
+def plan(world_size: int = 1, replicas: int = 1, host: Host | None = None, devices: tuple[str, ...] = ()) -> Launch:
     deployment = Deployment(world_size, replicas)
     binary, prefix = Path("/opt/tritonserver/bin/tritonserver"), "x-"
-    return plan_launch(Path("/repo"), deployment, binary, ENDPOINT, shm_prefix=prefix, drain_seconds=30, host=host)
+    return plan_launch(
+        Path("/repo"),
+        deployment,
+        binary,
+        ENDPOINT,
+        shm_prefix=prefix,
+        drain_seconds=30,
+        host=host,
+        devices=devices,
+    )
 
 
 def test_one_rank_is_tritonserver_itself() -> None:
@@ -43,8 +65,8 @@ def test_one_rank_is_tritonserver_itself() -> None:
 
 def test_in_leader_mode_rank_0_serves_and_the_others_load_the_engine_alone() -> None:
     launch = plan(world_size=4)
-    assert launch.command[:2] == ("mpirun", "--allow-run-as-root")
-    text = " ".join(launch.command[2:])
+    assert launch.command[:5] == ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe")
+    text = " ".join(launch.command[5:])
     leader, *workers = text.split(" : ")
     assert len(workers) == 3
     assert launch.tritonservers == 4
@@ -54,6 +76,47 @@ def test_in_leader_mode_rank_0_serves_and_the_others_load_the_engine_alone() -> 
         assert "-port=" not in worker
     prefixes = [word for word in launch.command if "shm-region-prefix-name" in word]
     assert len(set(prefixes)) == 4
+
+
+def test_a_server_of_its_own_sees_the_gpus_of_its_replica() -> None:
+    launch = plan(world_size=2, host=FOUR_4090D, devices=("2", "3"))
+    assert launch.environment == {
+        "NCCL_P2P_DISABLE": "1",
+        "CUDA_VISIBLE_DEVICES": "2,3",
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+    }
+
+
+@pytest.mark.parametrize(
+    ("deployment", "setting", "expected"),
+    [
+        (Deployment(1, 1, Path("e"), 4), None, [("0",), ("1",), ("2",), ("3",)]),
+        (Deployment(2, 1, Path("e"), 2), None, [("0", "1"), ("2", "3")]),
+        (Deployment(1, 1, Path("e"), 2), "3, 1", [("3",), ("1",)]),
+        (Deployment(2, 1, Path("e"), 1), "2,3", [()]),
+        (Deployment(1, 1, Path("e"), 2), "GPU-aa,GPU-bb", [("GPU-aa",), ("GPU-bb",)]),
+        (Deployment(), None, [()]),
+    ],
+)
+def test_each_server_gets_the_next_gpus(
+    monkeypatch: pytest.MonkeyPatch, deployment: Deployment, setting: str | None, expected: list[tuple[str, ...]]
+) -> None:
+    if setting is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", setting)
+    assert server_devices(deployment, FOUR_4090D) == expected
+
+
+@pytest.mark.parametrize(
+    "deployment", [Deployment(1, 1, Path("e"), 5), Deployment(8, 1, Path("e")), Deployment(2, 3, Path("e"))]
+)
+def test_too_few_gpus_are_told_before_anything_starts(
+    monkeypatch: pytest.MonkeyPatch, deployment: Deployment
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match=r"needs \d GPUs .*, and 4 are visible"):
+        server_devices(deployment, FOUR_4090D)
 
 
 def test_replicas_are_spawned_behind_one_address() -> None:
@@ -97,15 +160,15 @@ def test_every_flag_is_one_of_the_real_tritonservers() -> None:
     )
     known = shown.stdout + shown.stderr
     used = {word.partition("=")[0] for launch in (plan(), plan(4), plan(2, 2)) for word in launch.command}
-    flags = {word for word in used if word.startswith("--") and word != "--allow-run-as-root"}
+    flags = {word for word in used if word.startswith("--")} - set(MPIRUN)
     assert flags <= {f"--{name}" for name in tritonserver.FLAGS}
     assert [name for name in tritonserver.FLAGS if f"--{name}" not in known] == []
 
 
 def test_a_repository_tells_ranks_and_replicas(trt_repository: Callable[..., Path], repository: Path) -> None:
     assert read_deployment(repository) == Deployment()
-    found = read_deployment(trt_repository(2, 2))
-    assert (found.world_size, found.replicas, found.mode) == (2, 2, "orchestrator")
+    found = read_deployment(trt_repository(2, 2, "orchestrator"))
+    assert (found.world_size, found.replicas, found.servers, found.mode) == (2, 2, 1, "orchestrator")
     assert found.engine is not None
     (found.engine / "rank1.engine").unlink()
     with pytest.raises(InputError, match=r"rank1\.engine is missing"):
@@ -151,6 +214,51 @@ def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], st
         ]
         assert set(living(session)) >= {record["pid"] for record in ranks}
     assert not list(living(session))
+
+
+def test_two_replicas_run_side_by_side(trt_repository: Callable[..., Path], standins: Path) -> None:
+    found = read_deployment(trt_repository(2, 2))
+    assert (found.world_size, found.replicas, found.servers, found.mode) == (2, 1, 2, "leader")
+    assert found.engine is not None
+    replicas = TritonReplicas(found.engine.with_name("repository"), ports=Ports(0, 0, 0), drain_seconds=2)
+    assert len({*replicas.grpc_urls, *(server.http_url for server in replicas.servers)}) == 4
+    with replicas:
+        sessions = [server.pid for server in replicas.servers]
+        replicas.check()
+        deadline = time.monotonic() + 60
+        while len(ranks := records(standins)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        seen = sorted((rank["gpus"], rank["environment"]["OMPI_COMM_WORLD_RANK"]) for rank in ranks)
+        assert seen == [("0,1", "0"), ("0,1", "1"), ("2,3", "0"), ("2,3", "1")]
+        os.kill(next(rank["pid"] for rank in ranks if rank["gpus"] == "2,3"), signal.SIGKILL)
+        with pytest.raises(ServerError):
+            while time.monotonic() < deadline:
+                replicas.check()
+                time.sleep(0.05)
+    assert not [pid for session in sessions for pid in living(session)]
+
+
+def test_a_replica_that_does_not_start_is_told_at_once(
+    trt_repository: Callable[..., Path], standins: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("STANDIN_BROKEN_GPU", "1")
+    trt_repository(1, 2)
+    replicas = TritonReplicas(standins.with_name("repository"), ports=Ports(0, 0, 0), drain_seconds=2)
+    with pytest.raises(ServerError, match="ended with code 1"), replicas:
+        pass
+
+
+@REAL_MPIRUN
+def test_the_real_mpirun_leaves_all_cores_and_starts_more_ranks_than_cores(tmp_path: Path) -> None:
+    program = "import os; print(len(os.sched_getaffinity(0)))"
+    command = [*MPIRUN, "-n", "1", sys.executable, "-c", program]
+    for _ in range(2 * (os.cpu_count() or 1)):
+        command += [":", "-n", "1", sys.executable, "-c", program]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path)
+    assert shown.returncode == 0, shown.stderr
+    assert set(shown.stdout.split()) == {str(len(os.sched_getaffinity(0)))}
+    assert len(shown.stdout.split()) == 2 * (os.cpu_count() or 1) + 1
 
 
 @pytest.mark.parametrize("blind", [False, True], ids=["mpirun-ends", "mpirun-hangs"])

@@ -88,8 +88,8 @@ def test_the_models_are_upstreams(repository: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["torch", "tensorrt_llm"])
 @pytest.mark.parametrize("model", MODELS)
-def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, builder: str) -> None:
-    if builder == "torch":
+def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model: str, backend: str) -> None:
+    if backend == "torch":
         config = read(repository, model)
     else:
         config = plan_repository(tensorrt_engine(), ServeRecipe()).configs[model]
@@ -244,6 +244,7 @@ def test_python_models_are_copies_and_refer_to_nothing_outside_but_the_engine(re
 def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(tensorrt_engine: Engine, tmp_path: Path) -> None:
     serve = ServeRecipe(
         replicas=2,
+        replica_mode="orchestrator",
         enable_kv_cache_reuse=True,
         enable_context_fmha_fp32_acc=True,
         kv_cache_host_memory_bytes=1 << 33,
@@ -269,6 +270,7 @@ def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(tensorrt_engine:
         "enable_chunked_context": "True",
         "enable_context_fmha_fp32_acc": "True",
         "gpu_device_ids": "0,1;2,3",
+        "recv_poll_period_ms": "1",
         "tokenizer_dir": "../preprocessing/1/tokenizer",
         "guided_decoding_backend": "xgrammar",
         "xgrammar_tokenizer_info_path": str(tmp_path / "repository/tensorrt_llm/1/xgrammar_tokenizer_info.json"),
@@ -297,6 +299,12 @@ def test_guided_decoding_of_a_tensorrt_engine_knows_the_tokenizer(tensorrt_engin
 def test_one_engine_on_one_card_is_one_group(tensorrt_engine: Engine) -> None:
     llm = plan_repository(tensorrt_engine(), ServeRecipe()).configs["tensorrt_llm"]
     assert llm.parameters["gpu_device_ids"].string_value == "0"
+    assert llm.instance_group[0].count == 1
+
+
+def test_replicas_on_servers_of_their_own_are_one_group_each(tensorrt_engine: Engine) -> None:
+    llm = plan_repository(tensorrt_engine(2), ServeRecipe(replicas=2)).configs["tensorrt_llm"]
+    assert llm.parameters["gpu_device_ids"].string_value == "0,1"
     assert llm.instance_group[0].count == 1
 
 

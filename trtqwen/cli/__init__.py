@@ -1,10 +1,14 @@
-"""The command line: parse, call, print. Errors end in one sentence and an exit code (1 failed, 2 bad input)."""
+"""The command line: parse, call, print.
+
+A failure prints an `error:` line and a `hint:` line. The exit code is 1 for a failure and 2 for bad input.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import sys
+from contextlib import suppress
 from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, NoReturn
@@ -13,26 +17,27 @@ import typer
 from typer.core import TyperGroup
 
 from trtqwen import __version__
-from trtqwen.cli.output import print_json
+from trtqwen.cli.output import HELP, print_json
 from trtqwen.diagnostics import Diagnostic, TrtQwenError
 
-# Each is a module here with a function (or, for a command with subcommands, a Typer) named `command`.
+# Each command is a module here with a function named `command`, or a Typer for a command with subcommands.
 COMMANDS = {
-    "demo": "The whole way on this machine, with the bundled model.",
-    "convert": "Hugging Face weights to a TensorRT-LLM checkpoint.",
-    "verify": "Compare a checkpoint with the model it was made from.",
-    "recipe": "List, show and check recipes.",
-    "plan": "Memory, concurrency and speed of a recipe, before a GPU is touched.",
-    "build": "Checkpoint, engine and model repository of a recipe in one go.",
-    "explain": "Cause and remedy for what a log says.",
-    "repo": "The model repository of an engine, alone.",
-    "serve": "Triton on a model repository.",
-    "gateway": "The web gateway alone, in front of running Tritons.",
-    "infer": "Stream one answer of a running server.",
-    "doctor": "What is wrong here, and the remedy.",
-    "selftest": "Build and run the bundled model on TensorRT-LLM, and compare.",
+    "demo": "Run the bundled model end to end: convert, build, serve, stream, stop.",
+    "convert": "Convert Hugging Face weights to a TensorRT-LLM checkpoint.",
+    "verify": "Compare a checkpoint with the model that it was made from.",
+    "recipe": "List, show, copy and check recipes.",
+    "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",
+    "build": "Build the checkpoint, engine and model repository of a recipe.",
+    "explain": "Explain the errors in a log.",
+    "repo": "Write the model repository of an engine.",
+    "serve": "Serve a model repository with Triton and the web gateway.",
+    "gateway": "Serve the web gateway alone, in front of running Triton servers.",
+    "infer": "Stream one answer from a running server.",
+    "bench": "Measure a running server under load.",
+    "doctor": "Check this host, and what you built, for known problems.",
+    "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",
 }
-# What is wrong with a path that a user named; other troubles of the system are failures.
+# Errors of the system that mean a wrong path, which is bad input. The others are failures.
 _WRONG_PATH = {
     errno.EACCES,
     errno.EISDIR,
@@ -46,7 +51,7 @@ _WRONG_PATH = {
 
 
 class _LazyGroup(TyperGroup):
-    """Imports the module of the one command that is run; --help needs none of them."""
+    """Import the module of the command that runs; --help needs none of them."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
@@ -56,7 +61,7 @@ class _LazyGroup(TyperGroup):
 def _load(name: str) -> Any:
     command = import_module(f"trtqwen.cli.{name}").command
     if not isinstance(command, typer.Typer):
-        alone = typer.Typer(add_completion=False, rich_markup_mode=None)
+        alone = typer.Typer(add_completion=False, context_settings=HELP, rich_markup_mode=None)
         alone.command(name)(command)
         command = alone
     return typer.main.get_command(command)
@@ -65,8 +70,9 @@ def _load(name: str) -> Any:
 app = typer.Typer(
     name="trtqwen",
     cls=_LazyGroup,
-    help="From Hugging Face Qwen2.5 weights to a served TensorRT-LLM engine.",
+    help="Convert Qwen2.5 to TensorRT-LLM, build it, and serve it behind Triton.",
     no_args_is_help=True,
+    context_settings=HELP,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -83,19 +89,19 @@ def _version(value: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """From Hugging Face Qwen2.5 weights to a served TensorRT-LLM engine."""
+    """Convert Qwen2.5 to TensorRT-LLM, build it, and serve it behind Triton."""
 
 
 def main() -> None:
-    """Run the command line and leave with its exit code."""
-    # PyTorch's CPU threads otherwise spin while they wait: five times slower where anybody else uses the cores.
+    """Run the command line and exit with its code."""
+    # PyTorch's CPU threads spin while they wait by default: five times slower when other processes use the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # better than to fail where the terminal lacks a character
+            stream.reconfigure(errors="replace")  # a terminal may lack a character
     try:
         app()
     except TrtQwenError as problem:
@@ -116,5 +122,6 @@ def _leave(diagnostic: Diagnostic, exit_code: int) -> NoReturn:
     if diagnostic.hint:
         typer.secho(f"hint: {diagnostic.hint}", fg="cyan", err=True)
     if "--json" in sys.argv:
-        print_json({"error": diagnostic.as_json()})
+        with suppress(OSError):  # standard output itself may be what failed
+            print_json({"error": diagnostic.as_json()})
     sys.exit(exit_code)

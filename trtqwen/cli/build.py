@@ -12,6 +12,7 @@ from trtqwen.build import BuildPlan, StageResult, check_build, plan_build, run_b
 from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
 from trtqwen.cli.output import (
     Bars,
+    Changes,
     DryRun,
     Force,
     ImageName,
@@ -39,6 +40,7 @@ def command(
     repo: Annotated[
         Path | None, typer.Option(help="Model repository to write. [default: triton_repo/<recipe>]")
     ] = None,
+    changes: Changes = None,
     no_quality: NoQuality = False,
     force: Force = False,
     dry_run: DryRun = False,
@@ -53,11 +55,12 @@ def command(
     tritonclient, at least) pip installs in the container at each start: from the package index, or without a network
     from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has it all needs neither.
     """
-    loaded = load_recipe(recipe)
+    loaded = load_recipe(recipe, changes or ())
     repository = repo or Path("triton_repo") / loaded.name
     container = None
     if in_container:
-        flags = _flags(no_quality=no_quality, force=force, json=json)
+        flags = [f"--set={change}" for change in changes or ()]
+        flags += _flags(no_quality=no_quality, force=force, json=json)
         options = ContainerOptions(image, wheels, read_host().driver)
         container = plan_build_container(recipe, loaded, model, engines, repository, flags, options)
         if not dry_run:
@@ -84,12 +87,12 @@ def command(
             stderr.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
         raise
     record = read_provenance(plan.engine.directory)
-    changes = record.changes if record else []
+    made = record.changes if record else []
     if json:
         content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
-        print_json(content | {"changed_by_builder": [change.model_dump() for change in changes]})
+        print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
-        for change in changes:
+        for change in made:
             stdout.print(f"trtllm-build changed {change}", style="yellow", markup=False, highlight=False)
         stdout.print(f"ready: trtqwen serve --repo {plan.repository.directory}", highlight=False)
 

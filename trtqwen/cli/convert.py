@@ -150,7 +150,7 @@ def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
 def _quality(path: Path) -> dict[str, Any]:
     """The few numbers of a quality report that say most."""
     content = load_json(path.read_text(encoding="utf-8"))
-    return {key: content.get(key) for key in ("perplexity_increase", "top1_agreement", "not_measured")}
+    return {key: content.get(key) for key in ("perplexity_increase", "top1_agreement", "not_measured", "not_plotted")}
 
 
 def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
@@ -181,6 +181,8 @@ def _print(plan: ConversionPlan, summary: dict[str, Any]) -> None:
         stdout.print(f"{summary['output']}: {layout} in {summary['seconds']:.1f} s ({rate}/s)", highlight=False)
         if quality := summary.get("quality"):
             stdout.print(f"quality: {_quality_words(quality)}; see {QUALITY} there", highlight=False)
+            if quality["not_plotted"]:
+                stdout.print(f"quality plot: not drawn, {quality['not_plotted']}", highlight=False)
     else:
         stdout.print(f"would write {summary['output']}: {layout}", highlight=False)
         for rank in summary["ranks"]:

@@ -25,6 +25,7 @@ from rich.progress import (
 )
 from rich.text import Text
 
+HELP = {"help_option_names": ["-h", "--help"]}
 _TAIL_WIDTH = 60  # characters of a log's line in a bar
 
 stdout = Console()
@@ -39,6 +40,10 @@ InContainer = Annotated[
 ImageName = Annotated[str | None, typer.Option("--image", help="With --in-container: this image, by tag or digest.")]
 Wheels = Annotated[
     Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
+]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
 ]
 ApiKeys = Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")]
 GatewaySettings = Annotated[

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtqwen.cli.output import Json, print_json, stdout
+from trtqwen.cli.output import Changes, Json, print_json, stdout
 from trtqwen.plan.plan import plan_recipe
 from trtqwen.plan.show import print_comparison, print_plan
 from trtqwen.recipe import load_recipe
@@ -19,10 +19,11 @@ def command(
     model: Annotated[
         Path | None, typer.Option(help="Hugging Face model directory. [default: the sizes of the recipe's model]")
     ] = None,
+    changes: Changes = None,
     json: Json = False,
 ) -> None:
     """Work out memory, requests at once, speed and the build command of a recipe. Exit code 1 if it does not fit."""
-    plans = [plan_recipe(load_recipe(name), model) for name in (recipe, other) if name is not None]
+    plans = [plan_recipe(load_recipe(name, changes or ()), model) for name in (recipe, other) if name is not None]
     if json:
         print_json(plans[0].as_json() if other is None else {"plans": [plan.as_json() for plan in plans]})
     elif other is None:

@@ -1,7 +1,8 @@
-"""`trtqwen recipe`: list, show and check recipes."""
+"""`trtqwen recipe`: list, show, copy and check recipes."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,13 +10,19 @@ import yaml
 from rich.padding import Padding
 from rich.text import Text
 
-from trtqwen.cli.output import Json, print_json, stdout
+from trtqwen.cli.output import HELP, Changes, Force, Json, print_json, stdout
 from trtqwen.diagnostics import InputError
 from trtqwen.plan.plan import model_config
 from trtqwen.plan.show import layout_name
-from trtqwen.recipe import Recipe, load_recipe, recipe_names
+from trtqwen.recipe import Recipe, find_recipe, load_recipe, recipe_names
 
-command = typer.Typer(help="List, show and check recipes.", no_args_is_help=True, rich_markup_mode=None)
+command = typer.Typer(
+    add_completion=False,
+    context_settings=HELP,
+    help="List, show, copy and check recipes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 Name = Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]
 
 
@@ -38,9 +45,9 @@ def list_recipes(json: Json = False) -> None:
 
 
 @command.command()
-def show(recipe: Name, json: Json = False) -> None:
-    """Show a recipe with every field, those that the file leaves out included."""
-    loaded = load_recipe(recipe)
+def show(recipe: Name, changes: Changes = None, json: Json = False) -> None:
+    """Print a recipe with the default of every field that its file leaves out."""
+    loaded = load_recipe(recipe, changes or ())
     content = loaded.model_dump(exclude={"name"})
     if json:
         print_json({"name": loaded.name, **content})
@@ -50,10 +57,27 @@ def show(recipe: Name, json: Json = False) -> None:
 
 
 @command.command()
+def copy(
+    recipe: Name,
+    file: Annotated[Path, typer.Argument(help="YAML file to write.")],
+    force: Force = False,
+    json: Json = False,
+) -> None:
+    """Copy a recipe, with its comments, to a file of your own."""
+    if file.exists() and not force:
+        raise InputError(f"{file}: exists", "pass --force to replace it, or name another file")
+    file.write_text(find_recipe(recipe).read_text(encoding="utf-8"), encoding="utf-8")
+    if json:
+        print_json({"recipe": str(file)})
+    else:
+        stdout.print(f"{file}: edit it, then run `trtqwen plan {file}`", highlight=False, markup=False)
+
+
+@command.command()
 def check(
     recipes: Annotated[list[str], typer.Argument(help="Names of bundled recipes, or YAML files.")], json: Json = False
 ) -> None:
-    """Check recipes, against the sizes of the model they name too. Exit code 2 if one is wrong."""
+    """Check recipes, each against the sizes of the model that it names. Exit code 2 if one is wrong."""
     problems = {recipe: _problem(recipe) for recipe in recipes}
     if json:
         results = [{"recipe": recipe, "ok": not problem, "problem": problem} for recipe, problem in problems.items()]

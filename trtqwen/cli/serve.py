@@ -28,7 +28,8 @@ from trtqwen.gateway.config import gateway_config as plan_gateway
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
-from trtqwen.triton.server import Ports, TritonServer, serve_until_signal
+from trtqwen.triton.replicas import TritonReplicas
+from trtqwen.triton.server import Ports, serve_until_signal
 
 DEFAULT = Path("triton_repo")
 LOOPBACK = "127.0.0.1"
@@ -53,7 +54,9 @@ def command(
     gateway_config: GatewaySettings = None,
     model_name: ModelName = None,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
-    log: Annotated[Path | None, typer.Option(help="File for Triton's log.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="File for Triton's log; several replicas write FILE-0, FILE-1 and so on.")
+    ] = None,
     dry_run: DryRun = False,
     in_container: InContainer = False,
     image: ImageName = None,
@@ -65,12 +68,15 @@ def command(
     The gateway answers OpenAI's routes and has a chat page at /. Beyond loopback it asks for --api-keys. `trtqwen
     gateway` runs one alone, in front of several Tritons.
 
+    A repository with serve.replicas gets a Triton for each replica, on GPUs of its own and on ports that are higher
+    by 10 each; the gateway sends a request to the replica with the fewest tokens to do.
+
     With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
     elsewhere. `trtqwen build --help` says what else a container needs.
     """
 
-    def gateway_settings(repository: Path, triton: str) -> GatewayConfig:
-        place = {"repository": repository, "triton": (triton,), "host": host, "port": gateway_port}
+    def gateway_settings(repository: Path, triton: tuple[str, ...]) -> GatewayConfig:
+        place = {"repository": repository, "triton": triton, "host": host, "port": gateway_port}
         return plan_gateway(gateway_config, **place, api_keys=api_keys, model_name=model_name)
 
     if no_gateway and host != LOOPBACK:
@@ -80,7 +86,7 @@ def command(
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
         loaded = load_recipe(recipe)
         served = repo or DEFAULT / loaded.name
-        settings = gateway_settings(served, f"{triton_host}:{grpc_port}")
+        settings = gateway_settings(served, (f"{triton_host}:{grpc_port}",))
         flags = [f"--host={host}", f"--triton-host={triton_host}"]
         flags += [f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
         flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
@@ -96,27 +102,35 @@ def command(
         _print_dry_run({"container": plan.command}, plan.shell(), json)
         return
     repository = _choose(recipe, repo)
-    server = TritonServer(repository, ports=Ports(http_port, grpc_port, metrics_port), host=triton_host, log=log)
+    server = TritonReplicas(repository, ports=Ports(http_port, grpc_port, metrics_port), host=triton_host, log=log)
     if dry_run:
-        launch = server.launch()
-        content = {"command": launch.command, "environment": dict(launch.environment)}
-        _print_dry_run({"repository": str(repository), **content}, launch.shell(), json)
+        launches = server.launches()
+        commands = [{"command": launch.command, "environment": dict(launch.environment)} for launch in launches]
+        content = {"repository": str(repository), **commands[0], "servers": commands}
+        _print_dry_run(content, "\n".join(launch.shell() for launch in launches), json)
         return
-    gateway = None if no_gateway else GatewayProcess(gateway_settings(repository, server.grpc_url))
+    gateway = None if no_gateway else GatewayProcess(gateway_settings(repository, server.grpc_urls))
     with serve_until_signal(server, *([gateway] if gateway else [])):
         stderr.print(f"starting Triton on {repository} ...", highlight=False)
         server.wait_until_ready()
-        endpoints = {"http": server.http_url, "grpc": server.grpc_url, "metrics": f"{server.metrics_url}/metrics"}
+        replicas = [
+            {"http": one.http_url, "grpc": one.grpc_url, "metrics": f"{one.metrics_url}/metrics"}
+            for one in server.servers
+        ]
+        endpoints, several = dict(replicas[0]), {"servers": replicas} if replicas[1:] else {}
         if gateway:
             gateway.start()
             gateway.wait_until_ready(behind=server)
             endpoints["gateway"] = gateway.url
         if json:
-            print_json({"repository": str(repository), **endpoints})
+            print_json({"repository": str(repository), **endpoints, **several})
         else:
             ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
             stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
-            stdout.print(f'try:   trtqwen infer "Hello" --url {server.grpc_url}', highlight=False)
+            for number, replica in enumerate(replicas[1:], 1):
+                places = ", ".join(f"{name} {url}" for name, url in replica.items())
+                stdout.print(f"       replica {number}: {places}", highlight=False, soft_wrap=True)
+            stdout.print(f'try:   trtqwen infer "Hello" --url {endpoints["grpc"]}', highlight=False)
             if gateway:
                 stdout.print(f"       or chat at {gateway.url}", highlight=False)
     stderr.print("stopped", highlight=False)

@@ -49,8 +49,11 @@ def command(
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+    from trtqwen.verify.plot import require_matplotlib
     from trtqwen.verify.run import verify, write_report  # the other commands start without PyTorch
 
+    if report is not None:
+        require_matplotlib("--report")
     limits = {
         "attention_error": max_layer_error,
         "mlp_error": max_layer_error,

@@ -50,7 +50,7 @@ class Finding:
 
 def explain(lines: Iterable[str]) -> list[Finding]:
     """Known failures in a log, the most telling first: causes before what follows from them."""
-    known = [_Search(failure) for failure in _failures()]
+    known = [_Search(failure) for failure in failures()]
     number, text = 0, ""
     for counted, line in enumerate(lines, 1):
         if line.strip():
@@ -86,6 +86,6 @@ class _Search:
 
 
 @cache
-def _failures() -> tuple[Failure, ...]:
+def failures() -> tuple[Failure, ...]:
     content = json.loads(_FACTS.read_text(encoding="utf-8"))
     return tuple(Failure.model_validate(entry) for entry in content["failures"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -12,7 +12,16 @@ from trtqwen.executor.scheduler import SchedulerConfig, SchedulerPolicy
 
 
 class ExecutorConfig(BaseModel):
-    """Runtime limits, by TensorRT-LLM's names. `max_tokens_in_paged_kv_cache` None holds every full-length batch."""
+    """How an engine runs: limits by TensorRT-LLM's names, and the device.
+
+    Attributes:
+        max_tokens_in_paged_kv_cache: None holds every full-length batch on CPU, and fills the free memory on CUDA.
+        kv_cache_free_gpu_mem_fraction: share of the GPU memory left after weights and a warm-up step.
+        device: `auto` is CUDA where there is a card.
+        attention: `plain` is the formula written out in PyTorch, on any device.
+        cuda_graphs: replay generation steps as CUDA graphs.
+        overlap: schedule a step while the one before runs, on CUDA.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -21,6 +30,11 @@ class ExecutorConfig(BaseModel):
     enable_kv_cache_reuse: bool = False
     max_tokens_in_paged_kv_cache: Annotated[int, Field(gt=0)] | None = None
     max_queue_size: Annotated[int, Field(ge=0)] = 0
+    kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    attention: Literal["auto", "plain"] = "auto"
+    cuda_graphs: bool = True
+    overlap: bool = True
 
 
 class WorkerConfig(BaseModel):
@@ -40,16 +54,22 @@ class WorkerConfig(BaseModel):
     threads: int
 
 
-def scheduler_config(engine: EngineConfig, executor: ExecutorConfig) -> SchedulerConfig:
-    """The limits of the step loop for an engine."""
+def kv_cache_blocks(engine: EngineConfig, executor: ExecutorConfig) -> int:
+    """KV cache blocks that the config asks for: as it says, or enough for every full-length batch."""
     build = engine.build_config
     tokens = executor.max_tokens_in_paged_kv_cache or build.max_batch_size * build.max_seq_len
+    return tokens // build.tokens_per_block
+
+
+def scheduler_config(engine: EngineConfig, executor: ExecutorConfig, num_blocks: int) -> SchedulerConfig:
+    """The limits of the step loop for an engine with `num_blocks` KV cache blocks."""
+    build = engine.build_config
     return SchedulerConfig(
         max_batch_size=build.max_batch_size,
         max_num_tokens=build.max_num_tokens,
         max_seq_len=build.max_seq_len,
         tokens_per_block=build.tokens_per_block,
-        num_blocks=tokens // build.tokens_per_block,
+        num_blocks=num_blocks,
         vocab_size=engine.pretrained_config.vocab_size,
         batch_scheduler_policy=executor.batch_scheduler_policy,
         enable_chunked_context=executor.enable_chunked_context,

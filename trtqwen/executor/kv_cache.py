@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, MutableSequence, Sequence
 from hashlib import blake2b
 
 
@@ -32,7 +32,7 @@ class BlockPool:
         """Blocks that hold `num_tokens` tokens."""
         return -(-num_tokens // self.tokens_per_block)
 
-    def grow(self, owned: list[int], num_tokens: int) -> bool:
+    def grow(self, owned: MutableSequence[int], num_tokens: int) -> bool:
         """Extend a sequence's blocks until they hold `num_tokens` tokens, or leave them alone and return False."""
         missing = self.blocks_for(num_tokens) - len(owned)
         if missing > self.num_free:

@@ -12,24 +12,26 @@ import torch.distributed as dist
 from torch import Tensor
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.executor.control import ControlChannel
 
 # An idle server leaves the other ranks waiting for the next step as long as no request comes.
 _FOREVER = timedelta(days=365)
 # gloo's all-reduce goes round the ring twice; for a few tokens one exchange of everything takes a third of the time.
 _SMALL = 1 << 16
-_HEAD = 4096
 
 
 class Communicator(Protocol):
     """What the model and the step loop ask of the other ranks.
 
     Attributes:
+        rank, size: place among all ranks.
         tp_rank, tp_size: place among the ranks that share this rank's layers.
         stage: pipeline stage.
         is_first, is_last: whether the stage begins or ends the pipeline.
     """
 
     rank: int
+    size: int
     tp_rank: int
     tp_size: int
     stage: int
@@ -65,7 +67,11 @@ class Communicator(Protocol):
         ...
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank."""
+        """Rank 0's bytes, on every rank, by way of the host."""
+        ...
+
+    def share_tokens(self, tokens: Tensor) -> None:
+        """Bring rank 0's sampled tokens to every rank's device, in place. Overlapped steps read them there."""
         ...
 
 
@@ -73,7 +79,7 @@ class SingleRank:
     """The communicator of a model that runs on one rank."""
 
     rank = tp_rank = stage = 0
-    tp_size = 1
+    size = tp_size = 1
     is_first = is_last = True
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
@@ -98,20 +104,37 @@ class SingleRank:
         assert data is not None
         return data
 
+    def share_tokens(self, tokens: Tensor) -> None:
+        """There is nobody to share with."""
+
 
 class ProcessGroup:
-    """One process a rank, joined through a file that all of them can reach. gloo, on loopback."""
+    """One process for each rank of one host: NCCL between GPUs, gloo on loopback between CPUs.
 
-    def __init__(self, rank: int, mapping: RankMapping, rendezvous: Path) -> None:
+    Args:
+        rendezvous: file through which the ranks find each other; steps cross a socket next to it.
+    """
+
+    def __init__(self, rank: int, mapping: RankMapping, rendezvous: Path, device: torch.device) -> None:
         self.rank = rank
+        self.size = mapping.world_size
+        self._cuda = device.type == "cuda"
         self.tp_size = mapping.tp_size
         self.tp_rank = mapping.tp_rank(rank)
         self.stage = rank // mapping.tp_size
         self.is_first = self.stage == 0
         self.is_last = self.stage == mapping.pp_size - 1
+        self._control = ControlChannel(rank, self.size, rendezvous.with_name("control"))
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        if self._cuda:
+            torch.cuda.set_device(device)
         dist.init_process_group(
-            "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=mapping.world_size, timeout=_FOREVER
+            "nccl" if self._cuda else "gloo",
+            init_method=f"file://{rendezvous}",
+            rank=rank,
+            world_size=self.size,
+            timeout=_FOREVER,
+            device_id=device if self._cuda else None,
         )
         groups = [dist.new_group(list(mapping.stage_ranks(stage))) for stage in range(mapping.pp_size)]
         self._group = groups[self.stage]
@@ -121,7 +144,7 @@ class ProcessGroup:
     def all_reduce(self, tensor: Tensor) -> Tensor:
         if self.tp_size == 1:
             return tensor
-        if tensor.numel() > _SMALL:
+        if self._cuda or tensor.numel() > _SMALL:
             dist.all_reduce(tensor, group=self._group)
             return tensor
         return torch.stack(self._exchange(tensor)).sum(dim=0)
@@ -159,18 +182,11 @@ class ProcessGroup:
         return parts
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """One message if the data is short: its length and its beginning travel together."""
-        head = torch.zeros(_HEAD + 8, dtype=torch.uint8)
-        if data is not None:
-            first = len(data).to_bytes(8, "little") + data[:_HEAD]
-            head[: len(first)] = torch.frombuffer(bytearray(first), dtype=torch.uint8)
-        dist.broadcast(head, src=0)
-        raw = head.numpy().tobytes()
-        size = int.from_bytes(raw[:8], "little")
-        if size <= _HEAD:
-            return raw[8 : 8 + size]
-        rest = torch.zeros(size - _HEAD, dtype=torch.uint8)
-        if data is not None:
-            rest = torch.frombuffer(bytearray(data[_HEAD:]), dtype=torch.uint8)
-        dist.broadcast(rest, src=0)
-        return raw[8:] + rest.numpy().tobytes()
+        if data is None:
+            return self._control.receive()
+        self._control.send(data)
+        return data
+
+    def share_tokens(self, tokens: Tensor) -> None:
+        if self._cuda:
+            dist.broadcast(tokens, src=0)

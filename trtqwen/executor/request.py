@@ -30,11 +30,12 @@ class _Message(BaseModel):
 
 
 class SamplingConfig(_Message):
-    """How the next token is chosen. As in TensorRT-LLM, a request is greedy unless top_k or top_p is given.
+    """How the next token is chosen. As in TensorRT-LLM, a request is greedy unless top_k, top_p or min_p is given.
 
     Attributes:
         top_k: sample from the k likeliest tokens; 0 is no limit, 1 is greedy.
         top_p: sample from the likeliest tokens that together reach this probability; 0 counts as not given.
+        min_p: sample from the tokens that are at least this fraction as likely as the likeliest; 0 is no limit.
         temperature: divides the logits.
         seed: of the request's own random numbers.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer.
@@ -44,6 +45,7 @@ class SamplingConfig(_Message):
 
     top_k: Annotated[int, Field(ge=0)] = 0
     top_p: Annotated[float, Field(ge=0, le=1)] = 0.0
+    min_p: Annotated[float, Field(ge=0, le=1)] = 0.0
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     seed: Annotated[int, Field(ge=0, lt=2**64)] = 0
     repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
@@ -53,7 +55,7 @@ class SamplingConfig(_Message):
 
     @property
     def greedy(self) -> bool:
-        return self.top_k == 1 or self.temperature == 0 or (self.top_k == 0 and self.top_p == 0)
+        return self.top_k == 1 or self.temperature == 0 or (self.top_k == 0 and self.top_p == 0 and self.min_p == 0)
 
 
 class OutputConfig(_Message):

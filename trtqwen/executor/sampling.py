@@ -1,18 +1,28 @@
-"""Choosing the next token of each sequence from its logits, with TensorRT-LLM's parameters and order of steps."""
+"""Choosing the next token of each sequence from its logits, with TensorRT-LLM's parameters and order of steps.
+
+One module for CPU and CUDA. `launch` queues everything on the device and asks the host for nothing; `Pending.results`
+waits for the tokens, which on CUDA come one step late.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
+from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
+from trtqwen.executor.penalties import PenaltyTables, adjustments, has_adjustments, has_penalties
 from trtqwen.executor.scheduler import Sequence
 
-_COLDEST = 1e-20
+Numbers: TypeAlias = npt.NDArray[Any]
+Choose = Callable[[Tensor, Choice], Tensor]
 
 
 class Guide(Protocol):
@@ -46,131 +56,206 @@ class Sampled:
     logits: Tensor | None = None
 
 
-@dataclass
-class _Memory:
-    """What is kept for a request between its tokens."""
+class Pending:
+    """Tokens on their way from the device to the host.
 
-    guide: Guide | None = None
-    generator: torch.Generator | None = None
-    bias: Tensor | None = None
+    Attributes:
+        tokens: int64 [rows], on the device.
+    """
+
+    def __init__(
+        self,
+        tokens: Tensor,
+        log_probs: Tensor | None,
+        own: dict[int, Tensor],
+        refused: dict[int, RequestError],
+        finish: Callable[[list[Sampled | RequestError]], None],
+    ) -> None:
+        self.tokens = tokens
+        self._own, self._refused, self._finish = own, refused, finish
+        self._log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
+        self._on_host = tokens.to("cpu", non_blocking=True)
+        self._arrived: torch.cuda.Event | None = None
+        if tokens.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def results(self) -> list[Sampled | RequestError]:
+        """Wait for the tokens: one for each row, or why there is none."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        log_probs = None if self._log_probs is None else self._log_probs.tolist()
+        results: list[Sampled | RequestError] = []
+        for row, token_id in enumerate(self._on_host.tolist()):
+            if token_id == NOT_FINITE:
+                results.append(RequestError("the logits are not finite", "convert the model to bfloat16"))
+            elif row in self._refused:
+                results.append(self._refused[row])
+            elif token_id == NONE_LEFT:
+                results.append(RequestError("no token is left to choose", "ask with fewer or smaller restrictions"))
+            else:
+                log_prob = log_probs[row] if log_probs is not None and row in self._own else None
+                results.append(Sampled(token_id, log_prob, self._own.get(row)))
+        self._finish(results)
+        return results
 
 
 class Sampler:
-    """Keeps one random number generator for each sampling request, so that its answer depends on its seed alone."""
+    """Chooses tokens for the sequences of a batch.
 
-    def __init__(self) -> None:
-        self._memory: dict[str, _Memory] = {}
+    Args:
+        slots: batch slots, `max_batch_size`.
+        chooser: chooses from logits; `choose.choose` where the device has no kernel of its own.
+
+    Attributes:
+        last_tokens: the token sampled last in each slot, int64 [slots + 1] on the device; the last entry is for rows
+            that belong to no slot.
+    """
+
+    def __init__(self, slots: int, device: torch.device, chooser: Choose = choose) -> None:
+        self._slots = slots
+        self._device = device
+        self._chooser = chooser
+        self._guides: dict[str, Guide] = {}
+        self._owners: list[Sequence | None] = [None] * slots
+        self._values = np.zeros((5, slots), np.float32)  # rows as in `Choice.values`
+        self._seeds = np.zeros(slots, np.uint64)
+        self._special = np.zeros(slots, np.bool_)
+        self._tables: PenaltyTables | None = None
+        self.last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
 
     def guide(self, request_id: str, guide: Guide) -> None:
         """Have a guide decide about a request's tokens, from the first one on."""
-        self._of(request_id).guide = guide
-
-    @torch.inference_mode()
-    def sample(self, logits: Tensor, sequences: Ordered[Sequence]) -> list[Sampled | RequestError]:
-        """One token for each row, or why there is none.
-
-        Args:
-            logits: float32 [rows, vocab_size]; changed in place.
-            sequences: whose rows these are.
-        """
-        finite = logits.isfinite().all(dim=-1).tolist()
-        wanted = {index: row.clone() for index, row in enumerate(logits) if _wants_logits(sequences[index])}
-        refused: dict[int, RequestError] = {}
-        for index, (row, sequence) in enumerate(zip(logits, sequences, strict=True)):
-            try:
-                self._change(row, sequence)
-            except RequestError as problem:
-                refused[index] = problem
-        best, likeliest = logits.max(dim=-1)
-        possible, tokens = best.isfinite().tolist(), likeliest.tolist()
-        results: list[Sampled | RequestError] = []
-        for index, sequence in enumerate(sequences):
-            if not finite[index]:
-                results.append(RequestError("the logits are not finite; convert the model to bfloat16"))
-            elif index in refused:
-                results.append(refused[index])
-            elif not possible[index]:
-                results.append(RequestError("no token is left to choose; ask with fewer or smaller restrictions"))
-            else:
-                greedy = sequence.request.sampling.greedy
-                token_id = tokens[index] if greedy else self._draw(logits[index], sequence)
-                results.append(_sampled(token_id, sequence, wanted.get(index)))
-        for sequence, result in zip(sequences, results, strict=True):
-            self._accept(sequence, result)
-        return results
+        self._guides[request_id] = guide
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended."""
-        self._memory.pop(request_id, None)
+        self._guides.pop(request_id, None)
 
-    def _of(self, request_id: str) -> _Memory:
-        return self._memory.setdefault(request_id, _Memory())
+    def sample(self, logits: Tensor, sequences: Ordered[Sequence]) -> list[Sampled | RequestError]:
+        """One token for each row, or why there is none; see `launch`."""
+        return self.launch(logits, sequences).results()
 
-    def _change(self, row: Tensor, sequence: Sequence) -> None:
-        """Apply to a row what the request asks for, but for temperature and the choice itself."""
-        request = sequence.request
-        if request.embedding_bias:
-            memory = self._of(request.id)
-            if memory.bias is None:
-                memory.bias = torch.zeros_like(row)
-                memory.bias[list(request.embedding_bias)] = torch.tensor(list(request.embedding_bias.values()))
-            row += memory.bias
-        _penalise(row, sequence)
-        for *before, last in request.bad_words:
-            if not before or sequence.token_ids[-len(before) :] == before:
-                row[last] = float("-inf")
-        if request.guided_decoding is not None:
-            guide = self._memory[request.id].guide
-            assert guide is not None
-            guide.mask(row)
+    @torch.inference_mode()
+    def launch(self, logits: Tensor, sequences: Ordered[Sequence]) -> Pending:
+        """Queue the choice of one token for each row.
 
-    def _accept(self, sequence: Sequence, result: Sampled | RequestError) -> None:
-        if sequence.request.guided_decoding is not None and isinstance(result, Sampled):
-            guide = self._memory[sequence.request.id].guide
-            assert guide is not None
-            guide.accept(result.token_id)
+        Args:
+            logits: float [rows, vocab_size]; float32 ones are changed in place.
+            sequences: whose rows these are.
+        """
+        for sequence in sequences:
+            if self._owners[sequence.slot] is not sequence:
+                self._admit(sequence)
+        slots = np.array([sequence.slot for sequence in sequences], np.int64)
+        values = self._values[:, slots]
+        indices = np.array([sequence.next_output for sequence in sequences], np.uint64)
+        values[3] = uniforms(self._seeds[slots], indices)
+        drawn = values[0] > 0
+        filters = bool((drawn & ((values[1] > 0) & (values[1] < 1) | (values[2] > 0) | (values[4] > 0))).any())
+        choice = Choice(self._to_device(values), bool(drawn.any()), filters)
+        if not self._special[slots].any():
+            tokens = self._chooser(logits, choice)
+            self._note(tokens, slots)
+            return Pending(tokens, None, {}, {}, _nothing)
+        return self._special_launch(logits.float(), sequences, choice, slots)
 
-    def _draw(self, row: Tensor, sequence: Sequence) -> int:
-        sampling = sequence.request.sampling
-        memory = self._of(sequence.request.id)
-        if memory.generator is None:
-            memory.generator = torch.Generator(row.device)
-            memory.generator.manual_seed(sampling.seed)
-        count = min(sampling.top_k or len(row), len(row))
-        # Relative to the largest one and bounded, so that no temperature is too small for float32.
-        values, token_ids = torch.topk((row - row.max()) / max(sampling.temperature, _COLDEST), count)
-        probabilities = values.softmax(dim=-1)
-        if 0 < sampling.top_p < 1:
-            before = probabilities.cumsum(dim=-1) - probabilities
-            probabilities[before >= sampling.top_p] = 0.0
-        choice = torch.multinomial(probabilities, 1, generator=memory.generator)
-        return int(token_ids[choice])
+    def _special_launch(
+        self,
+        logits: Tensor,
+        sequences: Ordered[Sequence],
+        choice: Choice,
+        slots: Numbers,
+    ) -> Pending:
+        """Sampling with everything that the host prepares: biases, penalties, guides, log probabilities."""
+        unusable = ~logits.amax(dim=-1).isfinite()
+        wanting = [row for row, sequence in enumerate(sequences) if _wants_logits(sequence)]
+        own = {row: logits[row].clone() for row in wanting}
+        totals = logits.logsumexp(dim=-1) if wanting else None
+        self._adjust(logits, sequences)
+        penalized = [row for row, sequence in enumerate(sequences) if has_penalties(sequence)]
+        marked = [sequences[row] for row in penalized]
+        if penalized:
+            if self._tables is None:
+                self._tables = PenaltyTables(self._slots, logits.shape[1], self._device)
+            self._tables.apply(logits, penalized, marked)
+        refused = self._mask(logits, sequences)
+        # A penalty can overflow; such a row has nothing left either.
+        overflown = logits.amax(dim=-1, keepdim=True).isfinite().logical_not()
+        tokens = self._chooser(logits.masked_fill(overflown, float("-inf")), choice)
+        tokens = tokens.masked_fill(unusable, NOT_FINITE)
+        if self._tables is not None and penalized:
+            self._tables.add(tokens, penalized, marked)
+        self._note(tokens, slots)
+        log_probs = None
+        if totals is not None:
+            chosen = torch.stack([own[row] for row in wanting]).gather(1, tokens[wanting].clamp(min=0)[:, None])[:, 0]
+            log_probs = torch.zeros(len(sequences), device=self._device)
+            log_probs[wanting] = chosen - totals[wanting]
+
+        def finish(results: list[Sampled | RequestError]) -> None:
+            for row, (sequence, result) in enumerate(zip(sequences, results, strict=True)):
+                if isinstance(result, Sampled):
+                    results[row] = _asked_for(sequence, result)
+                    if sequence.request.guided_decoding is not None and sequence.request.id in self._guides:
+                        self._guides[sequence.request.id].accept(result.token_id)
+
+        return Pending(tokens, log_probs, own, refused, finish)
+
+    def _admit(self, sequence: Sequence) -> None:
+        sampling, slot = sequence.request.sampling, sequence.slot
+        self._owners[slot] = sequence
+        temperature = 0.0 if sampling.greedy else sampling.temperature
+        self._values[:, slot] = (temperature, sampling.top_p, sampling.min_p, 0.0, min(sampling.top_k, 1 << 24))
+        if temperature and not self._values[0, slot]:
+            self._values[0, slot] = np.finfo(np.float32).tiny  # drawn, however cold: float32 lost it
+        self._seeds[slot] = sampling.seed
+        self._special[slot] = (
+            has_adjustments(sequence)
+            or has_penalties(sequence)
+            or _wants_logits(sequence)
+            or sequence.request.guided_decoding is not None
+        )
+
+    def _adjust(self, logits: Tensor, sequences: Ordered[Sequence]) -> None:
+        changes = adjustments(sequences, logits.shape[1])
+        if changes:
+            rows, tokens, values = zip(*changes, strict=True)
+            place = torch.tensor([rows, tokens], device=self._device)
+            amounts = torch.tensor(values, dtype=torch.float32, device=self._device)
+            logits.index_put_((place[0], place[1]), amounts, accumulate=True)
+
+    def _mask(self, logits: Tensor, sequences: Ordered[Sequence]) -> dict[int, RequestError]:
+        refused: dict[int, RequestError] = {}
+        for row, sequence in enumerate(sequences):
+            if sequence.request.guided_decoding is not None:
+                try:
+                    self._guides[sequence.request.id].mask(logits[row])
+                except RequestError as problem:
+                    refused[row] = problem
+        return refused
+
+    def _note(self, tokens: Tensor, slots: Numbers) -> None:
+        self.last_tokens[self._to_device(slots)] = tokens.clamp(min=0)
+
+    def _to_device(self, values: Numbers) -> Tensor:
+        tensor = torch.from_numpy(values)
+        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+
+
+def _nothing(results: list[Sampled | RequestError]) -> None:
+    """The rows ask for nothing but tokens."""
+
+
+def _asked_for(sequence: Sequence, sampled: Sampled) -> Sampled:
+    output = sequence.request.output
+    return Sampled(
+        sampled.token_id,
+        sampled.log_prob if output.return_log_probs else None,
+        sampled.logits if output.return_generation_logits else None,
+    )
 
 
 def _wants_logits(sequence: Sequence) -> bool:
     output = sequence.request.output
     return output.return_log_probs or output.return_generation_logits
-
-
-def _sampled(token_id: int, sequence: Sequence, logits: Tensor | None) -> Sampled:
-    if logits is None:
-        return Sampled(token_id)
-    output = sequence.request.output
-    log_prob = float(logits[token_id] - logits.logsumexp(dim=-1)) if output.return_log_probs else None
-    return Sampled(token_id, log_prob, logits if output.return_generation_logits else None)
-
-
-def _penalise(row: Tensor, sequence: Sequence) -> None:
-    sampling = sequence.request.sampling
-    if sampling.repetition_penalty != 1.0:
-        seen = torch.tensor(sorted(set(sequence.token_ids)), device=row.device)
-        values = row[seen]
-        row[seen] = torch.where(
-            values > 0, values / sampling.repetition_penalty, values * sampling.repetition_penalty
-        )
-    if (sampling.presence_penalty or sampling.frequency_penalty) and sequence.num_output:
-        counts = torch.bincount(torch.tensor(sequence.output, device=row.device), minlength=len(row))
-        row -= sampling.presence_penalty * (counts > 0) + sampling.frequency_penalty * counts
-    end_id = sequence.request.end_id
-    if end_id is not None and 0 <= end_id < len(row) and sequence.num_output < sampling.min_tokens:
-        row[end_id] = float("-inf")

@@ -8,6 +8,7 @@ that in its context phase; a paused sequence has nothing computed and is in its 
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,20 +45,24 @@ class Chunk:
     """One sequence's share of a step.
 
     Attributes:
-        request_id: whose tokens these are.
-        token_ids: the tokens to compute.
+        sequence: whose tokens these are.
+        token_ids: the tokens to compute; a negative one is a placeholder, see `placeholder`.
         start: position of the first of them.
         block_ids: the sequence's KV cache blocks, in order of position.
         samples: whether the last token is the last known one, so that the step gives a new token.
         num_logits: how many of the last tokens' logits are needed: all of them where the request wants to see them.
     """
 
-    request_id: str
+    sequence: Sequence
     token_ids: tuple[int, ...]
     start: int
-    block_ids: tuple[int, ...]
+    block_ids: array[int]
     samples: bool
     num_logits: int
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request.id
 
     @property
     def end(self) -> int:
@@ -66,9 +71,14 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What every rank computes next, in the order of the packed tokens."""
+    """What every rank computes next, in the order of the packed tokens: sequences with one token come first."""
 
     chunks: tuple[Chunk, ...]
+
+
+def placeholder(slot: int) -> int:
+    """The token id that stands for the last token sampled in a slot, whose value only the device knows so far."""
+    return -1 - slot
 
 
 @dataclass(eq=False)
@@ -76,6 +86,9 @@ class Sequence:
     """A request on its way: the tokens known so far and how many of them are computed.
 
     Attributes:
+        num_computed: tokens whose keys and values are computed, or are being computed by a step in flight.
+        num_pending: tokens that steps in flight sample; `token_ids` gets them in `Scheduler.update`.
+        slot: its place in the batch while it runs, below `max_batch_size`; -1 while it waits.
         block_keys: keys of the full blocks, as far as they were needed.
         num_published: how many of its blocks others can find.
         num_reused: how many blocks it found computed already, pauses included.
@@ -85,7 +98,9 @@ class Sequence:
     max_tokens: int
     token_ids: list[int]
     num_computed: int = 0
-    block_ids: list[int] = field(default_factory=list)
+    num_pending: int = 0
+    slot: int = -1
+    block_ids: array[int] = field(default_factory=lambda: array("i"))
     block_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
     num_reused: int = 0
@@ -109,11 +124,27 @@ class Sequence:
 
     @property
     def num_missing(self) -> int:
-        return len(self.token_ids) - self.num_computed
+        return len(self.token_ids) + self.num_pending - self.num_computed
 
     @property
     def in_generation(self) -> bool:
-        return self.num_missing == 1 and self.num_output > 0
+        return self.num_missing == 1 and self.num_output + self.num_pending > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether its last token is known, or on its way."""
+        return self.num_output + self.num_pending >= self.max_tokens
+
+    @property
+    def next_output(self) -> int:
+        """Index in the answer of the token that is sampled next or, while a step is in flight, last."""
+        return self.num_output + max(self.num_pending, 1) - 1
+
+    @property
+    def needs_host(self) -> bool:
+        """Whether its next token cannot be chosen before the host knows the one before."""
+        request = self.request
+        return request.guided_decoding is not None or any(len(word) > 1 for word in request.bad_words)
 
     @property
     def final_tokens(self) -> int:
@@ -135,6 +166,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
+        self._free_slots = list(reversed(range(config.max_batch_size)))
         self._stats = IterationStats()
 
     def __contains__(self, request_id: str) -> bool:
@@ -177,41 +209,47 @@ class Scheduler:
         return [self.fail(request_id, error) for request_id in list(self._sequences)]
 
     def schedule(self) -> Step | None:
-        """Choose the next step's tokens and give them KV cache blocks; None if there is nothing to do."""
+        """Choose the next step's tokens and give them KV cache blocks; None if there is nothing to compute."""
         in_generation = sum(sequence.in_generation for sequence in self._running)
         # Generation goes first: each such sequence has its token set aside before context gets the rest.
         context_budget = max(0, self.config.max_num_tokens - in_generation)
         chunks: list[Chunk] = []
-        paused = 0
+        paused = generation = 0
         for sequence in list(self._running):
-            if sequence not in self._running:
-                continue  # paused for an older one
-            length = 1 if sequence.in_generation else self._chunk_length(sequence.num_missing, context_budget)
+            if sequence.slot < 0 or sequence.complete:
+                continue  # paused for an older one, or ended by a token that is on its way
+            generates = sequence.in_generation
+            length = 1 if generates else self._chunk_length(sequence.num_missing, context_budget)
             if length == 0:
                 continue
             paused += self._pause_for(sequence, length)
-            if sequence in self._running:
+            if sequence.slot >= 0:
                 chunks.append(self._chunk(sequence, length))
-                context_budget -= 0 if sequence.in_generation else length
+                generation += generates
+                context_budget -= 0 if generates else length
         if not paused:
             chunks += self._admit(context_budget)
         if not chunks:
             return None
-        self._count(chunks, paused)
+        self._count(chunks, generation, paused)
+        chunks.sort(key=lambda chunk: len(chunk.token_ids) > 1)
         return Step(tuple(chunks))
+
+    def is_live(self, chunk: Chunk) -> bool:
+        """Whether the chunk's sequence is still in flight: it may have ended since the chunk was scheduled."""
+        return self._sequences.get(chunk.request_id) is chunk.sequence
 
     def update(self, step: Step, sampled: Mapping[str, int]) -> list[Response]:
         """Take in a computed step: `sampled` has the new token of every chunk that samples and is still in flight."""
         responses = []
         for chunk in step.chunks:
-            sequence = self._sequences.get(chunk.request_id)
-            if sequence is None:
+            if not self.is_live(chunk):
                 continue
-            sequence.num_computed = chunk.end
             if self.config.enable_kv_cache_reuse:
-                self._publish(sequence)
+                self._publish(chunk.sequence, min(chunk.end, chunk.sequence.num_computed))
             if chunk.samples:
-                responses.append(self._append(sequence, sampled[chunk.request_id]))
+                chunk.sequence.num_pending -= 1
+                responses.append(self._append(chunk.sequence, sampled[chunk.request_id]))
         return responses
 
     def stats(self) -> IterationStats:
@@ -295,12 +333,13 @@ class Scheduler:
             reused = self._find_reusable(sequence)
             known = len(reused) * self.config.tokens_per_block
             length = self._chunk_length(sequence.num_missing - known, budget)
-            if length == 0 or not self._fits(sequence, known + length, reused):
+            if sequence.num_pending or length == 0 or not self._fits(sequence, known + length, reused):
                 break
             self._waiting.popleft()
             self._running.append(sequence)
+            sequence.slot = self._free_slots.pop()
             self.pool.share(reused)
-            sequence.block_ids, sequence.num_published = reused, len(reused)
+            sequence.block_ids, sequence.num_published = array("i", reused), len(reused)
             sequence.num_computed = known
             sequence.num_reused += len(reused)
             self._stats = self._stats.model_copy(update={"reused_blocks": self._stats.reused_blocks + len(reused)})
@@ -317,12 +356,12 @@ class Scheduler:
         self._extend_keys(sequence, full)
         return self.pool.find(sequence.block_keys[:full])
 
-    def _publish(self, sequence: Sequence) -> None:
-        full = sequence.num_computed // self.config.tokens_per_block
+    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+        full = num_computed // self.config.tokens_per_block
         self._extend_keys(sequence, full)
         for index in range(sequence.num_published, full):
             self.pool.publish(sequence.block_ids[index], sequence.block_keys[index])
-        sequence.num_published = full
+        sequence.num_published = max(sequence.num_published, full)
 
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         size = self.config.tokens_per_block
@@ -346,8 +385,8 @@ class Scheduler:
         paused = 0
         while not self.pool.grow(sequence.block_ids, sequence.num_computed + length):
             youngest = self._running.pop()
-            self.pool.release(youngest.block_ids)
-            youngest.block_ids, youngest.num_computed = [], 0
+            self._give_back(youngest)
+            youngest.num_computed = 0
             self._waiting.appendleft(youngest)
             paused += 1
             if youngest is sequence:
@@ -356,13 +395,19 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.num_computed, sequence.num_computed + length
-        samples = end == len(sequence.token_ids)
-        everything = sequence.request.output.return_context_logits and sequence.num_output == 0
+        known = len(sequence.token_ids)
+        token_ids = tuple(sequence.token_ids[start:end])
+        if end > known:
+            token_ids += (placeholder(sequence.slot),)
+        samples = end == known + sequence.num_pending
+        everything = sequence.request.output.return_context_logits and not sequence.num_output + sequence.num_pending
+        sequence.num_computed = end
+        sequence.num_pending += samples
         return Chunk(
-            request_id=sequence.request.id,
-            token_ids=tuple(sequence.token_ids[start:end]),
+            sequence=sequence,
+            token_ids=token_ids,
             start=start,
-            block_ids=tuple(sequence.block_ids),
+            block_ids=sequence.block_ids[:],
             samples=samples,
             num_logits=length if everything else int(samples),
         )
@@ -385,15 +430,19 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]
-        if sequence in self._running:
+        if sequence.slot >= 0:
             self._running.remove(sequence)
+            self._give_back(sequence)
         else:
             self._waiting.remove(sequence)
-        self.pool.release(sequence.block_ids)
-        sequence.block_ids = []
 
-    def _count(self, chunks: list[Chunk], paused: int) -> None:
-        generation = sum(self._sequences[chunk.request_id].in_generation for chunk in chunks)
+    def _give_back(self, sequence: Sequence) -> None:
+        """Free a sequence's blocks and its slot. Steps run in order: one in flight still writes there first."""
+        self.pool.release(sequence.block_ids)
+        self._free_slots.append(sequence.slot)
+        sequence.block_ids, sequence.slot = array("i"), -1
+
+    def _count(self, chunks: list[Chunk], generation: int, paused: int) -> None:
         tokens = sum(len(chunk.token_ids) for chunk in chunks)
         stats = self._stats
         self._stats = stats.model_copy(

@@ -188,7 +188,9 @@ def _stop(stub: Any, request_id: str) -> None:
 def server_error(url: str, problem: grpc.RpcError) -> ServerError:
     """What a failed call means to the caller."""
     if problem.code() is grpc.StatusCode.UNAVAILABLE:
-        return ServerError(f"{url}: no Triton server answers; start one with `trtqwen serve` or correct the address")
+        return ServerError(
+            f"{url}: no Triton server answers", "start one with `trtqwen serve` or correct the address"
+        )
     if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerError(f"{url}: the server did not answer in time; look at its log, or allow it more")
+        return ServerError(f"{url}: the server did not answer in time", "look at its log, or allow it more")
     return ServerError(f"{url}: the server refused the request: {problem.details()}")

@@ -1,10 +1,11 @@
 """How a repository is launched: the exact command and environment, worked out before anything starts.
 
 - One rank: tritonserver itself.
-- Several ranks, one replica (leader mode): mpirun with one tritonserver a rank; rank 0 serves, the others load the
-  engine's model alone and open no ports.
-- Several replicas (orchestrator mode): one tritonserver that spawns the workers of all of them, each replica on the
-  GPUs that the model's `gpu_device_ids` gives it; clients see one address.
+- Several ranks (leader mode): mpirun with one tritonserver per rank; rank 0 serves, the others load the engine's
+  model alone and open no ports.
+- Several replicas, `serve.replica_mode: servers`: one of the above for each replica, with GPUs and ports of its own.
+- Several replicas, `serve.replica_mode: orchestrator`: one tritonserver that spawns the workers of all of them, each
+  replica on the GPUs that the model's `gpu_device_ids` gives it; clients see one address.
 
 Source: triton_backend/scripts/launch_triton_server.py of TensorRT-LLM 1.2, which in leader mode gives all ranks the
 same ports; NVIDIA's Kubernetes tutorial switches the workers' ports off, as is done here.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from trtqwen.artifact import read_manifest
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.facts.cards import has_peer_to_peer
@@ -32,6 +34,9 @@ ENGINE_MODEL = "tensorrt_llm"
 _CPP_BACKEND = "tensorrtllm"
 # Left by a launcher around us; they would make our ranks join its job.
 FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
+# Open MPI binds the processes of a small job to one core each, which Triton, its python models and their threads
+# would share, and refuses more processes than it counts cores.
+MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe")
 Mode = Literal["single", "leader", "orchestrator"]
 
 
@@ -41,18 +46,26 @@ class Deployment:
 
     Attributes:
         world_size: ranks of one replica.
+        replicas: copies of the engine that one tritonserver orchestrates.
         engine: the engine directory of a TensorRT engine; None for the embedded one, which starts its own ranks.
+        servers: tritonservers side by side, each with all this on GPUs of its own.
     """
 
     world_size: int = 1
     replicas: int = 1
     engine: Path | None = None
+    servers: int = 1
 
     @property
     def mode(self) -> Mode:
         if self.replicas > 1:
             return "orchestrator"
         return "leader" if self.world_size > 1 else "single"
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that each server needs."""
+        return self.world_size * self.replicas
 
 
 @dataclass(frozen=True)
@@ -101,13 +114,47 @@ def read_deployment(repository: Path) -> Deployment:
     missing = [rank for rank in range(world_size) if not (engine / rank_engine(rank)).is_file()]
     if missing:
         raise InputError(f"{engine}: rank{missing[0]}.engine is missing", "build the engine again")
-    return Deployment(world_size, replica_count(config), engine)
+    return Deployment(world_size, replica_count(config), engine, server_count(repository))
 
 
 def replica_count(config: ModelConfig) -> int:
-    """Copies of the engine that a `tensorrt_llm` model runs: each has a group of GPUs of its own."""
+    """Copies of the engine that one `tensorrt_llm` model runs: each has a group of GPUs of its own."""
     groups = config.parameters["gpu_device_ids"].string_value if "gpu_device_ids" in config.parameters else ""
     return len(groups.split(";"))
+
+
+def server_count(repository: Path) -> int:
+    """How many tritonservers run a finished repository side by side.
+
+    Raises:
+        InputError: if the repository is not finished.
+    """
+    parameters = read_manifest(repository, "repository").parameters
+    return int(parameters.get("replicas", 1)) if parameters.get("replica_mode") == "servers" else 1
+
+
+def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str, ...]]:
+    """The GPUs of each server, as CUDA_VISIBLE_DEVICES names them; none where a server takes those that it sees.
+
+    Raises:
+        InputError: if fewer GPUs are visible than the servers need.
+    """
+    needed = deployment.servers * deployment.gpus
+    if deployment.engine is None or host is None:
+        return [()] * deployment.servers
+    visible = len(host.visible_gpus)
+    if visible < needed:
+        replicas = deployment.servers * deployment.replicas
+        raise InputError(
+            f"{deployment.engine}: needs {needed} GPUs (replicas: {replicas}, ranks of each: "
+            f"{deployment.world_size}), and {visible} are visible",
+            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
+        )
+    if deployment.servers == 1:
+        return [()]
+    setting = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = [name.strip() for name in setting.split(",")] if setting else [str(gpu.index) for gpu in host.gpus]
+    return [tuple(names[start : start + deployment.gpus]) for start in range(0, needed, deployment.gpus)]
 
 
 def plan_launch(
@@ -120,6 +167,7 @@ def plan_launch(
     drain_seconds: int,
     backends: Path | None = None,
     host: Host | None = None,
+    devices: Sequence[str] = (),
 ) -> Launch:
     """Work out the command.
 
@@ -128,6 +176,7 @@ def plan_launch(
         drain_seconds: how long a stopping server lets requests finish.
         backends: directory with Triton's backends, where they are not beside the program.
         host: the machine, for the environment that its GPUs need.
+        devices: GPUs to restrict the server to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
     """
     common = [
         str(binary),
@@ -148,6 +197,9 @@ def plan_launch(
         f"--metrics-port={endpoint.metrics_port}",
     ]
     environment = _nccl_environment(deployment, host)
+    if devices:
+        # CUDA's GPU numbers are then those of nvidia-smi.
+        environment |= {"CUDA_VISIBLE_DEVICES": ",".join(devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if deployment.mode == "leader":
         ranks = [
             [
@@ -161,17 +213,16 @@ def plan_launch(
             ]
             for rank in range(1, deployment.world_size)
         ]
-        command = ["mpirun", "--allow-run-as-root", "-n", "1", *leader]
+        command = [*MPIRUN, "-n", "1", *leader]
         for rank_command in ranks:
             command += [":", "-n", "1", *rank_command]
         return Launch(tuple(command), environment, deployment.world_size)
     if deployment.mode == "orchestrator":
-        gpus = deployment.world_size * deployment.replicas
         # The workers own the GPUs; what Triton itself would reserve on them is lost to the KV cache.
         leader += ["--pinned-memory-pool-byte-size=0", "--enable-peer-access=false"]
-        leader += [f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(gpus)]
+        leader += [f"--cuda-memory-pool-byte-size={gpu}:0" for gpu in range(deployment.gpus)]
         environment |= {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
-        leader = ["mpirun", "--allow-run-as-root", "-n", "1", *leader]
+        leader = [*MPIRUN, "-n", "1", *leader]
     return Launch(tuple(leader), environment, 1)
 
 

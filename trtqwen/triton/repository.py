@@ -29,6 +29,7 @@ _BACKENDS: dict[Backend, str] = {"torch": "python", "tensorrt_llm": "tensorrtllm
 # change it, and the manifest accounts for it. Models find it relative to their directory, so a repository can move.
 _TOKENIZER_INFO = Path("tensorrt_llm", "1", "xgrammar_tokenizer_info.json")
 _TOKENIZER_FROM_MODEL = tokenizer_directory(Path(".."))
+_RECV_POLL_MS = 1
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,20 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
     )
     if "tokenizer_dir" in config.parameters or built.backend == "torch":  # upstream has it from 0.19
         config.parameters["tokenizer_dir"].string_value = str(_TOKENIZER_FROM_MODEL)
+    replicas = serve.replicas if serve.replica_mode == "orchestrator" else 1
     if built.backend == "tensorrt_llm":
         _set_parameters(
             config,
             enable_context_fmha_fp32_acc=str(serve.enable_context_fmha_fp32_acc),
             kv_cache_host_memory_bytes=str(serve.kv_cache_host_memory_bytes or ""),
-            gpu_device_ids=_gpu_device_ids(serve.replicas, built.world_size),
+            gpu_device_ids=_gpu_device_ids(replicas, built.world_size),
         )
+        # Upstream documents it and its template lacks it; without it the thread that receives requests never sleeps.
+        config.parameters["recv_poll_period_ms"].string_value = str(_RECV_POLL_MS)
     elif "guided_decoding_backend" in config.parameters:  # from 0.19
         _set_parameters(config, guided_decoding_backend="xgrammar")
     config.model_transaction_policy.decoupled = True
-    _set_instances(config, serve.replicas)
+    _set_instances(config, replicas)
     _set_batching(config, serve)
 
 

@@ -28,7 +28,7 @@ from trtqwen.system.host import Host, read_host
 from trtqwen.system.processes import Service, die_with_parent, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
-from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment
+from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment, server_devices
 from trtqwen.triton.parameters import ENGINE_DEATH
 
 _SHARED_MEMORY = Path("/dev/shm")
@@ -58,6 +58,7 @@ class TritonServer(Service):
         host: address to listen on.
         log: file for the server's log; None keeps it in a temporary file while the server runs.
         drain_seconds: how long `stop` lets running requests finish.
+        replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
 
     Attributes:
         ports: the ports in use; a 0 has become the port picked.
@@ -77,6 +78,7 @@ class TritonServer(Service):
         host: str = "127.0.0.1",
         log: Path | None = None,
         drain_seconds: int = 30,
+        replica: int = 0,
     ) -> None:
         written_by = read_manifest(repository, "repository").tool_version
         if written_by != __version__:
@@ -90,6 +92,7 @@ class TritonServer(Service):
         if self._deployment.engine is not None:
             self._machine = read_host()
             _check_engine(self._deployment.engine, self._machine)
+        self._devices = server_devices(self._deployment, self._machine)[replica]
         if ":" in host:
             raise InputError(f"{host}: Triton takes no IPv6 address", "let it listen on an IPv4 address")
         self._installation = find_tritonserver()
@@ -147,6 +150,7 @@ class TritonServer(Service):
             drain_seconds=self._drain_seconds,
             backends=backends,
             host=self._machine,
+            devices=self._devices,
         )
 
     def start(self) -> None:
@@ -285,7 +289,7 @@ class _Signalled(BaseException):
 
 
 @contextmanager
-def serve_until_signal(server: TritonServer, *others: Service) -> Iterator[None]:
+def serve_until_signal(server: Service, *others: Service) -> Iterator[None]:
     """Start the server; after the block, wait for SIGINT or SIGTERM, and stop it. A signal also ends the block.
 
     Only for the main thread.

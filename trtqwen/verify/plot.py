@@ -1,11 +1,13 @@
-"""Pictures of a comparison. matplotlib is imported when one is drawn."""
+"""Plots of a comparison. matplotlib is an extra; it is imported when a plot is drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trtqwen.diagnostics import InputError
 from trtqwen.verify.verdict import FLOAT16_MAX, Thresholds
 
 if TYPE_CHECKING:
@@ -20,6 +22,19 @@ _INPUTS = {
     "mlp.gate_proj": "gate, up",
     "mlp.down_proj": "down",
 }
+
+NO_MATPLOTLIB = "matplotlib is not installed"
+
+
+def can_plot() -> bool:
+    """Tell whether matplotlib is installed."""
+    return find_spec("matplotlib") is not None
+
+
+def require_matplotlib(option: str) -> None:
+    """Raise an InputError that names the command's option unless plots can be drawn."""
+    if not can_plot():
+        raise InputError(f"{option}: {NO_MATPLOTLIB}", "`pip install 'trtqwen[report]'`")
 
 
 def plot_comparison(comparison: Comparison, limits: Thresholds, title: str, path: Path) -> None:

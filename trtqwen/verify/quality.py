@@ -13,7 +13,7 @@ from trtqwen.checkpoint.convert import ConversionPlan
 from trtqwen.quantize.outliers import BIAS_RATIO, bias_norms, channel_outliers
 from trtqwen.quantize.smoothquant import ActivationRange
 from trtqwen.quantize.texts import HELDOUT
-from trtqwen.verify.plot import plot_quality
+from trtqwen.verify.plot import NO_MATPLOTLIB, can_plot, plot_quality
 
 if TYPE_CHECKING:
     from trtqwen.verify.compare import Comparison
@@ -53,12 +53,15 @@ def quality_report(
         "quant": plan.settings.quant,
         "kv_cache": plan.settings.kv_cache,
         "not_measured": obstacle,
+        "not_plotted": None if can_plot() else NO_MATPLOTLIB,
         **({} if comparison is None else _measurement(comparison)),
         "activation_outliers": outliers,
         "k_proj_bias_norms": norms,
         "k_proj_bias_ratio": max(norms) / median if median else None,
     }
     (directory / QUALITY).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    if not can_plot():
+        return
     title = f"not measured: {obstacle}"
     if comparison is not None:
         head = comparison.head

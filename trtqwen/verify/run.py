@@ -98,7 +98,7 @@ def verify(
 
 
 def write_report(verification: Verification, directory: Path) -> None:
-    """Write verify.json and, if there is something to draw, verify.png."""
+    """Write verify.json and, if a comparison was made, verify.png."""
     directory.mkdir(parents=True, exist_ok=True)
     text = json.dumps(verification.as_json(), indent=2, ensure_ascii=False)
     (directory / REPORT).write_text(text + "\n", encoding="utf-8")

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from trtqwen.executor.scheduler import Step
+from trtqwen.executor.inputs import StepInputs
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class SequenceSpan:
     Attributes:
         begin, end: its rows among the packed tokens.
         context_length: tokens in its KV cache after this step.
-        block_ids: its blocks, int64 [num_blocks of the sequence].
+        block_ids: its blocks, int32 [num_blocks of the sequence].
     """
 
     begin: int
@@ -33,47 +33,54 @@ class SequenceSpan:
 
 
 class AttentionBatch:
-    """A step as the model sees it: packed tokens, their positions and slots, and the span of each sequence."""
+    """A step as the model sees it: packed tokens, their positions and slots, and the span of each sequence.
 
-    def __init__(self, step: Step, tokens_per_block: int, device: torch.device) -> None:
-        tokens: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        logits: list[int] = []
-        self.spans: list[SequenceSpan] = []
-        for chunk in step.chunks:
-            begin = len(tokens)
-            tokens += chunk.token_ids
-            span = range(chunk.start, chunk.end)
-            positions += span
-            slots += [chunk.block_ids[p // tokens_per_block] * tokens_per_block + p % tokens_per_block for p in span]
-            blocks = torch.tensor(chunk.block_ids, device=device)
-            self.spans.append(SequenceSpan(begin, len(tokens), chunk.end, blocks))
-            logits += range(len(tokens) - chunk.num_logits, len(tokens))
-        self.token_ids = torch.tensor(tokens, device=device)
-        self.positions = torch.tensor(positions, device=device)
-        self.slots = torch.tensor(slots, device=device)
-        self.logit_rows = torch.tensor(logits, dtype=torch.int64, device=device)
+    Args:
+        sampled: the last token sampled in each slot, int64 [slots]; only for steps with placeholders.
+    """
+
+    def __init__(self, inputs: StepInputs, device: torch.device, sampled: Tensor | None = None) -> None:
+        self.inputs = inputs
+        data = torch.from_numpy(inputs.data).to(device)
+        self._views = {name: data[place] for name, place in inputs.counts.sections.items()}
+        self.token_ids = self._views["token_ids"].long()
+        if inputs.has_placeholders:
+            assert sampled is not None
+            known = self.token_ids >= 0
+            self.token_ids = torch.where(known, self.token_ids, sampled[(-1 - self.token_ids).clamp(min=0)])
+        self.positions = self._views["positions"].long()
+        self.slots = self._views["kv_slots"].long()
+        self.logit_rows = self._views["logit_rows"].long()
+
+    @cached_property
+    def spans(self) -> list[SequenceSpan]:
+        """Every sequence of the step, those with one token first."""
+        inputs, blocks = self.inputs, self._views["block_ids"]
+        rows, begins = inputs.query_begins.tolist(), inputs.block_begins.tolist()
+        return [
+            SequenceSpan(rows[index], rows[index + 1], length, blocks[begins[index] : begins[index + 1]])
+            for index, length in enumerate(inputs.context_lengths.tolist())
+        ]
 
     @cached_property
     def context(self) -> list[SequenceSpan]:
         """Sequences with several tokens in this step."""
-        return [span for span in self.spans if span.num_tokens > 1]
+        return self.spans[self.inputs.counts.generation :]
 
     @cached_property
     def generation(self) -> GenerationBatch | None:
         """Sequences with one token in this step, as one padded batch."""
-        single = [span for span in self.spans if span.num_tokens == 1]
-        return GenerationBatch.of(single, self.token_ids.device) if single else None
+        count = self.inputs.counts.generation
+        return GenerationBatch.of(self.spans[:count], self.token_ids.device) if count else None
 
 
 @dataclass(frozen=True)
 class GenerationBatch:
-    """The one-token sequences of a step.
+    """The one-token sequences of a step, which are its first rows.
 
     Attributes:
         rows: their packed rows, int64 [B].
-        block_ids: their blocks, padded with block 0, int64 [B, blocks of the longest].
+        block_ids: their blocks, padded with block 0, int32 [B, blocks of the longest].
         lengths: their context lengths, int64 [B].
     """
 

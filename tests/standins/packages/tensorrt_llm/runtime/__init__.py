@@ -1,4 +1,4 @@
-"""What `trtqwen/selftest_runner.py` uses of TensorRT-LLM 1.2: an engine that answers from a file."""
+"""What `trtqwen/selftest/runner.py` uses of TensorRT-LLM 1.2: an engine that answers from a file."""
 
 from __future__ import annotations
 

@@ -1,0 +1,93 @@
+"""The order of packages, and what a process of the server imports."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import trtqwen
+
+PACKAGE = Path(trtqwen.__file__).parent
+
+# From the lowest floor up. A package imports from packages before it, never from one behind it.
+ORDER = (
+    "diagnostics",
+    "layout",
+    "yaml_file",
+    "safetensors_io",
+    "system",
+    "facts",
+    "artifact",
+    "nn",
+    "hf",
+    "recipe",
+    "quantize",
+    "checkpoint",
+    "engine",
+    "executor",
+    "triton",
+    "plan",
+    "verify",
+    "doctor",
+    "gateway",
+    "build",
+    "containers",
+    "demo",
+    "selftest",
+    "bench",
+    "cli",
+    "__main__",
+)
+
+
+def imports(path: Path) -> Iterator[tuple[str, ...]]:
+    """The dotted names that a module imports from trtqwen, imports inside functions included."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        for name in names:
+            if name.startswith("trtqwen."):
+                yield tuple(name.split(".")[1:])
+
+
+def place(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def test_packages_import_downwards_only() -> None:
+    modules = [path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py"]
+    unknown = {place(path) for path in modules} - set(ORDER)
+    assert not unknown, f"give {sorted(unknown)} a place in ORDER"
+    upwards = [
+        f"{path.relative_to(PACKAGE)} imports trtqwen.{'.'.join(name)}"
+        for path in modules
+        for name in imports(path)
+        if name[0] != place(path) and ORDER.index(name[0]) >= ORDER.index(place(path))
+    ]
+    assert not upwards
+
+
+def loaded(module: str) -> set[str]:
+    """The modules in memory after a fresh interpreter imports one."""
+    code = f"import sys, {module}; print(*sys.modules)"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+
+
+def test_the_gateway_process_loads_no_converter_no_scheduler_and_no_torch() -> None:
+    modules = loaded("trtqwen.gateway.server")
+    assert not modules & {"torch", "transformers", "xgrammar", "matplotlib", "triton"}
+    assert not modules & {"trtqwen.checkpoint.convert", "trtqwen.executor.scheduler", "trtqwen.build"}
+    outside = {name for name in modules if name.startswith("trtqwen.") and not name.startswith("trtqwen.gateway")}
+    assert len(outside) <= 40, sorted(outside)
+
+
+def test_a_rank_loads_no_converter() -> None:
+    assert not loaded("trtqwen.executor.worker") & {"trtqwen.checkpoint.convert", "trtqwen.quantize.calibrate"}
+
+
+def test_help_loads_no_command() -> None:
+    modules = loaded("trtqwen.cli")
+    assert not modules & {"torch", "numpy", "trtqwen.build", "trtqwen.gateway.server"}

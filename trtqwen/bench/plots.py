@@ -1,0 +1,95 @@
+"""Plots of load tests as inline SVG. matplotlib is imported when one is drawn."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trtqwen.bench.records import RequestRecord
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Repeats = Sequence[Sequence[RequestRecord]]
+
+
+def latency_plot(tests: Mapping[str, Repeats]) -> str:
+    """Cumulative distributions of time to first token, time between tokens and latency, one line for each test."""
+    kinds: dict[str, Callable[[RequestRecord], float | None]] = {
+        "time to first token, ms": lambda record: record.time_to_first_token,
+        "inter-token latency, ms": lambda record: record.inter_token_latency,
+        "request latency, ms": lambda record: record.latency,
+    }
+    figure, axes = _figure(len(kinds))
+    for axis, (label, value) in zip(axes, kinds.items(), strict=True):
+        for name, repeats in tests.items():
+            found = [value(record) for records in repeats for record in records if record.ok]
+            values = np.sort([1000 * x for x in found if x is not None])
+            if values.size:
+                axis.step(values, np.arange(1, values.size + 1) / values.size, where="post", label=name)
+        axis.set_xlabel(label)
+        axis.set_ylim(0, 1)
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("share of requests")
+    axes[0].legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def throughput_plot(tests: Mapping[str, Repeats]) -> str:
+    """Output tokens per second over the time of the last repeat, in twenty steps."""
+    figure, [axis] = _figure(1)
+    for name, repeats in tests.items():
+        pieces = [(time, share) for record in repeats[-1] if record.ok for time, share in _spread(record)]
+        begin = min(record.sent for record in repeats[-1])
+        end = max(record.ended for record in repeats[-1])
+        counts, edges = np.histogram(
+            [time - begin for time, _ in pieces],
+            bins=20,
+            range=(0, max(end - begin, 1e-6)),
+            weights=[share for _, share in pieces],
+        )
+        axis.step(edges[:-1], counts / np.diff(edges), where="post", label=name)
+    axis.set_xlabel("seconds since the start of the last repeat")
+    axis.set_ylabel("output tokens/s")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def bars_plot(title: str, values: Mapping[str, float], errors: Mapping[str, float | None]) -> str:
+    """One bar for each test, with confidence intervals."""
+    figure, [axis] = _figure(1)
+    names = list(values)
+    axis.barh(names, [values[name] for name in names], xerr=[errors.get(name) or 0 for name in names], height=0.5)
+    axis.invert_yaxis()
+    axis.set_xlabel(title)
+    axis.grid(alpha=0.3, axis="x")
+    return _svg(figure)
+
+
+def _spread(record: RequestRecord) -> list[tuple[float, float]]:
+    """The pieces of an answer with their tokens; where the server did not tell, an equal share for each."""
+    told = sum(tokens for _, tokens in record.pieces)
+    if told:
+        return [(time, float(tokens)) for time, tokens in record.pieces]
+    return [(time, record.output_tokens / len(record.pieces)) for time, _ in record.pieces]
+
+
+def _figure(count: int) -> tuple[Figure, Sequence[Any]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 2.8), layout="constrained")
+    return figure, list(figure.subplots(1, count, squeeze=False)[0])
+
+
+def _svg(figure: Figure) -> str:
+    from matplotlib import rc_context
+
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "trtqwen"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
+    return text.getvalue()[text.getvalue().index("<svg") :]

@@ -1,0 +1,94 @@
+"""From what a user asks for to the workloads of a test."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from trtqwen.bench.workload import (
+    Workload,
+    plain_vocabulary,
+    read_workload,
+    shapes,
+    synthetic,
+    with_arrivals,
+)
+from trtqwen.diagnostics import InputError
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.layout import TOKENIZER_DIRECTORY
+
+
+@dataclass(frozen=True)
+class WorkloadOptions:
+    """What to send.
+
+    Attributes:
+        workload: name or file.
+        requests: of each repeat.
+        input_tokens, output_tokens, prefix_tokens: fix the lengths of a named workload.
+        rate: requests per second of Poisson arrivals; None leaves the workload's own times, if it has some.
+    """
+
+    workload: str
+    requests: int
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    prefix_tokens: int | None = None
+    rate: float | None = None
+    seed: int = 0
+
+
+def find_tokenizer(given: Path | None, about: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer that is given, or that of the engine that the server names, if this machine has it.
+
+    Raises:
+        InputError: if there is none.
+    """
+    engine = Path(str(about.get("engine", ""))) / TOKENIZER_DIRECTORY
+    if given is None and not engine.is_dir():
+        raise InputError(
+            "the tokenizer of the model is not known, but prompts are made with it",
+            "pass --tokenizer with a directory that holds tokenizer.json",
+        )
+    return Tokenizer(given or engine)
+
+
+def make_workloads(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -> list[Workload]:
+    """As many workloads: drawn with different seeds, or cut from different parts of a file if it is long enough.
+
+    Raises:
+        InputError: if there is no such workload or file.
+    """
+    named = shapes().get(options.workload)
+    if named is not None:
+        shape = named.changed(options.input_tokens, options.output_tokens, options.prefix_tokens)
+        vocabulary = plain_vocabulary(tokenizer)
+        made = [
+            synthetic(options.workload, shape, options.requests, vocabulary, options.seed + number)
+            for number in range(count)
+        ]
+    else:
+        made = _from_file(options, tokenizer, count)
+    if options.rate is not None:
+        made = [with_arrivals(one, options.rate, options.seed + number) for number, one in enumerate(made)]
+    return made
+
+
+def _from_file(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -> list[Workload]:
+    path = Path(options.workload)
+    if not path.is_file():
+        near = get_close_matches(options.workload, list(shapes()), n=1)
+        guess = f", did you mean {near[0]!r}" if near else ""
+        raise InputError(
+            f"{options.workload}: no such workload or file{guess}", f"name one of {', '.join(shapes())}, or a file"
+        )
+    if any(value is not None for value in (options.input_tokens, options.output_tokens, options.prefix_tokens)):
+        raise InputError(f"{path}: its requests have lengths of their own", "leave out the lengths")
+    everything = read_workload(path, tokenizer, options.requests * count)
+    asks, size = everything.asks, options.requests
+    if everything.timed or len(asks) < size * count:
+        return [replace(everything, asks=asks[:size])] * count
+    return [replace(everything, asks=asks[size * number : size * (number + 1)]) for number in range(count)]

@@ -1,0 +1,177 @@
+"""A step as numbers: what the ranks need to compute it, packed into one array that crosses to them and to the device.
+
+All sections are int32 and lie one behind the other, so that one copy moves a step. Their offsets depend on the counts
+alone: a step padded to a fixed batch size always has its sections in the same places, as a CUDA graph needs.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from trtqwen.executor.scheduler import Chunk, Step
+
+Int32: TypeAlias = npt.NDArray[np.int32]
+_COUNTS = 5
+_SECTIONS = (
+    "token_ids",
+    "positions",
+    "kv_slots",
+    "query_begins",
+    "context_lengths",
+    "block_begins",
+    "logit_rows",
+    "logit_slots",
+)
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Sizes of a step's sections.
+
+    Attributes:
+        tokens: packed tokens.
+        sequences: sequences, those with one token first.
+        generation: how many of them have one token.
+        logits: rows whose logits are needed.
+        blocks: KV cache blocks of all sequences together.
+    """
+
+    tokens: int
+    sequences: int
+    generation: int
+    logits: int
+    blocks: int
+
+    @property
+    def total(self) -> int:
+        """Elements of all sections."""
+        return 3 * self.tokens + 3 * self.sequences + 2 + 2 * self.logits + self.blocks
+
+    @property
+    def sections(self) -> dict[str, slice]:
+        """Where each section lies, in elements."""
+        sizes = [self.tokens] * 3 + [self.sequences + 1, self.sequences, self.sequences + 1] + [self.logits] * 2
+        bounds = np.cumsum([0, *sizes, self.blocks]).tolist()
+        names = (*_SECTIONS, "block_ids")
+        return {name: slice(bounds[index], bounds[index + 1]) for index, name in enumerate(names)}
+
+
+class StepInputs:
+    """One step.
+
+    Attributes:
+        counts: sizes of the sections.
+        data: all sections, int32.
+        token_ids, positions, kv_slots: of each packed token; a slot is block * tokens_per_block + offset, or -1 for
+            a token that fills up a batch. Negative token ids are placeholders, see `scheduler.placeholder`.
+        query_begins: the first row of each sequence, and the end of the last.
+        context_lengths: tokens of each sequence in the KV cache after this step.
+        block_begins: where each sequence's blocks begin in `block_ids`, and the end of the last.
+        logit_rows: packed rows whose logits are needed.
+        logit_slots: batch slot that each of them samples for, or -1 where the logits are only shown.
+        block_ids: KV cache blocks, sequence after sequence.
+    """
+
+    token_ids: Int32
+    positions: Int32
+    kv_slots: Int32
+    query_begins: Int32
+    context_lengths: Int32
+    block_begins: Int32
+    logit_rows: Int32
+    logit_slots: Int32
+    block_ids: Int32
+
+    def __init__(self, counts: Counts, data: Int32) -> None:
+        self.counts = counts
+        self.data = data
+        for name, place in counts.sections.items():
+            setattr(self, name, data[place])
+
+    def to_bytes(self) -> bytes:
+        """The step as it crosses to another rank."""
+        counts = self.counts
+        head = (counts.tokens, counts.sequences, counts.generation, counts.logits, counts.blocks)
+        return np.array(head, np.int32).tobytes() + self.data.tobytes()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> StepInputs:
+        """What `to_bytes` wrote."""
+        data = np.frombuffer(content, np.int32)
+        return cls(Counts(*data[:_COUNTS].tolist()), data[_COUNTS:])
+
+    @cached_property
+    def has_placeholders(self) -> bool:
+        """Whether some token ids are known to the device only."""
+        return bool((self.token_ids < 0).any())
+
+
+def pack(step: Step, tokens_per_block: int) -> StepInputs:
+    """Lay a step out, in the order of its chunks."""
+    chunks = step.chunks
+    tokens = array("i")
+    blocks = array("i")
+    generation = sum(len(chunk.token_ids) == 1 for chunk in chunks)
+    for chunk in chunks:
+        tokens.extend(chunk.token_ids)
+        blocks.extend(chunk.block_ids)
+    rows = _logit_rows(chunks)
+    counts = Counts(len(tokens), len(chunks), generation, len(rows), len(blocks))
+    inputs = StepInputs(counts, np.empty(counts.total, np.int32))
+    inputs.token_ids[:] = tokens
+    inputs.block_ids[:] = blocks
+    lengths = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
+    starts = np.array([chunk.start for chunk in chunks], np.int32)
+    inputs.query_begins[0] = inputs.block_begins[0] = 0
+    np.cumsum(lengths, out=inputs.query_begins[1:])
+    np.add(starts, lengths, out=inputs.context_lengths)
+    np.cumsum([len(chunk.block_ids) for chunk in chunks], out=inputs.block_begins[1:])
+    owner = np.repeat(np.arange(len(chunks)), lengths)
+    inputs.positions[:] = np.arange(counts.tokens) - inputs.query_begins[owner] + starts[owner]
+    block, offset = np.divmod(inputs.positions, tokens_per_block)
+    inputs.kv_slots[:] = inputs.block_ids[inputs.block_begins[owner] + block] * tokens_per_block + offset
+    inputs.logit_rows[:] = rows
+    inputs.logit_slots[:] = _logit_slots(chunks)
+    return inputs
+
+
+def pad_generation(inputs: StepInputs, size: int) -> StepInputs:
+    """A step of one-token sequences filled up to `size` of them; the added ones read and write no cache."""
+    counts = inputs.counts
+    assert counts.tokens == counts.sequences == counts.logits <= size
+    padded = Counts(size, size, size, size, counts.blocks)
+    result = StepInputs(padded, np.zeros(padded.total, np.int32))
+    for name in (*_SECTIONS, "block_ids"):
+        source: Int32 = getattr(inputs, name)
+        getattr(result, name)[: len(source)] = source
+    result.kv_slots[counts.tokens :] = -1
+    result.query_begins[:] = np.arange(size + 1)
+    result.block_begins[counts.sequences :] = counts.blocks
+    result.logit_rows[:] = np.arange(size)
+    result.logit_slots[counts.logits :] = -1
+    return result
+
+
+def _logit_rows(chunks: Ordered[Chunk]) -> list[int]:
+    rows: list[int] = []
+    end = 0
+    for chunk in chunks:
+        end += len(chunk.token_ids)
+        rows += range(end - chunk.num_logits, end)
+    return rows
+
+
+def _logit_slots(chunks: Ordered[Chunk]) -> list[int]:
+    slots: list[int] = []
+    for chunk in chunks:
+        slots += [-1] * (chunk.num_logits - chunk.samples)
+        if chunk.samples:
+            slots.append(chunk.sequence.slot)
+    return slots

@@ -1,0 +1,75 @@
+"""Steps in plain PyTorch: the reference, the CPU's path, and what CUDA falls back to without the Triton language."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtqwen.checkpoint.reader import read_rank
+from trtqwen.diagnostics import EngineError
+from trtqwen.engine.config import EngineConfig
+from trtqwen.executor.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
+from trtqwen.executor.choose import choose
+from trtqwen.executor.config import WorkerConfig, kv_cache_blocks
+from trtqwen.executor.device import DeviceChoice
+from trtqwen.executor.inputs import StepInputs
+from trtqwen.executor.loop import Runner
+from trtqwen.executor.model import Qwen2Model
+from trtqwen.executor.parallel import Communicator
+from trtqwen.executor.sampling import Choose
+
+
+@dataclass(frozen=True)
+class Started:
+    """A rank that is ready to compute.
+
+    Attributes:
+        num_blocks: KV cache blocks that its memory holds.
+        chooser: chooses tokens on its device.
+    """
+
+    runner: Runner
+    num_blocks: int
+    chooser: Choose
+
+
+class PlainRunner:
+    """Runs each step as it comes."""
+
+    def __init__(self, model: Qwen2Model, device: torch.device) -> None:
+        self._model = model
+        self._device = device
+
+    def launch(self, inputs: StepInputs, sampled: Tensor) -> Tensor | None:
+        """Compute a step; see `loop.Runner`."""
+        return self._model.forward(AttentionBatch(inputs, self._device, sampled))
+
+
+def make_runner(
+    config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, communicator: Communicator
+) -> Started:
+    """Load a rank's share of the model."""
+    num_blocks = kv_cache_blocks(engine, config.executor)
+    model = Qwen2Model(
+        engine.pretrained_config,
+        dict(read_rank(config.engine, config.rank)),
+        communicator,
+        _attention(),
+        int8_layout=engine.int8_layout,
+        dtype=choice.dtype,
+        device=choice.device,
+        num_blocks=num_blocks,
+        tokens_per_block=engine.build_config.tokens_per_block,
+    )
+    return Started(PlainRunner(model, choice.device), num_blocks, choose)
+
+
+def _attention() -> AttentionBackend:
+    """The fast implementation, or the plain one where somebody doubts it."""
+    name = os.environ.get("TRTQWEN_ATTENTION", "cpu")
+    if name not in ("cpu", "plain"):
+        raise EngineError(f"TRTQWEN_ATTENTION is {name!r}", "set it to cpu or plain, or leave it unset")
+    return PlainAttention() if name == "plain" else CpuAttention()
