@@ -63,7 +63,7 @@ class GatewayConfig(BaseModel):
         kv_cache_tokens: tokens that one replica's KV cache holds; None is the repository's
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
         max_queued_requests, max_queued_tokens: what waits in front of the engine before requests are refused; None
-            is twice what the replicas run at once.
+            is twice what the replicas run at once, and at least 1024 requests and 2**21 tokens.
         queue_seconds: how long a request may wait for its turn.
         request_seconds: how long a request may take in all.
         stall_seconds: an answer without a new token for so long is ended; one that has none yet waits on as long as

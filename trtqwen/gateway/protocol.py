@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from trtqwen.gateway.config import GatewayConfig
 
-_PROBE_SECONDS = 1.0
+_FIRST_PROBE, _LONGEST_PAUSE = 0.2, 5.0  # seconds
 _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"  # clients must skip 1xx answers: RFC 9110, 15.2
 
 
@@ -60,7 +60,7 @@ class _Protocol(HttpToolsProtocol):
         """
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return None
-        self._probe = self.loop.call_later(_PROBE_SECONDS, self._ask)
+        self._probe = self.loop.call_later(_FIRST_PROBE, self._ask, _FIRST_PROBE)
         return True
 
     def on_response_complete(self) -> None:
@@ -136,13 +136,13 @@ class _Protocol(HttpToolsProtocol):
             lines.append(b"connection: " + b", ".join(sorted(kept)))
         return b"\r\n".join([*lines, b"", b""])
 
-    def _ask(self) -> None:
+    def _ask(self, pause: float) -> None:
         """Send an interim answer to a half-closed connection: one that is closed whole resets it at the next."""
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         if not self.cycle.response_started and not self.pipeline and self.cycle.scope["http_version"] == "1.1":
             self.transport.write(_PROCESSING)
-        self._probe = self.loop.call_later(_PROBE_SECONDS, self._ask)
+        self._probe = self.loop.call_later(pause, self._ask, min(2 * pause, _LONGEST_PAUSE))
 
     def _expect_headers(self) -> None:
         self._header_bytes = 0

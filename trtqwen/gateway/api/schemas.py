@@ -30,7 +30,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 # Engines compute in float32, where a factor next to nothing is 0 and a penalty beyond measure leaves no finite logit.
 RepetitionPenalty = Annotated[float, Field(ge=0.01, le=10)]
 PlainPenalty = Annotated[float, Field(ge=-100, le=100)]
-Temperature = Annotated[float, Field(ge=0, le=100)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
 TopP = Annotated[float, Field(ge=0, le=1)]
 TopK = Annotated[int, Field(ge=-1, lt=2**31)]  # 0 and -1: no limit
 Words = Annotated[list[StopString], Field(fail_fast=True, max_length=1024)]
@@ -154,7 +154,7 @@ class SamplingFields(Schema):
 
 
 class TextPart(Kept):
-    type: Literal["text", "input_text", "output_text", "refusal", "thinking"] = "text"
+    type: Literal["text", "input_text", "output_text", "refusal", "thinking"]
     text: str = ""
     refusal: str | None = None
 
@@ -207,6 +207,7 @@ class Message(Kept):
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     function_call: CalledFunction | None = None
+    audio: None = None
 
     @property
     def text(self) -> str:
@@ -316,7 +317,7 @@ class GenerateRequest(Schema):
     exclude_input_in_output: bool | None = None
     stop_words: Literal[""] | StopString | Words | None = None
     bad_words: Literal[""] | StopString | Words | None = None
-    temperature: Temperature | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_k: TopK | None = None
     top_p: TopP | None = None
     repetition_penalty: RepetitionPenalty | None = None

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
@@ -300,6 +302,9 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
     keywords = {keyword for keyword in part if keyword in _KEYWORDS and not _says_nothing(keyword, part)}
     keywords -= {"$defs", "definitions"}
     for keyword in part:
+        if similar := _misspelt(keyword):
+            text = f"{keyword!r} at {place} of the JSON schema is no keyword; did you mean {similar!r}?"
+            raise Unenforceable(text, keyword)
         if (keyword in _RESTRICTIONS and not _says_nothing(keyword, part)) or (keyword == "$id" and not is_root):
             text = f"the engine cannot enforce {keyword!r} at {place} of the JSON schema; leave it out"
             raise Unenforceable(text, keyword)
@@ -318,6 +323,14 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
     if decider == "allOf" and len(part["allOf"]) > 1:
         text = f"the engine cannot enforce 'allOf' of several schemas at {place}; merge them into one"
         raise Unenforceable(text, decider)
+
+
+@lru_cache(1024)
+def _misspelt(keyword: str) -> str:
+    """The keyword that is meant, if one is all but spelled out."""
+    known = {*_KEYWORDS, *_RESTRICTIONS}
+    similar = [] if keyword in known or keyword.startswith("x-") else get_close_matches(keyword, known, 1, 0.88)
+    return similar[0] if similar else ""
 
 
 def _says_nothing(keyword: str, part: Mapping[str, Any]) -> bool:
