@@ -26,6 +26,7 @@ ORDER = (
     "recipe",
     "quantize",
     "checkpoint",
+    "export",
     "engine",
     "executor",
     "triton",

@@ -200,13 +200,14 @@ class SafetensorsWriter:
     Args:
         path: file to create.
         plan: every tensor of the file, in the order of its bytes.
+        metadata: texts for the header; transformers reads only files that name their `format`.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self._pending = list(plan.items())
         self._pending.reverse()
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, spec in plan.items():
             begin, end = end, end + spec.nbytes

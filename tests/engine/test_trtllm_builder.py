@@ -125,14 +125,14 @@ def test_an_engine_that_breaks_a_serving_promise_is_refused(
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("out_of_memory", r"failed \(exit code 1\): the GPU's memory does not hold .*lower engine\.max_num_tokens"),
+        ("out_of_memory", r"failed \(exit code 1\): the GPU's memory is not enough .*lower engine\.max_num_tokens"),
         ("no_gpu", r"exit code 1\): no GPU is visible to TensorRT-LLM; build where nvidia-smi"),
         ("no_workers", r"exit code 1\): no GPU is visible to TensorRT-LLM"),
-        ("pool", r"exit code 1\): a process was killed, .*host ran out of memory; lower engine\.workers"),
+        ("pool", r"exit code 1\): a worker process of the build died, .*host memory; lower engine\.workers"),
         ("killed", r"ended by SIGKILL\): it was killed from outside, usually .*host ran out of memory"),
         ("exit137", r"exit code 137\): it was killed from outside, usually .*host ran out of memory"),
         ("orphan", r"ended by SIGKILL\): it was killed from outside"),
-        ("silent", r"exit code 3\): for a reason that trtqwen does not know"),
+        ("silent", r"exit code 3\): the cause is not known"),
         ("lost_rank", r"ended well, but rank1\.engine is missing or empty"),
         ("empty_rank", r"ended well, but rank1\.engine is missing or empty"),
         ("no_config", r"ended well, but config\.json is missing"),

@@ -24,6 +24,7 @@ from trtqwen.diagnostics import Diagnostic, TrtQwenError
 COMMANDS = {
     "demo": "Run the bundled model end to end: convert, build, serve, stream, stop.",
     "convert": "Convert Hugging Face weights to a TensorRT-LLM checkpoint.",
+    "export": "Write a TensorRT-LLM checkpoint as a Hugging Face directory.",
     "verify": "Compare a checkpoint with the model that it was made from.",
     "recipe": "List, show, copy and check recipes.",
     "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",

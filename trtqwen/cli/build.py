@@ -1,4 +1,4 @@
-"""`trtqwen build`: checkpoint, engine and model repository of a recipe in one go."""
+"""`trtqwen build`: make the checkpoint, engine and model repository of a recipe."""
 
 from __future__ import annotations
 
@@ -35,10 +35,12 @@ from trtqwen.system.host import read_host
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    engines: Annotated[Path, typer.Option(help="Parent of the checkpoint and engine directories.")] = Path("engines"),
+    model: Annotated[Path, typer.Option(help="Read this Hugging Face model directory.")],
+    engines: Annotated[Path, typer.Option(help="Write checkpoint and engine below this directory.")] = Path(
+        "engines"
+    ),
     repo: Annotated[
-        Path | None, typer.Option(help="Model repository to write. [default: triton_repo/<recipe>]")
+        Path | None, typer.Option(help="Write the model repository here. [default: triton_repo/<recipe>]")
     ] = None,
     changes: Changes = None,
     no_quality: NoQuality = False,
@@ -49,11 +51,13 @@ def command(
     wheels: Wheels = None,
     json: Json = False,
 ) -> None:
-    """Build a recipe: convert, build the engine, write the model repository. What is up to date is kept.
+    """Build a recipe: convert the model, build the engine, write the model repository.
 
-    With --in-container, trtqwen itself is mounted into the image. What it needs and the image lacks (typer and
-    tritonclient, at least) pip installs in the container at each start: from the package index, or without a network
-    from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has it all needs neither.
+    Results that are up to date are kept.
+
+    With --in-container, the container mounts trtqwen and installs missing dependencies on each start: from the
+    package index, or from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has every
+    dependency needs neither.
     """
     loaded = load_recipe(recipe, changes or ())
     repository = repo or Path("triton_repo") / loaded.name
@@ -98,7 +102,7 @@ def command(
 
 
 def _watch(bars: Bars) -> Watch:
-    """On a terminal a bar of the ranks with the log's latest line; elsewhere a note for each rank."""
+    """Show a bar of the ranks with the latest line of the log on a terminal, and a note per rank elsewhere."""
     show, told = bars.tail("building"), 0
 
     def on_progress(progress: BuildProgress) -> None:

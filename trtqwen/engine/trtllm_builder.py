@@ -110,9 +110,11 @@ class TrtLlmBuilder:
             ) from None
         if result.returncode != 0:
             output = result.stdout + result.stderr
-            findings = explain(output.splitlines())
-            why = f"{findings[0].cause}; {findings[0].hint}" if findings else _last_line(output)
-            raise EngineError(f"`trtllm-build --help` failed ({_ending(result.returncode)}): {why}")
+            first = explain(output.splitlines()).first
+            why = first.cause if first else _last_line(output)
+            raise EngineError(
+                f"`trtllm-build --help` failed ({_ending(result.returncode)}): {why}", first.hint if first else ""
+            )
         return result.stdout
 
 
@@ -138,15 +140,16 @@ def _ending(code: int) -> str:
 
 def _cause(code: int, log: Path) -> str:
     with log.open(encoding="utf-8", errors="replace") as file:
-        findings = explain(file)
-    if findings:
-        return f"{findings[0].cause}; {findings[0].hint}"
+        explanation = explain(file)
+    if explanation.first is not None:
+        return f"{explanation.first.cause}; {explanation.first.hint}"
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "it was killed from outside, usually by the kernel because the host ran out of memory; lower "
             "engine.workers, or give the host or container more memory"
         )
-    return "for a reason that trtqwen does not know; read the log"
+    shown = "; ".join(f"line {number}: {line}" for number, line in explanation.telling[:2])
+    return f"the cause is not known{f', see {shown}' if shown else ''}"
 
 
 def _last_line(text: str) -> str:

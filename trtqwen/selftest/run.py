@@ -181,9 +181,11 @@ def _run_tensorrt(host: Host, engine: Path, prompts: list[list[int]]) -> list[li
     except subprocess.TimeoutExpired:
         raise EngineError(f"{engine}: gave no answers within {_SECONDS} s", "look at nvidia-smi") from None
     if result.returncode != 0 or not answers.is_file():
-        findings = explain(result.stdout.splitlines())
-        why = f"{findings[0].cause}; {findings[0].hint}" if findings else result.stdout.strip()[-300:]
-        raise EngineError(f"{engine}: did not run (exit code {result.returncode}): {why}")
+        first = explain(result.stdout.splitlines()).first
+        why = first.cause if first else result.stdout.strip()[-300:]
+        raise EngineError(
+            f"{engine}: did not run (exit code {result.returncode}): {why}", first.hint if first else ""
+        )
     content: list[list[int]] = json.loads(answers.read_text(encoding="utf-8"))
     return content
 

@@ -23,6 +23,7 @@ from types import FrameType
 from trtqwen import __version__
 from trtqwen.artifact import read_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
+from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.processes import Service, die_with_parent, kill_session, programs, runs
@@ -281,7 +282,9 @@ class TritonServer(Service):
         others = lines if without_error is None else [without_error]
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
-        return f"{message} ({self._advice})"
+        known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
+        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
+        return f"{message} ({self._advice}){cause}"
 
 
 class _Signalled(BaseException):
