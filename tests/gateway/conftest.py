@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -93,18 +92,9 @@ class Running:
 
     def used_blocks(self) -> float:
         """KV cache blocks in use, as the engine tells Triton."""
-        with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=30) as answer:
             [line] = [line for line in answer.read().decode().splitlines() if 'block_type="used"' in line]
         return float(line.split()[-1])
-
-
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
 
 
 @pytest.fixture(scope="session")
