@@ -29,7 +29,6 @@ from trtqwen.gateway.config import gateway_config as plan_gateway
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
-from trtqwen.system.leftovers import workspace
 from trtqwen.system.limits import raise_file_limit
 from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.server import Ports
@@ -133,21 +132,23 @@ def command(
         _print_dry_run(content, "\n".join(launch.shell() for launch in launches), json)
         return
     raise_file_limit()
-    with workspace() as place:
-        state = place / "supervisor.json"
-        gateway = None
-        if not no_gateway:
-            settings = gateway_settings(repository, server.grpc_urls).model_copy(update={"supervisor": state})
-            gateway = GatewayProcess(settings, frozen_seconds=watchdog)
-        stderr.print(f"starting Triton on {repository} ...", highlight=False)
-        Supervisor(
-            server.servers,
-            gateway,
-            restart=restart,
-            on_ready=lambda: _announce(repository, server, gateway, json),
-            say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
-            state=state,
-        ).run()
+    gateway = None
+    if not no_gateway:
+        gateway = GatewayProcess(gateway_settings(repository, server.grpc_urls), frozen_seconds=watchdog)
+    stderr.print(f"starting Triton on {repository} ...", highlight=False)
+    supervisor = Supervisor(
+        server.servers,
+        gateway,
+        restart=restart,
+        on_ready=lambda: _announce(repository, server, gateway, json),
+        on_change=gateway.tell if gateway else lambda state: None,
+        say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    try:
+        supervisor.run()
+    finally:
+        if gateway:
+            gateway.close()
     stderr.print("stopped", highlight=False)
 
 

@@ -38,7 +38,7 @@ def create_app(config: GatewayConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(config, model, template, metrics) as runtime:
+        async with running(config, model, template, metrics, len(authenticator.callers)) as runtime:
             app.state.runtime = runtime
             yield
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from trtqwen.gateway.supervision import Supervision
+
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
@@ -38,11 +40,18 @@ class Metrics:
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
+        self.restarts = self._gauge("restarts", "How often `trtqwen serve` has started an engine or gateway again")
+        self.restarting = self._gauge("restarting", "Whether `trtqwen serve` is starting an engine again")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
 
     def value(self, name: str) -> float:
         """What a gauge says now."""
         return self._registry.get_sample_value(f"{_PREFIX}_{name}") or 0.0
+
+    def set_supervision(self, supervision: Supervision) -> None:
+        """Take over what the supervisor says."""
+        self.restarts.set(supervision.restarts)
+        self.restarting.set(supervision.state == "restarting")
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

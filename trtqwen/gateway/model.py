@@ -19,6 +19,9 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
 
+_PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
+_CUT_TOKENS = 16
+
 
 class GenerationDefaults(BaseModel):
     """The sampling section of a model's generation_config.json; a missing file means sampling at temperature 1."""
@@ -68,23 +71,41 @@ class ServedModel:
         """
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
 
-    def encode(self, text: str, param: str, *, mark: str = "") -> tuple[int, ...]:
+    def encode(self, text: str, param: str, *, mark: str = "", bounded: bool = True) -> tuple[int, ...]:
         """Token ids of a text.
 
         Args:
             mark: a character that is no text; a special token that holds it is plain text.
+            bounded: refuse a text that is certainly longer than the context before all of it is tokenized.
 
         Raises:
-            ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot.
+            ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot, or
+                exceeds the context.
         """
         try:
             text.encode()
         except UnicodeEncodeError as problem:
             what = f"{param}: character {problem.start} is half a surrogate pair"
             raise bad_request(f"{what}; send whole characters", param=param) from None
+        if bounded and len(text) > _PIECE:
+            self._check_length(text, param)
         if mark and mark in text:
             return tuple(self.tokenizer.encode_marked(text, mark))
         return tuple(self.tokenizer.encode(text))
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text whose beginning alone exceeds the context: a megabyte of digits is a million tokens."""
+        context, tokens = self.limits.max_seq_len, 0
+        for start in range(0, len(text), _PIECE):
+            # A cut may change the tokens around it.
+            tokens += max(0, len(self.tokenizer.encode(text[start : start + _PIECE])) - _CUT_TOKENS)
+            if tokens > context:
+                raise bad_request(
+                    f"{param}: has {len(text)} characters, of which the first {start + _PIECE} alone exceed the "
+                    f"context of {context} tokens; shorten it",
+                    param=param,
+                    code="context_length_exceeded",
+                )
 
 
 def load_model(repository: Path, name: str | None = None) -> ServedModel:

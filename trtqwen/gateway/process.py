@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import http.client
+import json
 import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from trtqwen.diagnostics import ServerError
@@ -15,11 +17,14 @@ from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
 from trtqwen.system.guarded import Farewell, python_environment, start_guarded
+from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import Relay, Service, ending, kill_session, living, stopped
 
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 8  # beyond the gateway's own time to drain
 _SIGNAL_SECONDS = 0.2
+# A long prompt takes much memory for a moment. Few arenas, and large blocks of their own, give it back afterwards.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 class GatewayProcess(Service):
@@ -49,6 +54,7 @@ class GatewayProcess(Service):
         self.config = config.model_copy(update=update)
         self.stop_seconds = config.drain_seconds
         self._frozen_seconds = frozen_seconds
+        self._cleanup = ExitStack()
         self._frozen_since: float | None = None
         self._process: subprocess.Popen[str] | None = None
         self._relay: Relay | None = None
@@ -65,16 +71,19 @@ class GatewayProcess(Service):
         """Start the process; `wait_until_ready` tells when it serves."""
         if self._listener.fileno() < 0:  # it was started before
             self._listener = bind(self.config)
+        if self.config.supervisor is None:
+            state = self._cleanup.enter_context(workspace()) / "supervisor.json"
+            self.config = self.config.model_copy(update={"supervisor": state})
         self._frozen_since = None
         descriptor = self._listener.fileno()
         self._process = start_guarded(
             [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
-            python_environment(),
+            python_environment() | _ALLOCATOR,
             Path("/"),  # Python looks for modules in the working directory
             output=subprocess.PIPE,
             pass_fds=(descriptor,),
             # The first asks it to finish what runs, the second to end that with an error.
-            farewell=Farewell(((signal.SIGTERM, 0.2), (signal.SIGTERM, _GRACE_SECONDS))),
+            farewell=Farewell(((signal.SIGTERM, 0.2), (signal.SIGTERM, _GRACE_SECONDS)), self._places),
         )
         self._listener.close()
         assert self._process.stdout is not None
@@ -117,6 +126,22 @@ class GatewayProcess(Service):
         if self._relay is not None:
             self._relay.join()
         return process.wait()
+
+    def close(self) -> None:
+        """Remove what it has kept between two starts."""
+        self._cleanup.close()
+
+    def tell(self, state: Mapping[str, object]) -> None:
+        """Say what the supervisor does, for `/ready` and the metrics."""
+        if (path := self.config.supervisor) is not None:
+            with suppress(OSError):  # a full disk must not end a server
+                partial = path.with_suffix(".new")
+                partial.write_text(json.dumps(state), encoding="utf-8")
+                partial.replace(path)
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self.config.supervisor.parent,) if self.config.supervisor is not None else ()
 
     def kill(self) -> None:
         if (process := self._process) is not None:

@@ -51,11 +51,15 @@ def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
 
 @asynccontextmanager
 async def running(
-    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics
+    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics, keys: int = 0
 ) -> AsyncIterator[Runtime]:
-    """Connect to the replicas and watch them until the block ends."""
+    """Connect to the replicas and watch them until the block ends.
+
+    Args:
+        keys: how many API keys there are.
+    """
     replicas = [Replica(address) for address in config.triton]
-    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
+    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds, config.key_share if keys > 1 else 1)
     monitor = Monitor(
         replicas,
         gate,

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
 from typing import Literal
 
@@ -56,7 +54,7 @@ class Supervisor:
             ends everything.
         on_ready: called once, when everything serves.
         say: prints a line for the person who watches.
-        state: file in which the gateway finds what this does.
+        on_change: called with `state`, `restarts` and `cause` whenever an engine begins to run or to restart.
     """
 
     def __init__(
@@ -67,14 +65,14 @@ class Supervisor:
         restart: bool = False,
         on_ready: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
-        state: Path | None = None,
+        on_change: Callable[[Mapping[str, object]], None] = lambda state: None,
     ) -> None:
         self._engines = [_Watched(engine) for engine in engines]
         self._gateway = _Watched(gateway) if gateway else None
         self._restart = restart
         self._on_ready = on_ready
         self._say = say
-        self._state_file = state
+        self._on_change = on_change
         self._restarts = 0
         self._cause = ""
 
@@ -140,7 +138,7 @@ class Supervisor:
         if one.was_ready:
             self._say(f"{one.service.name} serves again after {time.monotonic() - one.since:.0f} s")
         one.state, one.since, one.was_ready = "running", time.monotonic(), True
-        self._tell_gateway()
+        self._report()
 
     def _failed(self, one: _Watched, problem: ServerError) -> None:
         if not self._restart or not one.was_ready:
@@ -155,17 +153,12 @@ class Supervisor:
         self._restarts += 1
         self._cause = problem.what
         self._say(f"{one.service.name} has ended: {problem.what}; starting it again in {pause:g} s")
-        self._tell_gateway()
+        self._report()
 
-    def _tell_gateway(self) -> None:
-        if self._state_file is None:
-            return
+    def _report(self) -> None:
         running = all(engine.state == "running" for engine in self._engines)
-        content = {"state": "running" if running else "restarting", "restarts": self._restarts, "cause": self._cause}
-        with suppress(OSError):  # a full disk must not end a server
-            partial = self._state_file.with_suffix(".new")
-            partial.write_text(json.dumps(content), encoding="utf-8")
-            partial.replace(self._state_file)
+        state = "running" if running else "restarting"
+        self._on_change({"state": state, "restarts": self._restarts, "cause": self._cause})
 
     def _stop(self, *, drain: bool) -> None:
         """Stop the gateway, then the engines; each whatever happens to the others."""

@@ -16,8 +16,8 @@ class Watchdog:
     """Watches the heartbeat of one server's engine.
 
     A long prompt on a slow CPU may take a minute for one step. So an engine that is late hangs only when its
-    processes do not compute, or after ten times the limit. On GPUs, steps are short and waiting spins: there the limit
-    holds.
+    processes do not compute, or after ten times the limit. On GPUs, steps are short and a rank that waits computes:
+    there the limit holds.
 
     Args:
         session: of the server's processes.

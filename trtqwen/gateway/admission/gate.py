@@ -8,7 +8,8 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from trtqwen.gateway.admission.admission import Admission, QueueFull, Ticket
+from trtqwen.gateway.admission.admission import Admission, Owner, QueueFull, Ticket
+from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.errors import ApiError, bad_request, late
 from trtqwen.gateway.metrics import Metrics
 
@@ -21,9 +22,11 @@ class Gate:
 
     Args:
         queue_seconds: how long a ticket may wait.
+        share: of the engines that one key may use at a time; the rest is for the others.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float, share: float = 1) -> None:
+        self._share = share
         self._admission = admission
         self._metrics = metrics
         self._queue_seconds = queue_seconds
@@ -46,7 +49,7 @@ class Gate:
             ApiError: as `places` does.
         """
         self._refuse_at_the_door()
-        if 0 < self._admission.queue_limits.requests <= self._admission.queued:
+        if self._admission.would_refuse(self._owner()):
             raise self._too_busy(self._full(), "queue_full")
 
     @contextmanager
@@ -58,12 +61,14 @@ class Gate:
                 more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        tickets = [Ticket(count) for count in token_counts]
+        owner = self._owner()
+        tickets = [Ticket(count, owner) for count in token_counts]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
             self._turns |= dict.fromkeys(tickets, turns)
             self._grant(self._admission.arrive(tickets))
+            self._tell_pushed_out()
             yield tickets
         except QueueFull:
             if self._admission.has_room_when_idle(tickets):
@@ -129,9 +134,12 @@ class Gate:
         self._grant(self._admission.admit())
 
     def send_away(self, failure: ApiError) -> None:
-        """End the waiting of all who wait."""
+        """End the waiting of all who wait; a request that has had a turn for one of its answers goes on."""
         for ticket, turns in self._turns.items():
-            if not turns[ticket].done():
+            if (
+                not any(turn.done() and turn.exception() is None for turn in turns.values())
+                and not turns[ticket].done()
+            ):
                 turns[ticket].set_exception(failure)
 
     def drain(self) -> None:
@@ -147,6 +155,21 @@ class Gate:
         self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
         self._metrics.queued.set(self._admission.queued)
         self._metrics.queued_tokens.set(self._admission.queued_tokens)
+
+    def _owner(self) -> Owner:
+        """Whose tickets those of the current request are."""
+        caller = CALLER.get()
+        in_flight = [caller.most_in_flight] if caller.most_in_flight is not None else []
+        if self._share < 1:
+            in_flight.append(max(1, int(self._admission.slots * self._share)))
+        return Owner(caller.name, min(in_flight, default=None), caller.most_queued)
+
+    def _tell_pushed_out(self) -> None:
+        for ticket in self._admission.pushed_out:
+            turn = self._turns[ticket][ticket]
+            if not turn.done():
+                turn.set_exception(self._too_busy("the queue is full, and others have waited for less", "queue_full"))
+        self._admission.pushed_out.clear()
 
     def _refuse_at_the_door(self) -> None:
         if self._draining:
@@ -165,6 +188,10 @@ class Gate:
         rounds = (self._admission.queued + 1) / self._admission.slots
         seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+def _granted(turn: asyncio.Future[int]) -> bool:
+    return turn.done() and turn.exception() is None
 
 
 def stopping() -> ApiError:
