@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from trtqwen.diagnostics import Diagnostic
+
 HELP = {"help_option_names": ["-h", "--help"]}
 _TAIL_WIDTH = 60  # characters of a log's line in a bar
 
@@ -41,6 +43,12 @@ ImageName = Annotated[str | None, typer.Option("--image", help="With --in-contai
 Wheels = Annotated[
     Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
 ]
+SkipGates = Annotated[
+    bool,
+    typer.Option(
+        "--skip-gates", help="With --in-container: start although driver or image do not suit, with a warning."
+    ),
+]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
@@ -52,6 +60,14 @@ GatewaySettings = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="What clients call the model; the repository's name if not given.")
 ]
+
+
+def print_warnings(warnings: Iterable[Diagnostic]) -> None:
+    """Warnings on standard error, each with its hint."""
+    for warning in warnings:
+        stderr.print(f"warning: {warning.what}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        if warning.hint:
+            stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:
