@@ -1,4 +1,4 @@
-"""`trtqwen doctor`: what is wrong here, and the remedy."""
+"""`trtqwen doctor`: check a host and what was built on it."""
 
 from __future__ import annotations
 
@@ -21,22 +21,24 @@ _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 def command(
     recipe: Annotated[
-        str | None, typer.Argument(help="Recipe to check, with what was built of it in engines/ and triton_repo/.")
+        str | None, typer.Argument(help="Check this recipe and what was built from it in engines/ and triton_repo/.")
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Hugging Face model directory.")] = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="TensorRT-LLM checkpoint directory.")] = None,
-    engine: Annotated[Path | None, typer.Option(help="Engine directory.")] = None,
-    repo: Annotated[Path | None, typer.Option(help="Triton model repository, of any origin.")] = None,
-    url: Annotated[str | None, typer.Option(help="host:port of a running Triton's gRPC endpoint.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Check this Hugging Face model directory.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="Check this TensorRT-LLM checkpoint.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="Check this engine directory.")] = None,
+    repo: Annotated[
+        Path | None, typer.Option(help="Check this Triton model repository, made by trtqwen or not.")
+    ] = None,
+    url: Annotated[str | None, typer.Option(help="Check the Triton server at this gRPC address, host:port.")] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="host:port of its metrics. [default: the port after --url's]")
+        str | None, typer.Option(help="Read its metrics at host:port. [default: the port after that of --url]")
     ] = None,
-    gpu: Annotated[bool, typer.Option("--gpu", help="Also run an all-reduce on every GPU.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Run an all-reduce on every GPU too.")] = False,
     json: Json = False,
 ) -> None:
-    """Say what is wrong with this host, and with whatever is named; exit code 1 if a check fails.
+    """Check this host, and the artifacts that you name, for known problems. Exit code 1 if a check fails.
 
-    Without arguments the host alone is checked.
+    Without arguments, only the host is checked.
     """
     subject = completed(
         Subject(

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated
 
 import typer
-from click import Choice
 
 from trtqwen.cli.output import DryRun, Force, Json, print_json, progress_bars, size, stdout
 from trtqwen.export.export import Activations, plan_export, run_export
@@ -19,9 +18,8 @@ def command(
         Path | None, typer.Option(help="Copy the tokenizer from here. [default: the checkpoint's own]")
     ] = None,
     activations: Annotated[
-        str,
+        Activations,
         typer.Option(
-            click_type=Choice(["16bit", "int8"]),
             help="Export INT8 weight-only for 16-bit inputs (W8A16), or for INT8 ones (W8A8, for CPUs too).",
         ),
     ] = "16bit",
@@ -34,7 +32,7 @@ def command(
     Float tensors are bit for bit those of the checkpoint. INT8 becomes the compressed-tensors format with the same
     codes and scales. What has no counterpart is listed with its cost.
     """
-    plan = plan_export(checkpoint, cast(Activations, activations))
+    plan = plan_export(checkpoint, activations)
     notes = list(plan.notes)
     if not dry_run:
         with progress_bars() as bars:

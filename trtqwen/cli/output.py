@@ -1,4 +1,4 @@
-"""What commands print: results to standard output, progress and notes to standard error."""
+"""Output of commands: results on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
@@ -35,30 +35,31 @@ stderr = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Compare the sizes of files instead of their digests; faster.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
 InContainer = Annotated[
-    bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release, with docker.")
+    bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release with docker.")
 ]
-ImageName = Annotated[str | None, typer.Option("--image", help="With --in-container: this image, by tag or digest.")]
-Wheels = Annotated[
-    Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
+ImageName = Annotated[
+    str | None, typer.Option("--image", help="Use this image, by tag or digest (with --in-container).")
 ]
 SkipGates = Annotated[
     bool,
-    typer.Option(
-        "--skip-gates", help="With --in-container: start although driver or image do not suit, with a warning."
-    ),
+    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and go on (with --in-container)."),
 ]
+Wheels = Annotated[Path | None, typer.Option(help="Install from this directory of wheels (with --in-container).")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
 ]
-ApiKeys = Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")]
+ApiKeys = Annotated[Path | None, typer.Option(help="Read the API keys of the gateway from a YAML file.")]
 GatewaySettings = Annotated[
-    Path | None, typer.Option(help="YAML file with further settings of the gateway, limits and deadlines among them.")
+    Path | None, typer.Option(help="Read limits, deadlines and other settings of the gateway from a YAML file.")
 ]
 ModelName = Annotated[
-    str | None, typer.Option(help="What clients call the model; the repository's name if not given.")
+    str | None, typer.Option(help="Set the model name that clients use. [default: the name of the repository]")
 ]
 
 
@@ -76,18 +77,18 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 class Bars:
-    """Progress bars, one below the other, of what a command does."""
+    """Progress bars of a command."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def add(self, title: str, total: int, *, unit: str = "bytes") -> Callable[[int], None]:
-        """A bar with bytes and rate, or with a count of what `unit` names; call the result with what was done."""
+        """Add a bar with bytes and rate, or with a count of units. Call the result with each progress."""
         task = self._progress.add_task(title, total=total, unit=unit)
         return lambda count: self._progress.advance(task, count)
 
     def tail(self, title: str) -> Callable[[str, int, int], None]:
-        """A bar of counted results with the latest line of a log; call the result with line, count and total."""
+        """Add a bar of counted results with the latest line of a log. Call the result with line, count and total."""
         task = None
 
         def show(line: str, done: int, total: int) -> None:
@@ -101,7 +102,7 @@ class Bars:
 
 
 class _Amount(ProgressColumn):
-    """How much of a task is done, in its unit."""
+    """Progress of a task in its unit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -116,14 +117,14 @@ class _Amount(ProgressColumn):
 
 @contextmanager
 def progress_bars() -> Iterator[Bars]:
-    """Bars on a terminal; nothing elsewhere."""
+    """Show bars on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
         yield Bars(progress)
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: `15.2 GB`."""
+    """Format bytes: `15.2 GB`."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

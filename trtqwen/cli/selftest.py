@@ -1,4 +1,4 @@
-"""`trtqwen selftest`: TensorRT-LLM on this machine against the embedded engine, on the bundled model."""
+"""`trtqwen selftest`: compare TensorRT-LLM on this machine with the embedded engine."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    engines: Annotated[Path, typer.Option(help="Parent of the directory `selftest` for engines and logs.")] = Path(
+    engines: Annotated[Path, typer.Option(help="Write engines and logs below this directory, in `selftest`.")] = Path(
         "engines"
     ),
     dry_run: DryRun = False,
@@ -90,7 +90,7 @@ def command(
         stdout.print(_table(results))
     if not ok:
         stderr.print(
-            "error: TensorRT-LLM answers otherwise than the embedded engine; its engine is not to be trusted here",
+            "error: TensorRT-LLM output differs from the embedded engine; do not serve its engine here",
             style="bold red",
             highlight=False,
             soft_wrap=True,

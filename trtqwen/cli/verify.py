@@ -21,31 +21,31 @@ if TYPE_CHECKING:
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="TensorRT-LLM checkpoint directory.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory it was made from.")],
-    text: Annotated[Path | None, typer.Option(help="Text or JSONL file to run on. [default: bundled]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to run, spread over the texts.")] = 4096,
+    checkpoint: Annotated[Path, typer.Argument(help="Verify this TensorRT-LLM checkpoint.")],
+    model: Annotated[Path, typer.Option(help="Compare with this Hugging Face model directory.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Run on this text or JSONL file. [default: bundled texts]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Run this many tokens, spread over the texts.")] = 4096,
     int8_layout: Annotated[
         Int8LayoutChoice | None,
-        typer.Option(help="Layout of INT8 weight-only weights. [default: what the manifest says]"),
+        typer.Option(help="Set the INT8 layout of the weights. [default: that of the manifest]"),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write verify.json and verify.png there.")] = None,
-    max_layer_error: Annotated[float | None, typer.Option(min=0, help="Limit of a layer's relative error.")] = None,
-    max_kl: Annotated[float | None, typer.Option(min=0, help="Limit of the mean KL divergence, nats.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write verify.json and verify.png to this directory.")] = None,
+    max_layer_error: Annotated[float | None, typer.Option(min=0, help="Limit the relative error of a layer.")] = None,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Limit the mean KL divergence, in nats.")] = None,
     min_top1: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least share of next tokens that agree.")
+        float | None, typer.Option(min=0, max=1, help="Require this share of equal next tokens.")
     ] = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(help="Limit of the relative increase of perplexity.")
-    ] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="Limit the relative increase of perplexity.")] = None,
     max_activation: Annotated[
-        float | None, typer.Option(min=0, help="Limit of activations in float16. [default: 32752]")
+        float | None, typer.Option(min=0, help="Limit activations in float16. [default: 32752]")
     ] = None,
     json: Json = False,
 ) -> None:
-    """Run a checkpoint, all ranks as they stand, layer by layer beside its model, and judge the difference.
+    """Run every rank of a checkpoint layer by layer, compare with the original model, and fail above the limits.
 
-    Limits depend on the precision unless they are given.
+    The limits depend on the precision unless you set them.
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")

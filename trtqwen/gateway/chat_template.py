@@ -17,6 +17,7 @@ class ChatTemplate:
 
     Attributes:
         takes_tools: whether it has a place for tools.
+        reasons: whether it knows what a model thinks before it answers.
 
     Raises:
         SourceError: if it is not a template.
@@ -28,14 +29,23 @@ class ChatTemplate:
         except TemplateError as problem:
             raise SourceError(f"the model's chat template is broken ({problem})", "download it again") from None
         self.takes_tools = "tools" in text
+        self.reasons = "</think>" in text or "<think>" in text
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt, ready for the assistant's turn.
+
+        Args:
+            options: further variables of the template; with `continue_final_message` the last turn stays open.
 
         Raises:
             ApiError: if the template refuses the messages.
         """
+        variables = {"add_generation_prompt": True, **options}
         try:
-            return self._template.render(messages=messages, tools=tools or None, add_generation_prompt=True)
+            text = self._template.render(messages=messages, tools=tools or None, **variables)
         except (TemplateError, TypeError, ValueError) as problem:
             raise bad_request(f"the chat template refuses these messages: {problem}", param="messages") from None
+        if options.get("continue_final_message"):
+            last = str(messages[-1]["content"]).rstrip()
+            text = text[: text.rindex(last) + len(last)]
+        return text

@@ -97,6 +97,12 @@ class HfModel:
         small = {path.name: digest_file(path) for path in [self.directory / CONFIG, *self.tokenizer_files]}
         return small | {name: reader.file_digest(digests) for name, reader in self._readers.items()}
 
+    @property
+    def files(self) -> list[Path]:
+        """The files with the weights, and their index if there is one."""
+        index = self.directory / INDEX
+        return [*self._files, *([index] if index.is_file() else [])]
+
     @cached_property
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings, as far as the directory has them."""
