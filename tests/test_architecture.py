@@ -37,6 +37,7 @@ ORDER = (
     "gateway",
     "build",
     "containers",
+    "images",
     "demo",
     "selftest",
     "bench",
