@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.conftest import wait_for
 from tests.standins import vllm_server
+from tests.waiting import wait_for
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import FinishReason, OutputConfig, Request, Response
