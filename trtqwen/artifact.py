@@ -7,7 +7,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -38,6 +38,7 @@ class Manifest(BaseModel):
     """What one stage wrote and from what: the record by which the next stage accepts or refuses it.
 
     `key` is the digest of tool version, inputs and parameters; a cached result is valid if the keys are equal.
+    `warnings` is what was said of the inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,6 +50,7 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     parameters: dict[str, Any]
     outputs: dict[str, FileRecord]
+    warnings: list[str] = []
 
 
 def stage_key(stage: Stage, inputs: dict[str, str], parameters: dict[str, Any]) -> str:
@@ -177,11 +179,14 @@ def write_manifest(
     inputs: dict[str, str],
     parameters: dict[str, Any],
     known_digests: Mapping[str, str] | None = None,
+    *,
+    warnings: Sequence[str] = (),
 ) -> Manifest:
     """Record every file under `directory`; call it last, when the stage's files are complete.
 
     Args:
         known_digests: digests of files that were taken while writing them, by path relative to `directory`.
+        warnings: what was said of the inputs.
     """
     known = known_digests or {}
     outputs = {}
@@ -195,6 +200,7 @@ def write_manifest(
         inputs=inputs,
         parameters=parameters,
         outputs=outputs,
+        warnings=list(warnings),
     )
     (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
     return manifest

@@ -29,12 +29,12 @@ from trtqwen.checkpoint.convert import (
     plan_conversion,
     run_conversion,
 )
-from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.engine.builder import build_engine, check_max_seq_len, engine_key, engine_parameters
+from trtqwen.diagnostics import InputError, OutputError, SourceError
+from trtqwen.engine.builder import build_engine, engine_key, engine_parameters
 from trtqwen.engine.flags import build_command
 from trtqwen.engine.gates import check_release
 from trtqwen.engine.job import Watch
-from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.engine.limits import check_computed, check_context
 from trtqwen.recipe import Recipe
 from trtqwen.system.host import read_host
 from trtqwen.triton.repository import repository_key, write_repository
@@ -140,7 +140,7 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
         repository: where the model repository goes.
 
     Raises:
-        SourceError, CheckpointError, InputError: if the model cannot be converted or built as the recipe asks.
+        SourceError, CheckpointError, InputError: if the model cannot be converted, built or served as asked.
         OutputError: if one of the directories lies around the model or another of them.
     """
     home, repository = engines / recipe.name, destination(repository)
@@ -148,7 +148,8 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
     for place in places:
         check_place(place, [model, *(other for other in places if other is not place)])
     conversion = plan_conversion(model, recipe.checkpoint)
-    check_max_seq_len(recipe.engine, conversion.source.config.max_position_embeddings)
+    check_context(recipe, conversion.source.config)
+    check_computed(recipe.engine.backend, conversion.source.config)
     checkpoint_key = conversion.key()
     built_key = engine_key(checkpoint_key, recipe.engine)
     engine = home / "engine"
@@ -239,8 +240,8 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
 
     Raises:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.
-        InputError: if an INT8 KV cache would ruin the answers and `force` is not set, or the model's tokenizer, which
-            the repository needs, cannot be read.
+        InputError: if an INT8 KV cache would ruin the answers and `force` is not set, or the model has no tokenizer,
+            which the repository needs.
         EngineError: if the TensorRT-LLM of this machine is not the recipe's.
     """
     if plan.recipe.engine.backend == "tensorrt_llm" and not plan.engine.done:
@@ -273,7 +274,11 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
         )
     if not plan.checkpoint.done:
         check_kv_cache(plan.conversion, force=force)
-        _ = Tokenizer(plan.conversion.source.directory).end_id
+        if plan.conversion.tokenizer is None:
+            raise SourceError(
+                f"{plan.conversion.source.directory}: has no tokenizer.json, which the model repository needs",
+                "copy the model's tokenizer files there",
+            )
 
 
 def _run_stage(stage: StagePlan, action: Callable[[], Manifest]) -> StageResult:

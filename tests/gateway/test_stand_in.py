@@ -17,7 +17,7 @@ from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
 from trtqwen.gateway.api.chat import _rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.repository import tokenizer_directory
 
@@ -113,7 +113,7 @@ def test_a_conversation_with_a_tool_s_result_is_rendered(obedient: Running) -> N
 def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, shown: str) -> None:
     call = ToolCall(id="1", function=CalledFunction(name="f", arguments=arguments))
     rendered = _rendered(0, Message(role="assistant", tool_calls=[call]))
-    text = ChatTemplate(TOOLS_TEMPLATE).render([{"role": "user", "content": "x"}, rendered], [])
+    text = ChatTemplate({"default": TOOLS_TEMPLATE}).render([{"role": "user", "content": "x"}, rendered])
     assert f'{{"name": "f", "arguments": {shown}' in text
 
 

@@ -19,6 +19,7 @@ from trtqwen.cli.output import (
     InContainer,
     Json,
     Wheels,
+    print_findings,
     print_json,
     progress_bars,
     size,
@@ -70,6 +71,7 @@ def command(
         if not dry_run:
             run_container(container)
     plan = plan_build(loaded, model, engines, repository)
+    print_findings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
         _print_plan(plan, container, json)
@@ -93,7 +95,11 @@ def command(
     record = read_provenance(plan.engine.directory)
     made = record.changes if record else []
     if json:
-        content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
+        content = {
+            "recipe": loaded.name,
+            "stages": [_as_json(result) for result in results],
+            "warnings": [finding.as_json() for finding in plan.conversion.findings],
+        }
         print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
         for change in made:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,6 +24,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.text import Text
+
+from trtqwen.diagnostics import Diagnostic
 
 HELP = {"help_option_names": ["-h", "--help"]}
 _TAIL_WIDTH = 60  # characters of a log's line in a bar
@@ -52,6 +54,13 @@ GatewaySettings = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="Set the model name that clients use. [default: the name of the repository]")
 ]
+
+
+def print_findings(findings: Iterable[Diagnostic]) -> None:
+    """Warnings and notes about what a command was given, on standard error."""
+    for finding in findings:
+        style = "yellow" if finding.level == "warning" else None
+        stderr.print(f"{finding.level}: {finding}", style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:

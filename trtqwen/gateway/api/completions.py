@@ -72,7 +72,7 @@ def plan_completion(model: ServedModel, config: GatewayConfig, request: Completi
 def _prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[int, ...]]:
     prompts = []
     for prompt in _listed(request.prompt):
-        ids = model.encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
+        ids = model.encode(prompt, "prompt", raw=True) if isinstance(prompt, str) else tuple(prompt)
         if not ids:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
         if max(ids) >= model.vocab_size:

@@ -13,7 +13,8 @@ import numpy.typing as npt
 from trtqwen.gateway.api.schemas import GenerateRequest, SamplingFields
 from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.generation.guide import Guide
-from trtqwen.gateway.model import GenerationDefaults, ServedModel
+from trtqwen.gateway.model import ServedModel
+from trtqwen.hf.generation import GenerationDefaults
 
 Array = npt.NDArray[Any]
 
