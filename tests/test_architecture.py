@@ -21,6 +21,7 @@ ORDER = (
     "system",
     "facts",
     "artifact",
+    "stage",
     "nn",
     "hf",
     "recipe",

@@ -164,7 +164,7 @@ def test_leftovers_that_cannot_be_removed_are_named_and_never_taken(
 ) -> None:
     (tmp_path / ".out.tmp").mkdir()
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # as for another user's files
-    with pytest.raises(OutputError, match=r"\.out\.tmp: is left of a killed run"):
+    with pytest.raises(OutputError, match=r"\.out\.tmp: a killed run left it"):
         finish(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

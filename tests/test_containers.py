@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtqwen import containers
-from trtqwen.artifact import Stage, finished_directory, write_manifest
+from trtqwen.artifact import StageName, finished_directory, write_manifest
 from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, plan_serve_container
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError
@@ -148,7 +148,7 @@ def test_serving_takes_every_replicas_gpus_and_the_hosts_network(tmp_path: Path)
     assert "NCCL_P2P_DISABLE" not in options.env  # four ranks, but each alone
 
 
-def finished(directory: Path, stage: Stage, parameters: dict[str, str]) -> None:
+def finished(directory: Path, stage: StageName, parameters: dict[str, str]) -> None:
     with finished_directory(directory) as temporary:
         write_manifest(temporary, stage, {}, parameters)
 

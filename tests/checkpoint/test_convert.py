@@ -319,7 +319,7 @@ def test_too_little_disk_is_found_before_anything_is_written(
     plan = plan_conversion(hf_directory())
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=plan.nbytes - 1))
-    with pytest.raises(OutputError, match=r"needs 0\.0 GB, but .* has 0\.0 GB free; make room"):
+    with pytest.raises(OutputError, match=r"needs 0\.9 MB, but .* has 0\.9 MB free; free some space"):
         run_conversion(plan, tmp_path / "deep" / "out")
     assert not (tmp_path / "deep").exists()
 

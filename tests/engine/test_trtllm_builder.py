@@ -20,10 +20,10 @@ from trtqwen.artifact import read_manifest
 from trtqwen.diagnostics import EngineError, TrtQwenError
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.config import read_engine_config
-from trtqwen.engine.job import BuildProgress
 from trtqwen.engine.provenance import check_provenance, read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
 from trtqwen.recipe import EngineRecipe, ServeRecipe
+from trtqwen.stage import BuildProgress
 from trtqwen.system.host import Host, read_host
 
 RECIPE = EngineRecipe(backend="tensorrt_llm", max_batch_size=8, max_num_tokens=512, max_seq_len=256, workers=4)

@@ -17,7 +17,7 @@ import pytest
 
 from tests.processes import in_child
 from tests.triton.conftest import Call, id_request, in_threads
-from trtqwen import __version__
+from trtqwen.artifact import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
@@ -110,10 +110,15 @@ def test_ports_picked_are_none_that_outgoing_connections_take(repository: Path) 
     assert max(ports.http, ports.grpc, ports.metrics) < low
 
 
-def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -> None:
+def test_an_unfinished_repository_is_refused(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     unfinished = Path(shutil.copytree(repository, tmp_path / "repository"))
-    manifest = (unfinished / "manifest.json").read_text()
-    (unfinished / "manifest.json").write_text(manifest.replace(f'"{__version__}"', '"0.0.1"'))
+    manifest = read_manifest(unfinished, "repository")
+    (unfinished / "manifest.json").unlink()
+    monkeypatch.setattr("trtqwen.artifact.__version__", "0.0.1")
+    write_manifest(unfinished, "repository", manifest.inputs, manifest.parameters)
+    monkeypatch.undo()
     with pytest.raises(InputError, match=r"was written by trtqwen 0\.0\.1, this is .*; write it again"):
         TritonServer(unfinished)
     (unfinished / "manifest.json").unlink()
@@ -129,9 +134,9 @@ def test_an_unfinished_repository_is_refused(repository: Path, tmp_path: Path) -
 def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
     engine = Path(shutil.copytree(bundled_engine(), tmp_path / "engine"))
     write_repository(engine, ServeRecipe(), tmp_path / "repository")
-    shutil.rmtree(engine)
     log = tmp_path / "triton.log"
     server = TritonServer(tmp_path / "repository", ports=Ports(0, 0, 0), log=log)
+    shutil.rmtree(engine)
     server.start()
     group = server.pid
     with pytest.raises(ServerError, match=rf"tensorrt_llm.*engine: is not a finished engine.* \(see {log}\)$"):

@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from trtqwen.build import BuildPlan, StageResult, check_build, plan_build, run_build
+from trtqwen.build import BuildPlan, check_build, plan_build, run_build
 from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
 from trtqwen.cli.output import (
     Bars,
     Changes,
     DryRun,
-    Force,
     ImageName,
     InContainer,
     Json,
+    NoVerify,
     Wheels,
     print_findings,
     print_json,
@@ -27,10 +27,11 @@ from trtqwen.cli.output import (
     stdout,
 )
 from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, run_container
-from trtqwen.engine.job import BuildProgress, Watch
+from trtqwen.engine.job import Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
 from trtqwen.recipe import load_recipe
+from trtqwen.stage import BuildEvents, BuildProgress, StageResult
 from trtqwen.system.host import read_host
 
 
@@ -45,7 +46,8 @@ def command(
     ] = None,
     changes: Changes = None,
     no_quality: NoQuality = False,
-    force: Force = False,
+    no_verify: NoVerify = False,
+    force: Annotated[bool, typer.Option("--force", help="Make every stage again, and replace what exists.")] = False,
     dry_run: DryRun = False,
     in_container: InContainer = False,
     image: ImageName = None,
@@ -65,7 +67,7 @@ def command(
     container = None
     if in_container:
         flags = [f"--set={change}" for change in changes or ()]
-        flags += _flags(no_quality=no_quality, force=force, json=json)
+        flags += _flags(no_quality=no_quality, no_verify=no_verify, force=force, json=json)
         options = ContainerOptions(image, wheels, read_host().driver)
         container = plan_build_container(recipe, loaded, model, engines, repository, flags, options)
         if not dry_run:
@@ -74,20 +76,19 @@ def command(
     print_findings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
-        _print_plan(plan, container, json)
+        _print_plan(plan, container, verify=not no_verify, json=json)
         return
     try:
         with progress_bars() as bars:
-            results = run_build(
-                plan,
-                force=force,
+            events = BuildEvents(
+                written=bars.add("converting", plan.conversion.nbytes),
                 calibrated=calibration_bar(bars, plan.conversion),
-                progress=bars.add("converting", plan.conversion.nbytes),
                 inspect=quality_inspector(bars, wanted=not no_quality),
-                watch=_watch(bars),
+                built=_watch(bars),
                 on_busy=lambda pid: stderr.print(f"waiting for another build (pid {pid})", highlight=False),
                 on_stage=lambda result: _note(result, json),
             )
+            results = run_build(plan, force=force, verify=not no_verify, events=events)
     except BuildFailed as problem:
         for line in log_tail(problem.log):
             stderr.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -125,20 +126,20 @@ def _flags(**given: bool) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
 
 
-def _print_plan(plan: BuildPlan, container: ContainerPlan | None, json: bool) -> None:
+def _print_plan(plan: BuildPlan, container: ContainerPlan | None, *, verify: bool, json: bool) -> None:
     if json:
         stages = [
-            {"stage": stage.stage, "directory": str(stage.directory), "key": stage.key, "up_to_date": stage.done}
-            | {"why": stage.why()}
-            for stage in plan.stages
+            {"stage": stage.name, "directory": str(stage.directory), "key": stage.key(), "up_to_date": why is None}
+            | {"why": why}
+            for stage, why in ((stage, stage.why(digests=verify)) for stage in plan.stages)
         ]
         content = {"recipe": plan.recipe.name, "stages": stages, "engine_command": plan.engine_command}
         print_json(content | {"container": container and container.command})
         return
     for stage in plan.stages:
-        why = stage.why()
+        why = stage.why(digests=verify)
         todo = f"would be made, because {why}" if why else "up to date"
-        stdout.print(f"{stage.stage:<10} {stage.directory}: {todo}", markup=False, highlight=False, soft_wrap=True)
+        stdout.print(f"{stage.name:<10} {stage.directory}: {todo}", markup=False, highlight=False, soft_wrap=True)
     if plan.engine_command:
         stdout.print(shlex.join(plan.engine_command), markup=False, highlight=False, soft_wrap=True)
     if container:

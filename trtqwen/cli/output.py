@@ -35,6 +35,9 @@ stderr = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Compare the sizes of files instead of their digests; faster.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
 InContainer = Annotated[
     bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release with docker.")

@@ -16,6 +16,7 @@ from trtqwen.cli.output import (
     InContainer,
     Json,
     ModelName,
+    NoVerify,
     Wheels,
     print_json,
     stderr,
@@ -57,6 +58,7 @@ def command(
     api_keys: ApiKeys = None,
     gateway_config: GatewaySettings = None,
     model_name: ModelName = None,
+    no_verify: NoVerify = False,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[
         Path | None,
@@ -98,7 +100,8 @@ def command(
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
         flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
         flags += [f"--model-name={model_name}"] if model_name else []
-        flags += [f"--{name}" for name, given in (("no-gateway", no_gateway), ("json", json)) if given]
+        given_flags = {"no-verify": no_verify, "no-gateway": no_gateway, "json": json}
+        flags += [f"--{name}" for name, given in given_flags.items() if given]
         files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
         options = ContainerOptions(image, wheels, read_host().driver)
         plan = plan_serve_container(loaded, served, flags, files, log, options)
@@ -107,7 +110,8 @@ def command(
         _print_dry_run({"container": plan.command}, plan.shell(), json)
         return
     repository = _choose(recipe, repo)
-    server = TritonReplicas(repository, ports=Ports(http_port, grpc_port, metrics_port), host=triton_host, log=log)
+    ports = Ports(http_port, grpc_port, metrics_port)
+    server = TritonReplicas(repository, ports=ports, host=triton_host, log=log, verify=not no_verify)
     if dry_run:
         launches = server.launches()
         commands = [{"command": launch.command, "environment": dict(launch.environment)} for launch in launches]

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL, PROMPTS
 from trtqwen.recipe import load_recipe
+from trtqwen.stage import BuildEvents
 from trtqwen.triton.client import Piece, stream
 from trtqwen.triton.server import Ports, TritonServer
 
@@ -106,7 +107,8 @@ def walk(audience: Audience) -> Report:
 
     with tempfile.TemporaryDirectory(prefix="trtqwen-demo-") as home:
         plan = plan_build(load_recipe(RECIPE), MODEL, Path(home, "engines"), Path(home, "repository"))
-        run_build(plan, on_stage=lambda result: done(result.stage, result.seconds, WHAT[result.stage]))
+        events = BuildEvents(on_stage=lambda result: done(result.stage, result.seconds, WHAT[result.stage]))
+        run_build(plan, events=events)
         server = TritonServer(plan.repository.directory, ports=Ports(0, 0, 0))
         try:
             with timed("triton up", "tritonserver, text models, two engine ranks"):

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtqwen.diagnostics import TrtQwenError
-from trtqwen.doctor import engine, gpu, live, machine, model, parity, recipe, repository, software
+from trtqwen.doctor import engine, files, gpu, live, machine, model, parity, recipe, repository, software
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
 
-_MODULES = (software, machine, model, recipe, engine, repository, gpu, live, parity)
+_MODULES = (software, machine, model, recipe, engine, repository, files, gpu, live, parity)
 CHECKS: tuple[Check, ...] = tuple(
     sorted((check for module in _MODULES for check in module.CHECKS), key=lambda check: check.id)
 )

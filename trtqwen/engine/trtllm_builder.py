@@ -14,9 +14,10 @@ from trtqwen.engine.effective import changed_settings, check_promises
 from trtqwen.engine.explain import explain
 from trtqwen.engine.flags import NOT_IN_RESULT, Flags, build_flags, check_against_help, check_command, command_line
 from trtqwen.engine.gates import check_host
-from trtqwen.engine.job import BuildJob, BuildProgress, Watch
+from trtqwen.engine.job import BuildJob, Watch
 from trtqwen.engine.provenance import PROVENANCE, provenance_of
 from trtqwen.layout import CONFIG, rank_engine
+from trtqwen.stage import BuildProgress
 from trtqwen.system.child import run_logged
 from trtqwen.system.host import Host, read_host
 

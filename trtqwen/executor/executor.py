@@ -28,13 +28,16 @@ class Executor:
 
     Callbacks run on the executor's reader thread: they must be quick and must not raise.
 
+    Args:
+        verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
+
     Raises:
-        InputError: if the directory is not a finished engine.
+        InputError: if the directory is not a finished engine, or a file is not as it was written.
         EngineError: if the engine is for another builder, or a rank does not start.
     """
 
-    def __init__(self, engine: Path, config: ExecutorConfig | None = None) -> None:
-        read_manifest(engine, "engine")
+    def __init__(self, engine: Path, config: ExecutorConfig | None = None, *, verify: bool = True) -> None:
+        read_manifest(engine, "engine", digests=verify)
         self.engine_config = read_engine_config(engine)
         if self.engine_config.backend != "torch":
             raise EngineError(f"{engine}: was built by {self.engine_config.backend}", "serve it with TensorRT-LLM")

@@ -15,7 +15,7 @@ from trtqwen.hf.chat_template import template_files
 from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.names import EMBEDDING, LM_HEAD, check_names, check_specs, expected_tensors, stored_dtype
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
-from trtqwen.hf.weights import open_weights, same_tensor
+from trtqwen.hf.weights import INDEX, open_weights, same_tensor
 from trtqwen.layout import CONFIG
 from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
 
@@ -113,6 +113,12 @@ class HfModel:
                 self.finish(name)
             digests[name] = self._examined[name][0]
         return digests
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with the weights, and their index if there is one."""
+        index = self.directory / INDEX
+        return [*(reader.path for reader in self._readers.values()), *([index] if index.is_file() else [])]
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:

@@ -12,12 +12,13 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from trtqwen.artifact import Manifest, finished_directory, read_manifest, stage_key, write_manifest
+from trtqwen.artifact import Manifest, read_manifest, stage_key
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.recipe import ServeRecipe
+from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
@@ -94,15 +95,44 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     return RepositoryPlan(engine, manifest.key, configs, python_models, guided)
 
 
-def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: bool = False) -> Manifest:
-    """Write the Triton model repository of a finished engine.
+@dataclass
+class RepositoryStage(Stage):
+    """The last stage of a build.
 
-    Raises:
-        InputError: if the engine is not finished or has no tokenizer.
-        OutputError: if `output` exists and `force` is not set.
+    Args:
+        engine: the engine's directory, which need not be there before `run`.
+        engine_key: its manifest key, by which the repository names it.
     """
-    plan = plan_repository(engine, serve, output)
-    with finished_directory(output, force=force) as directory:
+
+    name = "repository"
+    section = "serve"
+
+    engine: Path
+    engine_key: str
+    serve: ServeRecipe
+    directory: Path
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.engine,)
+
+    def inputs(self) -> dict[str, str]:
+        return {"engine": self.engine_key}
+
+    def parameters(self) -> dict[str, Any]:
+        return _parameters(self.engine, self.serve)
+
+    def check(self, *, force: bool) -> None:
+        """Work out the configs.
+
+        Raises:
+            InputError: if the engine is not finished or has no tokenizer.
+        """
+        self._plan()
+
+    def run(self, directory: Path, events: BuildEvents) -> Mapping[str, str]:
+        """Write the models."""
+        plan = self._plan()
         for name, config in plan.configs.items():
             version = directory / name / "1"
             version.mkdir(parents=True)
@@ -115,7 +145,23 @@ def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: b
         shutil.copytree(plan.engine / TOKENIZER_DIRECTORY, tokenizer_directory(directory))
         if plan.guided:
             (directory / _TOKENIZER_INFO).write_text(_tokenizer_info(plan.engine), encoding="utf-8")
-        return write_manifest(directory, "repository", {"engine": plan.engine_key}, _parameters(engine, serve))
+        return {}
+
+    def _plan(self) -> RepositoryPlan:
+        plan = plan_repository(self.engine, self.serve, self.directory)
+        if plan.engine_key != self.engine_key:
+            raise InputError(f"{self.engine}: another process has replaced it", "run the command again")
+        return plan
+
+
+def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: bool = False) -> Manifest:
+    """Write the Triton model repository of a finished engine.
+
+    Raises:
+        InputError: if the engine is not finished or has no tokenizer.
+        OutputError: if `output` exists and `force` is not set.
+    """
+    return RepositoryStage(engine, read_manifest(engine, "engine").key, serve, output).make(force=force)
 
 
 def config_text(config: ModelConfig) -> str:

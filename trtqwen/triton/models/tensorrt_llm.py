@@ -14,7 +14,7 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.executor.executor import Executor
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import ENGINE_DEATH, FROM_PROGRAM, engine_parameters
+from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 
@@ -26,7 +26,7 @@ class TritonPythonModel:
         parameters = engine_parameters(args)
         token_bytes = Tokenizer(parameters.tokenizer).token_bytes
         self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
-        self._executor = Executor(parameters.engine, parameters.executor)
+        self._executor = Executor(parameters.engine, parameters.executor, verify=FILES_VERIFIED not in os.environ)
         config = self._executor.engine_config
         limits = Limits(config.pretrained_config.vocab_size, config.build_config.max_batch_size)
         self._service = EngineService(
