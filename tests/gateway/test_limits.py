@@ -140,7 +140,10 @@ def test_an_answer_without_a_limit_gets_what_the_cache_has_room_for(another_gate
     target = another_gateway(kv_cache_tokens=64)
     assert target.ask("/again 90 abc ")[2]["usage"]["total_tokens"] == 64
     status, _, body = target.ask("abc " * 40)
-    assert (status, "the KV cache of 64 leaves no room" in body["error"]["message"]) == (400, True)
+    assert (
+        status,
+        "maximum context length is 64 tokens, as its KV cache holds no more" in body["error"]["message"],
+    ) == (400, True)
 
 
 def test_who_got_no_place_keeps_the_tokens_of_the_rate(another_gateway: Any, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from transformers import AutoTokenizer
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.chat_template import ChatTemplate
-from trtqwen.hf.tokenizer import CharacterStream, Tokenizer, render_chat
+from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.hf.tokenizer import Tokenizer, render_chat
 
 OURS = Tokenizer(MODEL)
 THEIRS = AutoTokenizer.from_pretrained(MODEL)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.triton.bls import BlsSettings, TextStream, answer
+from trtqwen.hf.text_stream import StopStrings
+from trtqwen.triton.bls import BlsSettings, answer
 
 SETTINGS = BlsSettings(llm="engine", accumulate_tokens=False, outputs=("cum_log_probs", "sequence_index"))
 
@@ -165,11 +166,11 @@ def test_what_is_not_served_is_refused_by_name(name: str) -> None:
 
 @given(st.text("ab.", max_size=12), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3), st.data())
 def test_however_a_text_is_cut_it_ends_with_the_first_stop_word(text: str, stops: list[str], data: Any) -> None:
-    stream, joined, rest = TextStream(stops), "", text
-    while rest and not stream.ended:
+    stream, joined, rest = StopStrings(stops, keep=True), "", text
+    while rest and stream.found is None:
         length = data.draw(st.integers(1, len(rest)))
         joined += stream.push(rest[:length])
         rest = rest[length:]
     ends = [text.find(word) + len(word) for word in stops if word in text]
     assert joined == text[: min(ends, default=len(text))]
-    assert stream.ended == bool(ends)
+    assert (stream.found is not None) == bool(ends)

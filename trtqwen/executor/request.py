@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 TokenId = Annotated[int, Field(ge=0)]
 Word = Annotated[tuple[TokenId, ...], Field(min_length=1)]
-GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar"]
+GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar", "structural_tag"]
 
 
 def _is_bias(value: float) -> float:

@@ -15,17 +15,20 @@ class ChatTemplate:
 
     Attributes:
         takes_tools: whether there is a place for tools.
+        reasons: whether a template knows what a model thinks before it answers.
     """
 
     def __init__(self, template: hf.ChatTemplate) -> None:
         self._template = template
         self.takes_tools = template.takes_tools
+        self.reasons = any("<think>" in text or "</think>" in text for text in template.texts.values())
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt, ready for the assistant's turn.
 
         Args:
-            options: further arguments of `trtqwen.hf.chat_template.ChatTemplate.render`.
+            options: further arguments of `trtqwen.hf.chat_template.ChatTemplate.render`; with
+                `continue_final_message` the last turn stays open.
 
         Raises:
             ApiError: if the template refuses the messages.

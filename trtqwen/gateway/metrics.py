@@ -40,6 +40,10 @@ class Metrics:
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
 
+    def value(self, name: str) -> float:
+        """What a gauge says now."""
+        return self._registry.get_sample_value(f"{_PREFIX}_{name}") or 0.0
+
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -29,6 +29,7 @@ class ServedModel:
         kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
         copies: of the engine, which one Triton spreads its requests over.
         guided_decoding: whether the engine can be held to a JSON schema.
+        structural_tags: whether it can be held to structural tags too, as the engines behind python backends.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ServedModel:
     kv_cache_tokens: int | None
     copies: int
     guided_decoding: bool
+    structural_tags: bool = False
 
     def cache_tokens(self, configured: int | None) -> int:
         """Tokens that the KV cache of one copy of the engine holds.
@@ -52,10 +54,11 @@ class ServedModel:
         """
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
 
-    def encode(self, text: str, param: str, *, raw: bool = False) -> tuple[int, ...]:
+    def encode(self, text: str, param: str, *, mark: str = "", raw: bool = False) -> tuple[int, ...]:
         """Token ids of a text.
 
         Args:
+            mark: a character that is no text; a special token that holds it is plain text.
             raw: a prompt that no template rendered: with what the tokenizer puts around it, such as BOS.
 
         Raises:
@@ -66,6 +69,8 @@ class ServedModel:
         except UnicodeEncodeError as problem:
             what = f"{param}: character {problem.start} is half a surrogate pair"
             raise bad_request(f"{what}; send whole characters", param=param) from None
+        if mark and mark in text:
+            return tuple(self.tokenizer.encode_marked(text, mark))
         return tuple(self.tokenizer.encode_prompt(text) if raw else self.tokenizer.encode(text))
 
 
@@ -100,4 +105,5 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
         copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
+        structural_tags=config.backend == "python",
     )

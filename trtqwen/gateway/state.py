@@ -17,6 +17,7 @@ from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
 
+_QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 
 
@@ -40,9 +41,10 @@ def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
     cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
     capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
     replicas = len(config.triton)
+    requests, tokens = max(_QUEUED_REQUESTS, 2 * replicas * batch), max(_QUEUED_TOKENS, 2 * replicas * cache)
     queue = QueueLimits(
-        requests=2 * replicas * batch if config.max_queued_requests is None else config.max_queued_requests,
-        tokens=2 * replicas * cache if config.max_queued_tokens is None else config.max_queued_tokens,
+        requests=requests if config.max_queued_requests is None else config.max_queued_requests,
+        tokens=tokens if config.max_queued_tokens is None else config.max_queued_tokens,
     )
     return Admission(replicas, capacity, queue)
 

@@ -1,13 +1,15 @@
-"""A Qwen tokenizer directory: text to ids and back, stop ids, chat template, and streams cut at whole characters."""
+"""A Qwen tokenizer directory: text to ids and back, stop ids, and chat template."""
 
 from __future__ import annotations
 
-import codecs
 import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import tokenizers
 
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.chat_template import ChatTemplate, read_chat_template
@@ -60,6 +62,36 @@ class Tokenizer:
     def adds_tokens(self) -> bool:
         """Whether a raw prompt gets tokens of its own."""
         return bool(self._before or self._behind)
+
+    def encode_marked(self, text: str, mark: str) -> list[int]:
+        """Token ids of `text` without the marks; a special token with a mark inside is plain text."""
+        ids: list[int] = []
+        begin = 0
+        for match in self.special_pattern.finditer(text):
+            ids += self._encode_plain(text[begin : match.start()].replace(mark, ""))
+            ids.append(self._backend.token_to_id(match[0]))
+            begin = match.end()
+        return ids + self._encode_plain(text[begin:].replace(mark, ""))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        if not text:
+            return []
+        [encoding] = self._plain_backend.encode_batch_fast([text], add_special_tokens=False)
+        return list(encoding.ids)
+
+    @cached_property
+    def _plain_backend(self) -> Any:
+        """A copy that takes special tokens for text: to change the one that others use would change their answers."""
+        backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+        backend.encode_special_tokens = True
+        return backend
+
+    @cached_property
+    def special_pattern(self) -> re.Pattern[str]:
+        """Finds special tokens that are written out in a text."""
+        added = self._backend.get_added_tokens_decoder().values()
+        special = sorted((token.content for token in added if token.special), key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens))
@@ -152,36 +184,6 @@ def render_chat(template: ChatTemplate, messages: Sequence[Mapping[str, Any]]) -
         InputError: if the template is broken or refuses the messages.
     """
     return template.render(messages)
-
-
-class CharacterStream:
-    """Cuts a stream of token ids where characters end, so that each piece decodes on its own.
-
-    Byte-level BPE splits a Chinese character or an emoji over several tokens; decoding the pieces apart would show
-    U+FFFD. The decoded pieces, joined, equal the decoding of all ids at once.
-    """
-
-    def __init__(self, token_bytes: Sequence[bytes]) -> None:
-        self._token_bytes = token_bytes
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held: list[int] = []
-
-    def push(self, ids: Sequence[int]) -> list[int]:
-        """Take new ids; return those, older ones first, that now end at a character's end."""
-        ready: list[int] = []
-        for token_id in ids:
-            self._held.append(token_id)
-            known = 0 <= token_id < len(self._token_bytes)  # models have padding rows beyond the tokenizer
-            self._decoder.decode(self._token_bytes[token_id] if known else b"")
-            if not self._decoder.getstate()[0]:
-                ready += self._held
-                self._held = []
-        return ready
-
-    def flush(self) -> list[int]:
-        """The ids still held, for the end of the stream."""
-        held, self._held = self._held, []
-        return held
 
 
 def _byte_characters() -> list[str]:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import FinishReason, Response
-from trtqwen.hf.tokenizer import CharacterStream
+from trtqwen.hf.text_stream import CharacterStream
 from trtqwen.triton.metrics import Gauges, gauges
 from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
 

@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.hf.tokenizer import CharacterStream, Tokenizer
+from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.words import Words, pack_words
 
 Array = npt.NDArray[Any]

@@ -12,7 +12,7 @@ from trtqwen.gateway.admission.auth import Authenticator
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
-_PROTECTED = ("/v1/", "/generate")
+_PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
 class Guard:

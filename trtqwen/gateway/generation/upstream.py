@@ -6,7 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from math import isnan
+from typing import Any, Literal
 
 import grpc
 import numpy.typing as npt
@@ -17,6 +18,15 @@ from trtqwen.triton.client import infer_request
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
+# Tensors of some responses, and what their values are.
+_FURTHER: dict[str, Literal["i", "f"]] = {
+    "output_top_ids": "i",
+    "output_top_log_probs": "f",
+    "prompt_log_probs": "f",
+    "prompt_top_ids": "i",
+    "prompt_top_log_probs": "f",
+    "kv_cache_reused_blocks": "i",
+}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
@@ -25,16 +35,25 @@ _CHANNEL_OPTIONS = (
 )
 
 
+Top = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Reply:
     """New tokens of a sequence.
 
     Attributes:
         log_probs: one for each token; empty unless asked for.
+        top: for each token, ids and log probabilities of the likeliest at its place; empty unless asked for.
+        prompt: for each prompt token its log probability, None for the first, and the likeliest at its place; once.
+        reused_blocks: KV cache blocks of the prompt that were computed before, with the last tokens.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...] = ()
+    top: tuple[Top, ...] = ()
+    prompt: tuple[tuple[float | None, Top], ...] = ()
+    reused_blocks: int | None = None
 
 
 class _Call:
@@ -140,11 +159,33 @@ async def _once(request: Any) -> AsyncIterator[Any]:
 def _reply(response: Any, received: int) -> Reply:
     ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
+    further: dict[str, Any] = {}
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "output_ids":
             ids = tuple(memoryview(raw).cast("i"))
         elif output.name == "output_log_probs":
             log_probs = tuple(memoryview(raw).cast("f"))
+        elif output.name in _FURTHER:
+            further[output.name] = memoryview(raw).cast(_FURTHER[output.name])
     if len(log_probs) > len(ids):  # an engine may repeat those of the tokens before
         log_probs = log_probs[received : received + len(ids)]
-    return Reply(ids, log_probs)
+    if not further:
+        return Reply(ids, log_probs)
+    top = _top(further, "output_top", len(ids))
+    prompt = further.get("prompt_log_probs", memoryview(b""))
+    tops = _top(further, "prompt_top", len(prompt)) or ((),) * len(prompt)
+    known = tuple((None if isnan(value) else value, likely) for value, likely in zip(prompt, tops, strict=True))
+    reused = further.get("kv_cache_reused_blocks")
+    return Reply(ids, log_probs, top, known, None if reused is None else int(reused[0]))
+
+
+def _top(tensors: Mapping[str, Any], name: str, count: int) -> tuple[Top, ...]:
+    """The likeliest tokens at each of `count` places."""
+    ids, values = tensors.get(f"{name}_ids"), tensors.get(f"{name}_log_probs")
+    if not ids or not values or not count:
+        return ()
+    pairs = tuple((token_id, value) for token_id, value in zip(ids, values, strict=True))
+    width = len(pairs) // count
+    return tuple(
+        tuple(pair for pair in pairs[place * width : (place + 1) * width] if pair[0] >= 0) for place in range(count)
+    )
