@@ -84,7 +84,7 @@ def test_an_interrupt_reaches_docker(programs: Path) -> None:
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 42
+    assert process.wait(timeout=60) == 42
 
 
 def test_without_docker_or_its_daemon_one_sentence(programs: Path) -> None:
