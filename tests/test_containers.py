@@ -129,7 +129,7 @@ def test_wheels_take_the_place_of_the_network(tmp_path: Path) -> None:
 def test_what_is_to_be_read_must_exist(missing: str, tmp_path: Path) -> None:
     paths = {"model": MODEL, missing: tmp_path / "nowhere"}
     with pytest.raises(InputError, match="nowhere: does not exist"):
-        build_plan(TP4, tmp_path, **paths)  # type: ignore[arg-type]
+        build_plan(TP4, tmp_path, **paths)
 
 
 def test_serving_takes_every_replicas_gpus_and_the_hosts_network(tmp_path: Path) -> None:
