@@ -30,6 +30,7 @@ ORDER = (
     "export",
     "engine",
     "executor",
+    "vllm",
     "triton",
     "plan",
     "verify",

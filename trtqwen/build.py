@@ -49,7 +49,7 @@ class BuildPlan:
     @property
     def engine_command(self) -> list[str] | None:
         """The trtllm-build call that makes the engine; None if trtqwen makes it itself."""
-        if self.recipe.engine.backend == "torch":
+        if self.recipe.engine.backend != "tensorrt_llm":
             return None
         return build_command(self.recipe, self.checkpoint.directory, self.engine.directory)
 

@@ -18,6 +18,7 @@ import openai
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.conftest import BACKEND
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import ServeRecipe
@@ -97,10 +98,10 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def engine_repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model: 16 requests in the batch, 512 tokens each."""
     output = tmp_path_factory.mktemp("gateway") / "repository"
-    write_repository(bundled_engine(), ServeRecipe(triton_max_batch_size=8), output)
+    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
     return output
 
 
@@ -141,7 +142,7 @@ def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> It
         yield Running(gateway, server)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module" if BACKEND == "torch" else "session")
 def live(engine_repository: Path) -> Iterator[Running]:
     """A gateway in front of the bundled model."""
     with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:

@@ -26,10 +26,10 @@ from trtqwen.triton.server import Ports, TritonServer
 
 
 @pytest.fixture(scope="session")
-def repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the bundled model: 16 requests in the batch, 512 tokens each, blocks of 16 tokens."""
     output = tmp_path_factory.mktemp("triton") / "repository"
-    write_repository(bundled_engine(), ServeRecipe(triton_max_batch_size=8), output)
+    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
     return output
 
 

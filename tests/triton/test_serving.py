@@ -106,7 +106,7 @@ def test_streams_break_no_character(server: TritonServer, tokenizer: Tokenizer) 
     prompt = "表情符号🎉🎈😀"
     broken_apart = 0
     for seed in range(6):
-        options = {"end_id": -1, "temperature": 2.5, "seed": seed}
+        options = {"end_id": -1, "temperature": 2.0, "seed": seed}
         request = id_request(tokenizer.encode(prompt), 40, **typed({**options, "runtime_top_p": 1.0}))
         [whole] = Call(server, "tensorrt_llm", request)
         text = tokenizer.decode(whole.ids)
@@ -302,7 +302,7 @@ def test_eight_client_streams_at_once(server: TritonServer) -> None:
 
 def test_closing_the_client_early_cancels(server: TritonServer) -> None:
     # Noise: an answer that no end token cuts short.
-    sampling = SamplingOptions(top_p=1.0, temperature=50.0, seed=1)
+    sampling = SamplingOptions(top_p=1.0, temperature=2.0, seed=1, min_tokens=400)
     before = metrics(server)[STEPS]
     pieces = stream(server.grpc_url, "Hello", 500, chat=False, sampling=sampling)
     next(pieces)
@@ -342,8 +342,10 @@ def texts(replies: list[Reply]) -> str:
 def test_the_program_answers_as_the_ensemble(server: TritonServer) -> None:
     for prompt in ("你好", "Hello, who are you?"):
         request = text_request(prompt, max_tokens=24, **typed({"end_id": -1, "stream": True}))
-        expected = [reply.text for reply in Call(server, "ensemble", request)]
-        assert [reply.text for reply in Call(server, "tensorrt_llm_bls", request)] == expected
+        expected = "".join(reply.text for reply in Call(server, "ensemble", request))
+        replies = [reply.text for reply in Call(server, "tensorrt_llm_bls", request)]
+        assert "".join(replies) == expected
+        assert len(replies) > 2
         unstreamed = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
         assert texts(list(Call(server, "tensorrt_llm_bls", unstreamed))) == "".join(expected)
 
@@ -403,6 +405,7 @@ def test_the_program_ends_at_a_stop_word_in_other_tokens(server: TritonServer, t
     assert wait_for(lambda: metrics(server)[USED] == 0)
 
 
+@pytest.mark.embedded("vLLM goes on without a guide where it has no token left")
 def test_an_error_in_the_middle_of_a_stream_reaches_every_kind_of_client(server: TritonServer) -> None:
     """Guided by one digit and with no end in sight, the second token has nothing to choose from."""
     options = typed({"stream": True, "min_tokens": 5})
@@ -428,6 +431,7 @@ def test_bad_words_are_not_said(server: TritonServer, tokenizer: Tokenizer) -> N
     assert said not in tokenizer.encode(reply.text)
 
 
+@pytest.mark.embedded("vLLM tells no logits and no blocks of a request")
 def test_log_probs_logits_and_return_sequences(server: TritonServer, tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Hello")
     names = ("return_log_probs", "return_context_logits", "return_generation_logits", "return_perf_metrics")
