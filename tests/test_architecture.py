@@ -38,6 +38,7 @@ ORDER = (
     "gateway",
     "build",
     "containers",
+    "images",
     "demo",
     "selftest",
     "bench",

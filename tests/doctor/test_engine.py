@@ -123,7 +123,7 @@ def test_yarn_that_the_checkpoint_lost(checkpoint: Path) -> None:
 
 def test_paged_context_that_the_builder_switched_off(tmp_path: Path) -> None:
     quantization = {"quant_algo": None, "kv_cache_quant_algo": "INT8"}
-    changes = {"build_config__plugin_config": PAGED, "pretrained_config__quantization": quantization}
+    changes: dict[str, Any] = {"build_config__plugin_config": PAGED, "pretrained_config__quantization": quantization}
     engine = trtllm_engine(tmp_path / "engine", **changes)
     result = check("D18", Subject(Host(), System(), recipe(), engine=engine))
     assert result.verdict == "fail"

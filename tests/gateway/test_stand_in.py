@@ -19,7 +19,7 @@ from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
 from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.repository import tokenizer_directory
+from trtqwen.layout import tokenizer_directory
 
 pytestmark = pytest.mark.triton
 WEATHER = {
@@ -154,16 +154,17 @@ def test_the_typed_helpers_of_the_client_can_go_on(obedient: Running) -> None:
 
 
 def test_what_clients_keep_in_messages_does_not_matter(obedient: Running) -> None:
-    kept = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
+    kept: dict[str, Any] = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     for content in ("hi", [part]):
         message = {"role": "user", "content": content, **kept}
         assert obedient.chat("", messages=[message]).choices[0].message.content == "hi"
-    for wrong in (
+    unknown: tuple[dict[str, Any], ...] = (
         {"audio": {"id": "1"}},
         {"function_call": {}},
         {"content": [{"type": "image_url", "image_url": {}}]},
-    ):
+    )
+    for wrong in unknown:
         with pytest.raises(openai.BadRequestError):
             obedient.chat("", messages=[{"role": "assistant", "content": "hi", **wrong}])
 

@@ -45,6 +45,10 @@ InContainer = Annotated[
 ImageName = Annotated[
     str | None, typer.Option("--image", help="Use this image, by tag or digest (with --in-container).")
 ]
+SkipGates = Annotated[
+    bool,
+    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and go on (with --in-container)."),
+]
 Wheels = Annotated[Path | None, typer.Option(help="Install from this directory of wheels (with --in-container).")]
 Changes = Annotated[
     list[str] | None,
@@ -64,6 +68,14 @@ def print_findings(findings: Iterable[Diagnostic]) -> None:
     for finding in findings:
         style = "yellow" if finding.level == "warning" else None
         stderr.print(f"{finding.level}: {finding}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_warnings(warnings: Iterable[Diagnostic]) -> None:
+    """Warnings on standard error, each with its hint."""
+    for warning in warnings:
+        stderr.print(f"warning: {warning.what}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        if warning.hint:
+            stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:
