@@ -32,9 +32,10 @@ from trtqwen.gateway.generation.generator import fit_answer
 from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide
 from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.upstream import _reply
-from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
+from trtqwen.gateway.model import ServedModel, load_model
 from trtqwen.gateway.state import plan_admission
 from trtqwen.hf import chat_template as hf
+from trtqwen.hf.generation import GenerationDefaults
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}

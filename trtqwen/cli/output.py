@@ -63,17 +63,12 @@ ModelName = Annotated[
 ]
 
 
-def print_findings(findings: Iterable[Diagnostic]) -> None:
-    """Warnings and notes about what a command was given, on standard error."""
-    for finding in findings:
-        style = "yellow" if finding.level == "warning" else None
-        stderr.print(f"{finding.level}: {finding}", style=style, markup=False, highlight=False, soft_wrap=True)
-
-
 def print_warnings(warnings: Iterable[Diagnostic]) -> None:
-    """Warnings on standard error, each with its hint."""
+    """Warnings and notes on standard error, each with its hint."""
     for warning in warnings:
-        stderr.print(f"warning: {warning.what}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        style = "bold yellow" if warning.level != "note" else None
+        level = "note" if warning.level == "note" else "warning"
+        stderr.print(f"{level}: {warning.what}", style=style, markup=False, highlight=False, soft_wrap=True)
         if warning.hint:
             stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
