@@ -39,6 +39,7 @@ ORDER = (
     "batch",
     "build",
     "containers",
+    "images",
     "demo",
     "selftest",
     "bench",

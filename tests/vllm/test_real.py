@@ -104,8 +104,8 @@ def embedded(case: Path, tmp_path: Path) -> tuple[list[list[int]], list[list[flo
 def widen(source: Path, target: Path) -> None:
     """The same model with heads of 32 values instead of 16, which vLLM's CPU attention does not have.
 
-    Zeros fill up heads and hidden states. A head's values keep their rotary frequencies in every second place. The norms'
-    gains and epsilon are scaled by the width of the hidden states, queries by that of a head.
+    Zeros fill up heads and hidden states. A head's values keep their rotary frequencies in every second place. The
+    norms' gains and epsilon are scaled by the width of the hidden states, queries by that of a head.
     """
     config = json.loads((source / "config.json").read_text())
     hidden, heads = config["hidden_size"], config["num_attention_heads"]

@@ -35,14 +35,14 @@ def create_app(config: GatewayConfig, connect: Connect = Replica) -> FastAPI:
         InputError: if the repository, its chat template or the keys file cannot be used.
     """
     model = load_model(config.repository, config.model_name)
-    text = model.tokenizer.chat_template
-    template = None if text is None else ChatTemplate(text)
+    template = model.tokenizer.chat_template
     authenticator = read_keys(config.api_keys)
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(config, model, template, metrics, connect) as runtime:
+        chat = None if template is None else ChatTemplate(template)
+        async with running(config, model, chat, metrics, connect) as runtime:
             app.state.runtime = runtime
             yield
 
