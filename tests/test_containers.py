@@ -134,7 +134,7 @@ def test_wheels_take_the_place_of_the_network(tmp_path: Path) -> None:
 def test_what_is_to_be_read_must_exist(missing: str, tmp_path: Path) -> None:
     paths = {"model": MODEL, missing: tmp_path / "nowhere"}
     with pytest.raises(InputError, match="nowhere: does not exist"):
-        build_plan(TP4, tmp_path, **paths)  # type: ignore[arg-type]
+        build_plan(TP4, tmp_path, **paths)
 
 
 def test_serving_takes_every_replicas_gpus_and_the_hosts_network(tmp_path: Path) -> None:
@@ -184,17 +184,16 @@ def test_the_major_version_of_cuda_decides_about_the_driver(
 ) -> None:
     """NVIDIA's rule, the same for all cards: CUDA 12 runs from 525 on, CUDA 13 from 580 on."""
     recipe = TP4.model_copy(update={"checkpoint": TP4.checkpoint.model_copy(update={"release": release})})
-    host = {"driver": driver, "gpus": (gpu,)}
     if verdict != "error":
-        warnings = build_plan(recipe, tmp_path, **host).warnings
+        warnings = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,)).warnings
         assert [warning.level for warning in warnings] == ([verdict] if verdict else [])
         return
     with pytest.raises(InputError) as caught:
-        build_plan(recipe, tmp_path, **host)
+        build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,))
     assert f"or newer, here is {driver}" in caught.value.what
     assert ("GeForce cards have no forward compatibility" in caught.value.what) == (gpu == GEFORCE)
     assert "--skip-gates" in caught.value.hint
-    (warning,) = build_plan(recipe, tmp_path, skip_gates=True, **host).warnings
+    (warning,) = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,), skip_gates=True).warnings
     assert warning.what == f"--skip-gates: {caught.value.what}"
 
 

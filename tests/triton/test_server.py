@@ -220,7 +220,7 @@ class Broken(Service):
 def test_a_signal_does_not_interrupt_a_stop() -> None:
     def work() -> None:
         server, other = Broken(), Broken()
-        with pytest.raises(ServerError, match="broken"), serve_until_signal(server, other):  # type: ignore[arg-type]
+        with pytest.raises(ServerError, match="broken"), serve_until_signal(server, other):
             pass
         assert server.stopped
         assert other.stopped
