@@ -384,7 +384,7 @@ def test_a_recipe_stretches_the_context_as_a_models_own_config_does(
     ours, own = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("stretched", "own"))
     assert ours == own
     assert ours["max_position_embeddings"] == 4 * original
-    with pytest.raises(SourceError, match="yarn_factor 2: the model's config"):
+    with pytest.raises(SourceError, match=r"yarn_factor 2: config\.json has a rope_scaling"):
         plan_conversion(directory, CheckpointRecipe(yarn_factor=2.0))
 
 

@@ -17,7 +17,7 @@ from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
 from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import tokenizer_directory
 
@@ -115,7 +115,7 @@ def test_a_conversation_with_a_tool_s_result_is_rendered(obedient: Running) -> N
 def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, shown: str) -> None:
     call = ToolCall(id="1", function=CalledFunction(name="f", arguments=arguments))
     turn = rendered(0, Message(role="assistant", tool_calls=[call]))
-    text = ChatTemplate(TOOLS_TEMPLATE).render([{"role": "user", "content": "x"}, turn], [])
+    text = ChatTemplate({"default": TOOLS_TEMPLATE}).render([{"role": "user", "content": "x"}, turn])
     assert f'{{"name": "f", "arguments": {shown}' in text
 
 

@@ -76,6 +76,7 @@ def command(
         if not dry_run:
             run_container(container)
     plan = plan_build(loaded, model, engines, repository)
+    print_warnings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
         _print_plan(plan, container, verify=not no_verify, json=json)
@@ -98,7 +99,11 @@ def command(
     record = read_provenance(plan.engine.directory)
     made = record.changes if record else []
     if json:
-        content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
+        content = {
+            "recipe": loaded.name,
+            "stages": [_as_json(result) for result in results],
+            "warnings": [finding.as_json() for finding in plan.conversion.findings],
+        }
         print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
         for change in made:
