@@ -75,7 +75,9 @@ def test_a_prompt_is_a_message_where_it_is_to_be_one(tmp_path: Path) -> None:
         {"max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]},
         {"max_tokens": 3, "messages": [{"role": "user", "content": "raw"}]},
     ]
-    assert render_chat(str(Tokenizer(MODEL).chat_template), chat[0].body["messages"])
+    template = Tokenizer(MODEL).chat_template
+    assert template is not None
+    assert render_chat(template, chat[0].body["messages"])
     with pytest.raises(InputError, match="holds no request"):
         read_lines(written(tmp_path / "empty.jsonl", ""), DEFAULTS)
     with pytest.raises(InputError, match="cannot be read"):
