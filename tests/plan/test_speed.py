@@ -133,7 +133,7 @@ def test_a_full_load_is_bound_by_the_slowest_resource_over_the_whole_mix() -> No
     """By hand, for the 7B in bfloat16 on one 4090D: compute and memory of a request, each alone."""
     work = roofline(engine={"max_batch_size": 64}).throughput(64, 1024, 512)
     values = 28 * (4608 * 3584 + 3584 * 3584 + 3 * 18944 * 3584)
-    compute = 2 * values * (1024 + 512) + 2 * 152064 * 3584 * (512 + 1)
+    compute = 2.0 * values * (1024 + 512) + 2 * 152064 * 3584 * (512 + 1)
     compute += 4 * 28 * 28 * 128 * (1024 * 1024 / 2 + 512 * 1280)
     weights = 2 * (values + 152064 * 3584)
     memory = 512 / 64 * (weights + 64 * 1280 * 57344) / 1008e9

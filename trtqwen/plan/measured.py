@@ -53,7 +53,6 @@ class Shape(_Facts):
     @property
     def config(self) -> HfConfig:
         return HfConfig(
-            architectures=["any"],
             model_type="any",
             max_position_embeddings=1 << 20,
             rms_norm_eps=1e-6,
