@@ -185,10 +185,6 @@ def test_the_major_version_of_cuda_decides_about_the_driver(
 ) -> None:
     """NVIDIA's rule, the same for all cards: CUDA 12 runs from 525 on, CUDA 13 from 580 on."""
     recipe = TP4.model_copy(update={"checkpoint": TP4.checkpoint.model_copy(update={"release": release})})
-<<<<<<< HEAD
-=======
-    host: dict[str, Any] = {"driver": driver, "gpus": (gpu,)}
->>>>>>> main
     if verdict != "error":
         warnings = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,)).warnings
         assert [warning.level for warning in warnings] == ([verdict] if verdict else [])
