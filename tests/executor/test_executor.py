@@ -6,7 +6,7 @@ import json
 import os
 import queue
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -129,9 +129,9 @@ def test_the_plain_attention_answers_alike(
 
 
 @pytest.fixture(scope="module")
-def executor(bundled_engine: MakeEngine) -> Executor:
+def executor(bundled_engine: MakeEngine) -> Iterator[Executor]:
     with Executor(bundled_engine(2), ExecutorConfig(max_tokens_in_paged_kv_cache=2048)) as running:
-        yield running  # type: ignore[misc]
+        yield running
 
 
 def test_requests_share_steps(executor: Executor, prompts: list[tuple[int, ...]]) -> None:
@@ -185,7 +185,7 @@ def test_cancelling_frees_the_blocks(executor: Executor, prompts: list[tuple[int
     executor.cancel("a")
     executor.cancel("b")
     executor.cancel("unknown")
-    ends = set()
+    ends: set[str] = set()
     while len(ends) < 2:
         response = events.get(timeout=60)
         if response.finish_reason is not None:

@@ -39,7 +39,7 @@ class Running:
     key: str = "none"
 
     @property
-    def client(self) -> openai.OpenAI:
+    def client(self) -> Any:  # untyped: tests send fields that the client's types do not know
         return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key=self.key, max_retries=0, timeout=60)
 
     def ask(self, text: str, **options: Any) -> tuple[int, dict[str, str], Any]:

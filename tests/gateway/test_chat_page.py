@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ from scripts.stand_in_engine import write_stand_in_repository
 from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.waiting import wait_for
 
-webdriver = pytest.importorskip("selenium.webdriver")
+webdriver: Any = pytest.importorskip("selenium.webdriver")
 By = pytest.importorskip("selenium.webdriver.common.by").By
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
@@ -24,7 +25,7 @@ LONG = "/again 400 sheep "
 class Page:
     """The page in a browser, as a person sees it."""
 
-    def __init__(self, driver: webdriver.Chrome, running: Running) -> None:
+    def __init__(self, driver: Any, running: Running) -> None:
         self.driver, self.running = driver, running
         driver.get(running.gateway.url)
         assert wait_for(lambda: self.text("#model") == running.model)
@@ -55,7 +56,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
+def driver() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,760", *quiet):
@@ -76,7 +77,7 @@ def unhurried(engine_repository: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def page(driver: webdriver.Chrome, unhurried: Running) -> Iterator[Page]:
+def page(driver: Any, unhurried: Running) -> Iterator[Page]:
     yield Page(driver, unhurried)
     assert [entry for entry in driver.get_log("browser") if entry["source"] == "javascript"] == []
 
@@ -156,7 +157,7 @@ def test_a_phone_and_the_dark(page: Page) -> None:
 
 
 def test_a_server_with_keys_asks_for_one(
-    driver: webdriver.Chrome, another_gateway: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
+    driver: Any, another_gateway: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text("keys:\n- name: me\n  key: a-key-of-sixteen-letters\n")

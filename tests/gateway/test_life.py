@@ -82,7 +82,10 @@ def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(start
     target = start(drain_seconds=0.05)
     pid = target.gateway.pid
     streams = Streams(target, 1)
-    target.gateway._process.stdin.close()
+    process = target.gateway._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
     assert wait_for(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes())  # a zombie, until it is waited for
     streams.join()
     assert "stopping" in str(streams.errors[0])

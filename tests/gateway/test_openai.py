@@ -22,11 +22,11 @@ from tests.waiting import wait_for
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.layout import tokenizer_directory
 from trtqwen.triton.client import stream
-from trtqwen.triton.repository import tokenizer_directory
 
 pytestmark = pytest.mark.triton
-GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
 
 
 def streamed(chunks: Any) -> tuple[dict[int, str], dict[int, str], Any]:
@@ -149,7 +149,7 @@ def test_log_probs_are_the_model_s(live: Running, greedy: Callable[[str, int], l
     expected = greedy(prompt, 10)
     texts = [tokenizer.token_bytes[token] for token, _ in expected]
     values = pytest.approx([value for _, value in expected], abs=2e-4)
-    options = {"max_tokens": 10, "logprobs": True, "temperature": 0}
+    options: dict[str, Any] = {"max_tokens": 10, "logprobs": True, "temperature": 0}
     options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.0}
     [choice] = live.chat("你好", **options).choices
     chunks = [choice for chunk in live.chat("你好", stream=True, **options) for choice in chunk.choices]
@@ -206,7 +206,7 @@ def test_sixty_four_streams_at_once(live: Running) -> None:
     """More than the batch and its queue hold: a retrying client sees every one of them answered."""
 
     async def run() -> list[str]:
-        client = openai.AsyncOpenAI(base_url=f"{live.gateway.url}/v1", api_key="none", max_retries=8, timeout=60)
+        client: Any = openai.AsyncOpenAI(base_url=f"{live.gateway.url}/v1", api_key="none", max_retries=8, timeout=60)
 
         async def one(number: int) -> str:
             stream = await client.chat.completions.create(

@@ -105,7 +105,7 @@ async def main(words: list[str]) -> None:
     site = web.UnixSite(runner, options["uds"]) if "uds" in options else web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
     if "uds" not in options:
-        print(site._server.sockets[0].getsockname()[1], flush=True)
+        print(runner.addresses[0][1], flush=True)
     await asyncio.Event().wait()
 
 

@@ -7,7 +7,7 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import Request
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.client import SamplingOptions, stream
-from trtqwen.triton.repository import tokenizer_directory, write_repository
+from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 
 pytestmark = pytest.mark.triton
@@ -39,6 +40,10 @@ SCHEDULED = "nv_trt_llm_request_metrics/scheduled"
 @pytest.fixture(scope="module")
 def tokenizer(repository: Path) -> Tokenizer:
     return Tokenizer(tokenizer_directory(repository))
+
+
+def drain(call: Callable[[], Any]) -> list[Any]:
+    return list(call())
 
 
 def assert_leaving_frees_blocks(server: TritonServer, call: Call) -> None:
@@ -130,9 +135,7 @@ def test_sixteen_streams_share_steps(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
     alone = [ask(server, prompt, max_tokens=24, end_id=-1)[0].text for prompt in prompts]
     before = metrics(server)[STEPS]
-    replies = in_threads(
-        [lambda prompt=prompt: ask(server, prompt, max_tokens=24, end_id=-1, stream=True) for prompt in prompts]
-    )
+    replies = in_threads([partial(ask, server, prompt, max_tokens=24, end_id=-1, stream=True) for prompt in prompts])
     assert ["".join(reply.text for reply in stream) for stream in replies] == alone
     assert wait_for(lambda: metrics(server)[USED] == 0)
     steps = metrics(server)[STEPS] - before
@@ -303,6 +306,7 @@ def test_closing_the_client_early_cancels(server: TritonServer) -> None:
     before = metrics(server)[STEPS]
     pieces = stream(server.grpc_url, "Hello", 500, chat=False, sampling=sampling)
     next(pieces)
+    assert isinstance(pieces, Generator)
     pieces.close()
     assert wait_for(lambda: metrics(server)[USED] == 0)
     assert metrics(server)[STEPS] - before < 300
@@ -352,7 +356,7 @@ def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
     alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
     before = metrics(server)[STEPS]
     calls = [partial(Call, server, "tensorrt_llm_bls", request) for request in requests]
-    together = in_threads([lambda call=call: list(call()) for call in calls])
+    together = in_threads([partial(drain, call) for call in calls])
     assert [texts(replies) for replies in together] == alone
     assert metrics(server)[STEPS] - before < 16 * 24 / 2
 
@@ -519,7 +523,7 @@ def test_pieces_stay_in_order_with_four_processes_for_text(older_server: TritonS
     prompts = [f"{'The same beginning. ' * 12} Now tell me about {number}." for number in range(16)]
     alone = [texts(list(Call(older_server, "ensemble", text_request(prompt, max_tokens=24)))) for prompt in prompts]
     calls = [partial(Call, older_server, "ensemble", text_request(p, max_tokens=24, stream=True)) for p in prompts]
-    assert [texts(replies) for replies in in_threads([lambda call=call: list(call()) for call in calls])] == alone
+    assert [texts(replies) for replies in in_threads([partial(drain, call) for call in calls])] == alone
     assert metrics(older_server)["nv_trt_llm_kv_cache_block_metrics/reused"] > 100
 
 

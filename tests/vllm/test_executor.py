@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.gateway.conftest import wait_for
 from tests.standins import vllm_server
+from tests.waiting import wait_for
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import FinishReason, OutputConfig, Request, Response
@@ -114,8 +114,8 @@ def test_a_cancelled_request_frees_vllm(start: Callable[..., VllmExecutor]) -> N
     executor.submit(request(max_tokens=400), take)
     assert begun.wait(60)
     executor.cancel("1")
-    assert wait_for(lambda: seen[-1].finish_reason is FinishReason.CANCELLED, 60)
-    assert wait_for(lambda: executor.stats().active == 0, 60)
+    assert wait_for(lambda: seen[-1].finish_reason is FinishReason.CANCELLED)
+    assert wait_for(lambda: executor.stats().active == 0)
 
 
 def test_the_queue_is_bounded(start: Callable[..., VllmExecutor]) -> None:
@@ -144,8 +144,10 @@ def test_a_vllm_that_dies_or_hangs_is_an_error_for_everybody(
 
 def test_a_killed_vllm_is_noticed_without_requests(start: Callable[..., VllmExecutor]) -> None:
     executor = start()
-    os.kill(executor._server.pid, signal.SIGKILL)
-    assert wait_for(lambda: not executor.alive, 60)
+    pid = executor._server.pid
+    assert pid is not None
+    os.kill(pid, signal.SIGKILL)
+    assert wait_for(lambda: not executor.alive)
 
 
 @pytest.mark.parametrize(
@@ -184,6 +186,7 @@ def test_a_vllm_at_an_address(start: Callable[..., VllmExecutor], vllm_engine: P
     command = [sys.executable, vllm_server.__file__, "--served-model-name=qwen", "--max-model-len=512"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
+            assert process.stdout is not None
             address = f"http://127.0.0.1:{int(process.stdout.readline())}"
             [responses] = start({}, {"address": address, "served_name": "qwen"}).generate([request()])
             assert joined(responses)[0] == [5, 6, 7, 8, 5, 6]

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
@@ -202,11 +201,14 @@ def _built(engine: Path) -> _Built:
 def _preprocessing(config: ModelConfig, serve: ServeRecipe, engine: Path, tokenizer: Tokenizer) -> None:
     config.backend = "python"
     _set_parameters(
-        config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), add_special_tokens="False", gpt_model_path=str(engine)
+        config,
+        tokenizer_dir=str(_TOKENIZER_FROM_MODEL),
+        add_special_tokens=str(tokenizer.adds_tokens),
+        gpt_model_path=str(engine),
     )
     if tokenizer.chat_template is not None:
         # Beyond upstream: lets a client render a conversation with nothing but the server's address.
-        config.parameters["chat_template"].string_value = tokenizer.chat_template
+        config.parameters["chat_template"].string_value = tokenizer.chat_template.standalone()
     _set_instances(config, serve.preprocessing_instance_count)
     _set_batching(config, serve)
 
@@ -252,7 +254,7 @@ def _tokenizer_info(engine: Path) -> str:
     With an entry for every row of the engine's vocabulary, which is padded: masks made of fewer are misplaced.
     """
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
-    backend = tokenizers.Tokenizer.from_file(str(engine / TOKENIZER_DIRECTORY / "tokenizer.json"))
+    backend = tokenizer.resolved.backend
     tokens = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
     vocab_size = read_engine_config(engine).pretrained_config.vocab_size
     info = {
