@@ -98,7 +98,7 @@ def test_ports_are_kept_until_triton_takes_them(repository: Path) -> None:
     with pytest.raises(PortInUseError):
         TritonServer(repository, ports=server.ports)
     with pytest.raises(InputError, match="the gateway cannot listen there"):
-        bind(GatewayConfig(repository=repository, port=server.ports.http))
+        bind(GatewayConfig(repository=repository, port=server.ports.grpc))
     server.stop()
     TritonServer(repository, ports=server.ports).stop()
 

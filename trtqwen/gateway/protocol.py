@@ -32,7 +32,7 @@ def protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
     class Configured(_Protocol):
         max_header_bytes = config.max_header_bytes
         header_seconds = config.body_seconds
-        connections = limits
+        connection_limits = limits
 
     return Configured
 
@@ -42,7 +42,7 @@ class _Protocol(HttpToolsProtocol):
 
     max_header_bytes: int
     header_seconds: float
-    connections: Connections
+    connection_limits: Connections
     _too_late: asyncio.TimerHandle
     _unread: asyncio.TimerHandle | None = None
     _counted = False
@@ -53,7 +53,7 @@ class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_headers()
-        self._counted = self.connections.enter(self._address)
+        self._counted = self.connection_limits.enter(self._address)
         if not self._counted:
             transport.abort()
 
@@ -133,7 +133,7 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._too_late.cancel()
         if self._counted:
-            self.connections.leave(self._address)
+            self.connection_limits.leave(self._address)
         if self._unread is not None:
             self._unread.cancel()
         self.pipeline.clear()
