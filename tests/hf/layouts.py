@@ -84,7 +84,11 @@ def generation(drop: tuple[str, ...] = (), **changes: Any) -> Change:
 
 
 def without(*names: str) -> Change:
-    return lambda directory: [(directory / name).unlink() for name in names]
+    def change(directory: Path) -> None:
+        for name in names:
+            (directory / name).unlink()
+
+    return change
 
 
 def both(*changes: Change) -> Change:
@@ -228,7 +232,7 @@ def sharded(extra: Callable[[Tensors, Tensors], Any] | None = None, folder: str 
         parts = [{name: found[name] for name in names[start::2]} for start in (0, 1)]
         if extra is not None:
             extra(*parts)
-        placed = {}
+        placed: dict[str, str] = {}
         for place, part in enumerate(parts, 1):
             file = f"{folder}model-{place:05}-of-00002.safetensors"
             save(part, directory / file)

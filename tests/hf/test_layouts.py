@@ -103,7 +103,7 @@ def directories(home: Path) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def answers(home: Path, directories: dict[str, Path], samples: list[list[int]]) -> Answers:
     """What each release answers, by directory: one process each, both at once."""
-    questions = [
+    questions: list[dict[str, Any]] = [
         {
             "directory": str(directories[layout.name]),
             "texts": TEXTS,
