@@ -85,7 +85,8 @@ def test_answers_end_by_the_executors_rules(
 
 
 def test_cancel_aborts(executor: LlmApiExecutor) -> None:
-    llm().gap, seen = 0.01, []
+    seen: list[Response] = []
+    llm().gap = 0.01
     executor.submit(request(max_tokens=100), seen.append)
     assert wait_for(lambda: bool(seen))
     executor.cancel("1")
