@@ -99,7 +99,7 @@ class EventDecoder:
         for number, token, reason in zip(numbers, numbers, numbers, strict=True):
             name = self._names.pop(number) if reason else self._names[number]
             token_ids = () if token == _NO_TOKEN else (token,)
-            yield Response.model_construct(request_id=name, token_ids=token_ids, finish_reason=_REASONS[reason])
+            yield Response(request_id=name, token_ids=token_ids, finish_reason=_REASONS[reason])
 
     def _events(self, content: bytes) -> Iterator[Event | Response]:
         for event in _EVENTS.validate_json(content):
@@ -129,7 +129,7 @@ def merged(responses: Iterable[Response]) -> list[Response]:
 
 def _joined(first: Response, second: Response) -> Response:
     logits = (first.generation_logits or b"") + (second.generation_logits or b"")
-    return Response.model_construct(
+    return Response(
         request_id=first.request_id,
         token_ids=first.token_ids + second.token_ids,
         log_probs=first.log_probs + second.log_probs,
