@@ -73,7 +73,7 @@ def choose_device(engine: EngineConfig, config: ExecutorConfig, rank: int) -> De
     if ranks > cards:
         raise EngineError(
             f"the engine has {ranks} ranks, and this host shows {cards} CUDA devices",
-            "convert with a smaller tp_size, show it more cards (CUDA_VISIBLE_DEVICES), or set serve.device: cpu",
+            "convert with a smaller tp_size, or show it more cards with CUDA_VISIBLE_DEVICES",
         )
     dtype = _DTYPES[engine.pretrained_config.dtype]
     fused = attention != "plain" and importlib.util.find_spec("triton") is not None
