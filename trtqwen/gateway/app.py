@@ -16,16 +16,20 @@ from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
 from trtqwen.gateway.front import Front
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
-from trtqwen.gateway.state import running
+from trtqwen.gateway.state import Connect, running
 
 _LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
 
-def create_app(config: GatewayConfig) -> FastAPI:
+def create_app(config: GatewayConfig, connect: Connect = Replica) -> FastAPI:
     """The application; it connects to Triton when a server starts it.
+
+    Args:
+        connect: makes the replica of each address.
 
     Raises:
         InputError: if the repository, its chat template or the keys file cannot be used.
@@ -37,7 +41,8 @@ def create_app(config: GatewayConfig) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(config, model, None if template is None else ChatTemplate(template), metrics) as runtime:
+        chat = None if template is None else ChatTemplate(template)
+        async with running(config, model, chat, metrics, connect) as runtime:
             app.state.runtime = runtime
             yield
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
 
 _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
+Connect = Callable[[str], Replica]  # makes the replica of an address
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 
 
@@ -51,10 +52,14 @@ def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
 
 @asynccontextmanager
 async def running(
-    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics
+    config: GatewayConfig,
+    model: ServedModel,
+    template: ChatTemplate | None,
+    metrics: Metrics,
+    connect: Connect = Replica,
 ) -> AsyncIterator[Runtime]:
     """Connect to the replicas and watch them until the block ends."""
-    replicas = [Replica(address) for address in config.triton]
+    replicas = [connect(address) for address in config.triton]
     gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
     monitor = Monitor(
         replicas,

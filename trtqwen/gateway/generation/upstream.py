@@ -80,15 +80,18 @@ class _Call:
 class Replica:
     """One Triton server.
 
+    Args:
+        stub: what to call in place of the server at the address.
+
     Attributes:
         heard: when it last sent a token, in seconds of the monotonic clock.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, stub: Any = None) -> None:
         self.address = address
         self.heard = float("-inf")
-        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = None if stub else grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self._stub = stub or service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._calls: set[_Call] = set()
 
     async def generate(
@@ -152,7 +155,8 @@ class Replica:
                 call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
