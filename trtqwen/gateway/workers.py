@@ -18,7 +18,7 @@ from contextlib import ExitStack
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.config import GatewayConfig
 
-_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # prometheus_client reads it when it is imported
+_METRICS = "PROMETHEUS_MULTIPROC_DIR"  # `metrics.SHARED_DIRECTORY`, which may be imported only once it is set
 
 
 def run_workers(config: GatewayConfig, listener: socket.socket, count: int) -> None:

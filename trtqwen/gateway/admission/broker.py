@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -176,6 +178,7 @@ class Link:
         reader, _ = await asyncio.open_connection(sock=self._news)
         while line := await reader.readline():
             tell(json.loads(line))
+        os.kill(os.getpid(), signal.SIGTERM)  # without the broker nobody is served
 
 
 class SharedGate(Gate):
