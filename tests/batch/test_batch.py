@@ -18,7 +18,7 @@ from trtqwen.batch.run import run_batch
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError, InputError, OutputError
 from trtqwen.executor.executor import Executor
-from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import ServeRecipe
 
 DEFAULTS = Defaults(chat=False, fields={"max_tokens": 8, "temperature": 0})
@@ -75,7 +75,6 @@ def test_a_prompt_is_a_message_where_it_is_to_be_one(tmp_path: Path) -> None:
         {"max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]},
         {"max_tokens": 3, "messages": [{"role": "user", "content": "raw"}]},
     ]
-    assert render_chat(str(Tokenizer(MODEL).chat_template), chat[0].body["messages"])
     with pytest.raises(InputError, match="holds no request"):
         read_lines(written(tmp_path / "empty.jsonl", ""), DEFAULTS)
     with pytest.raises(InputError, match="cannot be read"):

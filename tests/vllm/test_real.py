@@ -29,7 +29,7 @@ pytestmark = [
 ]
 PROMPTS = [list(range(3, 40)), [5, 17, 200, 300], [401, 402, 7]]
 TOKENS = 12
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "g02_bf16_tp2_tied": {},
     "g04_bf16src_to_fp16_tp4_kvdup": {},
     "g05_parallel_embedding_dim0_oddvocab_tp2": {},
