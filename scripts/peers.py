@@ -136,7 +136,8 @@ def vllm_server(python: str, model: Path, name: str, log: Path, flags: Sequence[
     port = free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    return Server(command, f"http://127.0.0.1:{port}", "/health", log, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    return Server(command, f"http://127.0.0.1:{port}", "/health", log, environment)
 
 
 def free_port() -> int:
