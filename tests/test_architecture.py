@@ -25,6 +25,7 @@ ORDER = (
     "nn",
     "hf",
     "recipe",
+    "migrate",
     "quantize",
     "checkpoint",
     "export",

@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "Write a TensorRT-LLM checkpoint as a Hugging Face directory.",
     "verify": "Compare a checkpoint with the model that it was made from.",
     "recipe": "List, show, copy and check recipes.",
+    "migrate": "Write a recipe for another engine, and tell what is lost.",
     "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",
     "build": "Build the checkpoint, engine and model repository of a recipe.",
     "image": "List NVIDIA's images; build one with trtqwen in it.",
