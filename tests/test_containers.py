@@ -13,7 +13,6 @@ import sys
 import venv
 import zipfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
