@@ -114,7 +114,7 @@ def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
     older = replace(model, tensors=frozenset(renamed.get(name, name) for name in model.tensors))
     assert set(engine_inputs(older, sampling, (1,), 7, 0)) == {renamed.get(name, name) for name in tensors}
     oldest = replace(model, tensors=model.tensors - {"guided_decoding_guide", "guided_decoding_guide_type"})
-    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by this release"):
+    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by the engine"):
         engine_inputs(oldest, sampling, (1,), 7, 0)
 
 

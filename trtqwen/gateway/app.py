@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.admission.middleware import Guard
-from trtqwen.gateway.api import routes, service
+from trtqwen.gateway.api import messages, responses, routes, service
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
@@ -43,7 +43,7 @@ def create_app(config: GatewayConfig) -> FastAPI:
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (routes.router, service.router):
+    for router in (routes.router, responses.router, messages.router, service.router):
         app.include_router(router)
     add_handlers(app)
     app.add_middleware(

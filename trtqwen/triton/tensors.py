@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -11,7 +11,14 @@ import numpy.typing as npt
 from pydantic import ValidationError
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.executor.request import GuidedDecodingParams, GuideType, OutputConfig, PerfMetrics, Request
+from trtqwen.executor.request import (
+    GuidedDecodingParams,
+    GuideType,
+    PerfMetrics,
+    PromptLogProbs,
+    Request,
+    TopLogProbs,
+)
 from trtqwen.triton.words import unpack_words
 
 Array = npt.NDArray[Any]
@@ -27,12 +34,14 @@ _SAMPLING = {
     "frequency_penalty": "frequency_penalty",
     "min_tokens": "min_tokens",
     "min_length": "min_tokens",  # its name before 1.0
+    "min_p": "min_p",
 }
 _OUTPUT = {
     "return_log_probs": "return_log_probs",
     "return_context_logits": "return_context_logits",
     "return_generation_logits": "return_generation_logits",
     "return_perf_metrics": "return_perf_metrics",
+    "return_prompt_log_probs": "return_prompt_log_probs",
     "return_kv_cache_reuse_stats": "return_perf_metrics",  # its name before 0.19
 }
 _WORDS = {"stop_words_list": "stop_words", "bad_words_list": "bad_words"}
@@ -48,7 +57,7 @@ _READ = {
     *_WORDS,
     *("input_ids", "input_lengths", "request_output_len", "end_id", "streaming", "stop", "num_return_sequences"),
     *("exclude_input_in_output", "return_num_input_tokens", "return_num_output_tokens"),
-    *("embedding_bias", "guided_decoding_guide_type", "guided_decoding_guide"),
+    *("num_top_log_probs", "embedding_bias", "guided_decoding_guide_type", "guided_decoding_guide"),
     *("pad_id", "decoder_input_ids"),  # carry nothing for a decoder without padding
 }
 # Values that ask for nothing, beside zero, false and empty, of tensors that the executor does not serve.
@@ -106,6 +115,7 @@ class Part:
         log_probs: one for each of the answer's.
         cum_log_prob: their sum since the answer began.
         context_logits, generation_logits: float32 rows of vocab_size, or None.
+        top_log_probs: the likeliest tokens in place of each of the answer's.
     """
 
     token_ids: list[int]
@@ -115,6 +125,8 @@ class Part:
     context_logits: bytes | None = None
     generation_logits: bytes | None = None
     perf_metrics: PerfMetrics | None = None
+    top_log_probs: Sequence[TopLogProbs] = ()
+    prompt_log_probs: PromptLogProbs | None = None
 
 
 def read_generation(inputs: Mapping[str, Array], ids: Iterator[str], limits: Limits) -> Generation:
@@ -182,10 +194,25 @@ def write_part(generation: Generation, index: int, part: Part) -> dict[str, Arra
     if part.generation_logits:
         rows = part.num_generated
         tensors["generation_logits"] = np.frombuffer(part.generation_logits, np.float32).reshape(1, 1, rows, -1)
+    if part.top_log_probs:
+        rows = part.num_generated
+        tensors["output_top_ids"] = _values(np.int32, (top.ids for top in part.top_log_probs)).reshape(1, 1, rows, -1)
+        values = _values(np.float32, (top.log_probs for top in part.top_log_probs))
+        tensors["output_top_log_probs"] = values.reshape(1, 1, rows, -1)
+    if part.prompt_log_probs is not None:
+        log_probs = _values(np.float32, [part.prompt_log_probs.log_probs])
+        tensors["prompt_log_probs"] = log_probs.reshape(1, -1)
+        if (top := part.prompt_log_probs.top) is not None:
+            tensors["prompt_top_ids"] = _values(np.int32, [top.ids]).reshape(1, log_probs.size, -1)
+            tensors["prompt_top_log_probs"] = _values(np.float32, [top.log_probs]).reshape(1, log_probs.size, -1)
     if part.perf_metrics is not None:
         for name, value in part.perf_metrics.model_dump().items():
             tensors[name] = np.array([[value]], np.int64 if name.endswith("_ns") else np.int32)
     return tensors
+
+
+def _values(dtype: type[np.generic], parts: Iterable[bytes]) -> Array:
+    return np.frombuffer(b"".join(parts), dtype)
 
 
 def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:
@@ -218,9 +245,10 @@ def _fields(inputs: Mapping[str, Array], row: int, limits: Limits) -> dict[str, 
         "input_token_ids": inputs["input_ids"][row, :length].tolist(),
         "max_tokens": _scalar(inputs, "request_output_len", row),
         "sampling": {field: _scalar(inputs, name, row) for name, field in _SAMPLING.items() if name in inputs},
-        "output": OutputConfig(
-            **{field: bool(_scalar(inputs, name, row)) for name, field in _OUTPUT.items() if name in inputs}
-        ),
+        "output": {
+            **{field: bool(_scalar(inputs, name, row)) for name, field in _OUTPUT.items() if name in inputs},
+            "num_top_log_probs": _scalar(inputs, "num_top_log_probs", row) if "num_top_log_probs" in inputs else 0,
+        },
         "embedding_bias": _embedding_bias(inputs, row, limits.vocab_size),
         "guided_decoding": _guided_decoding(inputs, row),
     }
@@ -304,7 +332,7 @@ def _scalar(inputs: Mapping[str, Array], name: str, row: int) -> Any:
 
 def _first_problem(problem: ValidationError) -> str:
     first = problem.errors()[0]
-    field = str(first["loc"][1] if first["loc"][0] == "sampling" else first["loc"][0])
+    field = str(first["loc"][1] if first["loc"][0] in ("sampling", "output") else first["loc"][0])
     name = _FIELDS.get(field, field)
     text = first["msg"].removeprefix("Value error, ")
     return f"{name}: {text[0].lower()}{text[1:]} (got {first['input']!r}); correct the tensor"

@@ -26,6 +26,7 @@ _DTYPES: dict[str, type[np.generic]] = {
     **dict.fromkeys(("guided_decoding_guide_type", "guided_decoding_guide"), np.object_),
     "seed": np.uint64,
 }
+_FIELDS = {"num_top_log_probs": "top_logprobs", "return_prompt_log_probs": "prompt_logprobs"}  # as clients name them
 _OLDER_NAMES = {"seed": "random_seed", "min_tokens": "min_length"}  # before TensorRT-LLM 1.0
 
 
@@ -115,4 +116,5 @@ def _tensor_name(model: ServedModel, name: str) -> str:
     for known in (name, _OLDER_NAMES.get(name, name)):
         if known in model.tensors:
             return known
-    raise unsupported(name, f"{name} is not served by this release of the engine; leave it out")
+    field = _FIELDS.get(name, name)
+    raise unsupported(field, f"{field} is not served by the engine behind this server; leave it out")
