@@ -30,6 +30,7 @@ ORDER = (
     "export",
     "engine",
     "executor",
+    "vllm",
     "triton",
     "plan",
     "verify",
@@ -37,12 +38,15 @@ ORDER = (
     "gateway",
     "build",
     "containers",
+    "images",
     "demo",
     "selftest",
     "bench",
     "cli",
     "__main__",
 )
+
+ROOMS = ("admission", "generation", "api")  # of the gateway
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
@@ -68,6 +72,17 @@ def test_packages_import_downwards_only() -> None:
         for path in modules
         for name in imports(path)
         if name[0] != place(path) and ORDER.index(name[0]) >= ORDER.index(place(path))
+    ]
+    assert not upwards
+
+
+def test_the_gateway_imports_from_api_to_admission() -> None:
+    upwards = [
+        f"{path.relative_to(PACKAGE)} imports trtqwen.{'.'.join(name)}"
+        for room in ROOMS
+        for path in (PACKAGE / "gateway" / room).glob("*.py")
+        for name in imports(path)
+        if name[0] == "gateway" and name[1] in ROOMS and ROOMS.index(name[1]) > ROOMS.index(room)
     ]
     assert not upwards
 

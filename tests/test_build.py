@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -136,8 +137,8 @@ def test_replacing_does_not_mean_putting_up_with_a_spoiled_int8_kv_cache(tmp_pat
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.bias.mul_(40)
     model.save_pretrained(tmp_path / "hf")
-    engine = {"backend": "torch", "max_seq_len": 64, "max_num_tokens": 64}
-    recipe = Recipe(name="spiked", description="d", engine=EngineRecipe(**engine), checkpoint=CheckpointRecipe())
+    engine = EngineRecipe(backend="torch", max_seq_len=64, max_num_tokens=64)
+    recipe = Recipe(name="spiked", description="d", engine=engine, checkpoint=CheckpointRecipe())
     plan = plan_build(recipe, tmp_path / "hf", tmp_path, tmp_path / "repo")
     run_conversion(plan.conversion, plan.checkpoint.directory)
     int8 = with_settings(recipe, "checkpoint", kv_cache="int8")
@@ -169,7 +170,7 @@ def patched(name: str) -> Callable[[Path], object]:
 def after(stage: str) -> Callable[[Path], object]:
     """A build that dies when a stage is complete."""
     return lambda home: run_build(
-        plan(home), events=BuildEvents(on_stage=lambda result: result.stage == stage and die())
+        plan(home), events=BuildEvents(on_stage=lambda result: die() if result.stage == stage else None)
     )
 
 
@@ -328,7 +329,7 @@ def test_a_source_that_changes_during_the_conversion_is_noticed(tmp_path: Path, 
     shutil.copytree(MODEL, tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     conversion = plan_build(TINY, tmp_path / "model", tmp_path / "engines", tmp_path / "repo")
-    writers = []
+    writers: list[Any] = []
 
     def alter(count: int) -> None:
         def write() -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +49,7 @@ class Manifest(BaseModel):
     """What one stage wrote and from what: the record by which the next stage accepts or refuses it.
 
     `key` is the digest of tool version, inputs and parameters; a cached result is valid if the keys are equal.
+    `warnings` is what was said of the inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +61,7 @@ class Manifest(BaseModel):
     inputs: dict[str, str]
     parameters: dict[str, Any]
     outputs: dict[str, FileRecord]
+    warnings: list[str] = []
 
 
 def stage_key(
@@ -222,11 +224,14 @@ def write_manifest(
     inputs: dict[str, str],
     parameters: dict[str, Any],
     known_digests: Mapping[str, str] | None = None,
+    *,
+    warnings: Sequence[str] = (),
 ) -> Manifest:
     """Record every file under `directory`; call it last, when the stage's files are complete.
 
     Args:
         known_digests: digests of files that were taken while writing them, by path relative to `directory`.
+        warnings: what was said of the inputs.
     """
     known = known_digests or {}
     outputs = {}
@@ -240,6 +245,7 @@ def write_manifest(
         inputs=inputs,
         parameters=parameters,
         outputs=outputs,
+        warnings=list(warnings),
     )
     (directory / MANIFEST).write_text(_text(manifest), encoding="utf-8")
     return manifest

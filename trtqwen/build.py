@@ -18,11 +18,11 @@ from trtqwen.artifact import (
     locked,
 )
 from trtqwen.checkpoint.convert import CheckpointStage, ConversionPlan, check_kv_cache, plan_conversion
-from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.engine.builder import EngineStage, check_max_seq_len
+from trtqwen.diagnostics import InputError, OutputError, SourceError
+from trtqwen.engine.builder import EngineStage
 from trtqwen.engine.flags import build_command
 from trtqwen.engine.gates import check_release
-from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.engine.limits import check_computed, check_context
 from trtqwen.recipe import Recipe
 from trtqwen.stage import BuildEvents, Stage, StageResult, occupied
 from trtqwen.system.host import read_host
@@ -49,7 +49,7 @@ class BuildPlan:
     @property
     def engine_command(self) -> list[str] | None:
         """The trtllm-build call that makes the engine; None if trtqwen makes it itself."""
-        if self.recipe.engine.backend == "torch":
+        if self.recipe.engine.backend != "tensorrt_llm":
             return None
         return build_command(self.recipe, self.checkpoint.directory, self.engine.directory)
 
@@ -62,7 +62,7 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
         repository: where the model repository goes.
 
     Raises:
-        SourceError, CheckpointError, InputError: if the model cannot be converted or built as the recipe asks.
+        SourceError, CheckpointError, InputError: if the model cannot be converted, built or served as asked.
         OutputError: if one of the directories lies around the model or another of them.
     """
     home, repository = engines / recipe.name, destination(repository)
@@ -70,7 +70,8 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
     for place in places:
         check_place(place, [model, *(other for other in places if other is not place)])
     conversion = plan_conversion(model, recipe.checkpoint)
-    check_max_seq_len(recipe.engine, conversion.source.config.max_position_embeddings)
+    check_context(recipe, conversion.source.config)
+    check_computed(recipe.engine.backend, conversion.source.config)
     checkpoint = CheckpointStage(conversion, home / "checkpoint")
     engine = EngineStage(
         checkpoint.directory,
@@ -118,8 +119,8 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
 
     Raises:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.
-        InputError: if an INT8 KV cache would damage the answers and `force` is not set, or the model's tokenizer,
-            which the repository needs, cannot be read.
+        InputError: if an INT8 KV cache would damage the answers and `force` is not set, or the model has no
+            tokenizer, which the repository needs.
         EngineError: if the TensorRT-LLM of this machine is not the recipe's.
     """
     if plan.recipe.engine.backend == "tensorrt_llm" and not plan.engine.done:
@@ -151,7 +152,11 @@ def check_build(plan: BuildPlan, *, force: bool) -> None:
         )
     if not plan.checkpoint.done:
         check_kv_cache(plan.conversion, force=force)
-        _ = Tokenizer(plan.conversion.source.directory).end_id
+        if plan.conversion.tokenizer is None:
+            raise SourceError(
+                f"{plan.conversion.source.directory}: has no tokenizer.json, which the model repository needs",
+                "copy the model's tokenizer files there",
+            )
 
 
 def _run_stage(stage: Stage, events: BuildEvents, *, force: bool, verify: bool) -> StageResult:

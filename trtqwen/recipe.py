@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import RecipeError, first_problem
-from trtqwen.facts.names import CardName, Release
+from trtqwen.facts.names import CardName, Release, VllmRelease
+from trtqwen.facts.vllm import vllm_facts
 from trtqwen.hf.known import model_names
 from trtqwen.yaml_file import parse_value, read_mapping
 
@@ -26,6 +27,15 @@ _TENSORRT_SERVING = (
     "replicas",
     "enable_context_fmha_fp32_acc",
     "kv_cache_host_memory_bytes",
+)
+
+
+# Options of vLLM that other fields of the recipe decide.
+_VLLM_OWN = (
+    *("model", "tokenizer", "served-model-name", "dtype", "host", "port", "uds", "generation-config"),
+    *("max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "num-gpu-blocks-override"),
+    *("tensor-parallel-size", "pipeline-parallel-size", "gpu-memory-utilization", "logprobs-mode"),
+    *("enable-prefix-caching", "no-enable-prefix-caching", "enable-chunked-prefill", "no-enable-chunked-prefill"),
 )
 
 
@@ -102,11 +112,55 @@ class HostRecipe(_Section):
     gpus: Annotated[int, Field(ge=1, le=8)] = 1
 
 
+class VllmSettings(_Section):
+    """Where vLLM runs, for backend: vllm. At most one of `python`, `image` and `address` is given.
+
+    Attributes:
+        release: the vLLM that serves; its options are checked against the table of this release.
+        python: interpreter of the environment that vLLM is installed in. Without it, `serve` takes the environment
+            variable TRTQWEN_VLLM_PYTHON, or the `python3` on PATH.
+        image: container image to start vLLM in, with docker.
+        address: `http://host:port` of a vLLM that already serves the model.
+        served_name: what the vLLM at the address calls the model.
+        arguments: further options of vLLM's API server, without dashes: `{enforce-eager: true}`.
+    """
+
+    release: VllmRelease = "0.32.0"
+    python: str | None = None
+    image: str | None = None
+    address: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
+    served_name: str = "trtqwen"
+    arguments: dict[str, bool | int | float | str] = {}
+
+    @model_validator(mode="after")
+    def _one_place(self) -> VllmSettings:
+        given = [name for name in ("python", "image", "address") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")
+        if self.address is not None and self.arguments:
+            raise ValueError("arguments have no effect on a vLLM that already serves at an address")
+        return self
+
+    @model_validator(mode="after")
+    def _known_arguments(self) -> VllmSettings:
+        facts = vllm_facts(self.release)
+        for name in self.arguments:
+            if name in _VLLM_OWN:
+                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+            if name not in facts.flags:
+                near = facts.near(name)
+                guess = f", did you mean {near!r}?" if near else ""
+                raise ValueError(f"arguments: vLLM {self.release} has no option {name!r}{guess}")
+        return self
+
+
 class EngineRecipe(_Section):
     """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
-        backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
+        backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine, `vllm` serves with vLLM in a
+            process of its own.
+        vllm: where vLLM runs; only for backend: vllm.
         max_batch_size: requests scheduled in one step.
         max_num_tokens: packed tokens in one step, context and generation together.
         max_seq_len: tokens of one request, prompt and answer together.
@@ -121,7 +175,8 @@ class EngineRecipe(_Section):
         workers: ranks built in parallel, each on its own GPU.
     """
 
-    backend: Literal["tensorrt_llm", "torch"]
+    backend: Literal["tensorrt_llm", "torch", "vllm"]
+    vllm: VllmSettings | None = None
     max_batch_size: Positive = 64
     max_num_tokens: Positive = 8192
     max_seq_len: Positive = 8192
@@ -158,8 +213,12 @@ class EngineRecipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _torch_tunes_nothing(self) -> EngineRecipe:
-        if self.backend == "torch":
+    def _only_tensorrt_tunes(self) -> EngineRecipe:
+        if self.vllm is not None and self.backend != "vllm":
+            raise ValueError("vllm is a section of backend: vllm")
+        if self.backend == "vllm" and self.tokens_per_block == 8:
+            raise ValueError("tokens_per_block 8 is not a block size of vLLM; take 16 or more")
+        if self.backend != "tensorrt_llm":
             for name in ("opt_num_tokens", "multiple_profiles", "logits_dtype", "gather_context_logits"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is a setting of backend: tensorrt_llm")
@@ -251,9 +310,11 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _backend_can(self) -> Recipe:
-        if self.engine.backend == "torch":
-            if self.host is not None:
+        if self.engine.backend != "tensorrt_llm":
+            if self.host is not None and self.engine.backend == "torch":
                 raise ValueError("host is for backend: tensorrt_llm; the torch engine runs where it is started")
+            if self.engine.backend == "vllm":
+                self._vllm_can()
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
                 if getattr(self.serve, name) != getattr(plain, name):
@@ -275,6 +336,19 @@ class Recipe(_Section):
         if self.checkpoint.release == "0.17.0":
             raise ValueError("checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on; name a newer release")
         return self
+
+    def _vllm_can(self) -> None:
+        """Refuse what vLLM has no counterpart for."""
+        if self.checkpoint.kv_cache == "int8":
+            raise ValueError("checkpoint.kv_cache int8: vLLM does not read TensorRT-LLM's INT8 KV scales; use auto")
+        serve = self.serve
+        if "batch_scheduler_policy" in serve.model_fields_set and serve.batch_scheduler_policy != "max_utilization":
+            raise ValueError(
+                "serve.batch_scheduler_policy guaranteed_no_evict: vLLM always admits as max_utilization does; "
+                "set that or leave the field out"
+            )
+        if serve.replicas > 1 and self.engine.vllm is not None and self.engine.vllm.address is not None:
+            raise ValueError("serve.replicas: an address is one vLLM; list several addresses at `trtqwen gateway`")
 
 
 SECTIONS: dict[str, type[BaseModel]] = {

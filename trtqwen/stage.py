@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -126,6 +126,10 @@ class Stage(ABC):
         """Directories that the result is made from, and that must outlive it."""
         return ()
 
+    def warnings(self) -> Sequence[str]:
+        """What the manifest tells of the inputs."""
+        return ()
+
     def key(self) -> str:
         """The manifest key of the result."""
         return stage_key(self.name, self.inputs(), self.parameters())
@@ -146,7 +150,9 @@ class Stage(ABC):
         """
         with finished_directory(self.directory, force=force, sources=self.sources) as directory:
             digests = self.run(directory, events or BuildEvents())
-            return write_manifest(directory, self.name, self.inputs(), self.parameters(), digests)
+            return write_manifest(
+                directory, self.name, self.inputs(), self.parameters(), digests, warnings=self.warnings()
+            )
 
     def why(self, *, digests: bool = True) -> str | None:
         """Why it has to be made, in words that follow "because"; None if it is done.

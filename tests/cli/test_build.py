@@ -134,7 +134,8 @@ def test_a_model_without_tokenizer_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
-    (model / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "vocab.json"):
+        (model / name).unlink()
     run = ["build", "qwen2-tiny-cpu", "--model", "model"]
     for arguments in ([*run, "--dry-run"], run):
         assert str(CliRunner().invoke(app, arguments).exception).startswith("model: has no tokenizer.json; ")

@@ -22,7 +22,7 @@ def recipe(model: str = "qwen2.5-7b", **sections: dict[str, Any]) -> Recipe:
     return loaded.model_copy(update=changed)
 
 
-ONE_CARD = {"checkpoint": {"tp_size": 1}}
+ONE_CARD: dict[str, Any] = {"checkpoint": {"tp_size": 1}}
 
 
 @pytest.mark.parametrize(

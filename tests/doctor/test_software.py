@@ -39,10 +39,17 @@ LIBRARY = {"opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so": ""}
         ("D03", replace(IN_IMAGE, tensorrt="10.15.1.29"), "fail", "which pins 10.14"),
         ("D05", Host(), "skip", "no NVIDIA driver here"),
         ("D05", IN_IMAGE, "ok", "driver 590.44.01"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "GeForce cards cannot use cuda-compat"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "25.10-trtllm-python-py3 (TensorRT-LLM 1.0.0)"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08", gpus=A100), "warn", "through cuda-compat"),
-        ("D05", replace(IN_IMAGE, driver="535.104"), "fail", "install driver 590.44.01 or newer"),
+        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "GeForce cards have no forward compatibility"),
+        (
+            "D05",
+            replace(IN_IMAGE, driver="575.57.08"),
+            "fail",
+            "release 1.0.0 for nvcr.io/nvidia/tritonserver:25.10-",
+        ),
+        ("D05", replace(IN_IMAGE, driver="575.57.08", gpus=A100), "fail", "needs the image's own entrypoint"),
+        ("D05", replace(IN_IMAGE, driver="580.95.05"), "warn", "runs the image, as CUDA 13.1.0 needs 580 or newer"),
+        ("D05", replace(IN_IMAGE, driver="580.95.05", gpus=A100), "warn", "runs the image"),
+        ("D05", replace(IN_IMAGE, driver="535.104"), "fail", "needs NVIDIA driver 580 or newer, here is 535.104"),
     ],
 )
 def test_versions(machine: Machine, name: str, host: Host, verdict: str, says: str) -> None:

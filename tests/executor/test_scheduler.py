@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -299,7 +300,7 @@ def test_logits_beyond_what_can_be_sent_are_refused() -> None:
 
 
 @pytest.mark.parametrize("options", [{"bad_words": ((7, 100),)}, {"embedding_bias": {100: 1.0}}])
-def test_ids_outside_the_vocabulary_are_refused(options: dict[str, object]) -> None:
+def test_ids_outside_the_vocabulary_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match="token id 100 is outside the vocabulary of 100"):
         scheduler().add(request("a", 4, **options))
 

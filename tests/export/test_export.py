@@ -28,7 +28,10 @@ def algo(case: Path) -> str:
 FLOAT = [case for case in CASES if not algo(case)]
 WEIGHT_ONLY = [case for case in CASES if algo(case) == "W8A16"]
 SMOOTH = [case for case in CASES if "SQ" in algo(case)]
-NAME = {"ids": lambda case: f"{case.parent.name}-{case.name}"}
+
+
+def name_of(case: Path) -> str:
+    return f"{case.parent.name}-{case.name}"
 
 
 def exported(case: Path, output: Path, **options: Any) -> dict[str, torch.Tensor]:
@@ -36,7 +39,7 @@ def exported(case: Path, output: Path, **options: Any) -> dict[str, torch.Tensor
     return {name: tensor for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-@pytest.mark.parametrize("case", FLOAT, **NAME)
+@pytest.mark.parametrize("case", FLOAT, ids=name_of)
 def test_floats_are_the_sources(case: Path, tmp_path: Path) -> None:
     """Bit for bit the Hugging Face model that NVIDIA's converter read, in the checkpoint's dtype."""
     tensors = exported(case, tmp_path / "out")
@@ -74,7 +77,7 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     assert torch.equal(one.argmax(-1), other.argmax(-1))
 
 
-@pytest.mark.parametrize("case", WEIGHT_ONLY, **NAME)
+@pytest.mark.parametrize("case", WEIGHT_ONLY, ids=name_of)
 def test_weight_only_is_what_compressed_tensors_reads(case: Path, tmp_path: Path) -> None:
     """Decompressed by the format's own library: within half a step of the source, rank by rank."""
     pytest.importorskip("compressed_tensors")
@@ -104,10 +107,11 @@ def decompressed(packed: dict[str, torch.Tensor], content: dict[str, Any], modul
     suffix = module.rsplit(".", 1)[-1]
     scheme = next(g for g in groups if any(suffix in target for target in g["targets"]) or g["targets"] == ["Linear"])
     scheme = QuantizationScheme.model_validate(scheme)
-    return PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+    weight: torch.Tensor = PackedQuantizationCompressor.decompress(packed, scheme)["weight"]
+    return weight
 
 
-@pytest.mark.parametrize("case", WEIGHT_ONLY, **NAME)
+@pytest.mark.parametrize("case", WEIGHT_ONLY, ids=name_of)
 def test_weight_only_with_int8_inputs(case: Path, tmp_path: Path) -> None:
     tensors = exported(case, tmp_path / "out", activations="int8")
     source = load_file(case.parent / "hf" / "model.safetensors")
@@ -117,7 +121,7 @@ def test_weight_only_with_int8_inputs(case: Path, tmp_path: Path) -> None:
         assert ((weight - source[name].float()).abs() / step.clamp(min=1e-9)).quantile(0.99) <= 1.05
 
 
-@pytest.mark.parametrize("case", SMOOTH, **NAME)
+@pytest.mark.parametrize("case", SMOOTH, ids=name_of)
 def test_smoothquant_keeps_the_product(case: Path, tmp_path: Path) -> None:
     """Matrices and norms together are the source's: what smoothing multiplies into one it divides out of another."""
     tensors = exported(case, tmp_path / "out")

@@ -17,9 +17,9 @@ from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
 from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.repository import tokenizer_directory
+from trtqwen.layout import tokenizer_directory
 
 pytestmark = pytest.mark.triton
 WEATHER = {
@@ -115,7 +115,7 @@ def test_a_conversation_with_a_tool_s_result_is_rendered(obedient: Running) -> N
 def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, shown: str) -> None:
     call = ToolCall(id="1", function=CalledFunction(name="f", arguments=arguments))
     turn = rendered(0, Message(role="assistant", tool_calls=[call]))
-    text = ChatTemplate(TOOLS_TEMPLATE).render([{"role": "user", "content": "x"}, turn], [])
+    text = ChatTemplate({"default": TOOLS_TEMPLATE}).render([{"role": "user", "content": "x"}, turn])
     assert f'{{"name": "f", "arguments": {shown}' in text
 
 
@@ -154,16 +154,17 @@ def test_the_typed_helpers_of_the_client_can_go_on(obedient: Running) -> None:
 
 
 def test_what_clients_keep_in_messages_does_not_matter(obedient: Running) -> None:
-    kept = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
+    kept: dict[str, Any] = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     for content in ("hi", [part]):
         message = {"role": "user", "content": content, **kept}
         assert obedient.chat("", messages=[message]).choices[0].message.content == "hi"
-    for wrong in (
+    unknown: tuple[dict[str, Any], ...] = (
         {"audio": {"id": "1"}},
         {"function_call": {}},
         {"content": [{"type": "image_url", "image_url": {}}]},
-    ):
+    )
+    for wrong in unknown:
         with pytest.raises(openai.BadRequestError):
             obedient.chat("", messages=[{"role": "assistant", "content": "hi", **wrong}])
 

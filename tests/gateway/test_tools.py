@@ -23,7 +23,8 @@ JSON_VALUES = st.recursive(
 
 def joined(events: list[Event]) -> tuple[str, list[tuple[str, str]]]:
     """Content, and name and arguments of each call."""
-    content, calls = "", []
+    content = ""
+    calls: list[tuple[str, str]] = []
     for event in events:
         if isinstance(event, Content):
             content += event.text

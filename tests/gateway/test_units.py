@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.gateway.conftest import TOOLS_TEMPLATE
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import InputError, SourceError
+from trtqwen.diagnostics import InputError
 from trtqwen.gateway.admission.admission import Capacity, QueueLimits
 from trtqwen.gateway.admission.auth import Caller, TokenBucket, read_keys
 from trtqwen.gateway.api.response_format import plan_guide
@@ -32,8 +32,10 @@ from trtqwen.gateway.generation.generator import fit_answer
 from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide
 from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.upstream import _reply
-from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
+from trtqwen.gateway.model import ServedModel, load_model
 from trtqwen.gateway.state import plan_admission
+from trtqwen.hf.generation import GenerationDefaults
+from trtqwen.hf import chat_template as hf
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
@@ -59,13 +61,11 @@ def test_templates_render_as_in_transformers(messages: list[dict[str, Any]], too
         wanted = reference.apply_chat_template(
             messages, tools=tools or None, chat_template=text, tokenize=False, add_generation_prompt=True
         )
-        assert ChatTemplate(text).render(messages, tools) == wanted
+        assert ChatTemplate(hf.ChatTemplate({"default": text})).render(messages, tools) == wanted
 
 
 def test_broken_templates_and_refusals_are_errors() -> None:
-    with pytest.raises(SourceError, match="chat template is broken"):
-        ChatTemplate("{% if %}")
-    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    template = ChatTemplate(hf.ChatTemplate({"default": "{{ raise_exception('roles must alternate') }}"}))
     with pytest.raises(ApiError, match="refuses these messages: roles must alternate") as caught:
         template.render([], [])
     assert caught.value.status == 400

@@ -110,7 +110,10 @@ def test_serving_one_after_another() -> None:
 def test_context_beyond_what_the_model_carries() -> None:
     finding = found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 40_000}))
     assert finding is not None
-    assert (finding.level, finding.hint) == ("error", "set checkpoint.yarn_factor: 2.0")
+    assert (finding.level, finding.hint) == (
+        "error",
+        "lower engine.max_seq_len to 32768, or stretch the context by checkpoint.yarn_factor: 2.0",
+    )
     stretched_recipe = make_recipe(checkpoint={"tp_size": 4, "yarn_factor": 2.0}, engine={"max_seq_len": 65536})
     assert plan_recipe(stretched_recipe).fits
     note = found("yarn", make_recipe(checkpoint={"yarn_factor": 4.0}))
@@ -118,13 +121,27 @@ def test_context_beyond_what_the_model_carries() -> None:
     assert note.level == "note"
 
 
-def test_a_base_model_promises_more_than_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_model_that_reads_far_by_itself_is_not_stretched(tmp_path: Path) -> None:
+    """DeepSeek-R1-Distill-Qwen's 131,072 tokens, and QwQ's 40,960, are their own."""
     write_config(tmp_path, max_position_embeddings=131072)
     recipe = make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 65536})
-    finding = found("yarn", recipe, tmp_path)
-    assert finding is not None
-    assert (finding.level, finding.hint) == ("warning", "set checkpoint.yarn_factor: 2.0")
+    assert found("yarn", recipe, tmp_path) is None
     assert plan_recipe(recipe, tmp_path).fits
+    write_config(tmp_path, max_position_embeddings=40960)
+    assert found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 40960}), tmp_path) is None
+    finding = found("context", recipe, tmp_path)
+    assert finding is not None
+    assert "checkpoint.yarn_factor: 2.0" in finding.hint
+
+
+def test_dual_chunk_attention_ends_the_context(tmp_path: Path) -> None:
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    write_config(tmp_path, max_position_embeddings=1010000, rope_theta=1e7, dual_chunk_attention_config=chunks)
+    assert found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 262144}), tmp_path) is None
+    beyond = found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 300_000}), tmp_path)
+    assert beyond is not None
+    assert "dual_chunk_attention_config" in beyond.what
+    assert beyond.hint == "lower engine.max_seq_len to 262144"
 
 
 def test_a_directory_wins_over_the_recipes_model(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Sign
         assert "trtqwen.executor.worker" in commands
         assert "triton_python_backend_stub" in commands
         process.send_signal(number)
-        assert process.wait(20) == 0
+        assert process.wait(timeout=60) == 0
         assert gone(group, 0)
         assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
@@ -162,7 +162,7 @@ def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Sign
 def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
     with serving(repository, ready=False) as (process, group, _):
         process.terminate()
-        assert process.wait(20) == 0
+        assert process.wait(timeout=60) == 0
         assert gone(group, 0)
 
 
@@ -170,15 +170,15 @@ def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
 def test_nothing_survives_when_we_are_killed(repository: Path) -> None:
     with serving(repository) as (process, group, _):
         process.kill()
-        assert gone(group, 15)
+        assert gone(group, 60)
 
 
 @pytest.mark.triton
 def test_a_server_that_dies_is_noticed(repository: Path) -> None:
     with serving(repository) as (process, group, _):
         os.kill(group, signal.SIGKILL)
-        assert process.wait(20) == 1
-        assert gone(group, 5)
+        assert process.wait(timeout=60) == 1
+        assert gone(group, 60)
 
 
 @pytest.mark.triton
@@ -189,7 +189,7 @@ def test_a_python_model_that_dies_is_noticed(repository: Path, tmp_path: Path) -
         server.check()
         [stub] = [pid for pid, command in family(server.pid).items() if "/preprocessing/1/model.py" in command]
         os.kill(stub, signal.SIGKILL)
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 60
         with pytest.raises(ServerError, match="a process of preprocessing has ended by itself: the log has no error"):
             while time.monotonic() < deadline:
                 server.check()
@@ -220,7 +220,7 @@ class Broken(Service):
 def test_a_signal_does_not_interrupt_a_stop() -> None:
     def work() -> None:
         server, other = Broken(), Broken()
-        with pytest.raises(ServerError, match="broken"), serve_until_signal(server, other):  # type: ignore[arg-type]
+        with pytest.raises(ServerError, match="broken"), serve_until_signal(server, other):
             pass
         assert server.stopped
         assert other.stopped

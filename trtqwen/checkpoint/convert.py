@@ -7,7 +7,6 @@ thread writes. Resident memory: the source tensors in work (mapped, given back a
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,9 +23,12 @@ from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision, Ranges, Rule
 from trtqwen.checkpoint.sharding import Split
-from trtqwen.checkpoint.tensors import LM_HEAD, RuleBook
-from trtqwen.diagnostics import CheckpointError, OutputError, SourceError
+from trtqwen.checkpoint.tensors import RuleBook
+from trtqwen.diagnostics import CheckpointError, Diagnostic, OutputError
+from trtqwen.hf.checks import check_model
 from trtqwen.hf.source import HfModel
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
 from trtqwen.quantize.outliers import check_int8_kv_cache
@@ -54,6 +56,8 @@ class ConversionPlan:
         dtype: dtype of what is not quantised.
         rules: how each tensor is made, in file order; without activation ranges yet.
         parameters: what, beside the source, decides the result.
+        tokenizer: the model's; None for a model without tokenizer files.
+        findings: what is said of the model: defaults that act, and what is not read.
         files: the source's files, as they were when the plan was made.
     """
 
@@ -64,6 +68,8 @@ class ConversionPlan:
     precision: Precision
     rules: tuple[Rule, ...]
     parameters: dict[str, Any]
+    tokenizer: Tokenizer | None
+    findings: tuple[Diagnostic, ...]
     files: SteadyFiles
 
     @property
@@ -102,16 +108,18 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
     """Check the source against its config and lay out every rank file.
 
     Raises:
-        SourceError: if a tensor is missing, of another shape, or not 16- or 32-bit floating point.
+        SourceError: if config, weights, tokenizer or chat template are not those of a model that can be served.
         CheckpointError: if the model cannot be converted as asked.
     """
     settings = settings or CheckpointRecipe()
     source = HfModel(model, settings.yarn_factor)
+    has_tokenizer = any((model / name).is_file() for name in (TOKENIZER, TOKENIZER_CONFIG, "vocab.json"))
+    tokenizer, findings = check_model(source) if has_tokenizer else (None, source.findings)
     config, mapping = source.config, RankMapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
     dtype = resolved_dtype(settings.dtype, config)
     precision = _precision(settings, dtype)
-    plan = ConversionPlan(
+    return ConversionPlan(
         source=source,
         settings=settings,
         dtype=dtype,
@@ -119,12 +127,10 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
         precision=precision,
         rules=_rules(source, settings, mapping, precision),
         parameters={**settings.model_dump(exclude={"calib", "act_ranges"}), "dtype": dtype},
+        tokenizer=tokenizer,
+        findings=findings,
         files=SteadyFiles([*source.files, model / CONFIG, *source.tokenizer_files]),
     )
-    for rule in plan.rules:
-        for name, shape in rule.sources.items():
-            _check_source(source, name, shape)
-    return plan
 
 
 class CheckpointStage(Stage):
@@ -145,6 +151,9 @@ class CheckpointStage(Stage):
 
     def parameters(self) -> dict[str, Any]:
         return self.plan.parameters
+
+    def warnings(self) -> list[str]:
+        return [str(finding) for finding in self.plan.findings]
 
     def check(self, *, force: bool) -> None:
         """Refuse an INT8 KV cache that the model's k_proj biases would spoil, unless `force` is set, and a full disk.
@@ -179,10 +188,8 @@ class CheckpointStage(Stage):
             if ranges is not None:
                 write_ranges(ranges, directory / ACT_RANGES)
             (directory / CONFIG).write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
-            if plan.source.tokenizer_files:
-                (directory / TOKENIZER_DIRECTORY).mkdir()
-            for path in plan.source.tokenizer_files:
-                shutil.copyfile(path, directory / TOKENIZER_DIRECTORY / path.name)
+            if plan.tokenizer is not None:
+                plan.tokenizer.write(directory / TOKENIZER_DIRECTORY)
             events.inspect(plan, directory, ranges)
             plan.inputs()  # reads what no rule has used
             plan.files.check()
@@ -294,7 +301,7 @@ def _rules(
 ) -> tuple[Rule, ...]:
     splits = {"none": Split.REPLICATED, "vocab": Split.VOCAB, "hidden": Split.ROW}
     book = RuleBook(source.config, mapping, precision, embedding=splits[settings.embedding_sharding])
-    return tuple(book.rules(tied=source.config.tie_word_embeddings or LM_HEAD not in source))
+    return tuple(book.rules(tied=source.tied))
 
 
 def _precision(settings: CheckpointRecipe, dtype: Dtype) -> Precision:
@@ -327,19 +334,3 @@ def _config(plan: ConversionPlan) -> dict[str, Any]:
         calibrated=settings.calibrated,
         release=settings.release,
     )
-
-
-def _check_source(source: HfModel, name: str, shape: tuple[int, ...]) -> None:
-    spec = source.spec(name)
-    if spec.shape != shape:
-        raise SourceError(
-            (
-                f"{source.directory}: tensor {name!r} has shape {list(spec.shape)}, but config.json makes "
-                f"it {list(shape)}"
-            ),
-            "config.json and weights are of different models",
-        )
-    if spec.dtype not in NUMPY_DTYPES.values():
-        raise SourceError(
-            f"{source.directory}: tensor {name!r} is {spec.dtype}", "trtqwen converts 16- and 32-bit floats"
-        )

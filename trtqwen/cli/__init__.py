@@ -29,6 +29,7 @@ COMMANDS = {
     "recipe": "List, show, copy and check recipes.",
     "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",
     "build": "Build the checkpoint, engine and model repository of a recipe.",
+    "image": "List NVIDIA's images; build one with trtqwen in it.",
     "explain": "Explain the errors in a log.",
     "repo": "Write the model repository of an engine.",
     "serve": "Serve a model repository with Triton and the web gateway.",

@@ -18,14 +18,17 @@ from trtqwen.cli.output import (
     InContainer,
     Json,
     NoVerify,
+    SkipGates,
     Wheels,
+    print_findings,
     print_json,
+    print_warnings,
     progress_bars,
     size,
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, run_container
+from trtqwen.containers import ContainerPlan, container_options, plan_build_container, run_container
 from trtqwen.engine.job import Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
@@ -51,15 +54,16 @@ def command(
     in_container: InContainer = False,
     image: ImageName = None,
     wheels: Wheels = None,
+    skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
     """Build a recipe: convert the model, build the engine, write the model repository.
 
     Results that are up to date are kept.
 
-    With --in-container, the container mounts trtqwen and installs missing dependencies on each start: from the
-    package index, or from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has every
-    dependency needs neither.
+    With --in-container, the container mounts trtqwen and sees the image's packages. The first start installs missing
+    dependencies and keeps them in ~/.cache/trtqwen: from the package index, or from --wheels, a directory that
+    `pip download` filled for Python 3.12. An image of `trtqwen image build` needs neither.
     """
     loaded = load_recipe(recipe, changes or ())
     repository = repo or Path("triton_repo") / loaded.name
@@ -67,11 +71,13 @@ def command(
     if in_container:
         flags = [f"--set={change}" for change in changes or ()]
         flags += _flags(no_quality=no_quality, no_verify=no_verify, force=force, json=json)
-        options = ContainerOptions(image, wheels, read_host().driver)
+        options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
         container = plan_build_container(recipe, loaded, model, engines, repository, flags, options)
+        print_warnings(container.warnings)
         if not dry_run:
             run_container(container)
     plan = plan_build(loaded, model, engines, repository)
+    print_findings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
         _print_plan(plan, container, verify=not no_verify, json=json)
@@ -94,7 +100,11 @@ def command(
     record = read_provenance(plan.engine.directory)
     made = record.changes if record else []
     if json:
-        content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
+        content = {
+            "recipe": loaded.name,
+            "stages": [_as_json(result) for result in results],
+            "warnings": [finding.as_json() for finding in plan.conversion.findings],
+        }
         print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
         for change in made:

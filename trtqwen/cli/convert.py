@@ -19,7 +19,7 @@ from trtqwen.checkpoint.convert import (
     run_conversion,
 )
 from trtqwen.checkpoint.rule import Ranges
-from trtqwen.cli.output import Bars, DryRun, Json, print_json, progress_bars, size, stderr, stdout
+from trtqwen.cli.output import Bars, DryRun, Json, print_findings, print_json, progress_bars, size, stdout
 from trtqwen.facts.names import Release
 from trtqwen.layout import rank_weights
 from trtqwen.recipe import (
@@ -118,6 +118,7 @@ def command(
     check_output(output, force=force, sources=[model])
     plan = plan_conversion(model, override(base, changes))
     check_kv_cache(plan, force=force)
+    print_findings(plan.findings)
     summary = _summary(plan, output)
     if not dry_run:
         start = time.perf_counter()
@@ -182,6 +183,7 @@ def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
         ],
         "bytes": plan.nbytes,
         "ignored": plan.ignored,
+        "warnings": [finding.as_json() for finding in plan.findings],
     }
 
 
@@ -198,8 +200,6 @@ def _print(plan: ConversionPlan, summary: dict[str, Any]) -> None:
         stdout.print(f"would write {summary['output']}: {layout}", highlight=False)
         for rank in summary["ranks"]:
             stdout.print(f"  {rank['file']}: {rank['tensors']} tensors, {size(rank['bytes'])}", highlight=False)
-    for name in plan.ignored:
-        stderr.print(f"note: source tensor {name} is not part of the checkpoint", highlight=False)
 
 
 def _quality_words(quality: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from trtqwen.diagnostics import Diagnostic
+
 HELP = {"help_option_names": ["-h", "--help"]}
 _TAIL_WIDTH = 60  # characters of a log's line in a bar
 
@@ -43,6 +45,10 @@ InContainer = Annotated[
 ImageName = Annotated[
     str | None, typer.Option("--image", help="Use this image, by tag or digest (with --in-container).")
 ]
+SkipGates = Annotated[
+    bool,
+    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and go on (with --in-container)."),
+]
 Wheels = Annotated[Path | None, typer.Option(help="Install from this directory of wheels (with --in-container).")]
 Changes = Annotated[
     list[str] | None,
@@ -55,6 +61,21 @@ GatewaySettings = Annotated[
 ModelName = Annotated[
     str | None, typer.Option(help="Set the model name that clients use. [default: the name of the repository]")
 ]
+
+
+def print_findings(findings: Iterable[Diagnostic]) -> None:
+    """Warnings and notes about what a command was given, on standard error."""
+    for finding in findings:
+        style = "yellow" if finding.level == "warning" else None
+        stderr.print(f"{finding.level}: {finding}", style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_warnings(warnings: Iterable[Diagnostic]) -> None:
+    """Warnings on standard error, each with its hint."""
+    for warning in warnings:
+        stderr.print(f"warning: {warning.what}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        if warning.hint:
+            stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:

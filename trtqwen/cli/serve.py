@@ -17,12 +17,14 @@ from trtqwen.cli.output import (
     Json,
     ModelName,
     NoVerify,
+    SkipGates,
     Wheels,
     print_json,
+    print_warnings,
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
+from trtqwen.containers import container_options, plan_serve_container, run_container
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.config import gateway_config as plan_gateway
@@ -68,6 +70,7 @@ def command(
     in_container: InContainer = False,
     image: ImageName = None,
     wheels: Wheels = None,
+    skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
     """Serve a model repository with Triton Inference Server and a web gateway; Ctrl-C drains and stops.
@@ -103,8 +106,9 @@ def command(
         given_flags = {"no-verify": no_verify, "no-gateway": no_gateway, "json": json}
         flags += [f"--{name}" for name, given in given_flags.items() if given]
         files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
-        options = ContainerOptions(image, wheels, read_host().driver)
+        options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
         plan = plan_serve_container(loaded, served, flags, files, log, options)
+        print_warnings(plan.warnings)
         if not dry_run:
             run_container(plan)
         _print_dry_run({"container": plan.command}, plan.shell(), json)

@@ -18,9 +18,10 @@ from trtqwen.engine.flags import NOT_IN_RESULT
 from trtqwen.engine.job import BuildJob, EngineBuilder, Watch
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
+from trtqwen.engine.vllm_builder import VllmBuilder
 from trtqwen.facts.names import CardName
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
 from trtqwen.stage import BuildEvents, Stage
 from trtqwen.system.host import Host
 
@@ -37,6 +38,9 @@ def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
     """What of a recipe changes the engine."""
     if recipe.backend == "torch":
         return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    if recipe.backend == "vllm":
+        limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
+        return {"backend": "vllm", "vllm": (recipe.vllm or VllmSettings()).model_dump(), **limits}
     return recipe.model_dump(exclude=set(NOT_IN_RESULT))
 
 
@@ -114,7 +118,9 @@ class EngineStage(Stage):
         return {name: record.digest for name, record in outputs.items() if name != CONFIG}
 
     def _builder(self) -> EngineBuilder:
-        return TorchBuilder() if self.recipe.backend == "torch" else TrtLlmBuilder(self.host)
+        if self.recipe.backend == "torch":
+            return TorchBuilder()
+        return VllmBuilder() if self.recipe.backend == "vllm" else TrtLlmBuilder(self.host)
 
     def _job(self) -> BuildJob:
         manifest = read_manifest(self.checkpoint, "checkpoint")

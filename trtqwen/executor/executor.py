@@ -82,19 +82,7 @@ class Executor:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
         """Run requests together and wait for all; each one's responses in order."""
-        responses: dict[str, list[Response]] = {request.id: [] for request in requests}
-        finished: queue.Queue[str] = queue.Queue()
-
-        def collect(response: Response) -> None:
-            responses[response.request_id].append(response)
-            if response.finish_reason is not None:
-                finished.put(response.request_id)
-
-        for request in requests:
-            self.submit(request, collect)
-        for _ in requests:
-            finished.get()
-        return [responses[request.id] for request in requests]
+        return collect_all(self.submit, requests)
 
     @property
     def alive(self) -> bool:
@@ -205,6 +193,23 @@ class Executor:
             callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
         self._stats.put(None)
         self._ready.set()
+
+
+def collect_all(submit: Callable[[Request, OnResponse], None], requests: Sequence[Request]) -> list[list[Response]]:
+    """Submit requests together and wait for all; each one's responses in order."""
+    responses: dict[str, list[Response]] = {request.id: [] for request in requests}
+    finished: queue.Queue[str] = queue.Queue()
+
+    def collect(response: Response) -> None:
+        responses[response.request_id].append(response)
+        if response.finish_reason is not None:
+            finished.put(response.request_id)
+
+    for request in requests:
+        submit(request, collect)
+    for _ in requests:
+        finished.get()
+    return [responses[request.id] for request in requests]
 
 
 def _resident_bytes(process: subprocess.Popen[str]) -> int:

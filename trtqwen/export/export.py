@@ -32,7 +32,8 @@ from trtqwen.export.int8 import (
     shared_smoother,
 )
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
-from trtqwen.hf.source import INDEX, TOKENIZER_FILES
+from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
+from trtqwen.hf.weights import INDEX
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
 from trtqwen.safetensors_io import Array, SafetensorsWriter, TensorSpec
 
@@ -320,7 +321,6 @@ def _shards(specs: Mapping[str, TensorSpec], limit: int) -> list[dict[str, Tenso
 def _hf_config(checkpoint: Checkpoint) -> HfConfig:
     config = checkpoint.config
     return HfConfig(
-        architectures=[ARCHITECTURE],
         model_type="qwen2",
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

@@ -31,14 +31,13 @@ def create_app(config: GatewayConfig) -> FastAPI:
         InputError: if the repository, its chat template or the keys file cannot be used.
     """
     model = load_model(config.repository, config.model_name)
-    text = model.tokenizer.chat_template
-    template = None if text is None else ChatTemplate(text)
+    template = model.tokenizer.chat_template
     authenticator = read_keys(config.api_keys)
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(config, model, template, metrics) as runtime:
+        async with running(config, model, None if template is None else ChatTemplate(template), metrics) as runtime:
             app.state.runtime = runtime
             yield
 

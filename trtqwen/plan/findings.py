@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from trtqwen.checkpoint.config import Dtype
 from trtqwen.diagnostics import Diagnostic, InputError, Level
-from trtqwen.hf.config import TRAINED_CONTEXT, HfConfig
+from trtqwen.engine.limits import context_words, longer_context, needed_factor
+from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
 from trtqwen.plan.layouts import Layout
@@ -25,7 +25,6 @@ _SIZES = (
     "vocab_size",
     "tie_word_embeddings",
 )
-_LARGEST_FACTOR = 32  # of YaRN, in a recipe
 _MOST_TOKENS_A_STEP = 16384  # trtllm-build warns above; NVIDIA saw no gain from 8192 on
 _MOST_BUFFERS = 0.1  # share of the card
 _WORTH_SHARDING = 0.05  # share of the KV cache
@@ -115,25 +114,13 @@ def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Lay
 
 def _context(recipe: Recipe, config: HfConfig) -> Iterator[Diagnostic]:
     length, factor = recipe.engine.max_seq_len, recipe.checkpoint.yarn_factor
-    needed = max(1, math.ceil(length / TRAINED_CONTEXT))
-    stretch = f"lower engine.max_seq_len to {min(length, config.max_position_embeddings)}"
-    if 1 < needed <= _LARGEST_FACTOR and (config.rope_scaling is None or factor is not None):
-        stretch = f"set checkpoint.yarn_factor: {needed}.0"
-    if length > config.max_position_embeddings:
+    needed = needed_factor(recipe, config)
+    if length > config.context:
         yield Diagnostic(
-            f"engine.max_seq_len {length:,} exceeds the {config.max_position_embeddings:,} tokens that the model "
-            "carries; the build refuses it",
-            stretch,
+            f"engine.max_seq_len {length:,} exceeds {context_words(config)}; the build refuses it",
+            longer_context(recipe, config),
             "error",
             "context",
-        )
-    elif length > TRAINED_CONTEXT and config.rope_scaling is None:
-        yield Diagnostic(
-            f"engine.max_seq_len {length:,} is beyond the {TRAINED_CONTEXT:,} tokens that Qwen2.5 was trained on: "
-            "it reads more only with YaRN",
-            stretch,
-            "warning",
-            "yarn",
         )
     elif factor is not None and needed < factor:
         smallest = f"checkpoint.yarn_factor: {needed}.0" if needed > 1 else "no checkpoint.yarn_factor"

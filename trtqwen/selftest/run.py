@@ -86,7 +86,7 @@ def run_selftest(
     Raises:
         EngineError: if this machine cannot build or run the engine.
     """
-    _check(host)
+    check_machine(host)
     tokenizer = Tokenizer(MODEL)
     assert tokenizer.chat_template is not None
     texts = [prompt.prompt for prompt in load_prompts()]
@@ -125,7 +125,12 @@ def judge(
     return PromptResult(text, same, "tie" if distance <= tie else "differs", distance)
 
 
-def _check(host: Host) -> None:
+def check_machine(host: Host) -> None:
+    """Refuse a machine without TensorRT-LLM or without a GPU.
+
+    Raises:
+        EngineError: naming what is missing.
+    """
     present = {"trtllm-build": host.trtllm_build, "a GPU": host.visible_gpus}
     missing = [name for name, found in present.items() if not found]
     if missing:
@@ -135,7 +140,7 @@ def _check(host: Host) -> None:
                 "selftest runs TensorRT-LLM beside the embedded engine, and this machine lacks "
                 f"{' and '.join(missing)}"
             ),
-            f"run it on a GPU host in {image}",
+            f"run `trtqwen selftest --in-container` on a GPU host, which takes {image}",
         )
 
 

@@ -19,7 +19,7 @@ from tritonclient.utils import (
 )
 
 from trtqwen.diagnostics import InputError, ServerError
-from trtqwen.hf.tokenizer import render_chat
+from trtqwen.hf.chat_template import DEFAULT, ChatTemplate
 from trtqwen.triton.contract import older_names
 
 Array = npt.NDArray[Any]
@@ -70,13 +70,13 @@ def stream(
 
     Args:
         url: host:port of Triton's gRPC endpoint.
-        chat: render the prompt as a user's message by the model's chat template, if it has one.
+        chat: render the prompt as a user's message by the model's chat template.
         request_id: unique on the server; made up if not given.
         timeout: seconds for the whole answer.
 
     Raises:
         ServerError: if the server cannot be reached, refuses the request or is not done in time.
-        InputError: if the prompt is not Unicode text, or the chat template refuses it.
+        InputError: if the prompt is not Unicode text, the chat template refuses it, or there is none.
     """
     request_id = request_id or uuid.uuid4().hex
     with grpc.insecure_channel(url) as channel:
@@ -106,7 +106,12 @@ def _rendered(stub: Any, prompt: str) -> str:
     request = service_pb2.ModelConfigRequest(name="preprocessing")
     config = stub.ModelConfig(request, timeout=_CONTROL_SECONDS).config
     template = config.parameters["chat_template"].string_value
-    return render_chat(template, [{"role": "user", "content": prompt}]) if template else prompt
+    if not template:
+        raise InputError(
+            "the model has no chat template, so a prompt cannot be rendered as a user's message",
+            "pass --raw to have the prompt completed as it is",
+        )
+    return ChatTemplate({DEFAULT: template}).render([{"role": "user", "content": prompt}])
 
 
 def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, Array]:

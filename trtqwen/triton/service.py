@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from trtqwen.diagnostics import TrtQwenError
-from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import FinishReason, PromptLogProbs, Response, TopLogProbs
 from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.triton.engines import Engine
 from trtqwen.triton.metrics import Gauges, gauges
 from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
 
@@ -190,7 +190,7 @@ class EngineService:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Engine,
         limits: Limits,
         token_bytes: Sequence[bytes],
         *,

@@ -106,7 +106,11 @@ def _prompts(model: ServedModel, request: CompletionRequest) -> tuple[list[str],
     """The prompts as they were sent, and as token ids."""
     texts, prompts = [], []
     for prompt in _listed(request.prompt):
-        ids = model.encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
+        ids = (
+            model.encode(prompt, "prompt", raw=request.add_special_tokens is not False)
+            if isinstance(prompt, str)
+            else tuple(prompt)
+        )
         if not ids:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
         check_ids(model, ids, "prompt")

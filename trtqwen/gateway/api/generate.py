@@ -21,7 +21,8 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
 from trtqwen.gateway.generation.generator import GenerationPlan, Generator, Usage, fit_answer
 from trtqwen.gateway.generation.inputs import Sampling
-from trtqwen.gateway.model import GenerationDefaults, ServedModel
+from trtqwen.gateway.model import ServedModel
+from trtqwen.hf.generation import GenerationDefaults
 
 _GREEDY = GenerationDefaults(do_sample=False)
 _SAMPLED = GenerationDefaults()
@@ -48,7 +49,7 @@ def plan_plain(
         ApiError: naming the field, if it cannot be served as asked.
     """
     refuse_unsupported(request)
-    prompt = model.encode(request.text_input, "text_input")
+    prompt = model.encode(request.text_input, "text_input", raw=True)
     if not prompt:
         raise bad_request("text_input has no tokens; send some text", param="text_input")
     samples = (request.temperature, request.top_k, request.top_p) != (None, None, None)

@@ -9,7 +9,8 @@ from trtqwen.gateway.api.schemas import GenerateRequest, SamplingFields
 from trtqwen.gateway.errors import bad_request
 from trtqwen.gateway.generation.guide import Guide
 from trtqwen.gateway.generation.inputs import Sampling
-from trtqwen.gateway.model import GenerationDefaults, ServedModel
+from trtqwen.gateway.model import ServedModel
+from trtqwen.hf.generation import GenerationDefaults
 from trtqwen.triton.words import Words
 
 _NEUTRAL = {

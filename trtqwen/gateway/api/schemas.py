@@ -137,7 +137,7 @@ class SamplingFields(Schema):
     return_tokens_as_token_ids: Annotated[Any, Refused("tokens are texts and bytes")] = None
     kv_transfer_params: Annotated[Any, Refused("prompts are read where they are answered")] = None
     lora_path: Annotated[Any, Refused("there is one model")] = None
-    add_special_tokens: Annotated[Any, NoEffect("Qwen's tokenizers add none")] = None
+    add_special_tokens: bool | None = None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
@@ -282,6 +282,7 @@ class ChatRequest(SamplingFields):
     verbosity: Annotated[Any, NoEffect("say in the prompt how long an answer should be")] = None
     store: Annotated[Any, NoEffect("answers are never kept")] = None
     stream_reasoning: Annotated[Any, NoEffect("reasoning is streamed with the rest")] = None
+    add_special_tokens: Annotated[Any, NoEffect("the chat template writes them")] = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None
     documents: Annotated[Any, Refused("put them into the messages")] = None
     mm_processor_kwargs: Annotated[Any, Refused("the model reads text alone")] = None
@@ -363,7 +364,7 @@ class TokenizeRequest(Schema):
     continue_final_message: bool | None = None
     chat_template_kwargs: AnyObject | None = None
     return_token_strs: bool | None = None
-    add_special_tokens: Annotated[Any, NoEffect("Qwen's tokenizers add none")] = None
+    add_special_tokens: bool | None = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None
 
 

@@ -118,7 +118,7 @@ def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("send either a prompt or messages", param="prompt")
     if body.prompt is not None:
-        return runtime.model.encode(body.prompt, "prompt")
+        return runtime.model.encode(body.prompt, "prompt", raw=body.add_special_tokens is not False)
     conversation = Conversation(
         runtime.model,
         runtime.template,

@@ -1,4 +1,4 @@
-"""Triton model `tensorrt_llm` on the embedded engine: token ids in, token ids out as they come."""
+"""Triton model `tensorrt_llm` on an engine that trtqwen runs: token ids in, token ids out as they come."""
 
 import json
 import os
@@ -11,8 +11,8 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import EngineError
-from trtqwen.executor.executor import Executor
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
 from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService
@@ -26,7 +26,8 @@ class TritonPythonModel:
         parameters = engine_parameters(args)
         token_bytes = Tokenizer(parameters.tokenizer).token_bytes
         self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
-        self._executor = Executor(parameters.engine, parameters.executor, verify=FILES_VERIFIED not in os.environ)
+        verify = FILES_VERIFIED not in os.environ
+        self._executor = open_engine(parameters.engine, parameters.executor, verify=verify)
         config = self._executor.engine_config
         limits = Limits(config.pretrained_config.vocab_size, config.build_config.max_batch_size)
         self._service = EngineService(
