@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -34,8 +35,8 @@ from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.upstream import _reply
 from trtqwen.gateway.model import ServedModel, load_model
 from trtqwen.gateway.state import plan_admission
-from trtqwen.hf.generation import GenerationDefaults
 from trtqwen.hf import chat_template as hf
+from trtqwen.hf.generation import GenerationDefaults
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
@@ -69,6 +70,9 @@ def test_broken_templates_and_refusals_are_errors() -> None:
     with pytest.raises(ApiError, match="refuses these messages: roles must alternate") as caught:
         template.render([], [])
     assert caught.value.status == 400
+
+
+loaded = cache(load_model)
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -148,7 +152,7 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
 def test_an_answer_always_fits(
     engine_repository: Path, prompt: int, asked: int | None, default: int | None, most: int | None, cache: int | None
 ) -> None:
-    model = load_model(engine_repository)
+    model = loaded(engine_repository)
     config = GatewayConfig(
         repository=engine_repository, default_max_tokens=default, max_tokens=most, kv_cache_tokens=cache
     )

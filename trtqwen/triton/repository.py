@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import json_format, text_format
+from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
 from trtqwen.artifact import Manifest, read_manifest, stage_key
@@ -23,7 +23,6 @@ from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
 _MODELS = Path(__file__).with_name("models")
-_EXTENSIONS = Path(__file__).with_name("extensions.json")
 _BACKENDS: dict[Backend, str] = {"torch": "python", "vllm": "python", "tensorrt_llm": "tensorrtllm"}
 
 # The repository carries its own copy of the tokenizer: building the engine again under a running server does not
@@ -244,18 +243,9 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
         config.parameters["recv_poll_period_ms"].string_value = str(_RECV_POLL_MS)
     elif "guided_decoding_backend" in config.parameters:  # from 0.19
         _set_parameters(config, guided_decoding_backend="xgrammar")
-    if built.backend == "torch":
-        _extend(config)
     config.model_transaction_policy.decoupled = True
     _set_instances(config, replicas)
     _set_batching(config, serve)
-
-
-def _extend(config: ModelConfig) -> None:
-    """Add the tensors that the embedded engine has beyond upstream's: clients of upstream's do not see them."""
-    own = json_format.ParseDict(json.loads(_EXTENSIONS.read_text(encoding="utf-8")), ModelConfig())
-    config.input.extend(own.input)
-    config.output.extend(own.output)
 
 
 def _tokenizer_info(engine: Path) -> str:

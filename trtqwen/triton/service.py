@@ -209,19 +209,26 @@ class EngineService:
         self._lock = threading.Lock()
 
     def handle(
-        self, request_id: str, inputs: Mapping[str, Array], sender: Sender, *, client_id: str | None = None
+        self,
+        request_id: str,
+        inputs: Mapping[str, Array],
+        sender: Sender,
+        *,
+        client_id: str | None = None,
+        extensions: str = "",
     ) -> None:
         """Serve one request; whatever is wrong with it is its own error.
 
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
                 can stop the request by it. What Triton loses of its errors, that model is told when it stops it.
+            extensions: JSON, as `tensors.read_generation` takes it.
         """
         try:
             if asks_to_stop(inputs):
                 self._stop(request_id, sender)
             else:
-                generation = read_generation(inputs, self._ids, self._limits)
+                generation = read_generation(inputs, self._ids, self._limits, extensions)
                 self._generate(request_id, client_id, generation, sender)
         except TrtQwenError as problem:
             sender.fail(str(problem))
