@@ -36,6 +36,7 @@ ORDER = (
     "verify",
     "doctor",
     "gateway",
+    "batch",
     "build",
     "containers",
     "images",

@@ -184,17 +184,16 @@ def test_the_major_version_of_cuda_decides_about_the_driver(
 ) -> None:
     """NVIDIA's rule, the same for all cards: CUDA 12 runs from 525 on, CUDA 13 from 580 on."""
     recipe = TP4.model_copy(update={"checkpoint": TP4.checkpoint.model_copy(update={"release": release})})
-    host = {"driver": driver, "gpus": (gpu,)}
     if verdict != "error":
-        warnings = build_plan(recipe, tmp_path, **host).warnings
+        warnings = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,)).warnings
         assert [warning.level for warning in warnings] == ([verdict] if verdict else [])
         return
     with pytest.raises(InputError) as caught:
-        build_plan(recipe, tmp_path, **host)
+        build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,))
     assert f"or newer, here is {driver}" in caught.value.what
     assert ("GeForce cards have no forward compatibility" in caught.value.what) == (gpu == GEFORCE)
     assert "--skip-gates" in caught.value.hint
-    (warning,) = build_plan(recipe, tmp_path, skip_gates=True, **host).warnings
+    (warning,) = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,), skip_gates=True).warnings
     assert warning.what == f"--skip-gates: {caught.value.what}"
 
 

@@ -89,7 +89,7 @@ def test_long_bad_words_need_a_newer_vllm() -> None:
 
 
 def engine(**changes: Any) -> EngineConfig:
-    hf = HfConfig(architectures=["Qwen2ForCausalLM"], model_type="qwen2", rms_norm_eps=1e-6, **TINY)
+    hf = HfConfig(model_type="qwen2", rms_norm_eps=1e-6, **TINY)
     content = checkpoint_config(
         hf,
         "bfloat16",

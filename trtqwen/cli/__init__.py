@@ -35,6 +35,7 @@ COMMANDS = {
     "serve": "Serve a model repository with Triton and the web gateway.",
     "gateway": "Serve the web gateway alone, in front of running Triton servers.",
     "infer": "Stream one answer from a running server.",
+    "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",
     "doctor": "Check this host, and what you built, for known problems.",
     "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",

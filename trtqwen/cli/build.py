@@ -20,7 +20,6 @@ from trtqwen.cli.output import (
     NoVerify,
     SkipGates,
     Wheels,
-    print_findings,
     print_json,
     print_warnings,
     progress_bars,
@@ -77,7 +76,7 @@ def command(
         if not dry_run:
             run_container(container)
     plan = plan_build(loaded, model, engines, repository)
-    print_findings(plan.conversion.findings)
+    print_warnings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
         _print_plan(plan, container, verify=not no_verify, json=json)

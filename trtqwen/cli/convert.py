@@ -19,7 +19,7 @@ from trtqwen.checkpoint.convert import (
     run_conversion,
 )
 from trtqwen.checkpoint.rule import Ranges
-from trtqwen.cli.output import Bars, DryRun, Json, print_findings, print_json, progress_bars, size, stdout
+from trtqwen.cli.output import Bars, DryRun, Json, print_json, print_warnings, progress_bars, size, stdout
 from trtqwen.facts.names import Release
 from trtqwen.layout import rank_weights
 from trtqwen.recipe import (
@@ -118,7 +118,7 @@ def command(
     check_output(output, force=force, sources=[model])
     plan = plan_conversion(model, override(base, changes))
     check_kv_cache(plan, force=force)
-    print_findings(plan.findings)
+    print_warnings(plan.findings)
     summary = _summary(plan, output)
     if not dry_run:
         start = time.perf_counter()

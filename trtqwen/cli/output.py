@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,17 +64,12 @@ ModelName = Annotated[
 ]
 
 
-def print_findings(findings: Iterable[Diagnostic]) -> None:
-    """Warnings and notes about what a command was given, on standard error."""
-    for finding in findings:
-        style = "yellow" if finding.level == "warning" else None
-        stderr.print(f"{finding.level}: {finding}", style=style, markup=False, highlight=False, soft_wrap=True)
-
-
 def print_warnings(warnings: Iterable[Diagnostic]) -> None:
-    """Warnings on standard error, each with its hint."""
+    """Warnings and notes on standard error, each with its hint."""
     for warning in warnings:
-        stderr.print(f"warning: {warning.what}", style="bold yellow", markup=False, highlight=False, soft_wrap=True)
+        style = "bold yellow" if warning.level != "note" else None
+        level = "note" if warning.level == "note" else "warning"
+        stderr.print(f"{level}: {warning.what}", style=style, markup=False, highlight=False, soft_wrap=True)
         if warning.hint:
             stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
@@ -93,6 +89,19 @@ class Bars:
         """Add a bar with bytes and rate, or with a count of units. Call the result with each progress."""
         task = self._progress.add_task(title, total=total, unit=unit)
         return lambda count: self._progress.advance(task, count)
+
+    def rated(self, title: str, total: int, *, unit: str, what: str) -> Callable[[int, int], None]:
+        """A bar of `unit` with the rate of something else; call the result with what was done of both."""
+        task = self._progress.add_task(title, total=total, unit=unit)
+        begun, amount = time.monotonic(), 0
+
+        def show(count: int, more: int) -> None:
+            nonlocal amount
+            amount += more
+            rate = amount / max(time.monotonic() - begun, 1e-3)
+            self._progress.update(task, advance=count, description=f"{title} {rate:,.0f} {what}")
+
+        return show
 
     def tail(self, title: str) -> Callable[[str, int, int], None]:
         """Add a bar of counted results with the latest line of a log. Call the result with line, count and total."""

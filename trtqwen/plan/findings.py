@@ -242,14 +242,14 @@ def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Diag
     low, high = sorted(_ratios(best, mine))
     if low < _CLEARLY_FASTER:
         return
-    merits = ["the latency of one stream"] if mine.one_stream.fast > best.one_stream.fast else []
+    merits = ["the latency of one stream"] if mine.one_stream.forecast.high > best.one_stream.forecast.high else []
     if mine.replicas * mine.full_length > best.replicas * best.full_length:
         merits.append("many long requests")
     keep = f"; {mine.name} is for {' and '.join(merits)}" if merits else ""
     yield Diagnostic(
-        f"{best.name} gives {low:.1f} to {high:.1f} times the throughput of {mine.name}, with {best.load} requests "
-        f"in flight instead of {mine.load}; one stream alone runs at {_span(best.one_stream)} tokens/s there, at "
-        f"{_span(mine.one_stream)} here",
+        f"{best.name} is likely to give {low:.1f} to {high:.1f} times the throughput of {mine.name}, with "
+        f"{best.load} requests in flight instead of {mine.load}; one stream alone runs at about "
+        f"{best.one_stream.forecast.typical:,.0f} tokens/s there, at {mine.one_stream.forecast.typical:,.0f} here",
         f"set checkpoint.tp_size: {best.tp_size}{', pp_size: 1' * (mine.pp_size > 1)} and serve.replicas: "
         f"{best.replicas}{keep}",
         "warning",
@@ -273,13 +273,10 @@ def _embedding(recipe: Recipe, memory: tuple[RankMemory, ...]) -> Iterator[Diagn
 
 
 def _ratios(layout: Layout, by: Layout) -> tuple[float, float]:
-    return layout.throughput.fast / by.throughput.fast, layout.throughput.slow / by.throughput.slow
+    """With the slow link and with the fast one; what measured points reach is the same for both layouts."""
+    one, other = layout.throughput.forecast, by.throughput.forecast
+    return one.low / other.low, one.high / other.high
 
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB"
-
-
-def _span(span: tuple[float, float]) -> str:
-    low, high = f"{min(span):,.0f}", f"{max(span):,.0f}"
-    return low if low == high else f"{low} to {high}"

@@ -22,6 +22,8 @@ from trtqwen.triton.contract import EXTENSIONS
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
+# Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
+_OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
@@ -73,15 +75,18 @@ class _Call:
 class Replica:
     """One Triton server.
 
+    Args:
+        stub: what to call in place of the server at the address.
+
     Attributes:
         heard: when it last sent a token, in seconds of the monotonic clock.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, stub: Any = None) -> None:
         self.address = address
         self.heard = float("-inf")
-        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = None if stub else grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self._stub = stub or service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._calls: set[_Call] = set()
 
     async def generate(
@@ -101,7 +106,10 @@ class Replica:
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        request = infer_request(MODEL, request_id, inputs)
+        outputs = ["output_ids", *(output for name, output in _OUTPUTS.items() if name in inputs)]
+        if "return_prompt_log_probs" in extensions:
+            outputs.append("context_logits")
+        request = infer_request(MODEL, request_id, inputs, outputs)
         if extensions:
             request.parameters[EXTENSIONS].string_param = json.dumps(extensions)
         call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
@@ -151,7 +159,8 @@ class Replica:
                 call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
