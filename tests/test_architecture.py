@@ -43,6 +43,7 @@ ORDER = (
     "demo",
     "selftest",
     "bench",
+    "deploy",
     "cli",
     "__main__",
 )

@@ -37,6 +37,7 @@ COMMANDS = {
     "infer": "Stream one answer from a running server.",
     "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",
+    "deploy": "Write files for Prometheus, Grafana, Docker Compose and Kubernetes.",
     "doctor": "Check this host, and what you built, for known problems.",
     "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",
 }

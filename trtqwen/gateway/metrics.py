@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
@@ -15,6 +15,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory, CPU time and open files of this process
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", _LATENCY
         )
@@ -38,11 +39,29 @@ class Metrics:
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
+        self.queue_age_seconds = self._gauge("queue_age_seconds", "Waiting time of the sequence that waits longest")
+        self.ready = self._gauge("ready", "Whether new requests are taken and a replica answers")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
+        self.replica_in_flight = self._gauge("replica_in_flight", "Sequences on a replica", "replica")
+        self.replica_in_flight_tokens = self._gauge(
+            "replica_in_flight_tokens", "Tokens of the sequences on a replica, at most", "replica"
+        )
+        self.replica_sequences = self._counter("replica_sequences", "Sequences sent to a replica", "replica")
+        self.cached_prompt_tokens = self._counter(
+            "cached_prompt_tokens", "Prompt tokens that a replica found in its KV cache", "replica"
+        )
+        # The names that the endpoint picker of the Gateway API inference extension reads by default.
+        self.picker_waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait", registry=self._registry)
+        self.picker_running = Gauge("vllm:num_requests_running", "Sequences on the engine", registry=self._registry)
+        self.picker_cache = Gauge(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache that is reserved, 0 to 1", registry=self._registry
+        )
 
     def value(self, name: str) -> float:
         """What a gauge says now."""
-        return self._registry.get_sample_value(f"{_PREFIX}_{name}") or 0.0
+        full = f"{_PREFIX}_{name}"
+        families = self._registry.restricted_registry([full]).collect()
+        return next((float(sample.value) for family in families for sample in family.samples), 0.0)
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

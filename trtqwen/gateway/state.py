@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
@@ -69,6 +70,7 @@ async def running(
         stall_seconds=config.stall_seconds,
         prompt_tokens_per_second=config.prompt_tokens_per_second,
     )
+    _show(metrics, replicas, gate, monitor)
     generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
     watch = asyncio.create_task(monitor.watch())
     try:
@@ -79,3 +81,21 @@ async def running(
             await watch
         for replica in replicas:
             await replica.close()
+
+
+def _show(metrics: Metrics, replicas: Sequence[Replica], gate: Gate, monitor: Monitor) -> None:
+    """Let the gauges whose values are known elsewhere ask for them when they are read."""
+    metrics.queue_age_seconds.set_function(lambda: gate.queue_age)
+    metrics.ready.set_function(lambda: float(monitor.ready and not gate.draining))
+    metrics.picker_waiting.set_function(lambda: metrics.value("queued"))
+    metrics.picker_running.set_function(lambda: metrics.value("in_flight"))
+    metrics.picker_cache.set_function(lambda: gate.cache_share)
+    for number, replica in enumerate(replicas):
+        metrics.replica_sequences.labels(replica.address)
+        metrics.cached_prompt_tokens.labels(replica.address)
+        metrics.replica_in_flight.labels(replica.address).set_function(partial(_running, gate, number, 0))
+        metrics.replica_in_flight_tokens.labels(replica.address).set_function(partial(_running, gate, number, 1))
+
+
+def _running(gate: Gate, number: int, which: int) -> float:
+    return float(gate.running(number)[which])

@@ -39,6 +39,21 @@ class Gate:
     def idle(self) -> bool:
         return not self._turns
 
+    @property
+    def queue_age(self) -> float:
+        """Seconds that the ticket at the head of the queue has waited; 0 if none waits."""
+        oldest = self._admission.oldest
+        return 0.0 if oldest is None else time.monotonic() - oldest.arrived
+
+    @property
+    def cache_share(self) -> float:
+        """Share of the replicas' KV caches that running tickets reserve."""
+        return self._admission.in_flight_tokens / (self._admission.capacity.tokens * self._admission.replicas)
+
+    def running(self, replica: int) -> tuple[int, int]:
+        """Sequences on a replica, and their tokens."""
+        return self._admission.running(replica)
+
     def check_room(self) -> None:
         """Refuse at once what the queue has no place for: under overload, even tokenising it costs the others.
 
@@ -58,7 +73,8 @@ class Gate:
                 more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        tickets = [Ticket(count) for count in token_counts]
+        now = time.monotonic()
+        tickets = [Ticket(count, now) for count in token_counts]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
