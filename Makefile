@@ -32,7 +32,7 @@ docs: .venv/developer
 	touch $@
 
 .venv/user: .venv/pip pyproject.toml constraints.txt
-	$(INSTALL) '.[torch,triton]'
+	$(INSTALL) '.[torch,triton]' --no-compile
 	touch $@
 
 .venv/developer: .venv/pip pyproject.toml constraints.txt

@@ -31,6 +31,7 @@ ORDER = (
     "engine",
     "executor",
     "vllm",
+    "llmapi",
     "triton",
     "plan",
     "verify",

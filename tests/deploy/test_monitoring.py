@@ -26,7 +26,7 @@ from trtqwen.deploy.rules import Thresholds, alerts, recordings
 from trtqwen.system.sockets import listen
 
 pytestmark = pytest.mark.triton
-SELECTOR = re.compile(r"\b((?:trtqwen|nv|DCGM|process)[\w:]*|up)\b(\{[^}]*\})?")
+SELECTOR = re.compile(r"\b((?:trtqwen|nv|DCGM)[\w:]*|up)\b(\{[^}]*\})?")
 
 
 class Prometheus:

@@ -89,7 +89,7 @@ def dcgm_gpu(utilization: float = 50, used: float = 12) -> dict[str, str]:
 
 
 def memory(values: str) -> dict[str, str]:
-    return {f"process_resident_memory_bytes{{{GATEWAY}}}": values, **gauge("ready", 1)}
+    return gauge("resident_memory_bytes", values)
 
 
 HERE, ENGINE, GPU = {"instance": "a:8080"}, {"instance": "a:8002"}, {"gpu": "GPU-1"}
@@ -145,8 +145,9 @@ CASES = [
         {f"nv_cpu_memory_used_bytes{{{TRITON}}}": "85+0xN", f"nv_cpu_memory_total_bytes{{{TRITON}}}": "100+0xN"},
         None,
     ),
-    Case("TrtqwenQueueAgeHigh", gauge("queue_age_seconds", 11), {}, "15s"),
-    Case("TrtqwenQueueAgeHigh", gauge("queue_age_seconds", 9), None),
+    Case("TrtqwenQueueAgeHigh", gauge("queue_since_timestamp_seconds", 1), {}, "30s"),
+    Case("TrtqwenQueueAgeHigh", gauge("queue_since_timestamp_seconds", "6+15xN"), None),
+    Case("TrtqwenQueueAgeHigh", gauge("queue_since_timestamp_seconds", 0), None),  # nobody waits
     Case("TrtqwenErrorRateHigh", requests(90, s500=4, s503=6), {}),
     Case("TrtqwenErrorRateHigh", requests(90, s400=50, s429=50, s500=1), None),
     Case("TrtqwenErrorRateHigh", requests(0), None),

@@ -148,7 +148,7 @@ SERVICE = Dashboard(
                 Panel(
                     "CPU",
                     "percentunit",
-                    ((f"rate(process_cpu_seconds_total[1m]) and on (instance) {_gateway('ready')}", "{{instance}}"),),
+                    ((f"rate({_gateway('cpu_seconds_total')}[1m])", "{{instance}}"),),
                 ),
                 Panel(
                     "Probes", "reqps", ((f"sum by (result) (rate({_gateway('probes_total')}[1m]))", "{{result}}"),)

@@ -14,6 +14,7 @@ from trtqwen.diagnostics import InputError
 
 RUNBOOK = "docs/monitoring.md"
 _GATEWAY = "trtqwen_gateway"
+_QUEUE_AGE = f"max(time() - ({_GATEWAY}_queue_since_timestamp_seconds > 0)) or vector(0)"
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def recordings() -> tuple[Recording, ...]:
         ),
         Recording("trtqwen:in_flight:sum", f"sum({_GATEWAY}_in_flight)"),
         Recording("trtqwen:queued:sum", f"sum({_GATEWAY}_queued)"),
-        Recording("trtqwen:queue_age_seconds:max", f"max({_GATEWAY}_queue_age_seconds)"),
+        Recording("trtqwen:queue_age_seconds:max", _QUEUE_AGE),
         Recording("trtqwen:replicas_up:sum", f"sum(max by (replica) ({_GATEWAY}_replica_up))"),
         Recording("trtqwen:queued_per_replica:ratio", "trtqwen:queued:sum / clamp_min(trtqwen:replicas_up:sum, 1)"),
         Recording("trtqwen:engine_active:sum", _engine("request", "request_type", "active")),
@@ -182,8 +183,7 @@ def recordings() -> tuple[Recording, ...]:
         ),
         Recording(
             "trtqwen:resident_memory:bytes",
-            f"label_replace(sum by (instance) (process_resident_memory_bytes and on (instance) {_GATEWAY}_ready), "
-            '"part", "gateway", "", "") or '
+            f'label_replace(sum by (instance) ({_GATEWAY}_resident_memory_bytes), "part", "gateway", "", "") or '
             f"label_replace({_engine('runtime_memory', 'memory_type', 'cpu')}, "
             '"part", "engine", "", "")',
         ),

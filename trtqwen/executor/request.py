@@ -190,7 +190,7 @@ class Command(_Message):
 
 
 class Event(_Message):
-    """What a rank tells the client, one a line of JSON; exactly one field is set."""
+    """What a rank tells the client, in the frames of `wire`; exactly one field is set."""
 
     ready: bool = False
     response: Response | None = None

@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+import os
+from typing import Literal
 
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+# Set before prometheus_client is imported, it makes all processes with the same value count together.
+SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+
+_Mode = Literal["mostrecent", "livesum"]  # how the values of several processes become one
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
@@ -15,7 +23,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)  # memory, CPU time and open files of this process
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", _LATENCY
         )
@@ -39,7 +46,10 @@ class Metrics:
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
-        self.queue_age_seconds = self._gauge("queue_age_seconds", "Waiting time of the sequence that waits longest")
+        self.queue_since = self._gauge(
+            "queue_since_timestamp_seconds",
+            "When the sequence arrived that waits longest, in Unix time; 0 if none waits",
+        )
         self.ready = self._gauge("ready", "Whether new requests are taken and a replica answers")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
         self.replica_in_flight = self._gauge("replica_in_flight", "Sequences on a replica", "replica")
@@ -50,22 +60,32 @@ class Metrics:
         self.cached_prompt_tokens = self._counter(
             "cached_prompt_tokens", "Prompt tokens that a replica found in its KV cache", "replica"
         )
+        self.resident_bytes = self._gauge(
+            "resident_memory_bytes", "Resident memory of the gateway's processes", mode="livesum"
+        )
+        self.cpu_seconds = self._counter("cpu_seconds", "CPU time of the gateway's processes")
         # The names that the endpoint picker of the Gateway API inference extension reads by default.
-        self.picker_waiting = Gauge("vllm:num_requests_waiting", "Sequences that wait", registry=self._registry)
-        self.picker_running = Gauge("vllm:num_requests_running", "Sequences on the engine", registry=self._registry)
-        self.picker_cache = Gauge(
-            "vllm:kv_cache_usage_perc", "Share of the KV cache that is reserved, 0 to 1", registry=self._registry
+        self.picker_waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait", prefix="")
+        self.picker_running = self._gauge("vllm:num_requests_running", "Sequences on the engine", prefix="")
+        self.picker_cache = self._gauge(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache that is reserved, 0 to 1", prefix=""
         )
 
     def value(self, name: str) -> float:
         """What a gauge says now."""
-        full = f"{_PREFIX}_{name}"
-        families = self._registry.restricted_registry([full]).collect()
-        return next((float(sample.value) for family in families for sample in family.samples), 0.0)
+        return self._everybody().get_sample_value(f"{_PREFIX}_{name}") or 0.0
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._everybody())
+
+    def _everybody(self) -> CollectorRegistry:
+        """The metrics of all processes of this gateway."""
+        if SHARED_DIRECTORY not in os.environ:
+            return self._registry
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return registry
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
@@ -73,5 +93,7 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+    def _gauge(
+        self, name: str, text: str, *labels: str, prefix: str = f"{_PREFIX}_", mode: _Mode = "mostrecent"
+    ) -> Gauge:
+        return Gauge(f"{prefix}{name}", text, labels, registry=self._registry, multiprocess_mode=mode)

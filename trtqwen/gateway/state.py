@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Sequence
+import os
+import time
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.broker import Link, SharedGate
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
@@ -20,6 +23,7 @@ from trtqwen.gateway.model import ServedModel
 
 _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
 Connect = Callable[[str], Replica]  # makes the replica of an address
+_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 
 
@@ -58,10 +62,15 @@ async def running(
     template: ChatTemplate | None,
     metrics: Metrics,
     connect: Connect = Replica,
+    link: Link | None = None,
 ) -> AsyncIterator[Runtime]:
-    """Connect to the replicas and watch them until the block ends."""
+    """Connect to the replicas and watch them until the block ends.
+
+    Args:
+        link: to the broker, in one of several workers.
+    """
     replicas = [connect(address) for address in config.triton]
-    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
+    gate = _own_gate(config, model, metrics) if link is None else SharedGate(link)
     monitor = Monitor(
         replicas,
         gate,
@@ -70,32 +79,35 @@ async def running(
         stall_seconds=config.stall_seconds,
         prompt_tokens_per_second=config.prompt_tokens_per_second,
     )
-    _show(metrics, replicas, gate, monitor)
+    for replica in replicas:  # a counter that nobody has counted is missing, not 0
+        metrics.replica_sequences.labels(replica.address)
+        metrics.cached_prompt_tokens.labels(replica.address)
     generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
-    watch = asyncio.create_task(monitor.watch())
+    tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
+    if isinstance(gate, SharedGate):
+        tasks.append(asyncio.create_task(gate.listen()))
     try:
         yield Runtime(config, model, template, metrics, gate, generator, monitor)
     finally:
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         for replica in replicas:
             await replica.close()
 
 
-def _show(metrics: Metrics, replicas: Sequence[Replica], gate: Gate, monitor: Monitor) -> None:
-    """Let the gauges whose values are known elsewhere ask for them when they are read."""
-    metrics.queue_age_seconds.set_function(lambda: gate.queue_age)
-    metrics.ready.set_function(lambda: float(monitor.ready and not gate.draining))
-    metrics.picker_waiting.set_function(lambda: metrics.value("queued"))
-    metrics.picker_running.set_function(lambda: metrics.value("in_flight"))
-    metrics.picker_cache.set_function(lambda: gate.cache_share)
-    for number, replica in enumerate(replicas):
-        metrics.replica_sequences.labels(replica.address)
-        metrics.cached_prompt_tokens.labels(replica.address)
-        metrics.replica_in_flight.labels(replica.address).set_function(partial(_running, gate, number, 0))
-        metrics.replica_in_flight_tokens.labels(replica.address).set_function(partial(_running, gate, number, 1))
+def _own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics) -> Gate:
+    return Gate(plan_admission(config, model), metrics, config.queue_seconds, config.triton)
 
 
-def _running(gate: Gate, number: int, which: int) -> float:
-    return float(gate.running(number)[which])
+async def _watch_process(metrics: Metrics) -> None:
+    """Tell this process's memory and CPU time until cancelled."""
+    counted = 0.0
+    while True:
+        used = time.process_time()
+        metrics.cpu_seconds.inc(used - counted)
+        counted = used
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
+        await asyncio.sleep(_PROCESS_SECONDS)

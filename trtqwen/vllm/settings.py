@@ -44,6 +44,7 @@ def server_options(
         # A model's generation_config.json would change requests that leave a field out.
         "generation-config": "vllm",
         "logprobs-mode": "raw_logprobs",
+        "enable-prompt-tokens-details": True,
     }
     blocks = kv_cache_blocks(config, executor)
     if gpu_bytes is None and build.tokens_per_block % _CPU_BLOCK:

@@ -21,11 +21,18 @@ class Gate:
 
     Args:
         queue_seconds: how long a ticket may wait.
+        replicas: names of the replicas in the metrics.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+    def __init__(
+        self, admission: Admission, metrics: Metrics, queue_seconds: float, replicas: Sequence[str] = ()
+    ) -> None:
         self._admission = admission
         self._metrics = metrics
+        self._replicas = [
+            (metrics.replica_in_flight.labels(name), metrics.replica_in_flight_tokens.labels(name))
+            for name in replicas
+        ]
         self._queue_seconds = queue_seconds
         self._turns: dict[Ticket, _Turns] = {}  # for each ticket, those of all that came with it, its own among them
         self._draining = False
@@ -38,21 +45,6 @@ class Gate:
     @property
     def idle(self) -> bool:
         return not self._turns
-
-    @property
-    def queue_age(self) -> float:
-        """Seconds that the ticket at the head of the queue has waited; 0 if none waits."""
-        oldest = self._admission.oldest
-        return 0.0 if oldest is None else time.monotonic() - oldest.arrived
-
-    @property
-    def cache_share(self) -> float:
-        """Share of the replicas' KV caches that running tickets reserve."""
-        return self._admission.in_flight_tokens / (self._admission.capacity.tokens * self._admission.replicas)
-
-    def running(self, replica: int) -> tuple[int, int]:
-        """Sequences on a replica, and their tokens."""
-        return self._admission.running(replica)
 
     def check_room(self) -> None:
         """Refuse at once what the queue has no place for: under overload, even tokenising it costs the others.
@@ -137,7 +129,7 @@ class Gate:
     def grow(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens for a running ticket, whose answer has got longer than was reserved."""
         self._admission.grow(ticket, tokens)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+        self._show()
 
     def set_up(self, replica: int, up: bool) -> None:
         """Whether a replica takes requests."""
@@ -159,10 +151,23 @@ class Gate:
             turn = self._turns[ticket][ticket]
             if not turn.done():
                 turn.set_result(replica)
-        self._metrics.in_flight.set(self._admission.in_flight)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
-        self._metrics.queued.set(self._admission.queued)
-        self._metrics.queued_tokens.set(self._admission.queued_tokens)
+        self._show()
+
+    def _show(self) -> None:
+        admission, metrics = self._admission, self._metrics
+        metrics.in_flight.set(admission.in_flight)
+        metrics.in_flight_tokens.set(admission.in_flight_tokens)
+        metrics.queued.set(admission.queued)
+        metrics.queued_tokens.set(admission.queued_tokens)
+        oldest = admission.oldest
+        metrics.queue_since.set(0 if oldest is None else time.time() - (time.monotonic() - oldest.arrived))
+        for number, (requests, tokens) in enumerate(self._replicas):
+            running, reserved = admission.running(number)
+            requests.set(running)
+            tokens.set(reserved)
+        metrics.picker_waiting.set(admission.queued)
+        metrics.picker_running.set(admission.in_flight)
+        metrics.picker_cache.set(admission.in_flight_tokens / (admission.capacity.tokens * admission.replicas))
 
     def _refuse_at_the_door(self) -> None:
         if self._draining:

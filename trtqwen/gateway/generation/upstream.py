@@ -27,6 +27,8 @@ _FURTHER: dict[str, Literal["i", "f"]] = {
     "prompt_top_log_probs": "f",
     "kv_cache_reused_blocks": "i",
 }
+# Without these inputs, ids are all that the gateway reads. Each tensor of a response costs Triton time.
+_ASK_FOR_MORE = {"return_log_probs", "num_top_log_probs", "return_prompt_log_probs", "return_perf_metrics"}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
@@ -104,7 +106,8 @@ class Replica:
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        request = infer_request(MODEL, request_id, inputs)
+        outputs = ("output_ids",) if _ASK_FOR_MORE.isdisjoint(inputs) else ()
+        request = infer_request(MODEL, request_id, inputs, outputs)
         call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
