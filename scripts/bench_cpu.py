@@ -22,7 +22,7 @@ from peers import Server, trtqwen_server, vllm_server
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
-from trtqwen.hf.source import TOKENIZER_FILES
+from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.repository import write_repository
 

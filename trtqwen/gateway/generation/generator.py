@@ -13,7 +13,7 @@ from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
+from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engine_inputs
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
@@ -194,6 +194,7 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
+        extensions = engine_extensions(self.model, plan.sampling)
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
@@ -203,7 +204,7 @@ class Generator:
         answer = _Answer(self.model, plan, index, self.stop_ids)
         reserved = plan.reserved
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun)
+            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun, extensions)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
