@@ -45,6 +45,7 @@ ORDER = (
     "demo",
     "selftest",
     "bench",
+    "deploy",
     "cli",
     "__main__",
 )
