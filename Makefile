@@ -4,13 +4,24 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check format docs lock clean
+.PHONY: demo test test-vllm check format docs lock clean
 
 demo: .venv/user
 	$(BIN)/trtqwen demo
 
-test: .venv/developer
+test: .venv/developer .venv/transformers5
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+
+# A real vLLM, in an environment of its own: its own tests, then the client tests of the serving layer on it.
+VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
+test-vllm: .venv/developer .venv-vllm/installed
+	$(VLLM) $(BIN)/pytest --numprocesses=0 tests/vllm/test_real.py
+	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --numprocesses=2 --dist=loadfile --timeout=300 \
+		tests/triton/test_serving.py tests/gateway/test_openai.py
+
+.venv-vllm/installed: scripts/install_vllm.py
+	$(PYTHON) scripts/install_vllm.py .venv-vllm
+	touch $@
 
 check: .venv/developer
 	$(BIN)/ruff check
@@ -32,12 +43,17 @@ docs: .venv/developer
 	touch $@
 
 .venv/user: .venv/pip pyproject.toml constraints.txt
-	$(INSTALL) '.[torch,triton]'
+	$(INSTALL) '.[torch,triton]' --no-compile
 	touch $@
 
 .venv/developer: .venv/pip pyproject.toml constraints.txt
 	$(INSTALL) '.[all]' --group dev
 	touch $@ .venv/user
+
+# An oracle of the tests beside transformers 4.57: its own dependencies are those of the environment, but for two.
+.venv/transformers5: .venv/developer
+	rm -rf $@
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ transformers==5.24.0 tokenizers==0.23.3 huggingface_hub==2.4.0
 
 # The exact versions that CI installs; needs uv.
 lock:
@@ -45,4 +61,4 @@ lock:
 		--output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-vllm site

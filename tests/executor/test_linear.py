@@ -40,3 +40,11 @@ def test_smoothquant_gives_the_same_from_int8_and_from_float(per_channel: bool, 
     hidden = torch.randn(5, 32)
     layers = [SmoothQuantLinear(w, scale, torch.randn(20).zero_(), None, *fixed) for w in (weight, weight.float())]
     torch.testing.assert_close(layers[0](hidden), layers[1](hidden), atol=1e-4, rtol=1e-4)
+
+
+def test_a_packed_matrix_multiplies_on_in_one_pass() -> None:
+    torch.manual_seed(0)
+    weight, hidden, factor = torch.randn(40, 48), torch.randn(5, 48), torch.randn(5, 40)
+    packed, product = PackedLinear(weight, None), hidden @ weight.T
+    torch.testing.assert_close(packed.silu(hidden), torch.nn.functional.silu(product), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(packed.times(hidden, factor), product * factor, atol=1e-4, rtol=1e-4)

@@ -18,15 +18,18 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig
 from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
+from trtqwen.executor.wire import EventDecoder, merged
 from trtqwen.system.processes import Relay
 
 OnResponse = Callable[[Response], None]
+_READ_BYTES = 1 << 20
 
 
 class Executor:
     """A running torch engine. Thread-safe; use as a context manager or call `shutdown`.
 
-    Callbacks run on the executor's reader thread: they must be quick and must not raise.
+    Callbacks run on the executor's reader thread: they must be quick and must not raise. Tokens that come while one
+    runs wait, and each request's are then handed over in one response.
 
     Args:
         verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
@@ -156,23 +159,34 @@ class Executor:
     def _read(self, rank: int) -> None:
         pipe = self._processes[rank].stdout
         assert pipe is not None
+        decoder = EventDecoder()
         with pipe:
-            for line in pipe:
-                self._handle(Event.model_validate_json(line))
+            while data := os.read(pipe.fileno(), _READ_BYTES):
+                responses = []
+                for item in decoder.decode(data):
+                    if isinstance(item, Response):
+                        responses.append(item)
+                    else:
+                        self._handle(item)
+                self._deliver(merged(responses))
         reason = f"rank {rank} ended with code {self._processes[rank].wait()}"
         self._relays[rank].join()  # a child of the rank may hold the pipe a little longer
         lines = " | ".join(self._relays[rank].last_lines)
         self._die(f"{reason}; its last lines: {lines}" if lines else reason)
 
-    def _handle(self, event: Event) -> None:
-        if event.response is not None:
-            response = event.response
-            with self._lock:
-                final = response.finish_reason is not None
-                callback = (self._callbacks.pop if final else self._callbacks.get)(response.request_id, None)
+    def _deliver(self, responses: list[Response]) -> None:
+        callbacks = self._callbacks
+        with self._lock:
+            ready = [
+                ((callbacks.pop if response.finish_reason else callbacks.get)(response.request_id, None), response)
+                for response in responses
+            ]
+        for callback, response in ready:
             if callback is not None:
                 callback(response)
-        elif event.stats is not None:
+
+    def _handle(self, event: Event) -> None:
+        if event.stats is not None:
             self._stats.put(event.stats)
         elif event.ready:
             self._ready.set()

@@ -63,7 +63,19 @@ class PackedLinear:
         self._bias = bias
 
     def __call__(self, hidden: Tensor) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, "none", [], "")
+        return self._multiply(hidden, "none")
+
+    def silu(self, hidden: Tensor) -> Tensor:
+        """SiLU of the product, in one pass."""
+        return self._multiply(hidden, "swish")
+
+    def times(self, hidden: Tensor, factor: Tensor) -> Tensor:
+        """The product times `factor` [tokens, out], element by element, in one pass."""
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, factor, self._weight, self._bias, "mul")
+        return output
+
+    def _multiply(self, hidden: Tensor, then: str) -> Tensor:
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, then, [], "")
         return output
 
 

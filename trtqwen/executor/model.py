@@ -99,9 +99,7 @@ class Qwen2Model:
     ) -> Tensor:
         query, key, value = layer.qkv(hidden, cos, sin)
         keys, values = cache
-        block, offset = batch.slots // keys.shape[2], batch.slots % keys.shape[2]
-        keys[block, :, offset] = key
-        values[block, :, offset] = value
+        self._attention.store(key, value, keys, values, batch)
         return layer.dense(self._attention(query, keys, values, batch))
 
     def _embed(self, token_ids: Tensor, table: Tensor) -> Tensor:

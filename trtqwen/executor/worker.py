@@ -27,6 +27,7 @@ from trtqwen.executor.parallel import Communicator, ProcessGroup, SingleRank
 from trtqwen.executor.plain_runner import make_runner
 from trtqwen.executor.request import Command, Event
 from trtqwen.executor.sampling import Sampler
+from trtqwen.executor.wire import EventEncoder
 from trtqwen.layout import TOKENIZER_DIRECTORY
 
 
@@ -34,7 +35,7 @@ def main() -> None:
     """Run one rank until standard input closes; a failure is told on standard output before leaving."""
     config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client, which closes our input
-    events, sys.stdout = sys.stdout, sys.stderr  # stray prints must not mix with events
+    events, sys.stdout = sys.stdout.buffer, sys.stderr  # stray prints must not mix with events
     commands: Commands = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin, commands), daemon=True).start()
     try:
@@ -45,7 +46,7 @@ def main() -> None:
         _leave(events, f"{type(problem).__name__}: {problem}")
 
 
-def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
+def _run(config: WorkerConfig, commands: Commands, events: IO[bytes]) -> None:
     torch.set_num_threads(config.threads)
     engine = read_engine_config(config.engine)
     choice = choose_device(engine, config.executor, config.rank)
@@ -58,9 +59,10 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
     sampler = Sampler(limits.max_batch_size, choice.device, started.chooser)
     communicator.broadcast(b"ready" if config.rank == 0 else None)
     if config.rank == 0:
+        encoder = EventEncoder()
 
         def write(batch: list[Event]) -> None:
-            events.write("".join(event.model_dump_json(exclude_defaults=True) + "\n" for event in batch))
+            events.write(encoder.encode(batch))
             events.flush()
 
         decoder = GuidedDecoder(config.engine / TOKENIZER_DIRECTORY, limits.vocab_size)
@@ -78,8 +80,8 @@ def _read(lines: IO[str], commands: Commands) -> None:
     os._exit(0)
 
 
-def _leave(events: IO[str], error: str) -> None:
-    events.write(Event(fatal=error).model_dump_json(exclude_defaults=True) + "\n")
+def _leave(events: IO[bytes], error: str) -> None:
+    events.write(EventEncoder().encode([Event(fatal=error)]))
     events.flush()
     os._exit(1)
 

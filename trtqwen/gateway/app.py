@@ -10,8 +10,9 @@ from starlette.middleware.cors import CORSMiddleware
 
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
+from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.middleware import Guard
-from trtqwen.gateway.api import routes, service
+from trtqwen.gateway.api import messages, responses, routes, service
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
@@ -25,11 +26,12 @@ _LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
 
-def create_app(config: GatewayConfig, connect: Connect = Replica) -> FastAPI:
+def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | None = None) -> FastAPI:
     """The application; it connects to Triton when a server starts it.
 
     Args:
         connect: makes the replica of each address.
+        link: to the broker, in one of several workers.
 
     Raises:
         InputError: if the repository, its chat template or the keys file cannot be used.
@@ -37,18 +39,20 @@ def create_app(config: GatewayConfig, connect: Connect = Replica) -> FastAPI:
     model = load_model(config.repository, config.model_name)
     template = model.tokenizer.chat_template
     authenticator = read_keys(config.api_keys)
+    if link is not None:
+        authenticator = shared_authenticator(authenticator, link)
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chat = None if template is None else ChatTemplate(template)
         keys = len(authenticator.callers)
-        async with running(config, model, chat, metrics, connect, keys=keys) as runtime:
+        async with running(config, model, chat, metrics, connect, link, keys=keys) as runtime:
             app.state.runtime = runtime
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (routes.router, service.router):
+    for router in (routes.router, responses.router, messages.router, service.router):
         app.include_router(router)
     add_handlers(app)
     app.add_middleware(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,6 +35,7 @@ def _path_prefix(text: str) -> str:
 
 
 LOOPBACK_ORIGINS = "loopback"
+_CPUS_A_WORKER, _MOST_WORKERS = 4, 8
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -47,6 +49,8 @@ class GatewayConfig(BaseModel):
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None asks for no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
+        workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
+            eight at most.
         max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
             the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
@@ -89,6 +93,7 @@ class GatewayConfig(BaseModel):
     model_name: str | None = None
     api_keys: Path | None = None
     allow_anonymous: bool = False
+    workers: Count | None = None
     max_body_bytes: Count | None = None
     max_header_bytes: Count = 32 << 10
     max_choices: Count = 16
@@ -112,6 +117,11 @@ class GatewayConfig(BaseModel):
     prompt_tokens_per_second: Positive = 1000
     max_connections_per_address: Count | None = None
     supervisor: Path | None = None
+
+    @property
+    def num_workers(self) -> int:
+        """Workers on this machine."""
+        return self.workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // _CPUS_A_WORKER))
 
     @property
     def url(self) -> str:

@@ -19,6 +19,7 @@ from trtqwen.triton.launch import replica_count
 
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
 _CUT_TOKENS = 16
+_EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class ServedModel:
         kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
         copies: of the engine, which one Triton spreads its requests over.
         guided_decoding: whether the engine can be held to a JSON schema.
-        structural_tags: whether it can be held to structural tags too, as the engines behind python backends.
+        extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of the likeliest tokens and
+            of prompts) and `structural_tags`.
     """
 
     name: str
@@ -46,7 +48,7 @@ class ServedModel:
     kv_cache_tokens: int | None
     copies: int
     guided_decoding: bool
-    structural_tags: bool = False
+    extensions: frozenset[str] = frozenset()
 
     def cache_tokens(self, configured: int | None) -> int:
         """Tokens that the KV cache of one copy of the engine holds.
@@ -128,5 +130,5 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
         copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
-        structural_tags=config.backend == "python",
+        extensions=_EXTENSIONS.get(engine.backend, frozenset()),
     )

@@ -11,6 +11,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from trtqwen.gateway.admission.broker import Link
 from trtqwen.gateway.admission.gate import stopping
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
@@ -25,13 +26,17 @@ _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connection
 
 
 def serve(
-    config: GatewayConfig, listener: socket.socket | None = None, on_start: Callable[[], None] = lambda: None
+    config: GatewayConfig,
+    listener: socket.socket | None = None,
+    on_start: Callable[[], None] = lambda: None,
+    link: Link | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then refuse new requests, finish what runs, and return. For the main thread.
 
     Args:
         listener: a bound socket to serve on, instead of the config's address.
         on_start: called once clients are answered.
+        link: to the broker, in one of several workers.
 
     Raises:
         InputError: if the config cannot be used.
@@ -42,7 +47,7 @@ def serve(
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
     raise_file_limit()
-    app = create_app(config)
+    app = create_app(config, link=link)
     settings = uvicorn.Config(
         app,
         http=protocol(config),
@@ -91,6 +96,7 @@ class _Server(uvicorn.Server):
             runtime: Runtime = self._app.state.runtime
             runtime.gate.drain()
             runtime.gate.send_away(stopping())  # they may still have their turn elsewhere
+            runtime.metrics.ready.set(0)
             if time.monotonic() - self._asked_at > self._drain_seconds:
                 runtime.generator.abort_all(stopping())
                 self.should_exit = True

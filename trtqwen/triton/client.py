@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +140,15 @@ def _as_known(stub: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return {name: value for name, value in named.items() if name in known or name != "return_num_output_tokens"}
 
 
-def infer_request(model: str, request_id: str, inputs: Tensors) -> Any:
-    """A ModelInferRequest with these tensors in."""
+def infer_request(model: str, request_id: str, inputs: Tensors, outputs: Sequence[str] = ()) -> Any:
+    """A ModelInferRequest with these tensors in.
+
+    Args:
+        outputs: the tensors that the responses carry; empty asks for all that the model sends.
+    """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    for name in outputs:
+        request.outputs.add(name=name)
     for name, value in inputs.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
         raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()

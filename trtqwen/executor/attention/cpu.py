@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trtqwen.executor.attention.base import AttentionBatch
-from trtqwen.executor.cpu.attention import paged_attention
+from trtqwen.executor.cpu.attention import paged_attention, store
 
 _TILE = 32  # query vectors that go over a block of keys together
 
@@ -20,6 +20,9 @@ class CpuAttention:
     def __init__(self) -> None:
         numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         self._planned: tuple[AttentionBatch, int, _Plan] | None = None
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
+        store(_bits(key.contiguous()), _bits(value.contiguous()), batch.inputs.kv_slots, _bits(keys), _bits(values))
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
         group = query.shape[1] // keys.shape[1]

@@ -153,3 +153,16 @@ def paged_attention(
                 inverse = np.float32(1) / total[v]
                 for i in range(size):
                     output[begin + r, head * group + g, i] = out[v, i] * inverse
+
+
+@compiled()
+def store(key: Any, value: Any, slots: Any, keys: Any, values: Any) -> None:
+    """Put packed keys and values [tokens, kv_heads, head_size] into their slots of the cache, of the same dtype."""
+    tokens, heads, size = key.shape
+    block_size = keys.shape[2]
+    for token in range(tokens):
+        block, offset = slots[token] // block_size, slots[token] % block_size
+        for head in range(heads):
+            for i in range(size):
+                keys[block, head, offset, i] = key[token, head, i]
+                values[block, head, offset, i] = value[token, head, i]

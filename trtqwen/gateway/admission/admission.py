@@ -44,10 +44,17 @@ class Owner:
 
 @dataclass(eq=False)
 class Ticket:
-    """One sequence's claim; `tokens` are its prompt and what is reserved for its answer."""
+    """One sequence's claim.
+
+    Attributes:
+        tokens: its prompt and what is reserved for its answer.
+        owner: whose it is.
+        arrived: when it came, in seconds of the caller's clock.
+    """
 
     tokens: int
     owner: Owner = Owner()
+    arrived: float = 0.0
 
 
 @dataclass
@@ -89,12 +96,28 @@ class Admission:
         self._quantum = max(1, capacity.tokens // _QUANTA)
 
     @property
+    def replicas(self) -> int:
+        return len(self._replicas)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(replica.running) for replica in self._replicas)
 
     @property
     def in_flight_tokens(self) -> int:
         return sum(replica.tokens for replica in self._replicas)
+
+    @property
+    @property
+    def oldest(self) -> Ticket | None:
+        """The ticket that has waited longest."""
+        firsts = [next(iter(tickets)) for tickets in self._waiting.values()]
+        return min(firsts, key=lambda ticket: ticket.arrived, default=None)
+
+    def running(self, number: int) -> tuple[int, int]:
+        """Sequences on a replica, and their tokens."""
+        replica = self._replicas[number]
+        return len(replica.running), replica.tokens
 
     @property
     def slots(self) -> int:
