@@ -108,7 +108,6 @@ class Admission:
         return sum(replica.tokens for replica in self._replicas)
 
     @property
-    @property
     def oldest(self) -> Ticket | None:
         """The ticket that has waited longest."""
         firsts = [next(iter(tickets)) for tickets in self._waiting.values()]
