@@ -18,7 +18,7 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
 from trtqwen.system.guarded import Farewell, python_environment, start_guarded
 from trtqwen.system.leftovers import workspace
-from trtqwen.system.processes import Relay, Service, ending, kill_session, living, stopped
+from trtqwen.system.processes import Relay, Service, child, ending, kill_session, living, stopped
 
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 8  # beyond the gateway's own time to drain
@@ -65,7 +65,8 @@ class GatewayProcess(Service):
 
     @property
     def pid(self) -> int:
-        return self._running.pid
+        """Process id of the gateway itself, not of its guardian."""
+        return child(self._running.pid)
 
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
@@ -98,7 +99,7 @@ class GatewayProcess(Service):
         if code is not None:
             raise ServerError(f"the gateway {ending(code)}: {self._last_line()}")
         now = time.monotonic()
-        if not any(stopped(pid) for pid in living(self.pid)):
+        if not any(stopped(pid) for pid in living(self._running.pid)):
             self._frozen_since = None
         elif self._frozen_since is None:
             self._frozen_since = now

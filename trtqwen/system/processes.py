@@ -196,6 +196,17 @@ def programs(session: int, names: Collection[str]) -> dict[int, list[str]]:
     return found
 
 
+def child(pid: int) -> int:
+    """The first child of a process; waits for it for a second. The process itself if it has none."""
+    for _ in range(100):
+        for candidate in living(pid):
+            with suppress(OSError):
+                if int(_stat(candidate)[_PARENT]) == pid:
+                    return candidate
+        time.sleep(0.01)
+    return pid
+
+
 def runs(pid: int) -> bool:
     """Whether a process has not ended."""
     try:
