@@ -498,7 +498,7 @@ LAYOUTS = (
         weights=True,
     ),
     Layout("rope-default", config(rope_scaling={"rope_type": "default", "type": "default"}), weights=True),
-    Layout("rope-scaling-empty", config(rope_scaling={}), weights=True),
+    Layout("rope-scaling-empty", config(rope_scaling={}), weights=True, oracle=5),
     Layout("yarn-nulls", config(rope_scaling=YARN | {"attention_factor": None, "mscale": None}), weights=True),
     Layout("layer-types", config(layer_types=["full_attention"] * 3), refused="layer_types"),
     Layout("not-causal", config(is_causal=False), refused="is_causal"),
