@@ -25,6 +25,7 @@ ORDER = (
     "nn",
     "hf",
     "recipe",
+    "migrate",
     "quantize",
     "checkpoint",
     "export",
@@ -44,6 +45,7 @@ ORDER = (
     "demo",
     "selftest",
     "bench",
+    "deploy",
     "cli",
     "__main__",
 )

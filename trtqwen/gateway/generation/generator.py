@@ -198,6 +198,7 @@ class Generator:
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
+        self.metrics.replica_sequences.labels(replica.address).inc()
         self.metrics.prompt_tokens.inc(len(prompt))
         self.metrics.request_prompt_tokens.observe(len(prompt))
         answer = _Answer(self.model, plan, index, self.stop_ids)
@@ -211,9 +212,11 @@ class Generator:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
                     usage.output_tokens += len(reply.token_ids)
-                    if reply.reused_blocks is not None and index % plan.choices == 0:
+                    if reply.reused_blocks is not None:
                         cached = min(reply.reused_blocks * self.model.limits.tokens_per_block, len(prompt))
-                        usage.cached_tokens = (usage.cached_tokens or 0) + cached
+                        self.metrics.cached_prompt_tokens.labels(replica.address).inc(cached)
+                        if index % plan.choices == 0:
+                            usage.cached_tokens = (usage.cached_tokens or 0) + cached
                     piece = answer.take(reply)
                     if answer.num_tokens > reserved:
                         more = min(plan.max_tokens, 2 * reserved) - reserved
