@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import RecipeError, first_problem
-from trtqwen.facts.names import CardName, Release, VllmRelease
+from trtqwen.facts.llmapi import llm_arguments
+from trtqwen.facts.names import CardName, LlmApiRelease, Release, VllmRelease
 from trtqwen.facts.vllm import vllm_facts
 from trtqwen.hf.known import model_names
 from trtqwen.yaml_file import parse_value, read_mapping
@@ -35,7 +36,14 @@ _VLLM_OWN = (
     *("model", "tokenizer", "served-model-name", "dtype", "host", "port", "uds", "generation-config"),
     *("max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "num-gpu-blocks-override"),
     *("tensor-parallel-size", "pipeline-parallel-size", "gpu-memory-utilization", "logprobs-mode"),
+    *("enable-prompt-tokens-details", "structured-outputs-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching", "enable-chunked-prefill", "no-enable-chunked-prefill"),
+)
+
+# Arguments of the LLM API that other fields of the recipe decide.
+_LLMAPI_OWN = (
+    *("model", "tokenizer", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "kv_cache_config"),
+    *("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill", "scheduler_config"),
 )
 
 
@@ -154,13 +162,38 @@ class VllmSettings(_Section):
         return self
 
 
+class LlmApiSettings(_Section):
+    """How TensorRT-LLM's LLM API runs, for backend: llmapi.
+
+    Attributes:
+        release: the TensorRT-LLM that serves; 1.3.0 stands for what follows as well.
+        arguments: further arguments of `tensorrt_llm.LLM`, by its names.
+    """
+
+    release: LlmApiRelease = "1.2.1"
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known_arguments(self) -> LlmApiSettings:
+        known = llm_arguments(self.release)
+        for name in self.arguments:
+            if name in _LLMAPI_OWN:
+                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                guess = f", did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"arguments: LLM of TensorRT-LLM {self.release} has no argument {name!r}{guess}")
+        return self
+
+
 class EngineRecipe(_Section):
     """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
         backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine, `vllm` serves with vLLM in a
-            process of its own.
+            process of its own, `llmapi` with TensorRT-LLM's LLM API.
         vllm: where vLLM runs; only for backend: vllm.
+        llmapi: how the LLM API runs; only for backend: llmapi.
         max_batch_size: requests scheduled in one step.
         max_num_tokens: packed tokens in one step, context and generation together.
         max_seq_len: tokens of one request, prompt and answer together.
@@ -175,8 +208,9 @@ class EngineRecipe(_Section):
         workers: ranks built in parallel, each on its own GPU.
     """
 
-    backend: Literal["tensorrt_llm", "torch", "vllm"]
+    backend: Literal["tensorrt_llm", "torch", "vllm", "llmapi"]
     vllm: VllmSettings | None = None
+    llmapi: LlmApiSettings | None = None
     max_batch_size: Positive = 64
     max_num_tokens: Positive = 8192
     max_seq_len: Positive = 8192
@@ -216,6 +250,8 @@ class EngineRecipe(_Section):
     def _only_tensorrt_tunes(self) -> EngineRecipe:
         if self.vllm is not None and self.backend != "vllm":
             raise ValueError("vllm is a section of backend: vllm")
+        if self.llmapi is not None and self.backend != "llmapi":
+            raise ValueError("llmapi is a section of backend: llmapi")
         if self.backend == "vllm" and self.tokens_per_block == 8:
             raise ValueError("tokens_per_block 8 is not a block size of vLLM; take 16 or more")
         if self.backend != "tensorrt_llm":
@@ -315,8 +351,14 @@ class Recipe(_Section):
                 raise ValueError("host is for backend: tensorrt_llm; the torch engine runs where it is started")
             if self.engine.backend == "vllm":
                 self._vllm_can()
+            if self.engine.backend == "llmapi":
+                self._llmapi_can()
+            if self.serve.replica_mode == "orchestrator" and self.serve.replicas > 1:
+                raise ValueError("serve.replica_mode orchestrator is a setting of backend: tensorrt_llm; use servers")
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
+                if name == "replicas" and self.engine.backend != "torch":
+                    continue
                 if getattr(self.serve, name) != getattr(plain, name):
                     raise ValueError(f"serve.{name} is a setting of backend: tensorrt_llm")
             return self
@@ -336,6 +378,18 @@ class Recipe(_Section):
         if self.checkpoint.release == "0.17.0":
             raise ValueError("checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on; name a newer release")
         return self
+
+    def _llmapi_can(self) -> None:
+        """Refuse what the LLM API has no counterpart for."""
+        checkpoint = self.checkpoint
+        if checkpoint.quant == "int8_sq":
+            raise ValueError(
+                "checkpoint.quant int8_sq: the LLM API has no SmoothQuant; use int8_wo or none, or backend: vllm"
+            )
+        if checkpoint.kv_cache == "int8":
+            raise ValueError("checkpoint.kv_cache int8: the LLM API has no INT8 KV cache; use auto")
+        if checkpoint.quant == "int8_wo" and checkpoint.int8_layout != "plain":
+            raise ValueError("checkpoint.int8_layout: the LLM API quantizes 16-bit weights when it loads; use plain")
 
     def _vllm_can(self) -> None:
         """Refuse what vLLM has no counterpart for."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -71,6 +72,9 @@ def test_broken_templates_and_refusals_are_errors() -> None:
     assert caught.value.status == 400
 
 
+loaded = cache(load_model)
+
+
 def chat(**fields: Any) -> ChatRequest:
     return ChatRequest.model_validate({"model": "m", "messages": [{"role": "user", "content": "x"}], **fields})
 
@@ -114,7 +118,7 @@ def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
     older = replace(model, tensors=frozenset(renamed.get(name, name) for name in model.tensors))
     assert set(engine_inputs(older, sampling, (1,), 7, 0)) == {renamed.get(name, name) for name in tensors}
     oldest = replace(model, tensors=model.tensors - {"guided_decoding_guide", "guided_decoding_guide_type"})
-    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by this release"):
+    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by the engine"):
         engine_inputs(oldest, sampling, (1,), 7, 0)
 
 
@@ -148,7 +152,7 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
 def test_an_answer_always_fits(
     engine_repository: Path, prompt: int, asked: int | None, default: int | None, most: int | None, cache: int | None
 ) -> None:
-    model = load_model(engine_repository)
+    model = loaded(engine_repository)
     config = GatewayConfig(
         repository=engine_repository, default_max_tokens=default, max_tokens=most, kv_cache_tokens=cache
     )

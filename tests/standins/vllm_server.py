@@ -59,6 +59,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
             await answer.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
             if stops:
                 break
+        if "stream_options" in body:
+            usage = {"prompt_tokens_details": {"cached_tokens": 64}}
+            await answer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\n".encode())
         await answer.write(b"data: [DONE]\n\n")
     finally:
         OPEN.discard(id(body))

@@ -18,6 +18,7 @@ import pytest
 
 from tests.standins import vllm_server
 from tests.waiting import wait_for
+from trtqwen.artifact import write_manifest
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import FinishReason, OutputConfig, Request, Response
@@ -50,10 +51,8 @@ def start(
                 content = json.loads((engine / "config.json").read_text())
                 content["vllm"] |= settings
                 (engine / "config.json").write_text(json.dumps(content, indent=4))
-                size = (engine / "config.json").stat().st_size
-                manifest = json.loads((engine / "manifest.json").read_text())
-                manifest["outputs"]["config.json"]["size"] = size
-                (engine / "manifest.json").write_text(json.dumps(manifest))
+                (engine / "manifest.json").unlink()
+                write_manifest(engine, "engine", {}, {})
             return started.enter_context(VllmExecutor(engine, config, stall_seconds=stall_seconds))
 
         yield make
@@ -72,6 +71,12 @@ def test_tokens_come_with_their_log_probs(start: Callable[..., VllmExecutor]) ->
     [responses] = executor.generate([request(output=OutputConfig(return_log_probs=True))])
     assert joined(responses) == ([5, 6, 7, 8, 5, 6], FinishReason.LENGTH)
     assert [value for response in responses for value in response.log_probs] == [0, -1, -2, -3, -4, -5]
+    [told] = executor.generate([request(id="2", output=OutputConfig(return_perf_metrics=True))])
+    assert joined(told) == ([5, 6, 7, 8, 5, 6], FinishReason.LENGTH)
+    metrics = told[-1].perf_metrics
+    assert metrics is not None
+    assert (metrics.kv_cache_reused_blocks, metrics.kv_cache_alloc_total_blocks) == (1, 1)
+    assert metrics.arrival_time_ns <= metrics.first_token_time_ns <= metrics.last_token_time_ns
     stats = executor.stats()
     assert (stats.max_blocks, stats.used_blocks, stats.reused_blocks) == (100, 50, 3)
     assert executor.resident_bytes > 1e6

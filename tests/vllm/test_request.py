@@ -48,6 +48,7 @@ def body(release: str = "0.32.0", **fields: Any) -> dict[str, Any]:
         ({"embedding_bias": {7: 2.5, 8: -math.inf, 9: 1e4}}, {"logit_bias": {"7": 2.5, "8": -100, "9": 100}}),
         ({"bad_words": ((9,),)}, {"logit_bias": {"9": -100}}),
         ({"output": {"return_log_probs": True}}, {"logprobs": 0}),
+        ({"output": {"return_perf_metrics": True}}, {"stream_options": {"include_usage": True}}),
         ({"guided_decoding": {"guide_type": "json"}}, {"structured_outputs": {"json_object": True}}),
         (
             {"guided_decoding": {"guide_type": "json_schema", "guide": '{"type": "string"}'}},
@@ -67,7 +68,6 @@ def test_requests(fields: dict[str, Any], expected: dict[str, Any]) -> None:
     [
         ({"output": {"return_context_logits": True}}, "return_context_logits"),
         ({"output": {"return_generation_logits": True}}, "return_generation_logits"),
-        ({"output": {"return_perf_metrics": True}}, "return_perf_metrics"),
         ({"sampling": {"presence_penalty": 3}}, "presence_penalty"),
         ({"sampling": {"top_p": 1.0, "temperature": 2.5}}, "temperature"),
         ({"guided_decoding": {"guide_type": "json_schema", "guide": "{"}}, "guided_decoding_guide"),

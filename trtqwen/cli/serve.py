@@ -165,6 +165,10 @@ def _choose(recipe: str | None, repo: Path | None) -> Path:
         return DEFAULT / load_recipe(recipe).name
     built = sorted(path.parent for path in DEFAULT.glob(f"*/{MANIFEST}"))
     if len(built) != 1:
-        names = ", ".join(path.name for path in built) or "none"
+        if not built:
+            raise InputError(
+                f"{DEFAULT}: holds no repository", "build a recipe first: `trtqwen build RECIPE --model DIR`"
+            )
+        names = ", ".join(path.name for path in built)
         raise InputError(f"{DEFAULT}: holds {len(built)} repositories ({names})", "name a recipe or pass --repo")
     return built[0]

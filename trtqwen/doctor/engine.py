@@ -25,7 +25,7 @@ _REBUILD = "build the engine again with `trtqwen build`"
 class EngineProvenance(Check):
     id = "D01"
     level = "error"
-    title = "the engine was built for this host"
+    title = "engine and host"
 
     def run(self, subject: Subject) -> Result:
         engine = subject.named_engine
@@ -43,7 +43,7 @@ class CheckpointRelease(Check):
 
     id = "D04"
     level = "error"
-    title = "the checkpoint is for this release"
+    title = "checkpoint and release"
 
     def run(self, subject: Subject) -> Result:
         if subject.checkpoint is None:
@@ -100,7 +100,7 @@ class _Context:
 class LongContext(Check):
     id = "D17"
     level = "error"
-    title = "long context has its YaRN"
+    title = "context length and YaRN"
 
     def run(self, subject: Subject) -> Result:
         problems, seen = [], []
@@ -147,7 +147,7 @@ class Conflicts(Check):
 
     id = "D18"
     level = "error"
-    title = "serving settings that the engine can honour"
+    title = "serving settings and engine"
 
     def run(self, subject: Subject) -> Result:
         config, build = subject.engine_config, subject.engine_config.build_config

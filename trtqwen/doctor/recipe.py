@@ -17,7 +17,7 @@ _CAPACITY = ("memory", "kv-cache")  # the findings of `trtqwen plan` that speak 
 class MemoryPlan(Check):
     id = "D19"
     level = "error"
-    title = "weights and one whole request fit the card"
+    title = "GPU memory"
 
     def run(self, subject: Subject) -> Result:
         plan = _plan(subject)
@@ -32,7 +32,7 @@ class MemoryPlan(Check):
 class Concurrent(Check):
     id = "D20"
     level = "warning"
-    title = "requests of full length run at once"
+    title = "concurrency at full length"
 
     def run(self, subject: Subject) -> Result:
         full = _plan(subject).concurrency[-1]
@@ -56,7 +56,7 @@ def _plan(subject: Subject) -> Plan:
 class BuildFlags(Check):
     id = "D21"
     level = "error"
-    title = "trtllm-build knows every flag"
+    title = "trtllm-build flags"
 
     def run(self, subject: Subject) -> Result:
         recipe = subject.named_recipe

@@ -16,12 +16,12 @@ from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.flags import NOT_IN_RESULT
 from trtqwen.engine.job import BuildJob, EngineBuilder, Watch
+from trtqwen.engine.model_builder import ModelBuilder
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
-from trtqwen.engine.vllm_builder import VllmBuilder
 from trtqwen.facts.names import CardName
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, LlmApiSettings, ServeRecipe, VllmSettings
 from trtqwen.stage import BuildEvents, Stage
 from trtqwen.system.host import Host
 
@@ -38,6 +38,9 @@ def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
     """What of a recipe changes the engine."""
     if recipe.backend == "torch":
         return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    if recipe.backend == "llmapi":
+        limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
+        return {"backend": "llmapi", "llmapi": (recipe.llmapi or LlmApiSettings()).model_dump(), **limits}
     if recipe.backend == "vllm":
         limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
         return {"backend": "vllm", "vllm": (recipe.vllm or VllmSettings()).model_dump(), **limits}
@@ -120,7 +123,9 @@ class EngineStage(Stage):
     def _builder(self) -> EngineBuilder:
         if self.recipe.backend == "torch":
             return TorchBuilder()
-        return VllmBuilder() if self.recipe.backend == "vllm" else TrtLlmBuilder(self.host)
+        if self.recipe.backend in ("vllm", "llmapi"):
+            return ModelBuilder()
+        return TrtLlmBuilder(self.host)
 
     def _job(self) -> BuildJob:
         manifest = read_manifest(self.checkpoint, "checkpoint")

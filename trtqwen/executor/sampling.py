@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
+from trtqwen.executor.log_probs import Likeliest, likeliest
 from trtqwen.executor.penalties import PenaltyTables, adjustments, has_adjustments, has_penalties
 from trtqwen.executor.scheduler import Sequence
 
@@ -49,11 +50,13 @@ class Sampled:
     Attributes:
         log_prob: its log probability by the model itself, if the request wants it.
         logits: what the model said, float32 [vocab_size], if the request wants it.
+        top: the likeliest tokens in its place, if the request wants them.
     """
 
     token_id: int
     log_prob: float | None = None
     logits: Tensor | None = None
+    top: Likeliest | None = None
 
 
 class Pending:
@@ -249,10 +252,12 @@ def _nothing(results: list[Sampled | RequestError]) -> None:
 
 def _asked_for(sequence: Sequence, sampled: Sampled) -> Sampled:
     output = sequence.request.output
+    count = output.num_top_log_probs if output.return_log_probs else 0
     return Sampled(
         sampled.token_id,
         sampled.log_prob if output.return_log_probs else None,
         sampled.logits if output.return_generation_logits else None,
+        None if sampled.logits is None or not count else likeliest(sampled.logits[None], count),
     )
 
 

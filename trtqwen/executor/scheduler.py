@@ -219,7 +219,7 @@ class Scheduler:
             if sequence.slot < 0 or sequence.complete:
                 continue  # paused for an older one, or ended by a token that is on its way
             generates = sequence.in_generation
-            length = 1 if generates else self._chunk_length(sequence.num_missing, context_budget)
+            length = 1 if generates else self._chunk_length(sequence.num_missing, context_budget, sequence.request)
             if length == 0:
                 continue
             paused += self._pause_for(sequence, length)
@@ -307,6 +307,8 @@ class Scheduler:
 
     def _check_logits(self, request: Request, max_tokens: int) -> None:
         rows = len(request.input_token_ids) * request.output.return_context_logits
+        if request.output.return_prompt_log_probs and not self.config.enable_chunked_context:
+            rows = max(rows, len(request.input_token_ids))
         rows += max_tokens * request.output.return_generation_logits
         nbytes = 4 * rows * self.config.vocab_size
         if nbytes > MOST_LOGITS_BYTES:
@@ -318,7 +320,10 @@ class Scheduler:
                 "ask with a shorter prompt or fewer max_tokens",
             )
 
-    def _chunk_length(self, missing: int, budget: int) -> int:
+    def _chunk_length(self, missing: int, budget: int, request: Request) -> int:
+        if request.output.return_prompt_log_probs and self.config.enable_chunked_context:
+            most = max(self.config.tokens_per_block, MOST_LOGITS_BYTES // (4 * max(1, self.config.vocab_size)))
+            budget = min(budget, most)
         if missing <= budget:
             return missing
         if not self.config.enable_chunked_context:
@@ -332,7 +337,7 @@ class Scheduler:
             sequence = self._waiting[0]
             reused = self._find_reusable(sequence)
             known = len(reused) * self.config.tokens_per_block
-            length = self._chunk_length(sequence.num_missing - known, budget)
+            length = self._chunk_length(sequence.num_missing - known, budget, sequence.request)
             if sequence.num_pending or length == 0 or not self._fits(sequence, known + length, reused):
                 break
             self._waiting.popleft()
@@ -350,7 +355,7 @@ class Scheduler:
 
     def _find_reusable(self, sequence: Sequence) -> list[int]:
         """Blocks that hold how the sequence begins; its last known token is always computed, to sample from."""
-        if not self.config.enable_kv_cache_reuse or sequence.request.output.return_context_logits:
+        if not self.config.enable_kv_cache_reuse or sequence.request.output.reads_whole_prompt:
             return []
         full = (len(sequence.token_ids) - 1) // self.config.tokens_per_block
         self._extend_keys(sequence, full)
@@ -400,7 +405,7 @@ class Scheduler:
         if end > known:
             token_ids += (placeholder(sequence.slot),)
         samples = end == known + sequence.num_pending
-        everything = sequence.request.output.return_context_logits and not sequence.num_output + sequence.num_pending
+        everything = sequence.request.output.reads_whole_prompt and not sequence.num_output + sequence.num_pending
         sequence.num_computed = end
         sequence.num_pending += samples
         return Chunk(

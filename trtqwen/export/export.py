@@ -77,18 +77,22 @@ class ExportPlan:
         return sum(spec.nbytes for spec in self.specs.values())
 
 
-def plan_export(directory: Path, activations: Activations = "16bit") -> ExportPlan:
+def plan_export(directory: Path, activations: Activations = "16bit", *, plain: bool = False) -> ExportPlan:
     """Read the checkpoint's headers and work out every tensor of the result.
 
     Args:
         activations: for INT8 weight-only: `16bit` keeps W8A16, `int8` writes W8A8 with a scale for each token, which
             vLLM runs on CPUs too. SmoothQuant is W8A8 anyway.
+        plain: leave the 16-bit weights of an INT8 weight-only checkpoint in INT8 layout `plain` as they are, for
+            whoever quantizes them when it loads.
 
     Raises:
         CheckpointError: if it is not a whole checkpoint, or its precision has no export.
         InputError: if the activations do not go with the checkpoint.
     """
     checkpoint = Checkpoint(directory)
+    if plain and checkpoint.algo == "W8A16":
+        checkpoint.algo = ""
     if activations == "int8" and checkpoint.algo != "W8A16":
         raise InputError(
             f"{directory}: is not INT8 weight-only, so its activations cannot be chosen", "leave out --activations"

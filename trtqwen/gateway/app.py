@@ -12,7 +12,7 @@ from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.middleware import Guard
-from trtqwen.gateway.api import routes, service
+from trtqwen.gateway.api import messages, responses, routes, service
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
@@ -51,7 +51,7 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (routes.router, service.router):
+    for router in (routes.router, responses.router, messages.router, service.router):
         app.include_router(router)
     add_handlers(app)
     app.add_middleware(

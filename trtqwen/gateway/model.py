@@ -17,6 +17,8 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
 
+_EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -29,7 +31,8 @@ class ServedModel:
         kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
         copies: of the engine, which one Triton spreads its requests over.
         guided_decoding: whether the engine can be held to a JSON schema.
-        structural_tags: whether it can be held to structural tags too, as the engines behind python backends.
+        extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of the likeliest tokens and
+            of prompts) and `structural_tags`.
     """
 
     name: str
@@ -43,7 +46,7 @@ class ServedModel:
     kv_cache_tokens: int | None
     copies: int
     guided_decoding: bool
-    structural_tags: bool = False
+    extensions: frozenset[str] = frozenset()
 
     def cache_tokens(self, configured: int | None) -> int:
         """Tokens that the KV cache of one copy of the engine holds.
@@ -105,5 +108,5 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
         copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
-        structural_tags=config.backend == "python",
+        extensions=_EXTENSIONS.get(engine.backend, frozenset()),
     )

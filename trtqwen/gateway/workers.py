@@ -42,7 +42,7 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
     from trtqwen.gateway.state import plan_admission
 
     admission = plan_admission(config, load_model(config.repository, config.model_name))
-    gate = Gate(admission, Metrics(), config.queue_seconds)
+    gate = Gate(admission, Metrics(), config.queue_seconds, config.triton)
     broker = Broker(gate, read_keys(config.api_keys), len(config.triton))
     workers: list[Process] = []
     asked = False

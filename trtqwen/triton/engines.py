@@ -67,4 +67,8 @@ def open_engine(engine: Path, config: ExecutorConfig, *, verify: bool = True) ->
         from trtqwen.vllm.executor import VllmExecutor
 
         return VllmExecutor(engine, config, verify=verify)
+    if backend == "llmapi":
+        from trtqwen.llmapi.executor import LlmApiExecutor
+
+        return LlmApiExecutor(engine, config, verify=verify)
     raise EngineError(f"{engine}: is of backend {backend}", "serve it with TensorRT-LLM's own Triton backend")

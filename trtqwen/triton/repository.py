@@ -23,7 +23,12 @@ from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
 _MODELS = Path(__file__).with_name("models")
-_BACKENDS: dict[Backend, str] = {"torch": "python", "vllm": "python", "tensorrt_llm": "tensorrtllm"}
+_BACKENDS: dict[Backend, str] = {
+    "torch": "python",
+    "vllm": "python",
+    "llmapi": "python",
+    "tensorrt_llm": "tensorrtllm",
+}
 
 # The repository carries its own copy of the tokenizer: building the engine again under a running server does not
 # change it, and the manifest accounts for it. Models find it relative to their directory, so a repository can move.

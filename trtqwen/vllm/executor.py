@@ -7,7 +7,7 @@ import concurrent.futures
 import json
 import threading
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -226,7 +226,8 @@ class VllmExecutor:
             on_response(Response(request_id=request_id, finish_reason=FinishReason.CANCELLED))
 
     async def _run(self, request: Request, body: dict[str, Any], on_response: OnResponse) -> None:
-        answer = Answer(request, end_id(request, self._tokenizer))
+        answer = Answer(request, end_id(request, self._tokenizer), self.engine_config.build_config.tokens_per_block)
+        last: Response | None = None
         error = "vLLM closed the connection before the answer was complete"
         try:
             url = f"{self._server.url}/v1/completions"
@@ -234,11 +235,20 @@ class VllmExecutor:
                 if reply.status != 200:
                     error = _reason(await reply.text())
                 else:
-                    async for pieces in _events(reply):
+                    async for pieces in _events(reply, answer):
                         self._heard = time.monotonic()
                         response = _response(answer, pieces)
-                        if response is not None and self._deliver(request.id, response, on_response):
-                            return
+                        if response is None:
+                            continue
+                        if response.finish_reason is None:
+                            self._deliver(request.id, response, on_response)
+                            continue
+                        last = response
+                        if pieces[2] is None or "stream_options" not in body:
+                            break  # else what the request used comes behind its last token
+                if last is not None:
+                    self._deliver(request.id, answer.with_metrics(last), on_response)
+                    return
         except aiohttp.ClientError as problem:
             error = f"vLLM does not answer ({problem or type(problem).__name__})"
         except TrtQwenError as problem:
@@ -301,7 +311,7 @@ class VllmExecutor:
 Event = tuple[list[int], list[float], "str | None"]
 
 
-async def _events(reply: aiohttp.ClientResponse) -> Any:
+async def _events(reply: aiohttp.ClientResponse, answer: Answer) -> AsyncGenerator[Event, None]:
     """The pieces of a stream: token ids, log probabilities and finish reason of the events that came together."""
     buffer = b""
     async for data in reply.content.iter_any():
@@ -317,6 +327,8 @@ async def _events(reply: aiohttp.ClientResponse) -> Any:
             content = json.loads(text)
             if "error" in content:
                 raise EngineError(_reason(text.decode("utf-8", "replace")))
+            details = (content.get("usage") or {}).get("prompt_tokens_details") or {}
+            answer.reused_tokens = details.get("cached_tokens") or answer.reused_tokens
             for choice in content.get("choices", ()):
                 ids += choice.get("token_ids") or ()
                 log_probs += (choice.get("logprobs") or {}).get("token_logprobs") or ()

@@ -13,6 +13,7 @@ from trtqwen.hf.tokenizer import Tokenizer
 _LARGEST_BIAS = 100.0
 _LARGEST_TEMPERATURE = 2
 _LARGEST_PENALTY = 2
+_TOLD = ("return_log_probs", "return_perf_metrics")
 
 
 def completion_body(
@@ -47,6 +48,8 @@ def completion_body(
         body["stop_token_ids"] = stop_ids
     if request.output.return_log_probs:
         body["logprobs"] = 0
+    if request.output.return_perf_metrics:
+        body["stream_options"] = {"include_usage": True}
     if request.embedding_bias:
         body["logit_bias"] = {str(token): _bias(value) for token, value in request.embedding_bias.items()}
     if request.bad_words:
@@ -71,13 +74,8 @@ def _stop_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
 
 
 def _refuse(request: Request) -> None:
-    asked = {
-        "return_context_logits": request.output.return_context_logits,
-        "return_generation_logits": request.output.return_generation_logits,
-        "return_perf_metrics": request.output.return_perf_metrics,
-    }
-    for name, wanted in asked.items():
-        if wanted:
+    for name in type(request.output).model_fields:
+        if name not in _TOLD and getattr(request.output, name):
             raise RequestError(f"{name}: vLLM does not tell", "leave the tensor out")
     if request.sampling.temperature > _LARGEST_TEMPERATURE and not request.sampling.greedy:
         raise RequestError(

@@ -18,7 +18,7 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.facts.vllm import vllm_facts
-from trtqwen.layout import VLLM_MODEL
+from trtqwen.layout import HF_MODEL
 from trtqwen.recipe import VllmSettings
 from trtqwen.system.host import read_host
 from trtqwen.system.processes import Relay, die_with_parent
@@ -101,7 +101,7 @@ class VllmServer:
             self.url = self._settings.address
             return
         self._home = tempfile.TemporaryDirectory(prefix="trtqwen-vllm-")
-        model = (engine / VLLM_MODEL).resolve()
+        model = (engine / HF_MODEL).resolve()
         self.command = self._command(model, config, executor)
         self._start(cpu_cache_gib(config, executor))
 

@@ -28,9 +28,15 @@ class QueueLimits:
 
 @dataclass(eq=False)
 class Ticket:
-    """One sequence's claim; `tokens` are its prompt and what is reserved for its answer."""
+    """One sequence's claim.
+
+    Attributes:
+        tokens: its prompt and what is reserved for its answer.
+        arrived: when it came, in seconds of the caller's clock.
+    """
 
     tokens: int
+    arrived: float = 0.0
 
 
 @dataclass
@@ -62,6 +68,10 @@ class Admission:
         self._queue: OrderedDict[Ticket, None] = OrderedDict()
 
     @property
+    def replicas(self) -> int:
+        return len(self._replicas)
+
+    @property
     def in_flight(self) -> int:
         return sum(len(replica.running) for replica in self._replicas)
 
@@ -72,6 +82,16 @@ class Admission:
     @property
     def queued(self) -> int:
         return len(self._queue)
+
+    @property
+    def oldest(self) -> Ticket | None:
+        """The ticket that has waited longest."""
+        return next(iter(self._queue), None)
+
+    def running(self, number: int) -> tuple[int, int]:
+        """Sequences on a replica, and their tokens."""
+        replica = self._replicas[number]
+        return len(replica.running), replica.tokens
 
     @property
     def slots(self) -> int:

@@ -21,11 +21,18 @@ class Gate:
 
     Args:
         queue_seconds: how long a ticket may wait.
+        replicas: names of the replicas in the metrics.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+    def __init__(
+        self, admission: Admission, metrics: Metrics, queue_seconds: float, replicas: Sequence[str] = ()
+    ) -> None:
         self._admission = admission
         self._metrics = metrics
+        self._replicas = [
+            (metrics.replica_in_flight.labels(name), metrics.replica_in_flight_tokens.labels(name))
+            for name in replicas
+        ]
         self._queue_seconds = queue_seconds
         self._turns: dict[Ticket, _Turns] = {}  # for each ticket, those of all that came with it, its own among them
         self._draining = False
@@ -58,7 +65,8 @@ class Gate:
                 more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        tickets = [Ticket(count) for count in token_counts]
+        now = time.monotonic()
+        tickets = [Ticket(count, now) for count in token_counts]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
@@ -121,7 +129,7 @@ class Gate:
     def grow(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens for a running ticket, whose answer has got longer than was reserved."""
         self._admission.grow(ticket, tokens)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+        self._show()
 
     def set_up(self, replica: int, up: bool) -> None:
         """Whether a replica takes requests."""
@@ -143,10 +151,23 @@ class Gate:
             turn = self._turns[ticket][ticket]
             if not turn.done():
                 turn.set_result(replica)
-        self._metrics.in_flight.set(self._admission.in_flight)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
-        self._metrics.queued.set(self._admission.queued)
-        self._metrics.queued_tokens.set(self._admission.queued_tokens)
+        self._show()
+
+    def _show(self) -> None:
+        admission, metrics = self._admission, self._metrics
+        metrics.in_flight.set(admission.in_flight)
+        metrics.in_flight_tokens.set(admission.in_flight_tokens)
+        metrics.queued.set(admission.queued)
+        metrics.queued_tokens.set(admission.queued_tokens)
+        oldest = admission.oldest
+        metrics.queue_since.set(0 if oldest is None else time.time() - (time.monotonic() - oldest.arrived))
+        for number, (requests, tokens) in enumerate(self._replicas):
+            running, reserved = admission.running(number)
+            requests.set(running)
+            tokens.set(reserved)
+        metrics.picker_waiting.set(admission.queued)
+        metrics.picker_running.set(admission.in_flight)
+        metrics.picker_cache.set(admission.in_flight_tokens / (admission.capacity.tokens * admission.replicas))
 
     def _refuse_at_the_door(self) -> None:
         if self._draining:

@@ -105,7 +105,7 @@ def require_structural_tags(model: ServedModel, guide: Guide, param: str) -> Gui
     Raises:
         ApiError: if the engine does not take any.
     """
-    if not model.structural_tags:
+    if "structural_tags" not in model.extensions:
         raise unsupported(param, f"{param} needs structural tags, which the engine behind this server does not take")
     return guide
 

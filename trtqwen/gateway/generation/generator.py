@@ -13,7 +13,7 @@ from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
+from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engine_inputs
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
@@ -194,15 +194,17 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
+        extensions = engine_extensions(self.model, plan.sampling)
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
+        self.metrics.replica_sequences.labels(replica.address).inc()
         self.metrics.prompt_tokens.inc(len(prompt))
         self.metrics.request_prompt_tokens.observe(len(prompt))
         answer = _Answer(self.model, plan, index, self.stop_ids)
         reserved = plan.reserved
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun)
+            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun, extensions)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
@@ -210,9 +212,11 @@ class Generator:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
                     usage.output_tokens += len(reply.token_ids)
-                    if reply.reused_blocks is not None and index % plan.choices == 0:
+                    if reply.reused_blocks is not None:
                         cached = min(reply.reused_blocks * self.model.limits.tokens_per_block, len(prompt))
-                        usage.cached_tokens = (usage.cached_tokens or 0) + cached
+                        self.metrics.cached_prompt_tokens.labels(replica.address).inc(cached)
+                        if index % plan.choices == 0:
+                            usage.cached_tokens = (usage.cached_tokens or 0) + cached
                     piece = answer.take(reply)
                     if answer.num_tokens > reserved:
                         more = min(plan.max_tokens, 2 * reserved) - reserved

@@ -18,11 +18,11 @@ Array = npt.NDArray[Any]
 
 _DTYPES: dict[str, type[np.generic]] = {
     **dict.fromkeys(("input_ids", "input_lengths", "request_output_len", "end_id", "pad_id"), np.int32),
-    **dict.fromkeys(("runtime_top_k", "min_tokens", "num_top_log_probs"), np.int32),
-    **dict.fromkeys(("temperature", "runtime_top_p", "repetition_penalty", "min_p"), np.float32),
+    **dict.fromkeys(("runtime_top_k", "min_tokens"), np.int32),
+    **dict.fromkeys(("temperature", "runtime_top_p", "repetition_penalty"), np.float32),
     **dict.fromkeys(("presence_penalty", "frequency_penalty"), np.float32),
     **dict.fromkeys(("streaming", "exclude_input_in_output", "return_log_probs"), np.bool_),
-    **dict.fromkeys(("return_perf_metrics", "return_prompt_log_probs"), np.bool_),
+    "return_perf_metrics": np.bool_,
     **dict.fromkeys(("guided_decoding_guide_type", "guided_decoding_guide"), np.object_),
     "seed": np.uint64,
 }
@@ -81,17 +81,13 @@ def engine_inputs(
         "streaming": True,
         "exclude_input_in_output": True,
         "seed": (sampling.seed + index) % 2**64,
-        **sampling.values,
+        **{name: value for name, value in sampling.values.items() if name != "min_p"},
     }
     if not sampling.ignore_eos:
         # The model's other stop ids are watched for by the gateway: stop words leak memory in some releases.
         values["end_id"] = model.tokenizer.end_id if sampling.end_id is None else sampling.end_id
     if sampling.log_probs:
         values["return_log_probs"] = True
-    if sampling.top_log_probs or sampling.prompt_log_probs:
-        values["num_top_log_probs"] = max(sampling.top_log_probs, sampling.prompt_log_probs or 0)
-    if sampling.prompt_log_probs is not None:
-        values["return_prompt_log_probs"] = True
     if "return_perf_metrics" in model.tensors:
         values["return_perf_metrics"] = True
     if sampling.guide is not None:
@@ -111,8 +107,33 @@ def engine_inputs(
     return tensors
 
 
+def engine_extensions(model: ServedModel, sampling: Sampling) -> dict[str, Any]:
+    """What a plan asks of the engine beyond upstream's tensors; empty if nothing.
+
+    Raises:
+        ApiError: naming the field, if the engine does not do it.
+    """
+    wanted: dict[str, Any] = {}
+    if "min_p" in sampling.values:
+        _require(model, "min_p", "min_p", "this engine samples without it")
+        wanted["min_p"] = sampling.values["min_p"]
+    count = max(sampling.top_log_probs, sampling.prompt_log_probs or 0)
+    if count:
+        _require(model, "log_probs", "top_logprobs", "this engine tells the chosen token's probability alone")
+        wanted["num_top_log_probs"] = count
+    if sampling.prompt_log_probs is not None:
+        _require(model, "log_probs", "prompt_logprobs", "this engine tells no probabilities of the prompt")
+        wanted["return_prompt_log_probs"] = True
+    return wanted
+
+
+def _require(model: ServedModel, extension: str, field: str, why: str) -> None:
+    if extension not in model.extensions:
+        raise unsupported(field, f"{field} is not served: {why}; leave it out")
+
+
 def _tensor_name(model: ServedModel, name: str) -> str:
     for known in (name, _OLDER_NAMES.get(name, name)):
         if known in model.tensors:
             return known
-    raise unsupported(name, f"{name} is not served by this release of the engine; leave it out")
+    raise unsupported(name, f"{name} is not served by the engine behind this server; leave it out")

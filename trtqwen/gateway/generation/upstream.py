@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from math import isnan
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import grpc
+import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
 from trtqwen.triton.client import infer_request
+from trtqwen.triton.contract import EXTENSIONS
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
-# Tensors of some responses, and what their values are.
-_FURTHER: dict[str, Literal["i", "f"]] = {
-    "output_top_ids": "i",
-    "output_top_log_probs": "f",
-    "prompt_log_probs": "f",
-    "prompt_top_ids": "i",
-    "prompt_top_log_probs": "f",
-    "kv_cache_reused_blocks": "i",
-}
-# Without these inputs, ids are all that the gateway reads. Each tensor of a response costs Triton time.
-_ASK_FOR_MORE = {"return_log_probs", "num_top_log_probs", "return_prompt_log_probs", "return_perf_metrics"}
+# Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
+_OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
@@ -95,19 +90,28 @@ class Replica:
         self._calls: set[_Call] = set()
 
     async def generate(
-        self, request_id: str, inputs: Mapping[str, Array], timeout: float
+        self,
+        request_id: str,
+        inputs: Mapping[str, Array],
+        timeout: float,
+        extensions: Mapping[str, Any] = MappingProxyType({}),
     ) -> AsyncGenerator[Reply, None]:
         """Yield a sequence's tokens as they come. Leaving the iterator early cancels the sequence in the engine.
 
         Args:
             inputs: tensors of `tensorrt_llm`.
             timeout: seconds for the whole answer.
+            extensions: what is asked for beyond them.
 
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        outputs = ("output_ids",) if _ASK_FOR_MORE.isdisjoint(inputs) else ()
+        outputs = ["output_ids", *(output for name, output in _OUTPUTS.items() if name in inputs)]
+        if "return_prompt_log_probs" in extensions:
+            outputs.append("context_logits")
         request = infer_request(MODEL, request_id, inputs, outputs)
+        if extensions:
+            request.parameters[EXTENSIONS].string_param = json.dumps(extensions)
         call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
@@ -166,33 +170,38 @@ async def _once(request: Any) -> AsyncIterator[Any]:
 def _reply(response: Any, received: int) -> Reply:
     ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
-    further: dict[str, Any] = {}
+    top: tuple[Top, ...] = ()
+    prompt: tuple[tuple[float | None, Top], ...] = ()
+    reused: int | None = None
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "output_ids":
             ids = tuple(memoryview(raw).cast("i"))
         elif output.name == "output_log_probs":
-            log_probs = tuple(memoryview(raw).cast("f"))
-        elif output.name in _FURTHER:
-            further[output.name] = memoryview(raw).cast(_FURTHER[output.name])
+            if len(output.shape) == 3 and output.shape[1] > 1:
+                table = _table(raw, output.shape[1:]).T
+                log_probs, top = tuple(table[:, 0].tolist()), _likeliest(table)
+            else:
+                log_probs = tuple(memoryview(raw).cast("f"))
+        elif output.name == "context_logits":  # asked for as log probabilities
+            table = _table(raw, output.shape[1:])
+            own = (None if isnan(value) else value for value in table[:, 0].tolist())
+            prompt = tuple(zip(own, _likeliest(table), strict=True))
+        elif output.name == "kv_cache_reused_blocks":
+            reused = int(memoryview(raw).cast("i")[0])
     if len(log_probs) > len(ids):  # an engine may repeat those of the tokens before
         log_probs = log_probs[received : received + len(ids)]
-    if not further:
-        return Reply(ids, log_probs)
-    top = _top(further, "output_top", len(ids))
-    prompt = further.get("prompt_log_probs", memoryview(b""))
-    tops = _top(further, "prompt_top", len(prompt)) or ((),) * len(prompt)
-    known = tuple((None if isnan(value) else value, likely) for value, likely in zip(prompt, tops, strict=True))
-    reused = further.get("kv_cache_reused_blocks")
-    return Reply(ids, log_probs, top, known, None if reused is None else int(reused[0]))
+    return Reply(ids, log_probs, top, prompt, reused)
 
 
-def _top(tensors: Mapping[str, Any], name: str, count: int) -> tuple[Top, ...]:
-    """The likeliest tokens at each of `count` places."""
-    ids, values = tensors.get(f"{name}_ids"), tensors.get(f"{name}_log_probs")
-    if not ids or not values or not count:
-        return ()
-    pairs = tuple((token_id, value) for token_id, value in zip(ids, values, strict=True))
-    width = len(pairs) // count
+def _table(raw: bytes, shape: Any) -> Array:
+    return np.frombuffer(raw, np.float32).reshape(tuple(shape))
+
+
+def _likeliest(table: Array) -> tuple[Top, ...]:
+    """Of rows with a log probability, ids, and as many log probabilities: the ids with theirs."""
+    count = (table.shape[1] - 1) // 2
+    ids, values = table[:, 1 : 1 + count].astype(np.int64).tolist(), table[:, 1 + count :].tolist()
     return tuple(
-        tuple(pair for pair in pairs[place * width : (place + 1) * width] if pair[0] >= 0) for place in range(count)
+        tuple((token_id, value) for token_id, value in zip(*row, strict=True) if token_id >= 0)
+        for row in zip(ids, values, strict=True)
     )

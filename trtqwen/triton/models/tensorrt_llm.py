@@ -12,6 +12,7 @@ import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import EngineError
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
 from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, engine_parameters
@@ -46,9 +47,11 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            client_id = json.loads(request.parameters() or "{}").get(FROM_PROGRAM)
+            own = json.loads(request.parameters() or "{}")
+            client_id = own.get(FROM_PROGRAM)
             sender = _Sender(request.get_response_sender(), from_program=client_id is not None)
-            self._service.handle(request.request_id(), inputs, sender, client_id=client_id)
+            extensions = own.get(EXTENSIONS, "")
+            self._service.handle(request.request_id(), inputs, sender, client_id=client_id, extensions=extensions)
 
     def is_ready(self) -> bool:
         """Asked by Tritons newer than 2.51, which has no way to say no."""
