@@ -192,7 +192,9 @@ def _engine(migration: Migration, engine: dict[str, Any]) -> None:
         engine["tokens_per_block"] = 16
         migration.changed.append(Note("engine.tokens_per_block", "8 becomes 16: vLLM has no smaller block"))
     if migration.source.engine.backend == "tensorrt_llm":
-        migration.changed.append(Note("engine build", f"{_NAMES[migration.to]} has none: `build` takes minutes less"))
+        migration.changed.append(
+            Note("engine build", f"{_NAMES[migration.to]} compiles nothing: `build` exports the model")
+        )
 
 
 def _checkpoint(migration: Migration, checkpoint: dict[str, Any]) -> None:

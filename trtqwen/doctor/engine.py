@@ -32,6 +32,8 @@ class EngineProvenance(Check):
         config = read_engine_config(engine)
         if config.backend == "torch":
             return Result("ok", "a torch engine: runs wherever PyTorch does")
+        if config.backend in ("vllm", "llmapi"):
+            return Result("ok", f"a model directory for {config.backend}: runs wherever that does")
         if subject.host.tensorrt_llm is None and not subject.host.gpus:
             raise Skip(f"no TensorRT-LLM and no GPU here; the engine is of {config.version}")
         problems = check_provenance(engine, subject.host)
@@ -152,7 +154,7 @@ class Conflicts(Check):
     def run(self, subject: Subject) -> Result:
         config, build = subject.engine_config, subject.engine_config.build_config
         kv_algorithm = config.pretrained_config.quantization.kv_cache_quant_algo
-        torch = config.backend == "torch"
+        torch = config.backend != "tensorrt_llm"
         paged = torch or bool(subject.plugin_config.get("use_paged_context_fmha"))
         problems = []
         if subject.recipe is not None and subject.recipe.engine.use_paged_context_fmha and not paged:
