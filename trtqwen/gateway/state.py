@@ -85,7 +85,10 @@ async def running(
     for replica in replicas:  # a counter that nobody has counted is missing, not 0
         metrics.replica_sequences.labels(replica.address)
         metrics.cached_prompt_tokens.labels(replica.address)
-    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
+    by_prefix = (
+        model.reuses_kv_cache and len(replicas) > 1 if config.prefix_routing is None else config.prefix_routing
+    )
+    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix)
     tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
     if isinstance(gate, SharedGate):
         tasks.append(asyncio.create_task(gate.listen()))
@@ -101,9 +104,13 @@ async def running(
 
 
 def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics, keys: int) -> Gate:
-    """The gate of a gateway with this many API keys."""
-    share = config.key_share if keys > 1 else 1
-    return Gate(plan_admission(config, model), metrics, config.queue_seconds, config.triton, share)
+    """The gate of a gateway's only process, or of the one that its workers ask.
+
+    Args:
+        keys: how many API keys there are.
+    """
+    admission, share = plan_admission(config, model), config.key_share if keys > 1 else 1
+    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds, share)
 
 
 async def _watch_process(metrics: Metrics) -> None:
