@@ -15,6 +15,7 @@ from trtqwen.triton.server import Ports
 DRAIN_SECONDS = 60
 _EXIT_SECONDS = 20  # from the end of the last request to the end of the process
 _HTTP_PORT = 8000  # of Triton, for the health check: not published, and `serve` opens it only if asked to
+_LISTEN = ("--triton-host=0.0.0.0", f"--http-port={_HTTP_PORT}")
 
 
 @dataclass(frozen=True)
