@@ -203,6 +203,17 @@ def run_container(plan: ContainerPlan) -> NoReturn:
     """Become `docker run`: its exit code is the command's, and signals reach the container through it.
 
     Raises:
+        ContainerError, OutputError: as `prepared`.
+    """
+    plan = prepared(plan)
+    sys.stdout.flush()
+    os.execvp("docker", plan.command)
+
+
+def prepared(plan: ContainerPlan) -> ContainerPlan:
+    """The plan with the image by digest, if docker has it; its directories exist then.
+
+    Raises:
         ContainerError: if docker is not there or its daemon does not answer.
         OutputError: if a directory to write to cannot be created.
     """
@@ -210,10 +221,10 @@ def run_container(plan: ContainerPlan) -> NoReturn:
     for directory in plan.writable:
         make_directory(directory)  # docker's daemon would make it root's
     digest = image_digest(plan.image)
-    if digest is not None:  # a tag can be pushed again
-        plan = replace(plan, image=digest, options=(*plan.options, f"--env={DIGEST_VARIABLE}={digest}"))
-    sys.stdout.flush()
-    os.execvp("docker", plan.command)
+    if digest is None:
+        return plan
+    # A tag can be pushed again.
+    return replace(plan, image=digest, options=(*plan.options, f"--env={DIGEST_VARIABLE}={digest}"))
 
 
 def check_docker() -> None:
@@ -249,6 +260,11 @@ def requirements() -> list[str]:
 
 
 def _recipe_work(recipe: Recipe, arguments: Sequence[str], *, gpus: int) -> _Work:
+    if recipe.engine.backend == "vllm":
+        raise InputError(
+            f"{recipe.name}: vLLM has an environment of its own, which --in-container does not start",
+            "set engine.vllm.image to run vLLM in a container, and serve without --in-container",
+        )
     if recipe.engine.backend == "torch":
         return _Work(arguments, recipe.checkpoint.release, gpus=0)
     peer_to_peer = recipe.host is None or card_facts(recipe.host.card).peer_to_peer

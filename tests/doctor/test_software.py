@@ -97,7 +97,8 @@ def test_the_driver_is_held_against_the_recipes_release(machine: Machine) -> Non
         (Host(), {"SLURM_JOB_ID": "7", "PMIX_RANK": "0"}, "PMIX_RANK, SLURM_JOB_ID"),
         (Host(), {"OMPI_COMM_WORLD_SIZE": "4"}, "env -u OMPI_COMM_WORLD_SIZE"),
         (Host(), {"NCCL_SHM_DISABLE": "1"}, "unset NCCL_SHM_DISABLE"),
-        (IN_IMAGE, {}, "export NCCL_P2P_DISABLE=1"),
+        (IN_IMAGE, {}, ""),  # serve and containers set NCCL_P2P_DISABLE themselves
+        (IN_IMAGE, {"NCCL_P2P_DISABLE": "0"}, "unset NCCL_P2P_DISABLE"),
         (IN_IMAGE, {"NCCL_P2P_DISABLE": "1"}, ""),
         (IN_IMAGE, {"NCCL_P2P_LEVEL": "LOC"}, ""),
         (replace(IN_IMAGE, gpus=FOUR[:1]), {}, ""),

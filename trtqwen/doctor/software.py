@@ -27,7 +27,7 @@ _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so"
 class EnginePath(Check):
     id = "D02"
     level = "error"
-    title = "TensorRT-LLM builds and serves engines"
+    title = "TensorRT-LLM installation"
 
     def run(self, subject: Subject) -> Result:
         host, system = subject.host, subject.system
@@ -65,7 +65,7 @@ def _build_config_is_gone() -> bool:
 class TensorRtVersion(Check):
     id = "D03"
     level = "error"
-    title = "TensorRT is the one TensorRT-LLM was made with"
+    title = "TensorRT version"
 
     def run(self, subject: Subject) -> Result:
         installed, llm = subject.host.tensorrt, subject.host.tensorrt_llm
@@ -85,7 +85,7 @@ class TensorRtVersion(Check):
 class Driver(Check):
     id = "D05"
     level = "error"
-    title = "the driver runs the image"
+    title = "NVIDIA driver"
 
     def run(self, subject: Subject) -> Result:
         driver = subject.host.driver
@@ -124,15 +124,14 @@ class Environment(Check):
 
 
 def _peer_to_peer(subject: Subject) -> list[Diagnostic]:
-    """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data."""
-    environ = subject.system.environ
+    """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data.
+
+    `trtqwen serve` and containers that trtqwen starts switch it off where it is not set.
+    """
     cards = [gpu for gpu in subject.host.gpus if not has_peer_to_peer(gpu.name)]
-    several = len(cards) > 1 and subject.local_ranks > 1
-    off = environ.get("NCCL_P2P_DISABLE", "0") != "0" or environ.get("NCCL_P2P_LEVEL") == "LOC"
-    if several and not off:
-        return [
-            Diagnostic(f"NCCL_P2P_DISABLE is not set for {len(cards)} GeForce cards", "export NCCL_P2P_DISABLE=1")
-        ]
+    if len(cards) > 1 and subject.engine_ranks > 1 and subject.system.environ.get("NCCL_P2P_DISABLE") == "0":
+        text = f"NCCL_P2P_DISABLE=0 lets NCCL try peer access between {len(cards)} GeForce cards, which have none"
+        return [Diagnostic(text, "unset NCCL_P2P_DISABLE: trtqwen then sets it to 1")]
     return []
 
 

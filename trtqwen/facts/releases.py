@@ -106,6 +106,12 @@ def last_engine_release() -> Release:
     return release
 
 
+def image_size_gb() -> float:
+    """Compressed size of an image, in GB."""
+    size: float = _facts()["image_size_gb"]
+    return size
+
+
 @cache
 def _facts() -> dict[str, Any]:
     content: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
