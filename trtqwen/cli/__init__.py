@@ -38,6 +38,7 @@ COMMANDS = {
     "infer": "Stream one answer from a running server.",
     "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",
+    "top": "Show a running service at a glance.",
     "deploy": "Write files for Prometheus, Grafana, Docker Compose and Kubernetes.",
     "compare": "Compare servers under the same load, and their answers.",
     "doctor": "Check this host, and what you built, for known problems.",
