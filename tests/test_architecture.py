@@ -44,6 +44,7 @@ ORDER = (
     "images",
     "demo",
     "selftest",
+    "report",
     "bench",
     "deploy",
     "cli",

@@ -17,7 +17,14 @@ from typing import Any
 import pytest
 
 from trtqwen.recipe import ServeRecipe
+from trtqwen.system.sockets import listen
 from trtqwen.triton.repository import write_repository
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with listen("127.0.0.1", 0) as listener:
+        return int(listener.getsockname()[1])
 
 
 class Serve:

@@ -16,14 +16,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from tests.deploy.conftest import Serve
+from tests.deploy.conftest import Serve, free_port
 from tests.deploy.exporter import gpu_exporter
 from tests.deploy.programs import program
 from tests.waiting import wait_for
 from trtqwen.cli.deploy import command
 from trtqwen.deploy.dashboards import DASHBOARDS, grafana
 from trtqwen.deploy.rules import Thresholds, alerts, recordings
-from trtqwen.system.sockets import listen
 
 pytestmark = pytest.mark.triton
 SELECTOR = re.compile(r"\b((?:trtqwen|nv|DCGM)[\w:]*|up)\b(\{[^}]*\})?")
@@ -57,11 +56,6 @@ def deploy(output: Path, *options: str) -> dict[str, Any]:
     assert result.exit_code == 0, result.output
     written: dict[str, Any] = json.loads(result.stdout)
     return written
-
-
-def free_port() -> int:
-    with listen("127.0.0.1", 0) as listener:
-        return int(listener.getsockname()[1])
 
 
 @pytest.fixture

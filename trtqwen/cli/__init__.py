@@ -38,10 +38,12 @@ COMMANDS = {
     "infer": "Stream one answer from a running server.",
     "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",
+    "top": "Show a running service at a glance.",
     "deploy": "Write files for Prometheus, Grafana, Docker Compose and Kubernetes.",
     "compare": "Compare servers under the same load, and their answers.",
     "doctor": "Check this host, and what you built, for known problems.",
     "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",
+    "report": "Write one file about this host and what went wrong, without secrets.",
 }
 # Errors of the system that mean a wrong path, which is bad input. The others are failures.
 _WRONG_PATH = {

@@ -104,7 +104,7 @@ class Explanation:
     """What a log tells.
 
     Attributes:
-        findings: causes first, each kind in the order of the log; without causes the symptoms, then what follows.
+        findings: causes first, in the order of the log; then symptoms, the specific ones first, then what follows.
         telling: lines that speak of errors, with their numbers; for a log without a known cause.
     """
 
@@ -133,7 +133,8 @@ def explain(lines: Iterable[str]) -> Explanation:
             found.append((first.numbers[0], search, first))
             for hit in hits:
                 taken.update(hit.numbers)
-    found.sort(key=lambda entry: (_ROLES.index(entry[1].failure.role), entry[0]))
+    # Causes in the order of the log; the others stay in that of the file, from the specific to the general.
+    found.sort(key=lambda entry: (_ROLES.index(entry[1].failure.role), entry[0] * (entry[1].failure.role == "cause")))
     findings = tuple(
         Finding(
             search.failure.id,

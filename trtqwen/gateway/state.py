@@ -70,7 +70,7 @@ async def running(
         link: to the broker, in one of several workers.
     """
     replicas = [connect(address) for address in config.triton]
-    gate = _own_gate(config, model, metrics) if link is None else SharedGate(link)
+    gate = own_gate(config, model, metrics) if link is None else SharedGate(link)
     monitor = Monitor(
         replicas,
         gate,
@@ -82,7 +82,10 @@ async def running(
     for replica in replicas:  # a counter that nobody has counted is missing, not 0
         metrics.replica_sequences.labels(replica.address)
         metrics.cached_prompt_tokens.labels(replica.address)
-    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
+    by_prefix = (
+        model.reuses_kv_cache and len(replicas) > 1 if config.prefix_routing is None else config.prefix_routing
+    )
+    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix)
     tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
     if isinstance(gate, SharedGate):
         tasks.append(asyncio.create_task(gate.listen()))
@@ -97,8 +100,10 @@ async def running(
             await replica.close()
 
 
-def _own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics) -> Gate:
-    return Gate(plan_admission(config, model), metrics, config.queue_seconds, config.triton)
+def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics) -> Gate:
+    """The gate of a gateway's only process, or of the one that its workers ask."""
+    admission = plan_admission(config, model)
+    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds)
 
 
 async def _watch_process(metrics: Metrics) -> None:
