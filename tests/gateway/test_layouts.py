@@ -100,10 +100,6 @@ def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> 
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "content": "x"},
     ]
-        QUESTION,
-        {"role": "assistant", "content": None, "tool_calls": [call]},
-        {"role": "tool", "content": "x"},
-    ]
     shown = {"type": "function", "function": function if as_text else function | {"arguments": {"a": 1}}}
     turn = {"role": "assistant", "content": None if as_text else "", "tool_calls": [shown]}
     ids = theirs.apply_chat_template([QUESTION, turn, turns[2]], add_generation_prompt=True)
