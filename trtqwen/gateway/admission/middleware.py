@@ -18,6 +18,7 @@ from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
 _log = logging.getLogger("trtqwen.access")
+_ADDRESS = re.compile(r"[0-9.]+")
 _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
@@ -105,7 +106,8 @@ class Guard:
             return
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if _PORT.search(host) else host
-        if name and name not in self._allowed_hosts:
+        # An attacker's name has a dot: addresses and names of the local network are nobody else's to bind.
+        if "." in name and not _ADDRESS.fullmatch(name) and name not in self._allowed_hosts:
             message = "the Host header names another server; add its name to allowed_hosts"
             raise ApiError(421, message, "unknown_host")
 
