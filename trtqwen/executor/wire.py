@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import TypeAdapter
 
-from trtqwen.executor.request import Event, FinishReason, Response
+from trtqwen.executor.request import Event, FinishReason, Response, TopLogProbs
 
 _HEADER = 5
 _TOKENS, _JSON, _NAMES = b"T", b"J", b"N"
@@ -135,10 +135,18 @@ def _joined(first: Response, second: Response) -> Response:
         log_probs=first.log_probs + second.log_probs,
         context_logits=first.context_logits or second.context_logits,
         generation_logits=logits or None,
+        top_log_probs=_joined_tops(first.top_log_probs, second.top_log_probs),
+        prompt_log_probs=first.prompt_log_probs or second.prompt_log_probs,
         perf_metrics=second.perf_metrics,
         finish_reason=second.finish_reason,
         error=second.error,
     )
+
+
+def _joined_tops(first: TopLogProbs | None, second: TopLogProbs | None) -> TopLogProbs | None:
+    if first is None or second is None:
+        return first or second
+    return TopLogProbs(ids=first.ids + second.ids, log_probs=first.log_probs + second.log_probs)
 
 
 def _is_plain(response: Response) -> bool:
@@ -148,6 +156,8 @@ def _is_plain(response: Response) -> bool:
         and not response.log_probs
         and response.context_logits is None
         and response.generation_logits is None
+        and response.top_log_probs is None
+        and response.prompt_log_probs is None
         and response.perf_metrics is None
         and response.error is None
         and response.finish_reason in _REASONS
