@@ -15,6 +15,7 @@ import argparse
 import http.client
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -77,7 +78,6 @@ class Server:
     seen: set[int] = field(default_factory=set)
 
     def start(self, *, ready: bool = True) -> Server:
-        self.shared = set(os.listdir("/dev/shm"))
         self.out, self.err = self.temporary / "out", self.temporary / "err"
         (self.temporary / "tmp").mkdir()
         command = [sys.executable, "-m", "trtqwen", "serve", f"--repo={self.repository}", "--json", "--grpc-port=0"]
@@ -107,6 +107,11 @@ class Server:
     def look(self) -> None:
         """Remember every process that belongs to the server, whoever its parent is later."""
         self.pids |= descendants(self.process.pid)
+
+    def shared_memory(self) -> list[str]:
+        """The server's files in /dev/shm; other servers on this machine have others."""
+        prefixes = {found for command in self.pids.values() for found in re.findall(r"=(trtqwen-\w+-)", command)}
+        return [name for name in os.listdir("/dev/shm") if any(name.startswith(prefix) for prefix in prefixes)]
 
     def pid(self, text: str) -> int:
         self.look()
@@ -139,7 +144,7 @@ class Server:
         deadline = time.monotonic() + seconds
         while True:
             living = [pid for pid in self.pids if Path(f"/proc/{pid}").exists() and not _zombie(pid)]
-            shared = [name for name in set(os.listdir("/dev/shm")) - self.shared if name.startswith("trtqwen-")]
+            shared = self.shared_memory()
             files = os.listdir(self.temporary / "tmp")
             left = [f"{len(living)} processes"] * bool(living) + shared + files
             if not left or time.monotonic() > deadline:
@@ -392,9 +397,7 @@ def admin_protocols(home: Path) -> str:
             connection.request("POST", path, '{"key": "/x", "offset": 0, "byte_size": 1}')
             status = connection.getresponse().status
             expect(status == 403, f"{path}: {status}")
-        modes = {
-            oct(Path("/dev/shm", name).stat().st_mode & 0o777) for name in set(os.listdir("/dev/shm")) - server.shared
-        }
+        modes = {oct(Path("/dev/shm", name).stat().st_mode & 0o777) for name in server.shared_memory()}
         expect(modes <= {"0o600"}, f"shared memory has modes {modes}")
         return "403 for each; shared memory 0600"
     finally:
