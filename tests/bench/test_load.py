@@ -117,8 +117,8 @@ def test_late_clients_do_not_make_the_server_fast() -> None:
 def test_figures_agree_with_what_the_server_did(scripted: Callable[..., Scripted], processes: int) -> None:
     """Against a real server, whose own times are the truth.
 
-    The way between the two processes is in the client's times and not in the server's. A busy machine makes it longer:
-    then the comparison is made again, up to five times. Only wrong figures are wrong each time.
+    The way between the processes is in the client's times, not in the server's. A busy machine makes it longer.
+    Then the comparison is made again, up to five times. Only wrong figures are wrong each time.
     """
     server = scripted(first=1.0, gap=0.1)
     target, about = probe(server.url, None)
