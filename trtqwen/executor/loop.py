@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
@@ -120,7 +121,7 @@ class StepLoop:
             if not isinstance(self._communicator, SingleRank) or _is_fatal(problem):
                 raise  # the ranks may be out of step with each other: only a new start helps
             self._flight = None
-            self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
+            self._emit(self._scheduler.fail_all(_reason(problem)))
 
     def _launch(self) -> _Flight | None:
         step = self._scheduler.schedule()
@@ -226,6 +227,12 @@ class StepLoop:
 def _is_fatal(problem: Exception) -> bool:
     """Whether the device is lost: after a CUDA error nothing in this process runs on it again."""
     return type(problem).__name__ == "AcceleratorError" or "CUDA error" in str(problem)
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "the step ran out of GPU memory; lower serve.kv_cache_free_gpu_mem_fraction or engine.max_num_tokens"
+    return f"the step failed: {problem}"
 
 
 def _error(request: Request, problem: RequestError) -> Response:

@@ -65,7 +65,7 @@ class OutputCollector:
                 record = self._records[chunk.request_id]
                 if chunk.start == 0:
                     record.context_logits.clear()  # a paused request begins again
-                record.context_logits.append(rows.clone())
+                record.context_logits.append(rows.float().clone())
             if chunk.samples:
                 sampled.append(rows[-1])
         return torch.stack(sampled) if sampled else logits[:0]

@@ -12,14 +12,13 @@ from trtqwen.checkpoint.reader import read_rank
 from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
-from trtqwen.executor.choose import choose
 from trtqwen.executor.config import WorkerConfig, kv_cache_blocks
 from trtqwen.executor.device import DeviceChoice
 from trtqwen.executor.inputs import StepInputs
 from trtqwen.executor.loop import Runner
 from trtqwen.executor.model import Qwen2Model
 from trtqwen.executor.parallel import Communicator
-from trtqwen.executor.sampling import Choose
+from trtqwen.executor.sampling import Sampler
 
 
 @dataclass(frozen=True)
@@ -28,12 +27,12 @@ class Started:
 
     Attributes:
         num_blocks: KV cache blocks that its memory holds.
-        chooser: chooses tokens on its device.
+        sampler: chooses tokens on its device; other ranks than 0 keep the last tokens in it.
     """
 
     runner: Runner
     num_blocks: int
-    chooser: Choose
+    sampler: Sampler
 
 
 class PlainRunner:
@@ -64,7 +63,8 @@ def make_runner(
         num_blocks=num_blocks,
         tokens_per_block=engine.build_config.tokens_per_block,
     )
-    return Started(PlainRunner(model, choice.device), num_blocks, choose)
+    sampler = Sampler(engine.build_config.max_batch_size, choice.device)
+    return Started(PlainRunner(model, choice.device), num_blocks, sampler)
 
 
 def _attention() -> AttentionBackend:

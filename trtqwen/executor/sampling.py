@@ -239,7 +239,7 @@ class Sampler:
         self.last_tokens[self._to_device(slots)] = tokens.clamp(min=0)
 
     def _to_device(self, values: Numbers) -> Tensor:
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(np.ascontiguousarray(values))  # kernels index it
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 

@@ -71,9 +71,18 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Step:
-    """What every rank computes next, in the order of the packed tokens: sequences with one token come first."""
+    """What every rank computes next, in the order of the packed tokens.
+
+    Sequences with one token come first, then those that begin at position 0, then the other chunks of prompts.
+    """
 
     chunks: tuple[Chunk, ...]
+
+
+def _rank_in_step(chunk: Chunk) -> int:
+    if len(chunk.token_ids) == 1:
+        return 0
+    return 2 if chunk.start else 1
 
 
 def placeholder(slot: int) -> int:
@@ -232,7 +241,7 @@ class Scheduler:
         if not chunks:
             return None
         self._count(chunks, generation, paused)
-        chunks.sort(key=lambda chunk: len(chunk.token_ids) > 1)
+        chunks.sort(key=_rank_in_step)
         return Step(tuple(chunks))
 
     def is_live(self, chunk: Chunk) -> bool:
