@@ -1,8 +1,8 @@
 """Measures the embedded engine against vLLM on this machine's cards, both in one run, and writes the rows as JSON.
 
 Loads are offline: token ids in and out, temperature 0.6, end ids ignored, no KV cache reuse, random weights in the
-shape of a known model. vLLM runs in a process of its own with dummy weights; `--vllm-path` names a directory that it is
-installed in. Every ratio is of two numbers that this run measured.
+shape of a known model. vLLM runs in a process of its own with dummy weights; `--vllm-path` names a directory that it
+is installed in. Every ratio is of two numbers that this run measured.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from trtqwen.executor.cuda.kernels.matmul import matmul
 from trtqwen.executor.cuda.kernels.norm import add_norm
 from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, STATIC, Quantization, Quantized, quantize_rows
 from trtqwen.executor.cuda.kernels.rotary import rotary_store
+from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide
 from trtqwen.executor.inputs import pack
 from trtqwen.executor.request import Request
 from trtqwen.executor.scheduler import Chunk, Sequence, Step
@@ -241,3 +242,18 @@ def test_gemv_of_codes_is_exact(device: torch.device) -> None:
     got = gemv(codes, weight, torch.float32, scales=scales, steps=steps)
     expected = (codes.double() @ weight.double().T) * 5e-4
     torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_wide_w8a8(device: torch.device, persistent: bool) -> None:
+    rows, columns, width = (300, 200, 320) if device.type == "cuda" else (70, 40, 160)
+    codes = torch.randint(-128, 128, (rows, width), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
+    weight = torch.randint(-128, 128, (columns, width), generator=torch.Generator().manual_seed(2))
+    weight = weight.to(device, torch.int8)
+    scales, bias = torch.rand(columns, device=device) * 1e-3, torch.randn(columns, device=device)
+    steps = torch.rand(rows, device=device)
+    out = torch.full((rows, columns), float("nan"), device=device)
+    tile = (128, 64, 128, 4, 3) if device.type == "cuda" else (32, 16, 64, 4, 3)
+    w8a8_wide(codes, weight, steps, scales, bias, out, (*tile, persistent))
+    expected = codes.double() @ weight.double().T * scales.double() * steps.double()[:, None] + bias.double()
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import begin, chained
-from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, Quantization, Quantized, quantize_row, round_to_int8
+from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, Quantization, Quantized, round_to_int8
 
 
 @triton.jit
@@ -47,17 +47,31 @@ def _silu_mul(
 
 
 @triton.jit
+def _smoothed(gate_up, smoother, row, start, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = _silu_mul_tile(gate_up, row, columns, inside, width).to(tl.float32)
+    if SMOOTH:
+        values *= tl.load(smoother + columns, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
 def _silu_mul_row(
     gate_up, smoother, out, steps, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
 ):
     begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < width
-    values = _silu_mul_tile(gate_up, row, columns, inside, width).to(tl.float32)
-    if SMOOTH:
-        values *= tl.load(smoother + columns, mask=inside, other=0.0)
-    quantize_row(values, out + row * width + columns, inside, steps + row, 1.0, 1)
+    largest = 0.0
+    for start in range(0, width, BLOCK):
+        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), axis=0))
+    step = tl.maximum(largest, 1e-12) / 127.0
+    tl.store(steps + row, step)
+    for start in range(0, width, BLOCK):  # a second time, from the cache
+        columns = start + tl.arange(0, BLOCK)
+        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
+        tl.store(out + row * width + columns, round_to_int8(values / step), mask=columns < width)
 
 
 def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Quantized:
@@ -69,7 +83,7 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
     smooth = quantization is not None and smoother is not None
     if quantization is not None and quantization.mode == PER_TOKEN:
         steps = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
-        block = triton.next_power_of_2(width)
+        block = triton.next_power_of_2(width) if rows <= 64 else 4096
         _silu_mul_row[(rows,)](
             gate_up,
             smoother if smooth else gate_up,
@@ -79,7 +93,7 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
             SMOOTH=smooth,
             BLOCK=block,
             num_warps=min(32, max(1, block // 512)),
-            **chained(),
+            **chained(rows),
         )
         return Quantized(out, steps)
     block = 1024
@@ -93,6 +107,6 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
         QUANTIZE=quantization is not None,
         BLOCK=block,
         num_warps=4,
-        **chained(),
+        **chained(rows),
     )
     return out if quantization is None else Quantized(out, None)

@@ -36,8 +36,16 @@ def begin(CHAINED: tl.constexpr):
         gdc_wait()
 
 
+def chained(rows: int) -> dict[str, bool]:
+    """Arguments of a launch that joins the chain, where the card has it and it pays.
+
+    On an H100 it saves 3 % of a step of one row, and costs 8 % of one of eight: programs that wait take room from
+    those that multiply.
+    """
+    pays = rows == 1 and _possible()
+    return {"CHAINED": pays, "launch_pdl": pays}
+
+
 @cache
-def chained() -> dict[str, bool]:
-    """Arguments of a launch that joins the chain, where the card has it."""
-    possible = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-    return {"CHAINED": possible, "launch_pdl": possible}
+def _possible() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)

@@ -180,7 +180,7 @@ def decode_attention(
         PRECISION="ieee" if full else "tf32",
         num_warps=4,
         num_stages=3 if full else 4,
-        **chained(),
+        **chained(sequences),
     )
 
 

@@ -37,6 +37,6 @@ def embed(token_ids: Tensor, sampled: Tensor, table: Tensor, first: int) -> Tens
     rows, width = table.shape
     out = torch.empty((len(token_ids), width), dtype=table.dtype, device=table.device)
     _embed[(len(token_ids),)](
-        token_ids, sampled, table, out, first, rows, width, BLOCK=1024, num_warps=4, **chained()
+        token_ids, sampled, table, out, first, rows, width, BLOCK=1024, num_warps=4, **chained(len(token_ids))
     )
     return out

@@ -12,6 +12,7 @@ from trtqwen.executor.cuda.kernels.chain import begin, chained
 from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.matmul import few_rows_product
 from trtqwen.executor.cuda.kernels.quantize import Quantized
+from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide, wide_tile
 
 # Beyond this many rows a W8A16 product is slower than dequantizing the matrix once for cuBLAS (H100, gate+up of 7B:
 # 200 us against 126 + 165 at 256 rows, 1367 against 846 + 165 at 2048).
@@ -104,6 +105,10 @@ def w8a8(
         return gemv(codes, weight, dtype, scales=scales, steps=steps, bias=bias)
     columns = len(weight)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
+    wide = wide_tile(rows, columns, width) if tile is None else None
+    if wide is not None:
+        w8a8_wide(codes, weight, steps, scales, bias, out, wide)
+        return out
     own_rows, own_columns, block, warps, stages = tile or w8a8_tile(rows, columns)
     _w8a8[(triton.cdiv(rows, own_rows) * triton.cdiv(columns, own_columns),)](
         codes,
@@ -124,7 +129,7 @@ def w8a8(
         GROUP=8,
         num_warps=warps,
         num_stages=stages,
-        **chained(),
+        **chained(rows),
     )
     return out
 

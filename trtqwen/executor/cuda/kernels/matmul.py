@@ -102,5 +102,5 @@ def few_rows_product(
         BLOCK=block,
         num_warps=warps,
         num_stages=stages,
-        **chained(),
+        **chained(rows),
     )

@@ -73,6 +73,6 @@ def add_norm(
         MODE=mode,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
-        **chained(),
+        **chained(rows),
     )
     return out if quantization is None else Quantized(out, steps if mode == 1 else None)

@@ -108,6 +108,6 @@ def quantize_rows(hidden: Tensor, how: Quantization) -> Quantized:
         MODE=how.mode,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
-        **chained(),
+        **chained(rows),
     )
     return Quantized(codes, steps if how.mode == PER_TOKEN else None)

@@ -120,5 +120,5 @@ def rotary_store(
         INT8=kv_step is not None,
         KEEP=keep,
         num_warps=4,
-        **chained(),
+        **chained(len(qkv)),
     )
