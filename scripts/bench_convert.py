@@ -33,7 +33,8 @@ from rich.table import Table
 
 from trtqwen.demo import MODEL
 from trtqwen.hf.config import HfConfig, load_config
-from trtqwen.hf.source import INDEX, TOKENIZER_FILES
+from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
+from trtqwen.hf.weights import INDEX
 from trtqwen.quantize.ranges import write_ranges
 from trtqwen.quantize.smoothquant import ActivationRange
 from trtqwen.quantize.texts import CALIBRATION, read_texts

@@ -14,7 +14,7 @@ import shutil
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -26,6 +26,8 @@ from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.repository import write_repository
+
+BACKEND = os.environ.get("TRTQWEN_TEST_BACKEND", "torch")  # `make test-vllm` sets it
 
 TINY: dict[str, Any] = {
     "vocab_size": 515,
@@ -67,19 +69,27 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
     """Builds the bundled model's float32 engine once for each set of options."""
     home = tmp_path_factory.mktemp("engines")
 
-    def make(tp_size: int = 1, **options: Any) -> Path:
+    def make(tp_size: int = 1, backend: Literal["torch", "vllm"] = "torch", **options: Any) -> Path:
         limits = {"max_batch_size": 16, "max_num_tokens": 512, "max_seq_len": 512, "tokens_per_block": 16}
-        recipe = EngineRecipe(backend="torch", **(limits | options))
+        if backend == "vllm":
+            limits["tokens_per_block"] = 32  # vLLM's attention on CPUs takes no less
+        recipe = EngineRecipe(backend=backend, **(limits | options))
         plan = plan_conversion(MODEL, CheckpointRecipe(dtype="float32", tp_size=tp_size))
         checkpoint = home / f"checkpoint-tp{tp_size}"
         if not cached(checkpoint, "checkpoint", plan.key()):
             run_conversion(plan, checkpoint)
-        engine = home / ("-".join([f"tp{tp_size}", *(f"{key}={value}" for key, value in options.items())]))
+        engine = home / ("-".join([f"{backend}-tp{tp_size}", *(f"{key}={value}" for key, value in options.items())]))
         if not engine.exists():
             build_engine(checkpoint, recipe, engine)
         return engine
 
     return make
+
+
+@pytest.fixture(scope="session")
+def served_engine(bundled_engine: Callable[..., Path]) -> Path:
+    """The engine behind the live servers: the bundled model's, of the backend that TRTQWEN_TEST_BACKEND names."""
+    return bundled_engine(backend=BACKEND)
 
 
 @pytest.fixture
@@ -99,3 +109,11 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
         return tmp_path / "repository"
 
     return make
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what only the embedded engine does while another one serves."""
+    for item in items:
+        mark = item.get_closest_marker("embedded")
+        if mark is not None and BACKEND != "torch":
+            item.add_marker(pytest.mark.skip(reason=f"not on {BACKEND}: {mark.args[0]}"))

@@ -21,26 +21,34 @@ ORDER = (
     "system",
     "facts",
     "artifact",
+    "stage",
     "nn",
     "hf",
     "recipe",
     "quantize",
     "checkpoint",
+    "export",
     "engine",
     "executor",
+    "vllm",
+    "llmapi",
     "triton",
     "plan",
     "verify",
+    "containers",
     "doctor",
     "gateway",
+    "batch",
     "build",
-    "containers",
+    "images",
     "demo",
     "selftest",
     "bench",
     "cli",
     "__main__",
 )
+
+ROOMS = ("admission", "generation", "api")  # of the gateway
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
@@ -66,6 +74,17 @@ def test_packages_import_downwards_only() -> None:
         for path in modules
         for name in imports(path)
         if name[0] != place(path) and ORDER.index(name[0]) >= ORDER.index(place(path))
+    ]
+    assert not upwards
+
+
+def test_the_gateway_imports_from_api_to_admission() -> None:
+    upwards = [
+        f"{path.relative_to(PACKAGE)} imports trtqwen.{'.'.join(name)}"
+        for room in ROOMS
+        for path in (PACKAGE / "gateway" / room).glob("*.py")
+        for name in imports(path)
+        if name[0] == "gateway" and name[1] in ROOMS and ROOMS.index(name[1]) > ROOMS.index(room)
     ]
     assert not upwards
 

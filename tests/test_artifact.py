@@ -77,7 +77,12 @@ def test_a_killed_run_leaves_what_was_there_and_the_next_clears_up(tmp_path: Pat
 
 def test_a_reader_finds_the_old_or_the_new_at_every_moment(tmp_path: Path) -> None:
     finish(tmp_path / "out", "a")
-    writer = threading.Thread(target=lambda: [finish(tmp_path / "out", text, force=True) for text in "bc" * 20])
+
+    def replace() -> None:
+        for text in "bc" * 20:
+            finish(tmp_path / "out", text, force=True)
+
+    writer = threading.Thread(target=replace)
     writer.start()
     seen = set()
     while writer.is_alive():
@@ -126,7 +131,8 @@ def test_a_second_writer_is_refused_and_the_first_finishes(tmp_path: Path) -> No
 
 
 def test_a_lock_is_waited_for_and_a_dead_process_holds_none(tmp_path: Path) -> None:
-    lock, told = tmp_path / "lock", []
+    lock = tmp_path / "lock"
+    told: list[int] = []
     reader, writer = os.pipe()
 
     def hold() -> None:
@@ -164,7 +170,7 @@ def test_leftovers_that_cannot_be_removed_are_named_and_never_taken(
 ) -> None:
     (tmp_path / ".out.tmp").mkdir()
     monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # as for another user's files
-    with pytest.raises(OutputError, match=r"\.out\.tmp: is left of a killed run"):
+    with pytest.raises(OutputError, match=r"\.out\.tmp: a killed run left it"):
         finish(tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -3,9 +3,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ from tests.processes import fork, in_child
 from tests.standins.host import install
 from trtqwen import __version__
 from trtqwen.artifact import read_manifest
-from trtqwen.build import BuildPlan, StageResult, plan_build, run_build
+from trtqwen.build import BuildPlan, plan_build, run_build
 from trtqwen.checkpoint.convert import run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import EngineError, InputError, OutputError
+from trtqwen.diagnostics import EngineError, InputError, OutputError, SourceError
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe, load_recipe
+from trtqwen.stage import BuildEvents, StageResult
+from trtqwen.triton.integrity import check_served_files
 
 TINY = load_recipe("qwen2-tiny-cpu")
 
@@ -100,7 +104,7 @@ def test_another_tokenizer_is_not_another_model(tmp_path: Path) -> None:
 def test_another_version_makes_everything_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path)
     monkeypatch.setattr("trtqwen.artifact.__version__", "9.9")
-    monkeypatch.setattr("trtqwen.build.__version__", "9.9")
+    monkeypatch.setattr("trtqwen.stage.__version__", "9.9")
     assert whys(build(tmp_path)) == [f"trtqwen changed from {__version__} to 9.9"] * 3
 
 
@@ -133,8 +137,8 @@ def test_replacing_does_not_mean_putting_up_with_a_spoiled_int8_kv_cache(tmp_pat
     with torch.no_grad():
         model.model.layers[0].self_attn.k_proj.bias.mul_(40)
     model.save_pretrained(tmp_path / "hf")
-    engine = {"backend": "torch", "max_seq_len": 64, "max_num_tokens": 64}
-    recipe = Recipe(name="spiked", description="d", engine=EngineRecipe(**engine), checkpoint=CheckpointRecipe())
+    engine = EngineRecipe(backend="torch", max_seq_len=64, max_num_tokens=64)
+    recipe = Recipe(name="spiked", description="d", engine=engine, checkpoint=CheckpointRecipe())
     plan = plan_build(recipe, tmp_path / "hf", tmp_path, tmp_path / "repo")
     run_conversion(plan.conversion, plan.checkpoint.directory)
     int8 = with_settings(recipe, "checkpoint", kv_cache="int8")
@@ -165,14 +169,16 @@ def patched(name: str) -> Callable[[Path], object]:
 
 def after(stage: str) -> Callable[[Path], object]:
     """A build that dies when a stage is complete."""
-    return lambda home: run_build(plan(home), on_stage=lambda result: result.stage == stage and die())
+    return lambda home: run_build(
+        plan(home), events=BuildEvents(on_stage=lambda result: die() if result.stage == stage else None)
+    )
 
 
 @pytest.mark.parametrize(
     ("killed", "kept"),
     [
-        (lambda home: run_build(plan(home), progress=die), 0),
-        (lambda home: run_build(plan(home), inspect=die), 0),
+        (lambda home: run_build(plan(home), events=BuildEvents(written=die)), 0),
+        (lambda home: run_build(plan(home), events=BuildEvents(inspect=die)), 0),
         (patched("trtqwen.artifact._sync_tree"), 0),
         (after("checkpoint"), 1),
         (patched("os.link"), 1),
@@ -216,7 +222,7 @@ def test_killed_at_any_moment_a_build_ends_up_the_same(tmp_path: Path) -> None:
 def test_of_builds_at_the_same_time_one_builds_and_the_others_wait_for_it(tmp_path: Path) -> None:
     def work() -> None:
         waited: list[int] = []
-        results = run_build(plan(tmp_path), on_busy=waited.append)
+        results = run_build(plan(tmp_path), events=BuildEvents(on_busy=waited.append))
         assert len(waited) <= 2
         (tmp_path / f"{os.getpid()}.txt").write_text("".join("-" if result.reused else "B" for result in results))
 
@@ -242,3 +248,99 @@ def test_another_release_is_refused_before_the_weights_are_converted_for_it(
     with pytest.raises(EngineError, match=r"TensorRT-LLM 1\.0\.0 is installed, but .* checkpoint\.release 1\.2\.1"):
         run_build(plan_build(recipe, MODEL, tmp_path / "engines", tmp_path / "repository"))
     assert not (tmp_path / "engines" / recipe.name).exists()
+
+
+def flip(path: Path, position: int) -> None:
+    """Change one bit of a file, and of no other that shares its bytes."""
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+def test_one_changed_bit_anywhere_is_noticed_and_repaired(tmp_path: Path) -> None:
+    build(tmp_path)
+    home = tmp_path / "engines" / TINY.name
+    directories = {"checkpoint": home / "checkpoint", "engine": home / "engine", "repository": tmp_path / "repo"}
+    stages = plan(tmp_path).stages
+    for stage in stages:
+        for path in sorted(directories[stage.name].rglob("*")):
+            if path.is_file() and path.stat().st_size and path.name != "manifest.json":
+                whole, size = path.read_bytes(), path.stat().st_size
+                for position in {0, size // 2, size - 1}:
+                    flip(path, position)
+                    assert stage.why() == f"{path.relative_to(stage.directory)} has other bytes than were written"
+                    path.write_bytes(whole)
+    flip(home / "engine" / "rank0.safetensors", -1)
+    flip(tmp_path / "repo" / "postprocessing" / "1" / "model.py", 30)
+    assert [bool(why) for why in whys(build(tmp_path))] == [False, True, True]
+    assert whys(build(tmp_path)) == [None, None, None]
+
+
+def test_every_changed_byte_of_a_manifest_is_noticed(tmp_path: Path) -> None:
+    build(tmp_path)
+    path = tmp_path / "repo" / "manifest.json"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        flip(path, position)
+        with pytest.raises(InputError, match=r"manifest\.json|repo: "):
+            read_manifest(tmp_path / "repo", "repository")
+        path.write_bytes(whole)
+
+
+def test_force_makes_every_stage_again(tmp_path: Path) -> None:
+    build(tmp_path)
+    assert whys(build(tmp_path, force=True)) == ["--force was given"] * 3
+
+
+def test_a_repository_of_another_engine_is_not_served(tmp_path: Path) -> None:
+    build(tmp_path)
+    changed = with_settings(TINY, "engine", max_batch_size=3)
+    other = plan_build(changed, MODEL, tmp_path / "engines", tmp_path / "repo")
+    other.engine.make(force=True)  # as a build that is killed before it writes the repository
+    with pytest.raises(InputError, match=r"repo: was written for another engine than the one that is in .*build"):
+        check_served_files(tmp_path / "repo")
+    build(tmp_path, changed)
+    check_served_files(tmp_path / "repo")
+
+
+def test_a_module_beside_the_models_is_not_served(tmp_path: Path) -> None:
+    build(tmp_path)
+    (tmp_path / "repo" / "tensorrt_llm" / "1" / "numpy.py").write_text("print('imported')")
+    with pytest.raises(InputError, match=r"tensorrt_llm/1/numpy\.py does not belong to it"):
+        check_served_files(tmp_path / "repo")
+    assert whys(build(tmp_path)) == [None, None, "tensorrt_llm/1/numpy.py does not belong to it"]
+
+
+def test_what_a_killed_build_left_goes_even_if_all_is_up_to_date(tmp_path: Path) -> None:
+    build(tmp_path)
+    home = tmp_path / "engines" / TINY.name
+    for leftover in (home / ".engine.tmp", home / ".checkpoint.old", tmp_path / ".repo.tmp"):
+        leftover.mkdir()
+        (leftover / "rank0.safetensors").write_bytes(b"15 GB")
+    (home / ".engine.lock").write_text("4194303")
+    assert reused(build(tmp_path)) == [True, True, True]
+    assert names(home) == {"checkpoint", "engine"}
+    assert names(tmp_path) == {"engines", "repo"}
+
+
+@pytest.mark.parametrize("change", ["truncate", "overwrite"])
+def test_a_source_that_changes_during_the_conversion_is_noticed(tmp_path: Path, change: str) -> None:
+    shutil.copytree(MODEL, tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    conversion = plan_build(TINY, tmp_path / "model", tmp_path / "engines", tmp_path / "repo")
+    writers: list[Any] = []
+
+    def alter(count: int) -> None:
+        def write() -> None:
+            with weights.open("r+b") as file:  # waits as long as the conversion holds the file
+                file.truncate(100) if change == "truncate" else file.write(bytes(100))
+
+        if not writers:
+            writers.append(threading.Thread(target=write))
+            writers[0].start()
+
+    with pytest.raises(SourceError, match=r"model\.safetensors: (another process opens|was changed)"):
+        run_build(conversion, events=BuildEvents(written=alter))
+    writers[0].join(60)
+    assert not (tmp_path / "engines" / TINY.name / "checkpoint").exists()

@@ -25,7 +25,7 @@ def talk(lines: int, target: int) -> tuple[Relay, subprocess.Popen[str]]:
 def test_lines_are_passed_on_but_for_the_reason_of_the_end() -> None:
     heard, target = os.pipe()
     relay, process = talk(20, target)
-    assert process.wait(10) == 0
+    assert process.wait(timeout=60) == 0
     relay.join()
     assert [line.split()[0] for line in os.read(heard, 1 << 16).decode().splitlines()] == list(map(str, range(20)))
     assert relay.last_lines[-1] == "error: enough"
@@ -37,7 +37,7 @@ def test_nobody_waits_for_who_does_not_read() -> None:
     """A pipe holds 64 KiB."""
     heard, target = os.pipe()
     relay, process = talk(50_000, target)
-    assert process.wait(30) == 0
+    assert process.wait(timeout=60) == 0
     relay.join(0.1)
     assert relay.last_lines[-1] == "error: enough"
     os.close(heard)  # the relay's write fails, and it ends

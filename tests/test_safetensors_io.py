@@ -8,6 +8,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 import safetensors
 import safetensors.numpy
@@ -164,7 +165,7 @@ def test_files_of_many_blocks_of_any_length(tmp_path: Path, monkeypatch: pytest.
 
         monkeypatch.setattr(os, "open", refuse)
     rng = np.random.default_rng(0)
-    tensors = {
+    tensors: dict[str, npt.NDArray[Any]] = {
         "odd": rng.integers(0, 255, 3).astype(np.uint8),
         "unaligned": rng.normal(size=(3001, 1501)).astype(np.float32),
         "half": rng.normal(size=(2000, 1777)).astype(np.float16),
@@ -178,8 +179,8 @@ def test_files_of_many_blocks_of_any_length(tmp_path: Path, monkeypatch: pytest.
     for writer in (first, second):
         assert writer.path.stat().st_size == writer.size > 20 << 20
         assert writer.digest() == digest_file(writer.path)
-        for name, tensor in safetensors.torch.load_file(writer.path).items():
-            np.testing.assert_array_equal(tensor.numpy(), tensors[name])
+        for name, read in safetensors.torch.load_file(writer.path).items():
+            np.testing.assert_array_equal(read.numpy(), tensors[name])
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, ml_dtypes.bfloat16, np.int8])

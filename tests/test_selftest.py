@@ -73,6 +73,7 @@ def test_the_command_tells_the_verdict_by_its_exit_code(
         result = CliRunner().invoke(app, ["selftest", "--engines", str(tmp_path), *json_flag])
         assert result.exit_code == (1 if verdict == "differs" else 0)
         assert verdict in result.stdout
+        assert json.loads((tmp_path / "selftest" / "result.json").read_text())["ok"] is (verdict != "differs")
     assert json.loads(result.stdout)["ok"] == (verdict != "differs")
 
 
@@ -87,7 +88,7 @@ def test_an_engine_that_does_not_run_is_explained(
 
 def test_what_is_missing_is_said_in_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(
-        EngineError, match=r"lacks trtllm-build and a GPU; run it on a GPU host in .*26\.07"
+        EngineError, match=r"lacks trtllm-build and a GPU; run `trtqwen selftest --in-container` .*26\.07"
     ) as caught:
         run_selftest(Host(), tmp_path)
     assert "\n" not in str(caught.value)

@@ -7,7 +7,9 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -19,8 +21,17 @@ from trtqwen import __version__
 from trtqwen.diagnostics import InputError, OutputError
 
 MANIFEST = "manifest.json"
-Stage = Literal["checkpoint", "engine", "repository"]
+StageName = Literal["checkpoint", "engine", "repository"]
+REMEDIES: dict[StageName, str] = {
+    "checkpoint": "convert the model again with `trtqwen build`, or with `trtqwen convert --force`",
+    "engine": "build it again with `trtqwen build`",
+    "repository": "write it again with `trtqwen build`, or with `trtqwen repo --force`",
+}
 _CHUNK = 1 << 22
+_HASHING_THREADS = 8  # xxHash leaves the interpreter's lock: files are hashed in parallel, as fast as the disk reads
+_CLOCK_TICK_NS = 50_000_000  # two changes of a file within a tick of the kernel's clock leave the same time stamp
+_digests: dict[tuple[int, ...], str] = {}  # by device, inode, size and time stamps
+_BYTECODE = "__pycache__"  # Python writes it beside a model that a Triton started by hand has loaded
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -38,22 +49,31 @@ class Manifest(BaseModel):
     """What one stage wrote and from what: the record by which the next stage accepts or refuses it.
 
     `key` is the digest of tool version, inputs and parameters; a cached result is valid if the keys are equal.
+    `warnings` is what was said of the inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     schema_version: Literal[1] = 1
-    stage: Stage
+    stage: StageName
     tool_version: str
     key: str
     inputs: dict[str, str]
     parameters: dict[str, Any]
     outputs: dict[str, FileRecord]
+    warnings: list[str] = []
 
 
-def stage_key(stage: Stage, inputs: dict[str, str], parameters: dict[str, Any]) -> str:
-    """Digest of everything that decides a stage's output."""
-    text = json.dumps([stage, __version__, inputs, parameters], sort_keys=True, separators=(",", ":"))
+def stage_key(
+    stage: StageName, inputs: dict[str, str], parameters: dict[str, Any], tool_version: str | None = None
+) -> str:
+    """Digest of everything that decides a stage's output.
+
+    Args:
+        tool_version: the version of trtqwen that writes it; None is this one.
+    """
+    version = tool_version or __version__
+    text = json.dumps([stage, version, inputs, parameters], sort_keys=True, separators=(",", ":"))
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
@@ -64,6 +84,18 @@ def digest_file(path: Path) -> str:
         while chunk := file.read(_CHUNK):
             state.update(chunk)
     return state.hexdigest()
+
+
+def _digest_of_unchanged(path: Path) -> str:
+    """`digest_file`, once for each state of a file: a process that looks twice, or through two links, reads once."""
+    status = path.stat()
+    state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    if state in _digests:
+        return _digests[state]
+    digest = digest_file(path)
+    if time.time_ns() - status.st_ctime_ns > _CLOCK_TICK_NS:
+        _digests[state] = digest
+    return digest
 
 
 @contextmanager
@@ -145,6 +177,21 @@ def recover(output: Path) -> None:
         retired.rename(output)
 
 
+def clear_leftovers(output: Path) -> None:
+    """Recover `output`, and remove what killed runs left beside it, unless another process is writing it.
+
+    Raises:
+        OutputError: if a leftover cannot be removed.
+    """
+    output = destination(output)
+    if any(_sibling(output, suffix).exists() for suffix in ("lock", "old", "tmp")):
+        try:
+            with locked(_sibling(output, "lock"), lambda pid: _refuse_second_writer(output, pid)):
+                _remove_leftovers(output)
+        except _BusyError:
+            return
+
+
 def destination(output: Path) -> Path:
     """The directory itself where `output` is a link to it or a name such as `.`; siblings and renames need that."""
     return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
@@ -173,15 +220,18 @@ def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> 
 
 def write_manifest(
     directory: Path,
-    stage: Stage,
+    stage: StageName,
     inputs: dict[str, str],
     parameters: dict[str, Any],
     known_digests: Mapping[str, str] | None = None,
+    *,
+    warnings: Sequence[str] = (),
 ) -> Manifest:
     """Record every file under `directory`; call it last, when the stage's files are complete.
 
     Args:
         known_digests: digests of files that were taken while writing them, by path relative to `directory`.
+        warnings: what was said of the inputs.
     """
     known = known_digests or {}
     outputs = {}
@@ -195,25 +245,29 @@ def write_manifest(
         inputs=inputs,
         parameters=parameters,
         outputs=outputs,
+        warnings=list(warnings),
     )
-    (directory / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (directory / MANIFEST).write_text(_text(manifest), encoding="utf-8")
     return manifest
 
 
-def load_manifest(directory: Path, stage: Stage) -> Manifest:
-    """Read the manifest of a stage, without a look at its files.
+def load_manifest(directory: Path, stage: StageName) -> Manifest:
+    """Read the manifest of a stage and check it in itself, without a look at the stage's files.
 
     Raises:
-        InputError: if the directory is not a result of that stage.
+        InputError: if the directory is not a result of that stage, or its manifest is not as it was written.
     """
     path = directory / MANIFEST
-    remedy = f"make the {stage} again"
     try:
-        manifest = Manifest.model_validate_json(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        manifest = Manifest.model_validate_json(text)
     except OSError:
-        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", f"{remedy}") from None
+        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", REMEDIES[stage]) from None
     except ValueError:  # pydantic's ValidationError is one, and so is what is no UTF-8
-        raise InputError(f"{path}: is not a manifest of this version of trtqwen", f"{remedy}") from None
+        raise InputError(f"{path}: is not a manifest of this version of trtqwen", REMEDIES[stage]) from None
+    key = stage_key(manifest.stage, manifest.inputs, manifest.parameters, manifest.tool_version)
+    if text != _text(manifest) or manifest.key != key:
+        raise InputError(f"{path}: was changed after it was written", REMEDIES[stage])
     if manifest.stage != stage:
         raise InputError(
             f"{directory}: holds a finished {manifest.stage}, not a {stage}", f"name the {stage} directory"
@@ -221,29 +275,49 @@ def load_manifest(directory: Path, stage: Stage) -> Manifest:
     return manifest
 
 
-def damage(directory: Path, manifest: Manifest) -> str | None:
-    """What is wrong with the first file that is not there in the size that the manifest says; None if nothing is."""
+def damage(directory: Path, manifest: Manifest, *, digests: bool = True) -> str | None:
+    """What is wrong with the first file that is not as the manifest says; None if all are.
+
+    Args:
+        digests: read every file and compare its digest; otherwise only its size.
+    """
     for name, record in manifest.outputs.items():
         file = directory / name
         size = file.stat().st_size if file.is_file() else None
         if size != record.size:
             return f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {record.size}"
+    if manifest.stage == "repository" and (strangers := _strangers(directory, manifest)):
+        return f"{strangers[0]} does not belong to it"  # Triton would serve such a model, Python import such a module
+    if digests:
+        names = sorted(manifest.outputs, key=lambda name: -manifest.outputs[name].size)
+        with ThreadPoolExecutor(_HASHING_THREADS) as pool:
+            found = pool.map(_digest_of_unchanged, [directory / name for name in names])
+            for name, digest in zip(names, found, strict=True):
+                if digest != manifest.outputs[name].digest:
+                    return f"{name} has other bytes than were written"
     return None
 
 
-def read_manifest(directory: Path, stage: Stage) -> Manifest:
-    """Read the manifest of a finished stage and check that its files are there with their sizes.
+def read_manifest(directory: Path, stage: StageName, *, digests: bool = True) -> Manifest:
+    """Read the manifest of a finished stage and check that its files are as they were written.
+
+    Args:
+        digests: read every file and compare its digest; otherwise only its size.
 
     Raises:
         InputError: if the directory is not a finished result of that stage.
     """
     manifest = load_manifest(directory, stage)
-    if problem := damage(directory, manifest):
-        raise InputError(f"{directory}: {problem}", f"make the {stage} again")
+    try:
+        problem = damage(directory, manifest, digests=digests)
+    except OSError as error:
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", REMEDIES[stage]) from None
+    if problem:
+        raise InputError(f"{directory}: {problem}", REMEDIES[stage])
     return manifest
 
 
-def cached(directory: Path, stage: Stage, key: str) -> bool:
+def cached(directory: Path, stage: StageName, key: str) -> bool:
     """Whether `directory` already holds this very result."""
     try:
         return read_manifest(directory, stage).key == key
@@ -251,14 +325,26 @@ def cached(directory: Path, stage: Stage, key: str) -> bool:
         return False
 
 
+def _text(manifest: Manifest) -> str:
+    return manifest.model_dump_json(indent=2) + "\n"
+
+
+def _strangers(directory: Path, manifest: Manifest) -> list[str]:
+    files = (path.relative_to(directory) for path in directory.rglob("*") if not path.is_dir())
+    known = {*manifest.outputs, MANIFEST}
+    return sorted(file.as_posix() for file in files if file.as_posix() not in known and _BYTECODE not in file.parts)
+
+
 def _sibling(output: Path, suffix: str) -> Path:
     return output.with_name(f".{output.name}.{suffix}")
 
 
+class _BusyError(OutputError):
+    """Another process is writing the directory."""
+
+
 def _refuse_second_writer(output: Path, pid: int) -> None:
-    raise OutputError(
-        f"{output}: process {pid} is writing it", "wait until that is done, or choose another directory"
-    )
+    raise _BusyError(f"{output}: process {pid} is writing it", "wait until that is done, or choose another directory")
 
 
 def _open_lock(path: Path) -> TextIO:
@@ -282,14 +368,18 @@ def _cannot_create(directory: Path, problem: OSError) -> str:
 
 def _fresh_temporary(output: Path) -> Path:
     """Clear away what a killed run left beside `output`, whose lock is ours, and start anew."""
-    retired, temporary = _sibling(output, "old"), _sibling(output, "tmp")
-    recover(output)
-    for leftover in (retired, temporary):
-        shutil.rmtree(leftover, ignore_errors=True)
-        if leftover.exists():
-            raise OutputError(f"{leftover}: is left of a killed run and cannot be removed", "remove it as its owner")
+    temporary = _sibling(output, "tmp")
+    _remove_leftovers(output)
     make_directory(temporary)
     return temporary
+
+
+def _remove_leftovers(output: Path) -> None:
+    recover(output)
+    for leftover in (_sibling(output, "old"), _sibling(output, "tmp")):
+        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.exists():
+            raise OutputError(f"{leftover}: a killed run left it, and it cannot be removed", "remove it as its owner")
 
 
 def _replace(temporary: Path, output: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 CONFIG = "config.json"  # of a Hugging Face directory, a checkpoint and an engine
 TOKENIZER_DIRECTORY = "tokenizer"  # in a checkpoint and an engine
+HF_MODEL = "model"  # Hugging Face directory in an engine of the backends vllm and llmapi
 MODEL_CONFIG = "config.pbtxt"  # of each model in a Triton model repository
 
 

@@ -10,7 +10,9 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import RecipeError, first_problem
-from trtqwen.facts.names import CardName, Release
+from trtqwen.facts.llmapi import llm_arguments
+from trtqwen.facts.names import CardName, LlmApiRelease, Release, VllmRelease
+from trtqwen.facts.vllm import vllm_facts
 from trtqwen.hf.known import model_names
 from trtqwen.yaml_file import parse_value, read_mapping
 
@@ -26,6 +28,22 @@ _TENSORRT_SERVING = (
     "replicas",
     "enable_context_fmha_fp32_acc",
     "kv_cache_host_memory_bytes",
+)
+
+
+# Options of vLLM that other fields of the recipe decide.
+_VLLM_OWN = (
+    *("model", "tokenizer", "served-model-name", "dtype", "host", "port", "uds", "generation-config"),
+    *("max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "num-gpu-blocks-override"),
+    *("tensor-parallel-size", "pipeline-parallel-size", "gpu-memory-utilization", "logprobs-mode"),
+    "enable-prompt-tokens-details",
+    *("enable-prefix-caching", "no-enable-prefix-caching", "enable-chunked-prefill", "no-enable-chunked-prefill"),
+)
+
+# Arguments of the LLM API that other fields of the recipe decide.
+_LLMAPI_OWN = (
+    *("model", "tokenizer", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "kv_cache_config"),
+    *("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill", "scheduler_config"),
 )
 
 
@@ -102,11 +120,80 @@ class HostRecipe(_Section):
     gpus: Annotated[int, Field(ge=1, le=8)] = 1
 
 
+class VllmSettings(_Section):
+    """Where vLLM runs, for backend: vllm. At most one of `python`, `image` and `address` is given.
+
+    Attributes:
+        release: the vLLM that serves; its options are checked against the table of this release.
+        python: interpreter of the environment that vLLM is installed in. Without it, `serve` takes the environment
+            variable TRTQWEN_VLLM_PYTHON, or the `python3` on PATH.
+        image: container image to start vLLM in, with docker.
+        address: `http://host:port` of a vLLM that already serves the model.
+        served_name: what the vLLM at the address calls the model.
+        arguments: further options of vLLM's API server, without dashes: `{enforce-eager: true}`.
+    """
+
+    release: VllmRelease = "0.32.0"
+    python: str | None = None
+    image: str | None = None
+    address: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
+    served_name: str = "trtqwen"
+    arguments: dict[str, bool | int | float | str] = {}
+
+    @model_validator(mode="after")
+    def _one_place(self) -> VllmSettings:
+        given = [name for name in ("python", "image", "address") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} exclude each other")
+        if self.address is not None and self.arguments:
+            raise ValueError("arguments have no effect on a vLLM that already serves at an address")
+        return self
+
+    @model_validator(mode="after")
+    def _known_arguments(self) -> VllmSettings:
+        facts = vllm_facts(self.release)
+        for name in self.arguments:
+            if name in _VLLM_OWN:
+                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+            if name not in facts.flags:
+                near = facts.near(name)
+                guess = f", did you mean {near!r}?" if near else ""
+                raise ValueError(f"arguments: vLLM {self.release} has no option {name!r}{guess}")
+        return self
+
+
+class LlmApiSettings(_Section):
+    """How TensorRT-LLM's LLM API runs, for backend: llmapi.
+
+    Attributes:
+        release: the TensorRT-LLM that serves; 1.3.0 stands for what follows as well.
+        arguments: further arguments of `tensorrt_llm.LLM`, by its names.
+    """
+
+    release: LlmApiRelease = "1.2.1"
+    arguments: dict[str, Any] = {}
+
+    @model_validator(mode="after")
+    def _known_arguments(self) -> LlmApiSettings:
+        known = llm_arguments(self.release)
+        for name in self.arguments:
+            if name in _LLMAPI_OWN:
+                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                guess = f", did you mean {near[0]!r}?" if near else ""
+                raise ValueError(f"arguments: LLM of TensorRT-LLM {self.release} has no argument {name!r}{guess}")
+        return self
+
+
 class EngineRecipe(_Section):
     """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
-        backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine.
+        backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine, `vllm` serves with vLLM in a
+            process of its own, `llmapi` with TensorRT-LLM's LLM API.
+        vllm: where vLLM runs; only for backend: vllm.
+        llmapi: how the LLM API runs; only for backend: llmapi.
         max_batch_size: requests scheduled in one step.
         max_num_tokens: packed tokens in one step, context and generation together.
         max_seq_len: tokens of one request, prompt and answer together.
@@ -121,7 +208,9 @@ class EngineRecipe(_Section):
         workers: ranks built in parallel, each on its own GPU.
     """
 
-    backend: Literal["tensorrt_llm", "torch"]
+    backend: Literal["tensorrt_llm", "torch", "vllm", "llmapi"]
+    vllm: VllmSettings | None = None
+    llmapi: LlmApiSettings | None = None
     max_batch_size: Positive = 64
     max_num_tokens: Positive = 8192
     max_seq_len: Positive = 8192
@@ -158,8 +247,14 @@ class EngineRecipe(_Section):
         return self
 
     @model_validator(mode="after")
-    def _torch_tunes_nothing(self) -> EngineRecipe:
-        if self.backend == "torch":
+    def _only_tensorrt_tunes(self) -> EngineRecipe:
+        if self.vllm is not None and self.backend != "vllm":
+            raise ValueError("vllm is a section of backend: vllm")
+        if self.llmapi is not None and self.backend != "llmapi":
+            raise ValueError("llmapi is a section of backend: llmapi")
+        if self.backend == "vllm" and self.tokens_per_block == 8:
+            raise ValueError("tokens_per_block 8 is not a block size of vLLM; take 16 or more")
+        if self.backend != "tensorrt_llm":
             for name in ("opt_num_tokens", "multiple_profiles", "logits_dtype", "gather_context_logits"):
                 if getattr(self, name) != type(self).model_fields[name].default:
                     raise ValueError(f"{name} is a setting of backend: tensorrt_llm")
@@ -251,9 +346,13 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _backend_can(self) -> Recipe:
-        if self.engine.backend == "torch":
-            if self.host is not None:
+        if self.engine.backend != "tensorrt_llm":
+            if self.host is not None and self.engine.backend == "torch":
                 raise ValueError("host is for backend: tensorrt_llm; the torch engine runs where it is started")
+            if self.engine.backend == "vllm":
+                self._vllm_can()
+            if self.engine.backend == "llmapi":
+                self._llmapi_can()
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
                 if getattr(self.serve, name) != getattr(plain, name):
@@ -276,8 +375,33 @@ class Recipe(_Section):
             raise ValueError("checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on; name a newer release")
         return self
 
+    def _llmapi_can(self) -> None:
+        """Refuse what the LLM API has no counterpart for."""
+        checkpoint = self.checkpoint
+        if checkpoint.quant == "int8_sq":
+            raise ValueError(
+                "checkpoint.quant int8_sq: the LLM API has no SmoothQuant; use int8_wo or none, or backend: vllm"
+            )
+        if checkpoint.kv_cache == "int8":
+            raise ValueError("checkpoint.kv_cache int8: the LLM API has no INT8 KV cache; use auto")
+        if checkpoint.quant == "int8_wo" and checkpoint.int8_layout != "plain":
+            raise ValueError("checkpoint.int8_layout: the LLM API quantizes 16-bit weights when it loads; use plain")
 
-_SECTIONS: dict[str, type[BaseModel]] = {
+    def _vllm_can(self) -> None:
+        """Refuse what vLLM has no counterpart for."""
+        if self.checkpoint.kv_cache == "int8":
+            raise ValueError("checkpoint.kv_cache int8: vLLM does not read TensorRT-LLM's INT8 KV scales; use auto")
+        serve = self.serve
+        if "batch_scheduler_policy" in serve.model_fields_set and serve.batch_scheduler_policy != "max_utilization":
+            raise ValueError(
+                "serve.batch_scheduler_policy guaranteed_no_evict: vLLM always admits as max_utilization does; "
+                "set that or leave the field out"
+            )
+        if serve.replicas > 1 and self.engine.vllm is not None and self.engine.vllm.address is not None:
+            raise ValueError("serve.replicas: an address is one vLLM; list several addresses at `trtqwen gateway`")
+
+
+SECTIONS: dict[str, type[BaseModel]] = {
     "host": HostRecipe,
     "checkpoint": CheckpointRecipe,
     "engine": EngineRecipe,
@@ -377,5 +501,5 @@ def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
     """Every field that a file may have: its dotted name and the last part of it."""
     fields = [(name, name) for name in model.model_fields if name != "name"]
     if model is Recipe:
-        fields += [(f"{name}.{last}", last) for name, section in _SECTIONS.items() for last in section.model_fields]
+        fields += [(f"{name}.{last}", last) for name, section in SECTIONS.items() for last in section.model_fields]
     return fields

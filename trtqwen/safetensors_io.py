@@ -46,11 +46,15 @@ _NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "I32": np.dtype(np.int32),
     "I16": np.dtype(np.int16),
     "I8": np.dtype(np.int8),
+    "U64": np.dtype(np.uint64),
+    "U32": np.dtype(np.uint32),
+    "U16": np.dtype(np.uint16),
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
 _BFLOAT16 = _NUMPY_DTYPES["BF16"]
-_FLOATS = tuple(_NUMPY_DTYPES[name] for name in ("F32", "F16", "BF16"))
+_FLOATS = tuple(_NUMPY_DTYPES[name] for name in ("F64", "F32", "F16", "BF16"))
+_OPAQUE = np.dtype("V1")  # of a dtype that numpy does not have: the tensor is a row of bytes
 _FORMAT_NAMES = {dtype: name for name, dtype in _NUMPY_DTYPES.items()}
 
 
@@ -179,11 +183,9 @@ def _read_header(file: IO[bytes], size: int) -> tuple[dict[str, _Entry], int, by
 
 
 def _parse_entry(name: str, entry: dict[str, Any]) -> _Entry:
-    dtype = _NUMPY_DTYPES.get(entry["dtype"])
-    if dtype is None:
-        raise ValueError(f"holds tensor {name!r} of dtype {entry['dtype']}, which trtqwen does not know")
-    shape = tuple(int(extent) for extent in entry["shape"])
+    dtype = _NUMPY_DTYPES.get(entry["dtype"], _OPAQUE)
     begin, end = (int(offset) for offset in entry["data_offsets"])
+    shape = tuple(int(extent) for extent in entry["shape"]) if dtype is not _OPAQUE else (end - begin,)
     spec = TensorSpec(shape, dtype)
     if min(shape, default=0) < 0 or end - begin != spec.nbytes:
         raise ValueError(f"is damaged (tensor {name!r}: {end - begin} bytes do not hold shape {list(shape)})")
@@ -200,13 +202,14 @@ class SafetensorsWriter:
     Args:
         path: file to create.
         plan: every tensor of the file, in the order of its bytes.
+        metadata: texts for the header; transformers reads only files that name their `format`.
     """
 
-    def __init__(self, path: Path, plan: Mapping[str, TensorSpec]) -> None:
+    def __init__(self, path: Path, plan: Mapping[str, TensorSpec], metadata: Mapping[str, str] | None = None) -> None:
         self.path = path
         self._pending = list(plan.items())
         self._pending.reverse()
-        header: dict[str, Any] = {}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         end = 0
         for name, spec in plan.items():
             begin, end = end, end + spec.nbytes

@@ -22,7 +22,8 @@ class Scripted:
     @property
     def log(self) -> list[dict[str, Any]]:
         with urllib.request.urlopen(f"{self.url}/log", timeout=10) as answer:
-            return json.loads(answer.read())
+            entries: list[dict[str, Any]] = json.loads(answer.read())
+            return entries
 
 
 @pytest.fixture
@@ -33,6 +34,7 @@ def scripted() -> Iterator[Callable[..., Scripted]]:
             command = [sys.executable, "-m", "tests.bench.scripted", json.dumps(script)]
             process = started.enter_context(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
             started.callback(process.kill)
+            assert process.stdout is not None
             return Scripted(int(process.stdout.readline()))
 
         yield start

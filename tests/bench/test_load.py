@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +40,7 @@ class VirtualTime:
         heapq.heappush(self._sleepers, (self.now + seconds, id(woken), woken))
         await woken.wait()
 
-    async def drive(self, work: asyncio.Task) -> None:
+    async def drive(self, work: asyncio.Task[Any]) -> None:
         while not work.done():
             for _ in range(50):
                 await asyncio.sleep(0)
@@ -66,8 +67,8 @@ class VirtualEndpoint:
     async def close(self) -> None: ...
 
 
-def simulate(job: Job, first: Callable[[int], float], gap: Callable[[int], float]) -> list:
-    async def run() -> list:
+def simulate(job: Job, first: Callable[[int], float], gap: Callable[[int], float]) -> list[Any]:
+    async def run() -> list[Any]:
         time = VirtualTime()
         endpoint = VirtualEndpoint(time, first, gap)
         work = asyncio.ensure_future(send_all(endpoint, job, clock=time.clock, sleep=time.sleep))

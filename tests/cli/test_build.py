@@ -63,7 +63,7 @@ def test_a_build_says_why_it_makes_what(tmp_path: Path, monkeypatch: pytest.Monk
     recipe = tmp_path / "r.yaml"
     recipe.write_text(text)
     run = ["build", str(recipe), "--model", str(MODEL)]
-    assert CliRunner().invoke(app, run).output.count("because it is not there") == 3
+    assert CliRunner().invoke(app, run).output.count("because it is missing") == 3
     assert CliRunner().invoke(app, run).output.count(": up to date\n") == 3
     recipe.write_text(text.replace("max_queue_size: 256", "max_queue_size: 9"))
     assert "would be made, because serve.max_queue_size changed from 256 to 9" in dry(run)
@@ -90,8 +90,8 @@ def test_a_dry_run_of_any_recipe_tells_and_writes_nothing(
     run = ["build", name, "--model", str(model), "--in-container"]
     printed = json.loads(dry([*run, "--json"]))
     text = dry(run)
-    assert [stage["why"] for stage in printed["stages"]] == ["it is not there"] * 3
-    assert text.count("would be made, because it is not there\n") == 3
+    assert [stage["why"] for stage in printed["stages"]] == ["it is missing"] * 3
+    assert text.count("would be made, because it is missing\n") == 3
     assert printed["container"][:2] == ["docker", "run"]
     assert "docker run \\\n  --rm \\\n" in text
     if load_recipe(name).engine.backend == "tensorrt_llm":
@@ -134,7 +134,8 @@ def test_a_model_without_tokenizer_is_refused_before_anything_is_made(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
-    (model / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "vocab.json"):
+        (model / name).unlink()
     run = ["build", "qwen2-tiny-cpu", "--model", "model"]
     for arguments in ([*run, "--dry-run"], run):
         assert str(CliRunner().invoke(app, arguments).exception).startswith("model: has no tokenizer.json; ")

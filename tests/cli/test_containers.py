@@ -16,6 +16,10 @@ from trtqwen.demo import MODEL
 
 STAND_IN = """#!/bin/bash
 if [ "$1" = version ]; then echo "Cannot connect to the Docker daemon" >&2; exit $DAEMON; fi
+case $1 in
+  version) exit 0;;
+  image) [ -z "$DIGEST" ] || echo "$DIGEST"; exit 0;;
+esac
 echo "$@" > "$(dirname "$0")/called"
 trap 'exit 42' INT
 [ -z "$WAIT" ] || { echo up; for i in {1..500}; do sleep 0.02; done; }
@@ -67,7 +71,7 @@ def test_docker_is_run_and_its_exit_code_passed_on(programs: Path) -> None:
 
 def test_options_are_handed_to_the_command_inside(programs: Path) -> None:
     run(programs, *BUILD, "--force", "--no-quality", "--json", "--repo", "out/repo")
-    inside = (programs / "called").read_text().split(" trtqwen build ")[1].split()
+    inside = (programs / "called").read_text().split("container_start.sh build ")[1].split()
     home = programs.parent
     assert inside[1:] == [
         f"--model={MODEL}",
@@ -79,12 +83,54 @@ def test_options_are_handed_to_the_command_inside(programs: Path) -> None:
     ]
 
 
+def test_the_image_is_run_by_its_digest_where_docker_knows_it(programs: Path) -> None:
+    digest = "nvcr.io/nvidia/tritonserver@sha256:" + "a" * 64
+    assert run(programs, *BUILD, DIGEST=digest)[0] == 7
+    called = (programs / "called").read_text().split()
+    assert called[called.index(digest) + 1].endswith("container_start.sh")
+    assert f"--env=TRTQWEN_IMAGE_DIGEST={digest}" in called
+    assert "--env=TRTQWEN_IMAGE=nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3" in called
+
+
+def test_an_image_is_built_on_the_digest(programs: Path) -> None:
+    digest = "nvcr.io/nvidia/tritonserver@sha256:" + "a" * 64
+    code, output, problem = run(programs, "image", "build", "--output", "context", DIGEST=digest)
+    assert code == 1  # the stand-in's pull fails, and nothing is written
+    assert "`docker pull nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3` failed" in problem
+    assert not (programs.parent / "context").exists()
+    script(programs / "docker", STAND_IN.replace("exit 7", "exit 0"))
+    code, output, problem = run(programs, "image", "build", "--output", "context", "--json", DIGEST=digest)
+    assert (code, json.loads(output)["base"]) == (0, digest), problem
+    context = programs.parent / "context"
+    lines = (context / "Dockerfile").read_text().splitlines()
+    assert f"FROM {digest}" in lines
+    for line in lines:
+        if line.startswith("COPY "):
+            assert (context / line.split()[1]).is_dir()
+    assert (context / "trtqwen" / "container_start.sh").is_file()
+    assert (programs / "called").read_text().split() == ["build", "--tag=trtqwen:1.2.1", "context"]
+    code, output, _ = run(programs, "image", "build", "--dry-run")
+    assert (code, "FROM nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3\n" in output) == (0, True)
+    code, output, problem = run(programs, "image", "build", "--release", "9.9")
+    assert (code, "is not a known release" in problem) == (2, True)
+
+
+def test_selftest_runs_in_a_container(programs: Path) -> None:
+    code, output, _ = run(programs, "selftest", "--in-container", "--dry-run")
+    assert code == 0
+    assert output.startswith("docker run \\\n  --rm \\\n")
+    assert "'--gpus=\"device=0\"'" in output
+    assert run(programs, "selftest", "--in-container", "--json")[0] == 7
+    arguments = (programs / "called").read_text().split("container_start.sh ")[1].split()
+    assert arguments == ["selftest", f"--engines={programs.parent}/engines", "--json"]
+
+
 def test_an_interrupt_reaches_docker(programs: Path) -> None:
     process = start(programs, *BUILD, WAIT="1")
     assert process.stdout is not None
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=30) == 42
+    assert process.wait(timeout=60) == 42
 
 
 def test_without_docker_or_its_daemon_one_sentence(programs: Path) -> None:
@@ -104,7 +150,7 @@ def test_the_hosts_driver_is_asked(programs: Path) -> None:
     code, output, problem = run(programs, "build", recipe, "--model", str(MODEL), "--in-container", "--dry-run")
     assert (code, output) == (2, "")
     parse_error(problem)
-    assert "needs NVIDIA driver 590.44.01 or newer, here is 575.57.08" in problem
+    assert "needs NVIDIA driver 580 or newer, here is 575.57.08" in problem
 
 
 def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
@@ -119,7 +165,7 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
     assert (
         f"source={home}/engines/qwen2-tiny-cpu/engine,target={home}/engines/qwen2-tiny-cpu/engine,readonly" in called
     )
-    assert called.split(" trtqwen serve ")[1].split() == [
+    assert called.split("container_start.sh serve ")[1].split() == [
         f"--repo={home}/triton_repo/qwen2-tiny-cpu",
         "--host=127.0.0.1",
         "--triton-host=127.0.0.1",

@@ -26,7 +26,10 @@ def test_a_log_file_is_explained_for_people_and_as_json(tmp_path: Path) -> None:
 
 def test_nothing_found_is_said_and_told_by_the_exit_code(tmp_path: Path) -> None:
     result = explain("-", text="all is well\n")
-    assert (result.returncode, result.stdout) == (1, "standard input: holds no failure that trtqwen knows\n")
+    assert (result.returncode, result.stdout) == (
+        1,
+        "standard input: the cause is not known to trtqwen\n  line 1: all is well\n",
+    )
     result = explain(tmp_path / "none")
     assert result.returncode == 2
     assert result.stderr.startswith("error: ")

@@ -32,7 +32,7 @@ def test_plan_prints_one_object() -> None:
     result = run("plan", TP4, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     plan = json.loads(result.stdout)
-    assert (plan["kv_tokens"], plan["fits"]) == (1221312, True)
+    assert (plan["kv_tokens"], plan["fits"]) == (1192608, True)
     assert plan["command"][0] == "trtllm-build"
     both = json.loads(run("plan", TP4, ONE, "--json").stdout)["plans"]
     assert both[0] == plan

@@ -83,17 +83,27 @@ def test_checkpoints_miss_no_rank(checkpoint: Path) -> None:
     ("tokens", "factor", "engine", "verdict", "says"),
     [
         (32768, None, None, "ok", "recipe 32,768 tokens"),
-        (131072, None, None, "fail", "set checkpoint.yarn_factor 4"),
-        (65536, None, None, "fail", "set checkpoint.yarn_factor 2"),
-        (131072, 4.0, None, "ok", "with rope_scaling"),
+        (131072, None, None, "fail", "checkpoint.yarn_factor 4"),
+        (65536, None, None, "fail", "checkpoint.yarn_factor 2"),
+        (131072, 4.0, None, "ok", "with YaRN"),
         (8192, 4.0, None, "warn", "costs short prompts"),
-        (131072, 4.0, {"build_config__max_seq_len": 131072}, "fail", "engine: 131,072 tokens, but no rope_scaling"),
         (
             131072,
             4.0,
-            {"build_config__max_seq_len": 131072, "pretrained_config__rotary_scaling": YARN},
+            {"build_config__max_seq_len": 131072},
+            "fail",
+            "engine: 131,072 tokens, but the model",
+        ),
+        (
+            131072,
+            4.0,
+            {
+                "build_config__max_seq_len": 131072,
+                "pretrained_config__rotary_scaling": YARN,
+                "pretrained_config__max_position_embeddings": 131072,
+            },
             "ok",
-            "engine 131,072 tokens with rope_scaling",
+            "engine 131,072 tokens of 131,072 with YaRN",
         ),
     ],
 )
@@ -113,7 +123,7 @@ def test_yarn_that_the_checkpoint_lost(checkpoint: Path) -> None:
 
 def test_paged_context_that_the_builder_switched_off(tmp_path: Path) -> None:
     quantization = {"quant_algo": None, "kv_cache_quant_algo": "INT8"}
-    changes = {"build_config__plugin_config": PAGED, "pretrained_config__quantization": quantization}
+    changes: dict[str, Any] = {"build_config__plugin_config": PAGED, "pretrained_config__quantization": quantization}
     engine = trtllm_engine(tmp_path / "engine", **changes)
     result = check("D18", Subject(Host(), System(), recipe(), engine=engine))
     assert result.verdict == "fail"

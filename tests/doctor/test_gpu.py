@@ -14,6 +14,7 @@ import trtqwen
 from tests.doctor.conftest import FOUR, IN_IMAGE, check
 from trtqwen.doctor.collective import all_reduce_problem, contribution, is_sum
 from trtqwen.doctor.subject import Subject, System
+from trtqwen.recipe import load_recipe
 from trtqwen.system.host import Host
 
 
@@ -47,11 +48,46 @@ def test_damaged_sums_are_seen(world_size: int) -> None:
 
 
 @pytest.mark.parametrize(
+    ("with_access", "without", "names", "verdict", "says"),
+    [
+        (None, None, "NVIDIA GeForce RTX 4090 D", "ok", "with and without peer access: every sum right"),
+        ("wrong sums", None, "NVIDIA GeForce RTX 4090 D", "ok", "as GeForce cards are served"),
+        ("wrong sums", None, "NVIDIA L40S", "warn", "export NCCL_P2P_DISABLE=1"),
+        (None, "the first collective hangs", "NVIDIA L40S", "fail", "without peer access: 2 ranks: the first"),
+    ],
+)
+def test_peer_access_is_tried_both_ways(
+    monkeypatch: pytest.MonkeyPatch, with_access: str | None, without: str | None, names: str, verdict: str, says: str
+) -> None:
+    tried = []
+
+    def all_reduce(ranks: int, backend: str, timeout: float, environment: dict[str, str]) -> str | None:
+        tried.append((ranks, environment["NCCL_P2P_DISABLE"]))
+        return without if environment["NCCL_P2P_DISABLE"] == "1" else with_access
+
+    monkeypatch.setattr("trtqwen.doctor.gpu.all_reduce_problem", all_reduce)
+    monkeypatch.setattr("trtqwen.doctor.gpu.cuda_version", lambda: "13.0")
+    host = replace(IN_IMAGE, gpus=tuple(replace(gpu, name=names) for gpu in FOUR))
+    result = check("D26", Subject(host, recipe=load_recipe("qwen2.5-7b-bf16-tp4-4090d"), gpu=True))
+    assert result.verdict == verdict, result
+    assert says in f"{result.evidence} {result.hint}"
+    assert (2, "1") in tried
+    if verdict == "ok" and with_access is None:
+        assert tried == [(2, "1"), (4, "1"), (2, "0"), (4, "0")]
+
+
+def test_one_rank_needs_no_collective() -> None:
+    result = check("D26", Subject(IN_IMAGE, recipe=load_recipe("qwen2.5-7b-bf16-tp1x4-4090d"), gpu=True))
+    assert (result.verdict, "one rank" in result.evidence) == ("skip", True)
+
+
+@pytest.mark.parametrize(
     ("host", "gpu", "says"),
     [
         (Host(), True, "no GPU here"),
         (replace(IN_IMAGE, gpus=FOUR[:1]), True, "one GPU reduces nothing"),
         (IN_IMAGE, False, "give --gpu"),
+        (IN_IMAGE, True, "PyTorch here has no CUDA"),
     ],
 )
 def test_the_all_reduce_runs_when_asked_for(host: Host, gpu: bool, says: str) -> None:
@@ -66,8 +102,11 @@ def test_foreign_memory(machine: Callable[..., System]) -> None:
     assert check("D27", Subject(Host())).evidence == "no GPU here"
     system = machine(programs={"nvidia-smi": APPS})
     assert check("D27", Subject(IN_IMAGE, system)).verdict == "ok"
+    desktop = replace(IN_IMAGE, gpus=(replace(FOUR[0], used_mib=700), *FOUR[1:]))
+    assert check("D27", Subject(desktop, system)).verdict == "ok"
     busy = replace(IN_IMAGE, gpus=(replace(FOUR[0], used_mib=9300), *FOUR[1:]))
     result = check("D27", Subject(busy, system))
     assert result.verdict == "warn"
     assert "GPU 0 9300 of 24564 MiB in use: /usr/bin/python3 (pid 4242) 9200 MiB" in result.evidence
+    assert "Not Found" not in result.evidence
     assert "a desktop?" in check("D27", Subject(busy, System(environ={"PATH": ""}))).evidence

@@ -30,7 +30,7 @@ LIVE = ("D28", "D29", "D30", "D31", "D32", "D33", "D34")
 MAX_SEQ_LEN = 512
 
 
-class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):
+class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]  # the package has no types
     """Speaks the contract of the models; `fault` names what it gets wrong, "" nothing."""
 
     def __init__(self, fault: str) -> None:

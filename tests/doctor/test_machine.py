@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.doctor.conftest import IN_IMAGE, check, limits_text
+from tests.doctor.conftest import FOUR, IN_IMAGE, check, limits_text
 from trtqwen.demo import MODEL
 from trtqwen.doctor import machine as doctor_machine
 from trtqwen.doctor.subject import Subject, System
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import Host
+
+ON_HOST = Host(driver="590.48.01", gpus=FOUR)
 
 Machine = Callable[..., System]
 CARDS = {
@@ -70,6 +72,8 @@ LIMITED = limits_text("8388608", "8388608")
         (IN_IMAGE, {}, 16, "ok", "for 4 ranks"),
         (IN_IMAGE, {"proc/self/limits": LIMITED}, 16, "fail", "--ulimit memlock=-1"),
         (Host(), {"proc/self/limits": LIMITED}, 16, "ok", ""),  # nothing is pinned without a GPU
+        (ON_HOST, {"proc/self/limits": LIMITED}, 16, "ok", ""),  # --in-container sets the limits
+        (ON_HOST, {}, 2, "fail", "remount,size=16g /dev/shm"),
         (Host(), {"dev/shm/nccl-J5mPq1": "", "dev/shm/sem.other": ""}, 16, "warn", "rm /dev/shm/nccl-J5mPq1"),
         (
             Host(),

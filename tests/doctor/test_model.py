@@ -58,7 +58,7 @@ def test_no_model_is_a_skip(name: str) -> None:
         ({"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}, "QWenLMHeadModel"),
         ({"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"}, "Qwen2MoeForCausalLM"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "Qwen2VL"),
-        ({"model_type": "qwen2_moe"}, "model_type is qwen2_moe"),
+        ({"model_type": "qwen2_moe"}, 'model_type is "qwen2_moe"'),
         ({"quantization_config": {"quant_method": "gptq"}}, "use the 16-bit original"),
     ],
 )
@@ -67,7 +67,7 @@ def test_other_families_are_refused(copy: Path, changes: dict[str, Any], says: s
     result = examined("D10", copy)
     assert result.verdict == "fail"
     assert says in f"{result.evidence} {result.hint}"
-    assert ("see D10" in examined("D14", copy).evidence) == ("model_type is" not in says)
+    assert "see D10" in examined("D14", copy).evidence
 
 
 def test_a_model_cut_short_is_refused(copy: Path) -> None:
@@ -101,14 +101,14 @@ def test_legal_sizes_are_told_without_a_recipe(hf_directory: HfDirectory) -> Non
 @pytest.mark.parametrize(
     ("generation", "tokenizer", "config", "verdict", "says"),
     [
-        ({}, {}, {}, "ok", "end ids 4093, 4095"),
+        ({}, {}, {}, "ok", "end ids 4095, 4093"),
         # one of the files of a base model among those of an Instruct one, which samples
         (
             {"eos_token_id": 4093},
             {"eos_token": "<|endoftext|>"},
             {"eos_token_id": 4093},
             "fail",
-            "(4095) ends no answer",
+            "(4095), which ends no answer",
         ),
         (
             {"eos_token_id": 4093, "do_sample": False},
@@ -117,7 +117,7 @@ def test_legal_sizes_are_told_without_a_recipe(hf_directory: HfDirectory) -> Non
             "warn",
             "do not serve it as chat",
         ),
-        ({"eos_token_id": [151645, 151643]}, {}, {}, "fail", "end ids [151643, 151645] are no tokens"),
+        ({"eos_token_id": [151645, 151643]}, {}, {}, "fail", "end ids 151645, 151643 are beyond the 4096 rows"),
         ({"eos_token_id": None}, {}, {}, "ok", "generation_config.json none"),
     ],
 )
@@ -142,21 +142,19 @@ def template(path: Path, change: Callable[[str], str | None]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "verdict", "says"),
     [
-        (lambda text: None, "has no chat_template"),
-        (
-            lambda text: "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}",
-            "not ChatML",
-        ),
-        (lambda text: text.replace("<|im_end|>", "<|im_stop|>"), "<|im_stop|>"),
-        (lambda text: "{{ raise_exception('no system role') }}", "no system role"),
+        (lambda text: None, "warn", "no chat template"),
+        (lambda text: "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", "ok", "a turn of"),
+        (lambda text: text.replace("<|im_end|>", "<|im_stop|>"), "warn", "<|im_stop|>"),
+        (lambda text: "{{ raise_exception('no system role') }}", "fail", "no system role"),
+        (lambda text: "{% if x %}", "fail", "broken"),
     ],
 )
-def test_chat_templates(copy: Path, change: Callable[[str], str | None], says: str) -> None:
+def test_chat_templates(copy: Path, change: Callable[[str], str | None], verdict: str, says: str) -> None:
     template(copy / "tokenizer_config.json", change)
     result = examined("D13", copy)
-    assert result.verdict == "warn", result
+    assert result.verdict == verdict, result
     assert says in result.evidence
 
 
@@ -165,7 +163,7 @@ def test_turn_marks_that_are_no_tokens(copy: Path) -> None:
     content = json.loads(path.read_text("utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<|im_start|>"]
     path.write_text(json.dumps(content))
-    assert "not single tokens" in examined("D13", copy).evidence
+    assert "'<|im_start|>' is declared as id 4094" in examined("D12", copy).evidence
 
 
 @pytest.fixture
@@ -215,9 +213,9 @@ def test_float16_from_bfloat16(dtype: str, accumulate: bool, verdict: str, says:
     [
         (True, "none", "ok", "tied"),
         (True, "same", "ok", "tied"),
-        (True, "other", "fail", "a stale one"),
+        (True, "other", "fail", "lm_head.weight differs from the embedding"),
         (False, "other", "ok", "untied, padded by 1"),
-        (False, "none", "fail", "there is no lm_head.weight"),
+        (False, "none", "fail", "tensor 'lm_head.weight' is missing"),
     ],
 )
 def test_lm_heads(hf_directory: HfDirectory, tied: bool, head: str, verdict: str, says: str) -> None:
@@ -230,7 +228,7 @@ def test_lm_heads(hf_directory: HfDirectory, tied: bool, head: str, verdict: str
     ]
     save_file(tensors, directory / "model.safetensors")
     edit(directory / "config.json", tie_word_embeddings=tied)
-    result = examined("D16", directory, recipe())
+    result = examined("D10" if verdict == "fail" else "D16", directory, recipe())
     assert result.verdict == verdict, result
     assert says in result.evidence
 
@@ -240,7 +238,6 @@ def test_vocabulary_of_another_model(copy: Path) -> None:
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         tensors[name] = np.ascontiguousarray(tensors[name][:4000])
     save_file(tensors, copy / "model.safetensors")
-    result = examined("D16", copy)
-    assert result.evidence == "the embedding has 4000 rows, config.json says vocab_size 4096"
+    assert "has shape [4000, 256], but config.json makes it [4096, 256]" in examined("D10", copy).evidence
     edit(copy / "config.json", vocab_size=4000)
-    assert examined("D16", copy).evidence == "the tokenizer has 4096 tokens, the model 4000 rows"
+    assert "the tokenizer has 4096 tokens, the model 4000 rows" in examined("D16", copy).evidence

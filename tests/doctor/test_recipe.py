@@ -22,7 +22,7 @@ def recipe(model: str = "qwen2.5-7b", **sections: dict[str, Any]) -> Recipe:
     return loaded.model_copy(update=changed)
 
 
-ONE_CARD = {"checkpoint": {"tp_size": 1}}
+ONE_CARD: dict[str, Any] = {"checkpoint": {"tp_size": 1}}
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,8 @@ ONE_CARD = {"checkpoint": {"tp_size": 1}}
         (recipe(**ONE_CARD), "ok", "ok"),
         (recipe("qwen2.5-32b", **ONE_CARD), "fail", "warn"),
         (recipe("qwen2.5-72b"), "fail", "warn"),
-        (recipe(**ONE_CARD, engine={"max_seq_len": 131072}), "ok", "warn"),  # 1.03 sequences
+        (recipe(**ONE_CARD, engine={"max_seq_len": 120000}), "ok", "warn"),  # 1.06 sequences
+        (recipe(**ONE_CARD, engine={"max_seq_len": 131072}), "fail", "warn"),  # 0.97
         (recipe(serve={"max_tokens_in_paged_kv_cache": 4096}), "fail", "warn"),
     ],
 )

@@ -39,10 +39,17 @@ LIBRARY = {"opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so": ""}
         ("D03", replace(IN_IMAGE, tensorrt="10.15.1.29"), "fail", "which pins 10.14"),
         ("D05", Host(), "skip", "no NVIDIA driver here"),
         ("D05", IN_IMAGE, "ok", "driver 590.44.01"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "GeForce cards cannot use cuda-compat"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "25.10-trtllm-python-py3 (TensorRT-LLM 1.0.0)"),
-        ("D05", replace(IN_IMAGE, driver="575.57.08", gpus=A100), "warn", "through cuda-compat"),
-        ("D05", replace(IN_IMAGE, driver="535.104"), "fail", "install driver 590.44.01 or newer"),
+        ("D05", replace(IN_IMAGE, driver="575.57.08"), "fail", "GeForce cards have no forward compatibility"),
+        (
+            "D05",
+            replace(IN_IMAGE, driver="575.57.08"),
+            "fail",
+            "release 1.0.0 for nvcr.io/nvidia/tritonserver:25.10-",
+        ),
+        ("D05", replace(IN_IMAGE, driver="575.57.08", gpus=A100), "fail", "needs the image's own entrypoint"),
+        ("D05", replace(IN_IMAGE, driver="580.95.05"), "warn", "runs the image, as CUDA 13.1.0 needs 580 or newer"),
+        ("D05", replace(IN_IMAGE, driver="580.95.05", gpus=A100), "warn", "runs the image"),
+        ("D05", replace(IN_IMAGE, driver="535.104"), "fail", "needs NVIDIA driver 580 or newer, here is 535.104"),
     ],
 )
 def test_versions(machine: Machine, name: str, host: Host, verdict: str, says: str) -> None:
@@ -90,7 +97,8 @@ def test_the_driver_is_held_against_the_recipes_release(machine: Machine) -> Non
         (Host(), {"SLURM_JOB_ID": "7", "PMIX_RANK": "0"}, "PMIX_RANK, SLURM_JOB_ID"),
         (Host(), {"OMPI_COMM_WORLD_SIZE": "4"}, "env -u OMPI_COMM_WORLD_SIZE"),
         (Host(), {"NCCL_SHM_DISABLE": "1"}, "unset NCCL_SHM_DISABLE"),
-        (IN_IMAGE, {}, "export NCCL_P2P_DISABLE=1"),
+        (IN_IMAGE, {}, ""),  # serve and containers set NCCL_P2P_DISABLE themselves
+        (IN_IMAGE, {"NCCL_P2P_DISABLE": "0"}, "unset NCCL_P2P_DISABLE"),
         (IN_IMAGE, {"NCCL_P2P_DISABLE": "1"}, ""),
         (IN_IMAGE, {"NCCL_P2P_LEVEL": "LOC"}, ""),
         (replace(IN_IMAGE, gpus=FOUR[:1]), {}, ""),

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from trtqwen.engine import explain as module
-from trtqwen.engine.explain import explain
+from trtqwen.engine.explain import Finding, explain, failures
 
 # Lines as users posted them; the words after them are what the explanation must speak of.
 LOGS = [
@@ -21,8 +24,8 @@ LOGS = [
     ("[libprotobuf ERROR] 29:17: Expected integer, got: $", "placeholder"),
     ("unable to find backend library for backend '${triton_backend}'", "placeholder"),
     ("[json.exception.parse_error.101] parse error at line 1, column 1", "engine directory is empty"),
-    ("Assertion failed: mpiSize == tp * pp (1 != 4)", "another number of processes"),
-    ("assert communicationMode == kLEADER", "another number of processes"),
+    ("Assertion failed: mpiSize == tp * pp (1 != 4)", "another number of MPI processes"),
+    ("assert communicationMode == kLEADER", "another number of MPI processes"),
     ("NCCL WARN Error: failed to extend /dev/shm/nccl-abc to 33030532 bytes", "shared memory"),
     ("Signal: Bus error (7)", "shared memory"),
     ("Failed to create shm region triton_python_backend_shm_region_1: already exists", "prefix of shared memory"),
@@ -68,17 +71,79 @@ LOGS = [
 ]  # fmt: skip
 
 
+CASES = json.loads((Path(__file__).parents[1] / "data" / "failure_logs.json").read_text(encoding="utf-8"))["cases"]
+
+
+def first(lines: Iterable[str]) -> Finding:
+    found = explain(lines).first
+    assert found is not None
+    return found
+
+
 @pytest.mark.parametrize(("log", "words"), LOGS, ids=[log[:30] for log, _ in LOGS])
 def test_known_lines_are_explained(log: str, words: str) -> None:
-    first = explain(log.splitlines())[0]
-    assert words in f"{first.cause} {first.hint}"
-    assert first.number == len(log.splitlines())
-    assert first.line == log.splitlines()[-1].strip()
+    found = explain(log.splitlines()).findings[0]
+    assert words in f"{found.cause} {found.hint}"
+    assert found.number == len(log.splitlines())
+    assert found.line == log.splitlines()[-1].strip()
 
 
-def test_every_entry_of_the_data_file_is_tried_above() -> None:
-    for failure in module._failures():
-        assert any(re.search(failure.pattern, line) for log, _ in LOGS for line in log.splitlines()), failure.pattern
+@pytest.mark.parametrize("case", CASES, ids=[f"{case['id']}-{index}" for index, case in enumerate(CASES)])
+@pytest.mark.parametrize("shape", ["plain", "wrapped", "table", "colors", "compose", "mpi", "buried"])
+def test_public_logs_are_explained_in_every_shape(case: dict[str, Any], shape: str) -> None:
+    """The first cause is the same however a log reaches us."""
+    lines: list[str] = case["log"]
+    anchored = {"host-memory-killed", "convert-killed", "bus-error-line", "host-memory-python"}
+    if shape == "wrapped" and case["id"] not in anchored:  # a terminal breaks lines within words
+        lines = [line[start : start + 37] for line in lines for start in range(0, max(1, len(line)), 37)]
+    if shape == "table" and case["id"] not in anchored:
+        cells = [line[start : start + 60] for line in lines for start in range(0, max(1, len(line)), 60)]
+        rows = [
+            f"| {'tensorrt_llm' * (not row):16} | {'1' * (not row):7} | {cell:<60} |"
+            for row, cell in enumerate(cells)
+        ]
+        lines = ["+------------------+---------+------+", *rows, "+------------------+---------+------+"]
+    if shape == "colors":
+        lines = [f"\x1b[1;31m{line}\x1b[0m" for line in lines]
+    if shape == "compose":
+        lines = [f"trtllm-1  | {line}" for line in lines]
+    if shape == "mpi":
+        lines = [f"[1,{rank}]<stderr>:{line}" for rank in (0, 1) for line in lines]
+    if shape == "buried":  # an echo after it, noise around it
+        noise = ["I0101 00:00:00.000000 1 server.cc:631] +---+", "[TRT-LLM] [I] Set gemm_plugin to bfloat16."] * 3000
+        lines = [*noise, *lines, *noise[:50], "error: creating server: Internal - failed to load all models"]
+    assert first(lines).id == case["id"]
+
+
+def test_an_unknown_log_shows_its_telling_lines() -> None:
+    log = """
+        [TRT-LLM] [I] Set gemm_plugin to bfloat16.
+        Traceback (most recent call last):
+          File "x.py", line 3, in <module>
+        ZeroDivisionError: division by zero
+        [TRT-LLM] [I] bye
+    """
+    explanation = explain(log.splitlines())
+    assert explanation.first is None
+    assert explanation.telling == (
+        (3, "Traceback (most recent call last):"),
+        (5, "ZeroDivisionError: division by zero"),
+    )
+
+
+def test_a_log_of_many_lines_keeps_its_numbers() -> None:
+    lines = ["noise"] * 9001 + ["tar: x: No space left on device"] + ["noise"] * 5000 + ["No space left on device"]
+    found = first(lines)
+    assert (found.id, found.number, found.times) == ("disk", 9002, 2)
+
+
+def test_patterns_compile_and_name_only_groups_that_they_have() -> None:
+    for failure in failures():
+        names = set(re.compile(failure.pattern).groupindex)
+        assert set(re.findall(r"{(\w+)}", failure.cause + failure.hint)) <= names, failure.id
+        assert failure.hint, failure.id
+    ids = [failure.id for failure in failures()]
+    assert len(set(ids)) == len(ids)
 
 
 def test_causes_come_before_what_follows_from_them() -> None:
@@ -88,22 +153,40 @@ def test_causes_come_before_what_follows_from_them() -> None:
         [TRT] [E] Error Code 2: OutOfMemory (Requested size was 5 bytes.)
         AssertionError: Engine building failed, please check the error log.
     """
-    findings = explain(log.splitlines())
+    findings = explain(log.splitlines()).findings
     assert [(finding.number, finding.times) for finding in findings] == [(3, 2), (5, 1), (2, 1)]
+
+
+def test_the_first_of_several_causes_is_named() -> None:
+    log = [
+        "[TensorRT-LLM][ERROR] CUDA runtime error in ::cudaMallocAsync(ptr, n, stream): out of memory",
+        "mpirun noticed that process rank 1 with PID 0 on node x exited on signal 9 (Killed).",
+        "Failed, NCCL error /src/ncclCommunicator.cpp:122 'remote process exited or there was a network error'",
+    ]
+    assert first(log).id == "gpu-memory-load"
+    assert first(log[::-1]).id == "host-memory"
 
 
 def test_a_hang_is_told_by_the_last_line_alone() -> None:
     hang = "NCCL INFO comm 0x1 rank 3 - Init COMPLETE"
-    (finding,) = explain([hang, hang, "", "  "])
+    (finding,) = explain([hang, hang, "", "  "]).findings
     assert (finding.number, finding.times) == (2, 2)
-    assert explain([hang, "[I] serving"]) == []
+    assert explain([hang, "[I] serving"]).findings == ()
 
 
-def test_a_healthy_log_has_no_findings() -> None:
-    healthy = [
+@pytest.mark.parametrize(
+    "healthy",
+    [
         "[TRT-LLM] [I] Build TensorRT engine Unnamed Network 0",
         "[TRT] [W] Requested amount of GPU memory (33555480576 bytes) could not be allocated. There may be",
         "[TRT-LLM] [I] Engine version 1.2.1 found in the config file, assuming engine(s) built by new builder API.",
         "[TRT-LLM] [I] Total time of building all engines: 00:00:41",
-    ]
-    assert explain(healthy) == []
+        "n1:42:42 [0] NCCL INFO NET/Plugin : dlerror=libnccl-net.so: cannot open shared object file: No such file or "
+        "directory No plugin found (libnccl-net.so), using internal implementation",
+        'I0820 06:19:20 1 stub_launcher.cc:385] "Starting Python backend stub:  exec /opt/tritonserver/backends/'
+        'python/triton_python_backend_stub /m/1/model.py triton_python_backend_shm_region_4d97 1048576 1048576 2568"',
+        "E0101 00:00:00 1 CudaDriverHelper: CUDA driver version is insufficient for CUDA runtime version",
+    ],
+)
+def test_a_healthy_log_has_no_findings(healthy: str) -> None:
+    assert explain([healthy, "[TRT-LLM] [I] done"]).findings == ()

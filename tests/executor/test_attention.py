@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtqwen.executor.attention import AttentionBatch, CpuAttention, PlainAttention
+from trtqwen.executor.attention import AttentionBatch, PlainAttention
+from trtqwen.executor.attention.cpu import CpuAttention
 from trtqwen.executor.inputs import pack
 from trtqwen.executor.request import Request
 from trtqwen.executor.scheduler import Chunk, Sequence, Step
@@ -26,7 +27,7 @@ def chunk(
 
 
 def make_batch(lengths: list[tuple[int, int]], seed: int) -> AttentionBatch:
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(seed)).tolist()
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(seed)).tolist()
     chunks = []
     lengths = sorted(lengths, key=lambda span: span[1] > 1)
     for index, (start, count) in enumerate(lengths):
@@ -43,7 +44,7 @@ def test_the_fast_path_agrees_with_the_plain_one(
     torch.manual_seed(seed)
     batch = make_batch(lengths, seed)
     query = torch.randn(len(batch.token_ids), heads[0], HEAD_SIZE)
-    keys, values = torch.randn(2, 64, heads[1], BLOCK, HEAD_SIZE)
+    keys, values = torch.randn(2, 128, heads[1], BLOCK, HEAD_SIZE)
     fast = CpuAttention()(query, keys, values, batch)
     torch.testing.assert_close(fast, PlainAttention()(query, keys, values, batch), atol=1e-5, rtol=1e-5)
 
@@ -72,3 +73,26 @@ def test_a_batch_lays_tokens_out_by_position() -> None:
     assert batch.logit_rows.tolist() == [3, 4, 5]
     assert batch.inputs.logit_slots.tolist() == [2, -1, 4]
     assert [span.block_ids.tolist() for span in batch.spans] == [[0], [4, 1], [0]]
+
+
+@settings(max_examples=10, deadline=None)
+@given(spans, st.sampled_from([(4, 4), (8, 1)]), st.integers(0, 9))
+def test_a_cache_in_bfloat16_is_read_as_it_lies(
+    lengths: list[tuple[int, int]], heads: tuple[int, int], seed: int
+) -> None:
+    torch.manual_seed(seed)
+    batch = make_batch(lengths, seed)
+    query = torch.randn(len(batch.token_ids), heads[0], HEAD_SIZE)
+    keys, values = torch.randn(2, 128, heads[1], BLOCK, HEAD_SIZE).bfloat16()
+    fast = CpuAttention()(query, keys, values, batch)
+    expected = PlainAttention()(query, keys.float(), values.float(), batch)
+    torch.testing.assert_close(fast, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_long_context_goes_over_several_panels() -> None:
+    torch.manual_seed(0)
+    batch = make_batch([(150, 1), (90, 80)], 0)
+    query = torch.randn(len(batch.token_ids), 14, HEAD_SIZE)
+    keys, values = 8 * torch.randn(2, 128, 2, BLOCK, HEAD_SIZE)
+    fast = CpuAttention()(query, keys, values, batch)
+    torch.testing.assert_close(fast, PlainAttention()(query, keys, values, batch), atol=1e-4, rtol=1e-4)

@@ -36,7 +36,8 @@ def greedy(model: Qwen2ForCausalLM, prompt: tuple[int, ...]) -> list[int]:
     ids = torch.tensor([prompt])
     options: dict[str, Any] = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, **options)
-    return out[0, len(prompt) :].tolist()
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
 
 
 def run(source: Path, home: Path, settings: CheckpointRecipe) -> list[list[int]]:

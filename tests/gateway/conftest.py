@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +18,7 @@ import openai
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.conftest import BACKEND
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import ServeRecipe
@@ -39,7 +39,7 @@ class Running:
     key: str = "none"
 
     @property
-    def client(self) -> openai.OpenAI:
+    def client(self) -> Any:  # untyped: tests send fields that the client's types do not know
         return openai.OpenAI(base_url=f"{self.gateway.url}/v1", api_key=self.key, max_retries=0, timeout=60)
 
     def ask(self, text: str, **options: Any) -> tuple[int, dict[str, str], Any]:
@@ -92,25 +92,16 @@ class Running:
 
     def used_blocks(self) -> float:
         """KV cache blocks in use, as the engine tells Triton."""
-        with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=30) as answer:
             [line] = [line for line in answer.read().decode().splitlines() if 'block_type="used"' in line]
         return float(line.split()[-1])
 
 
-def wait_for(condition: Callable[[], bool], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
-
-
 @pytest.fixture(scope="session")
-def engine_repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The bundled model: 16 requests in the batch, 512 tokens each."""
     output = tmp_path_factory.mktemp("gateway") / "repository"
-    write_repository(bundled_engine(), ServeRecipe(triton_max_batch_size=8), output)
+    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
     return output
 
 
@@ -151,7 +142,7 @@ def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> It
         yield Running(gateway, server)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module" if BACKEND == "torch" else "session")
 def live(engine_repository: Path) -> Iterator[Running]:
     """A gateway in front of the bundled model."""
     with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:

@@ -10,7 +10,8 @@ from typing import Any
 
 import openai
 
-from tests.gateway.conftest import Running, wait_for
+from tests.gateway.conftest import Running
+from tests.waiting import wait_for
 
 LONG = "/again 400 ab"
 
@@ -40,7 +41,7 @@ class Streams:
         ]
         for thread in self._threads:
             thread.start()
-        assert wait_for(lambda: all(self.texts), 10)
+        assert wait_for(lambda: all(self.texts))
 
     def _read(self, target: Running, number: int, text: str, options: dict[str, Any]) -> None:
         try:
@@ -61,7 +62,7 @@ def check_death(target: Running, kill: Callable[[], None], **options: Any) -> No
     streams = Streams(target, 4, **options)
     killed = time.monotonic()
     kill()
-    assert wait_for(lambda: target.get("/ready")[0] == 503, 2 * target.gateway.config.probe_seconds + 0.5)
+    assert wait_for(lambda: target.get("/ready")[0] == 503)
     streams.join()
     assert all(isinstance(problem, openai.APIError) for problem in streams.errors), streams.errors
     assert max(streams.ended) - killed < 10

@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
-from tests.gateway.conftest import Running, quick_gateway, quick_triton, wait_for
+from tests.gateway.conftest import Running, quick_gateway, quick_triton
+from tests.waiting import wait_for
 
-webdriver = pytest.importorskip("selenium.webdriver")
+webdriver: Any = pytest.importorskip("selenium.webdriver")
 By = pytest.importorskip("selenium.webdriver.common.by").By
 Keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
 
@@ -23,10 +25,10 @@ LONG = "/again 400 sheep "
 class Page:
     """The page in a browser, as a person sees it."""
 
-    def __init__(self, driver: webdriver.Chrome, running: Running) -> None:
+    def __init__(self, driver: Any, running: Running) -> None:
         self.driver, self.running = driver, running
         driver.get(running.gateway.url)
-        assert wait_for(lambda: self.text("#model") == running.model, 5)
+        assert wait_for(lambda: self.text("#model") == running.model)
 
     def text(self, selector: str) -> str:
         # In one step: the page draws its elements anew while an answer comes.
@@ -54,7 +56,7 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def driver() -> Iterator[webdriver.Chrome]:
+def driver() -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     quiet = ("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=1100,760", *quiet):
@@ -75,7 +77,7 @@ def unhurried(engine_repository: Path) -> Iterator[Running]:
 
 
 @pytest.fixture
-def page(driver: webdriver.Chrome, unhurried: Running) -> Iterator[Page]:
+def page(driver: Any, unhurried: Running) -> Iterator[Page]:
     yield Page(driver, unhurried)
     assert [entry for entry in driver.get_log("browser") if entry["source"] == "javascript"] == []
 
@@ -86,24 +88,24 @@ def test_two_conversations_answer_at_once_and_each_stops_alone(page: Page) -> No
     page.press(Keys.NULL)
     page.send("/again 400 goats ")
     assert page.busy == 2
-    assert wait_for(lambda: "goats" in page.answer and float(page.text("#rate")) > 0, 5)
-    assert wait_for(lambda: int(page.text("#running")) == 2, 5)
+    assert wait_for(lambda: "goats" in page.answer and float(page.text("#rate")) > 0)
+    assert wait_for(lambda: int(page.text("#running")) == 2)
     page.press(Keys.ESCAPE)
-    assert wait_for(lambda: "Stopped." in page.answer, 5)
+    assert wait_for(lambda: "Stopped." in page.answer)
     stopped = page.answer
     page.driver.find_elements(By.CSS_SELECTOR, "#list button")[1].click()
     assert "sheep" in page.answer
     assert page.shown("#stop")
     page.driver.find_element(By.ID, "stop").click()
-    assert wait_for(lambda: page.busy == 0, 5)
-    assert wait_for(lambda: page.running.metric("trtqwen_gateway_in_flight") == 0, 5)
+    assert wait_for(lambda: page.busy == 0)
+    assert wait_for(lambda: page.running.metric("trtqwen_gateway_in_flight") == 0)
     page.driver.find_elements(By.CSS_SELECTOR, "#list button")[0].click()
     assert page.answer == stopped
 
 
 def test_an_answer_is_shown_as_text_with_its_speed(page: Page) -> None:
     page.send("<b>你好</b> 🙂 <img src=x onerror=alert(1)>")
-    assert wait_for(lambda: "tokens/s" in page.answer, 5)
+    assert wait_for(lambda: "tokens/s" in page.answer)
     assert page.answer.startswith("<b>你好</b> 🙂 <img src=x onerror=alert(1)>")
     assert page.driver.find_elements(By.CSS_SELECTOR, "#log img") == []
 
@@ -113,7 +115,7 @@ def test_an_answer_s_markdown_is_drawn(page: Page) -> None:
     answer += "```python\n# no title\n**code**\n```\nend"
     page.driver.execute_script("document.getElementById('prompt').value = arguments[0]", answer)
     page.press(Keys.ENTER)
-    assert wait_for(lambda: "tokens/s" in page.answer, 5)
+    assert wait_for(lambda: "tokens/s" in page.answer)
     drawn = page.driver.execute_script(
         "return [...document.querySelectorAll('.assistant h2, .assistant strong, .assistant code, .assistant .item, "
         ".assistant pre')].map(node => [node.tagName, node.textContent])"
@@ -132,10 +134,10 @@ def test_an_answer_s_markdown_is_drawn(page: Page) -> None:
 
 def test_an_error_is_told_and_the_conversation_goes_on(page: Page) -> None:
     page.send("/fail the engine is out of tea")
-    assert wait_for(lambda: page.busy == 0, 5)
+    assert wait_for(lambda: page.busy == 0)
     assert "the engine is out of tea" in page.answer
     page.send("still there?")
-    assert wait_for(lambda: page.answer.startswith("still there?"), 5)
+    assert wait_for(lambda: page.answer.startswith("still there?"))
 
 
 def test_a_phone_and_the_dark(page: Page) -> None:
@@ -147,7 +149,7 @@ def test_a_phone_and_the_dark(page: Page) -> None:
     assert page.style("body", "background-color") != light
     assert page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     page.send("a word " * 40)
-    assert wait_for(lambda: "tokens/s" in page.answer, 5)
+    assert wait_for(lambda: "tokens/s" in page.answer)
     assert page.driver.execute_script("return document.documentElement.scrollWidth <= innerWidth")
     assert page.shown("#prompt")
     page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -155,15 +157,15 @@ def test_a_phone_and_the_dark(page: Page) -> None:
 
 
 def test_a_server_with_keys_asks_for_one(
-    driver: webdriver.Chrome, another_gateway: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
+    driver: Any, another_gateway: Callable[..., Running], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text("keys:\n- name: me\n  key: a-key-of-sixteen-letters\n")
     running = another_gateway(api_keys=keys)
     driver.get(running.gateway.url)
     dialog = driver.find_element(By.ID, "ask")
-    assert wait_for(dialog.is_displayed, 5)
+    assert wait_for(dialog.is_displayed)
     driver.switch_to.active_element.send_keys("a-key-of-sixteen-letters", Keys.ENTER)
-    assert wait_for(lambda: driver.find_element(By.ID, "model").text == "qwen", 5)
+    assert wait_for(lambda: driver.find_element(By.ID, "model").text == "qwen")
     driver.execute_script("sessionStorage.clear()")
     driver.get_log("browser")  # the refused requests

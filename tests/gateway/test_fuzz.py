@@ -15,7 +15,8 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.gateway.conftest import Running, wait_for
+from tests.gateway.conftest import Running
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(3600)]
 EXAMPLES = int(os.environ.get("TRTQWEN_FUZZ_EXAMPLES", "50"))
@@ -122,7 +123,7 @@ def test_broken_bodies_are_never_our_fault(obedient: Running, path: str) -> None
 
 
 def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: Running) -> None:
-    schema = schemathesis.openapi.from_url(f"{obedient.gateway.url}/openapi.json")
+    schema: Any = schemathesis.openapi.from_url(f"{obedient.gateway.url}/openapi.json")
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     paths = set()
     memory = obedient.resident_mb
@@ -150,6 +151,6 @@ def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: R
 def check_nothing_is_left(target: Running, memory: float) -> None:
     """The queue is empty, the gateway ready, and its memory as it was, but for what more requests would warm."""
     assert target.resident_mb < memory + 40
-    assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0, 5)
+    assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0)
     assert target.metric("trtqwen_gateway_queued") == target.metric("trtqwen_gateway_in_flight_tokens") == 0
     assert target.get("/ready")[0] == 200

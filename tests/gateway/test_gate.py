@@ -21,7 +21,7 @@ def gate(requests: int = 1, queue_seconds: float = 5) -> Gate:
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:
-    asyncio.run(asyncio.wait_for(test(), 10))
+    asyncio.run(asyncio.wait_for(test(), 60))
 
 
 async def hold(gate: Gate, count: int, began: list[str], name: str, seconds: float) -> None:

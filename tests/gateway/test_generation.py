@@ -49,7 +49,7 @@ def test_an_answer_that_ended_shortens_the_advice(
         metrics = Metrics()
         gate = Gate(Admission(1, Capacity(1, 1000), QueueLimits(19, 1000)), metrics, 1)
         generator = Generator(model, [Quick(second)], gate, metrics, 10, lambda replica: None)
-        plan = GenerationPlan("id", ((1,),), 1, 2, Sampling({}, seed=1))
+        plan = GenerationPlan("id", ((1,),), 1, 2, Sampling({}, seed=1), reserved=2)
         try:
             async with aclosing(generator.run(plan, Usage())) as pieces:
                 async for piece in pieces:

@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 from openai.lib._pydantic import to_strict_json_schema
 from pydantic import BaseModel, Field
 
+from trtqwen.gateway.api.response_format import schema_guide
 from trtqwen.gateway.api.schemas import Function, Tool
-from trtqwen.gateway.api.tools import call_schema
+from trtqwen.gateway.api.tool_choice import call_schema
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.guide import Guide, schema_guide
+from trtqwen.gateway.generation.guide import Guide
 
 A = {"a": {"type": "integer"}}
 AB = {**A, "b": {"type": "integer"}}
@@ -53,7 +54,7 @@ IGNORED: list[tuple[dict[str, Any], str, str]] = [
     (an_object(properties={"bb": {}}, propertyNames={"maxLength": 1}), '{"bb": 1}', "propertyNames"),
     (an_object(properties={"aa": {}}, patternProperties={"a": {"type": "null"}}), '{"aa": 1}', "patternProperties"),
     ({"$dynamicRef": "#/$defs/x", "$defs": {"x": {"type": "integer"}}}, '"a"', "dynamicRef"),
-    ({"$ref": "#x", "$defs": {"x": {"$anchor": "x", "type": "integer"}}}, '"a"', "anchor"),
+    ({"$ref": "#x", "$defs": {"x": {"$anchor": "x", "type": "integer"}}}, '"a"', "only references within it"),
     ({"$ref": "#/$defs/x", "$defs": {"x": {"type": "integer"}}, "minimum": 3}, "1", "'minimum' beside '$ref'"),
     ({"type": "integer", "anyOf": [{"minimum": 5}, {"maximum": 0}]}, "3", "'type' beside 'anyOf'"),
     (an_object(properties=AB, anyOf=[{"required": ["b"]}]), "{}", "beside 'anyOf'"),

@@ -12,8 +12,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.gateway.conftest import Running, quick_gateway, quick_triton, wait_for
+from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import LONG, Streams, check_death, process
+from tests.waiting import wait_for
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
@@ -47,7 +48,7 @@ def test_deaths_behind_the_gateway_are_errors_and_a_return_is_noticed(unhurried_
         os.killpg(triton.pid, signal.SIGKILL)
         triton.stop()
         with TritonServer(repository, ports=triton.ports) as again:
-            assert wait_for(lambda: target.get("/ready")[0] == 200, 2 + 2 * PROBE)
+            assert wait_for(lambda: target.get("/ready")[0] == 200)
             check_death(target, lambda: os.killpg(again.pid, signal.SIGKILL))
 
 
@@ -66,7 +67,7 @@ def test_a_stop_finishes_what_runs_and_refuses_the_rest(start: Callable[..., Run
     target, other = start(), start()
     streams = Streams(target, 3)
     os.kill(target.gateway.pid, signal.SIGTERM)
-    assert wait_for(lambda: target.get("/ready")[0] == 503, 1)
+    assert wait_for(lambda: target.get("/ready")[0] == 503)
     with pytest.raises(openai.APIStatusError, match="stopping") as caught:
         target.chat("hi")
     assert caught.value.status_code == 503
@@ -81,8 +82,11 @@ def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(start
     target = start(drain_seconds=0.05)
     pid = target.gateway.pid
     streams = Streams(target, 1)
-    target.gateway._process.stdin.close()
-    assert wait_for(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes(), 5)  # a zombie, until it is waited for
+    process = target.gateway._process
+    assert process is not None
+    assert process.stdin is not None
+    process.stdin.close()
+    assert wait_for(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes())  # a zombie, until it is waited for
     streams.join()
     assert "stopping" in str(streams.errors[0])
     assert target.gateway.stop() == 0

@@ -22,8 +22,9 @@ from typing import Any
 import openai
 import pytest
 
-from tests.gateway.conftest import Running, quick_gateway, wait_for
+from tests.gateway.conftest import Running, quick_gateway
 from tests.gateway.deaths import LONG
+from tests.waiting import wait_for
 from trtqwen.triton.server import TritonServer
 
 pytestmark = pytest.mark.triton
@@ -63,10 +64,10 @@ def busy(target: Running) -> Iterator[None]:
     content = json.dumps(body).encode()
     with target.connect() as connection:
         connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 1, 2)
+        assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 1)
         yield
         connection.shutdown(socket.SHUT_RDWR)
-    assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0, 2)
+    assert wait_for(lambda: target.metric("trtqwen_gateway_in_flight") == 0)
 
 
 def raw(target: Running, content: bytes) -> bytes:
@@ -125,7 +126,7 @@ def test_slow_clients_are_not_waited_for(limited: Running, rest: str, answer: by
     got = raw(limited, f"{HEAD}{rest}".encode())
     assert got[: len(answer)] == answer
     assert bool(got) == bool(answer)  # headers that do not end get no answer at all
-    assert time.monotonic() - begun < 3
+    assert time.monotonic() - begun < 30
 
 
 def test_limits_of_answers_have_a_default_and_a_cap(limited: Running) -> None:
@@ -140,7 +141,10 @@ def test_an_answer_without_a_limit_gets_what_the_cache_has_room_for(another_gate
     target = another_gateway(kv_cache_tokens=64)
     assert target.ask("/again 90 abc ")[2]["usage"]["total_tokens"] == 64
     status, _, body = target.ask("abc " * 40)
-    assert (status, "the KV cache of 64 leaves no room" in body["error"]["message"]) == (400, True)
+    assert (
+        status,
+        "maximum context length is 64 tokens, as its KV cache holds no more" in body["error"]["message"],
+    ) == (400, True)
 
 
 def test_who_got_no_place_keeps_the_tokens_of_the_rate(another_gateway: Any, tmp_path: Path) -> None:
@@ -164,7 +168,7 @@ def test_who_does_not_fit_waits_and_the_next_is_refused(limited: Running) -> Non
     with busy(limited):
         second = threading.Thread(target=lambda: answers.append(limited.ask("hello", max_tokens=400)))
         second.start()
-        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1, 1)
+        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1)
         assert limited.metric("trtqwen_gateway_queued_tokens") > 400
         status, headers, body = limited.ask("hello", max_tokens=400)
         assert (status, body["error"]["code"], body["error"]["type"]) == (429, "queue_full", "rate_limit_error")
@@ -230,7 +234,7 @@ def test_a_stop_whose_time_is_over_sends_the_queue_away(another_gateway: Any) ->
     target = another_gateway(drain_seconds=1, kv_cache_tokens=470, max_queued_tokens=5000)
     with ThreadPoolExecutor(6) as pool:
         asked = [pool.submit(target.ask, "/hang", max_tokens=440, stream=number > 2) for number in range(4)]
-        assert wait_for(lambda: target.metric("trtqwen_gateway_queued") == 3, 3)
+        assert wait_for(lambda: target.metric("trtqwen_gateway_queued") == 3)
         os.kill(target.gateway.pid, signal.SIGTERM)
         answers = [answer.result() for answer in asked]
     assert [(status, body["error"]["code"]) for status, _, body in answers] == [(503, "stopping")] * 4
@@ -250,9 +254,9 @@ def test_a_client_that_leaves_the_queue_loses_its_place(limited: Running) -> Non
     with busy(limited):
         with limited.connect() as connection:
             connection.sendall(f"{HEAD}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-            assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1, 1)
+            assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 1)
             connection.shutdown(socket.SHUT_RDWR)
-        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 0, 1)
+        assert wait_for(lambda: limited.metric("trtqwen_gateway_queued") == 0)
     assert limited.metric("trtqwen_gateway_in_flight_tokens") == 0
 
 
@@ -262,7 +266,7 @@ def test_a_wedged_engine_is_not_ready_and_its_answers_end(limited: Running) -> N
     answers: list[Any] = []
     asking = threading.Thread(target=lambda: answers.append(limited.ask("/sleep 4")))
     asking.start()
-    assert wait_for(lambda: limited.get("/ready")[0] == 503, 3)
+    assert wait_for(lambda: limited.get("/ready")[0] == 503)
     asking.join()
     assert (answers[0][0], answers[0][2]["error"]["code"]) == (504, "stalled")
-    assert wait_for(lambda: limited.get("/ready")[0] == 200, 5)
+    assert wait_for(lambda: limited.get("/ready")[0] == 200)

@@ -16,16 +16,17 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.gateway.conftest import Running, wait_for
+from tests.gateway.conftest import Running
 from tests.gateway.deaths import check_death, process
+from tests.waiting import wait_for
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.layout import tokenizer_directory
 from trtqwen.triton.client import stream
-from trtqwen.triton.repository import tokenizer_directory
 
 pytestmark = pytest.mark.triton
-GREEDY = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
+GREEDY: dict[str, Any] = {"temperature": 0, "extra_body": {"repetition_penalty": 1.0}}
 
 
 def streamed(chunks: Any) -> tuple[dict[int, str], dict[int, str], Any]:
@@ -120,7 +121,7 @@ def test_stop_strings_end_an_answer_across_tokens(live: Running) -> None:
         )
         assert texts == {0: whole[: whole.index(stop)]}
         assert reasons == {0: "stop"}
-    assert wait_for(lambda: live.used_blocks() == 0, 5)
+    assert wait_for(lambda: live.used_blocks() == 0)
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_log_probs_are_the_model_s(live: Running, greedy: Callable[[str, int], l
     expected = greedy(prompt, 10)
     texts = [tokenizer.token_bytes[token] for token, _ in expected]
     values = pytest.approx([value for _, value in expected], abs=2e-4)
-    options = {"max_tokens": 10, "logprobs": True, "temperature": 0}
+    options: dict[str, Any] = {"max_tokens": 10, "logprobs": True, "temperature": 0}
     options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.0}
     [choice] = live.chat("你好", **options).choices
     chunks = [choice for chunk in live.chat("你好", stream=True, **options) for choice in chunk.choices]
@@ -205,7 +206,7 @@ def test_sixty_four_streams_at_once(live: Running) -> None:
     """More than the batch and its queue hold: a retrying client sees every one of them answered."""
 
     async def run() -> list[str]:
-        client = openai.AsyncOpenAI(base_url=f"{live.gateway.url}/v1", api_key="none", max_retries=8, timeout=60)
+        client: Any = openai.AsyncOpenAI(base_url=f"{live.gateway.url}/v1", api_key="none", max_retries=8, timeout=60)
 
         async def one(number: int) -> str:
             stream = await client.chat.completions.create(
@@ -223,7 +224,7 @@ def test_sixty_four_streams_at_once(live: Running) -> None:
     whole = live.chat("Hello!", max_tokens=11, **GREEDY).choices[0].message.content
     assert all(text and whole.startswith(text) for text in texts)
     assert len(Counter(texts)) == 8
-    assert wait_for(lambda: live.used_blocks() == 0, 5)
+    assert wait_for(lambda: live.used_blocks() == 0)
     assert live.metric("trtqwen_gateway_in_flight") == live.metric("trtqwen_gateway_queued") == 0
 
 
@@ -241,11 +242,11 @@ def test_a_client_that_leaves_frees_its_blocks(live: Running, stream: bool) -> N
     with live.connect() as connection:
         head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        assert wait_for(lambda: live.used_blocks() > 0, 5)
+        assert wait_for(lambda: live.used_blocks() > 0)
         if stream:
             assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    assert wait_for(lambda: live.used_blocks() == 0, 1.5)
-    assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0, 1)
+    assert wait_for(lambda: live.used_blocks() == 0)
+    assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0)
 
 
 def test_plain_generation_answers_as_triton_does(live: Running) -> None:
@@ -268,18 +269,20 @@ def test_plain_generation_answers_as_triton_does(live: Running) -> None:
 
 ERRORS = [
     ({"max_tokens": 5000}, "context_length_exceeded", "max_tokens", "ask for 489 or fewer"),
-    ({"messages": [{"role": "user", "content": "word " * 600}]}, "context_length_exceeded", None, "512"),
+    (
+        {"messages": [{"role": "user", "content": "word " * 600}]},
+        "context_length_exceeded",
+        None,
+        "length is 512 tokens",
+    ),
     ({"messages": []}, "invalid_value", "messages", "at least 1"),
     ({"temperature": 3}, "invalid_value", "temperature", "less than or equal to 2"),
     ({"temperature": "0.5"}, "invalid_value", "temperature", "valid number"),
     ({"n": 17}, "invalid_value", "n", "16 answers"),
-    ({"stop": ["a"] * 5}, "invalid_value", "stop", "at most 4"),
     ({"stop": ""}, "invalid_value", "stop", "at least 1 character"),
-    ({"typo": 1}, "unknown_field", "typo", "Unrecognized request argument"),
     ({"logit_bias": {"4096": 1}}, "invalid_value", "logit_bias", "outside the vocabulary of 4096"),
     ({"logit_bias": {"5": 101}}, "invalid_value", "logit_bias.5", "less than or equal to 100"),
     ({"logit_bias": {"-1": 1}}, "invalid_value", None, "match pattern"),
-    ({"logprobs": True, "top_logprobs": 2}, "unsupported", "top_logprobs", "chosen token"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "unsupported", "tools", "no place for tools"),
 ]
 
@@ -316,7 +319,8 @@ def test_null_is_no_value_everywhere(live: Running) -> None:
 def test_upstream_s_own_example_is_answered(live: Running) -> None:
     body = {"text_input": "What is machine learning?", "max_tokens": 20, "bad_words": "", "stop_words": ""}
     assert live.post("/generate", body)[0] == 200
-    assert live.post("/generate", body | {"bad_words": ["x"]})[0] == 400
+    assert live.post("/generate", body | {"bad_words": ["x"]})[0] == 200
+    assert live.post("/generate", body | {"beam_width": 2})[0] == 400
     status, _, text = live.post("/generate", body, {"Content-Type": "application/x-www-form-urlencoded"})
     assert (status, "send the header Content-Type: application/json" in text) == (415, True)
 
@@ -324,7 +328,7 @@ def test_upstream_s_own_example_is_answered(live: Running) -> None:
 @pytest.mark.parametrize("path", ["/health", "/ready", "/"])
 def test_balancers_may_ask_for_the_head_alone(live: Running, path: str) -> None:
     request = urllib.request.Request(f"{live.gateway.url}{path}", method="HEAD")
-    with urllib.request.urlopen(request, timeout=5) as answer:
+    with urllib.request.urlopen(request, timeout=30) as answer:
         assert (answer.status, answer.read()) == (200, b"")
 
 
@@ -332,7 +336,7 @@ def test_a_client_that_leaves_a_stream_is_counted(live: Running) -> None:
     before = live.metric("trtqwen_gateway_refused_total")
     with live.chat("Hello!", max_tokens=400, stream=True, extra_body={"ignore_eos": True}) as stream:
         next(iter(stream))
-    assert wait_for(lambda: live.metric("trtqwen_gateway_refused_total") == before + 1, 2)
+    assert wait_for(lambda: live.metric("trtqwen_gateway_refused_total") == before + 1)
 
 
 def test_an_unknown_model_or_route_is_404(live: Running) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.gateway.conftest import quick_gateway, quick_triton, wait_for
+from tests.gateway.conftest import quick_gateway, quick_triton
 from tests.gateway.deaths import Streams
+from tests.waiting import wait_for
 from trtqwen.triton.server import TritonServer
 
 pytestmark = pytest.mark.triton
@@ -20,7 +21,7 @@ PROBE = 1.5  # seconds
 
 def executions(server: TritonServer) -> int:
     """Requests that a Triton's engine has taken."""
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=5) as answer:
+    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     name = 'nv_inference_request_success{model="tensorrt_llm",version="1"}'
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
@@ -31,11 +32,11 @@ def test_one_of_two_dies_and_returns(unhurried_repository: Path) -> None:
     with quick_triton(repository) as steady, quick_triton(repository) as mortal:
         addresses = (steady.grpc_url, mortal.grpc_url)
         with quick_gateway(steady, repository, triton=addresses, probe_seconds=PROBE) as target:
-            assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2, 5)
+            assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2)
             before = executions(steady)
             streams = Streams(target, 8)
             os.killpg(mortal.pid, signal.SIGKILL)
-            assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 1, 2 * PROBE + 0.5)
+            assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 1)
             assert target.get("/ready")[0] == 200
             with ThreadPoolExecutor(8) as pool:
                 answers = list(pool.map(lambda _: target.ask("hello", max_tokens=5), range(8)))
@@ -47,7 +48,7 @@ def test_one_of_two_dies_and_returns(unhurried_repository: Path) -> None:
             assert all(text == whole for text, error in zip(streams.texts, failed, strict=True) if not error)
             mortal.stop()
             with TritonServer(repository, ports=mortal.ports) as again:
-                assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2, 3 + 2 * PROBE)
+                assert wait_for(lambda: target.metric("trtqwen_gateway_replica_up") == 2)
                 probed = executions(again)
                 with ThreadPoolExecutor(8) as pool:
                     answers = list(pool.map(lambda _: target.ask("hello", max_tokens=5), range(16)))

@@ -39,7 +39,9 @@ def schema(random: random.Random, depth: int = 2) -> dict[str, Any]:
 
 def test_every_answer_to_a_schema_is_valid(live: Running) -> None:
     generator = random.Random(5)
-    schemas = [{"type": "object", "properties": {"a": schema(generator)}, "required": ["a"]} for _ in range(200)]
+    schemas: list[dict[str, Any]] = [
+        {"type": "object", "properties": {"a": schema(generator)}, "required": ["a"]} for _ in range(200)
+    ]
     for drawn in schemas:
         drawn["additionalProperties"] = False
 

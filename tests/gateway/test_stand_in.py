@@ -15,11 +15,11 @@ from pydantic import BaseModel
 from tests.gateway.conftest import TOOLS_TEMPLATE, Running
 from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
-from trtqwen.gateway.api.chat import _rendered
+from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.repository import tokenizer_directory
+from trtqwen.layout import tokenizer_directory
 
 pytestmark = pytest.mark.triton
 WEATHER = {
@@ -53,7 +53,7 @@ def test_tool_calls_stream_as_they_come_whole(obedient: Running) -> None:
     text = f"Let me see.\n{CALL}\n{CALL}"
     whole = obedient.chat(text, tools=[WEATHER]).choices[0]
     assert whole.finish_reason == "tool_calls"
-    assert whole.message.content == "Let me see."
+    assert whole.message.content == "Let me see.\n"
     assert [call.function.name for call in whole.message.tool_calls] == ["get_weather"] * 2
     assert [json.loads(call.function.arguments) for call in whole.message.tool_calls] == [{"city": "北京"}] * 2
     calls: dict[int, dict[str, str]] = {}
@@ -68,7 +68,7 @@ def test_tool_calls_stream_as_they_come_whole(obedient: Running) -> None:
             known["id"] += call.id or ""
             known["name"] += call.function.name or ""
             known["arguments"] += call.function.arguments or ""
-    assert (content, reason) == ("Let me see.", "tool_calls")
+    assert (content, reason) == ("Let me see.\n", "tool_calls")
     assert [(call["name"], call["arguments"]) for call in calls.values()] == [
         (call.function.name, call.function.arguments) for call in whole.message.tool_calls
     ]
@@ -85,9 +85,11 @@ def test_tool_choice_decides(obedient: Running) -> None:
     assert len(one.message.tool_calls) == 1
     # The prompt ends inside the block, so the answer is what stands between the tags.
     inner = '{"name": "get_weather", "arguments": {"city": "Bonn"}}'
-    for choice in ("required", {"type": "function", "function": {"name": "get_weather"}}):
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    allowed = {"type": "allowed_tools", "allowed_tools": {"mode": "required", "tools": [named]}}
+    for choice, reason in (("required", "tool_calls"), (named, "stop"), (allowed, "tool_calls")):
         forced = obedient.chat(inner, tools=[WEATHER], tool_choice=choice).choices[0]
-        assert forced.finish_reason == "tool_calls"
+        assert forced.finish_reason == reason
         assert not forced.message.content
         assert json.loads(forced.message.tool_calls[0].function.arguments) == {"city": "Bonn"}
     with pytest.raises(openai.BadRequestError, match="'other', which is no tool"):
@@ -112,8 +114,8 @@ def test_a_conversation_with_a_tool_s_result_is_rendered(obedient: Running) -> N
 )
 def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, shown: str) -> None:
     call = ToolCall(id="1", function=CalledFunction(name="f", arguments=arguments))
-    rendered = _rendered(0, Message(role="assistant", tool_calls=[call]))
-    text = ChatTemplate(TOOLS_TEMPLATE).render([{"role": "user", "content": "x"}, rendered], [])
+    turn = rendered(0, Message(role="assistant", tool_calls=[call]))
+    text = ChatTemplate({"default": TOOLS_TEMPLATE}).render([{"role": "user", "content": "x"}, turn])
     assert f'{{"name": "f", "arguments": {shown}' in text
 
 
@@ -152,16 +154,17 @@ def test_the_typed_helpers_of_the_client_can_go_on(obedient: Running) -> None:
 
 
 def test_what_clients_keep_in_messages_does_not_matter(obedient: Running) -> None:
-    kept = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
+    kept: dict[str, Any] = {"type": "text", "reasoning_content": None, "refusal": None, "annotations": []}
     part = {"type": "text", "text": "hi", "cache_control": {"type": "ephemeral"}}
     for content in ("hi", [part]):
         message = {"role": "user", "content": content, **kept}
         assert obedient.chat("", messages=[message]).choices[0].message.content == "hi"
-    for wrong in (
+    unknown: tuple[dict[str, Any], ...] = (
         {"audio": {"id": "1"}},
         {"function_call": {}},
         {"content": [{"type": "image_url", "image_url": {}}]},
-    ):
+    )
+    for wrong in unknown:
         with pytest.raises(openai.BadRequestError):
             obedient.chat("", messages=[{"role": "assistant", "content": "hi", **wrong}])
 
@@ -213,13 +216,15 @@ def test_answers_are_checked_against_their_schema(obedient: Running) -> None:
         obedient.chat("no", response_format=anything, max_tokens=60)
 
 
-def test_tools_are_not_offered_where_a_format_forbids_calls(obedient: Running) -> None:
+def test_tools_and_a_format_let_the_model_choose(obedient: Running) -> None:
     for form in (schema(a={"type": "integer"}), {"type": "json_object"}):
-        with pytest.raises(openai.BadRequestError, match="no tool could be called") as caught:
-            obedient.chat('{"a": 1}', tools=[WEATHER], response_format=form, max_tokens=60)
-        assert (caught.value.param, caught.value.code) == ("response_format", "unsupported")
-        plain = obedient.chat('{"a": 1}', tools=[WEATHER], tool_choice="none", response_format=form, max_tokens=60)
-        assert plain.choices[0].message.content == '{"a": 1}'
+        options = {"tools": [WEATHER], "response_format": form, "max_tokens": 60}
+        called = obedient.chat(CALL, **options).choices[0]
+        assert (called.finish_reason, called.message.content) == ("tool_calls", None)
+        answered = obedient.chat('{"a": 1}', **options).choices[0]
+        assert (answered.finish_reason, answered.message.content) == ("stop", '{"a": 1}')
+        with pytest.raises(openai.InternalServerError, match="breaks the JSON schema"):
+            obedient.chat("neither", **options)
     called = obedient.chat(CALL, tools=[WEATHER], response_format={"type": "text"}, max_tokens=60)
     assert called.choices[0].finish_reason == "tool_calls"
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtqwen.demo import MODEL
-from trtqwen.gateway.generation.text import StopStrings, TextStream
+from trtqwen.hf.text_stream import StopStrings, TextStream
 from trtqwen.hf.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer(MODEL)

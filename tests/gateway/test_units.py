@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,19 +20,23 @@ from tritonclient.grpc import service_pb2
 
 from tests.gateway.conftest import TOOLS_TEMPLATE
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import InputError, SourceError
+from trtqwen.diagnostics import InputError
 from trtqwen.gateway.admission.admission import Capacity, QueueLimits
 from trtqwen.gateway.admission.auth import Caller, TokenBucket, read_keys
-from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
+from trtqwen.gateway.api.response_format import plan_guide
+from trtqwen.gateway.api.sampling import sampling_values
+from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig, gateway_config
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import fit_max_tokens
-from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide, plan_guide
-from trtqwen.gateway.generation.inputs import Sampling, engine_inputs, plan_sampling
+from trtqwen.gateway.generation.generator import fit_answer
+from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide
+from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.upstream import _reply
-from trtqwen.gateway.model import GenerationDefaults, ServedModel, load_model
+from trtqwen.gateway.model import ServedModel, load_model
 from trtqwen.gateway.state import plan_admission
+from trtqwen.hf import chat_template as hf
+from trtqwen.hf.generation import GenerationDefaults
 
 TOOL = {"type": "function", "function": {"name": "f", "description": "<b>é & 'q'", "parameters": {"type": "object"}}}
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"stadt": "Köln <&>"}}}
@@ -57,16 +62,17 @@ def test_templates_render_as_in_transformers(messages: list[dict[str, Any]], too
         wanted = reference.apply_chat_template(
             messages, tools=tools or None, chat_template=text, tokenize=False, add_generation_prompt=True
         )
-        assert ChatTemplate(text).render(messages, tools) == wanted
+        assert ChatTemplate(hf.ChatTemplate({"default": text})).render(messages, tools) == wanted
 
 
 def test_broken_templates_and_refusals_are_errors() -> None:
-    with pytest.raises(SourceError, match="chat template is broken"):
-        ChatTemplate("{% if %}")
-    template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
+    template = ChatTemplate(hf.ChatTemplate({"default": "{{ raise_exception('roles must alternate') }}"}))
     with pytest.raises(ApiError, match="refuses these messages: roles must alternate") as caught:
         template.render([], [])
     assert caught.value.status == 400
+
+
+loaded = cache(load_model)
 
 
 def chat(**fields: Any) -> ChatRequest:
@@ -95,7 +101,7 @@ QWEN = GenerationDefaults(temperature=0.7, top_p=0.8, top_k=20, repetition_penal
 def test_what_is_left_open_is_the_model_s_default(
     defaults: GenerationDefaults, fields: dict[str, Any], wanted: dict[str, float]
 ) -> None:
-    assert plan_sampling(chat(**fields), defaults) == wanted
+    assert sampling_values(chat(**fields), defaults) == wanted
 
 
 def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
@@ -112,7 +118,7 @@ def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
     older = replace(model, tensors=frozenset(renamed.get(name, name) for name in model.tensors))
     assert set(engine_inputs(older, sampling, (1,), 7, 0)) == {renamed.get(name, name) for name in tensors}
     oldest = replace(model, tensors=model.tensors - {"guided_decoding_guide", "guided_decoding_guide_type"})
-    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by this release"):
+    with pytest.raises(ApiError, match="guided_decoding_guide_type is not served by the engine"):
         engine_inputs(oldest, sampling, (1,), 7, 0)
 
 
@@ -132,35 +138,35 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
     path = trt_repository(1, 4, "orchestrator")
     four = plan_admission(GatewayConfig(repository=path), load_model(path))
     assert four.capacity == Capacity(4 * one.capacity.requests, 4 * one.capacity.tokens)
-    assert four.queue_limits == QueueLimits(4 * one.queue_limits.requests, 4 * one.queue_limits.tokens)
+    assert four.queue_limits == one.queue_limits == QueueLimits(1024, 1 << 21)
     assert load_model(path).cache_tokens(None) == load_model(engine_repository).cache_tokens(None) == 16 * 512
 
 
 @given(
     st.integers(1, 600),
     st.none() | st.integers(1, 600),
-    st.integers(1, 600),
+    st.none() | st.integers(1, 600),
     st.none() | st.integers(1, 600),
     st.none() | st.integers(1, 600),
 )
 def test_an_answer_always_fits(
-    engine_repository: Path, prompt: int, asked: int | None, default: int, most: int | None, cache: int | None
+    engine_repository: Path, prompt: int, asked: int | None, default: int | None, most: int | None, cache: int | None
 ) -> None:
-    model = load_model(engine_repository)
+    model = loaded(engine_repository)
     config = GatewayConfig(
         repository=engine_repository, default_max_tokens=default, max_tokens=most, kv_cache_tokens=cache
     )
     limit = min(512, cache or 512)
     try:
-        granted = fit_max_tokens(model, config, prompt, asked)
+        granted = fit_answer(model, config, prompt, asked)
     except ApiError as problem:
         too_long = "context_length_exceeded" if limit == 512 else "kv_cache_exceeded"
         assert problem.code in (too_long, "invalid_value")  # noqa: PT017
         assert prompt >= limit or (asked or 0) > min(limit - prompt, most or limit)
     else:
-        assert 1 <= granted <= limit - prompt
-        assert granted <= (most or limit)
-        assert asked in (None, granted)
+        assert 1 <= granted.reserved <= granted.max_tokens <= limit - prompt
+        assert granted.max_tokens <= (most or limit)
+        assert asked is None or granted.reserved == granted.max_tokens == asked
 
 
 @given(st.integers(1, 100), st.lists(st.tuples(st.floats(0, 30), st.integers(1, 40)), max_size=30))
@@ -301,6 +307,6 @@ def test_any_object_is_an_object(answer: str) -> None:
 def test_without_guided_decoding_a_response_format_is_refused() -> None:
     unguided = cast(ServedModel, SimpleNamespace(guided_decoding=False))
     with pytest.raises(ApiError, match="needs guided decoding") as caught:
-        plan_guide(unguided, ResponseFormat(type="json_object"))
+        plan_guide(unguided, chat(response_format={"type": "json_object"}))
     assert (caught.value.status, caught.value.code) == (400, "unsupported")
-    assert plan_guide(unguided, ResponseFormat(type="text")) is None
+    assert plan_guide(unguided, chat(response_format={"type": "text"})) is None

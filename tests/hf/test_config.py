@@ -51,13 +51,15 @@ def test_rope_scaling_carries_both_spellings_of_its_type(tmp_path: Path) -> None
     assert load_config(write(tmp_path, rope_scaling=yarn)).rope_scaling == {"rope_type": "yarn", **yarn}
 
 
-@pytest.mark.parametrize("positions", [32768, 131072])  # Instruct and base models of 7B
+@pytest.mark.parametrize("positions", [32768, 131072])  # of the card's example, untouched and raised by hand
 def test_stretching_gives_what_qwens_cards_tell_users_to_write(tmp_path: Path, positions: int) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    by_hand = load_config(write(tmp_path, rope_scaling=yarn, max_position_embeddings=131072))
+    by_hand = load_config(write(tmp_path, rope_scaling=yarn, max_position_embeddings=positions))
     (tmp_path / "plain").mkdir()
-    plain = load_config(write(tmp_path / "plain", max_position_embeddings=positions))
+    plain = load_config(write(tmp_path / "plain"))
     assert stretched(plain, 4.0) == by_hand
+    assert stretched(by_hand, 4.0) == by_hand
+    assert (by_hand.context, by_hand.native_context) == (131072, 32768)
 
 
 def test_a_scaling_is_not_stretched_again(tmp_path: Path) -> None:
@@ -73,15 +75,14 @@ def test_a_scaling_is_not_stretched_again(tmp_path: Path) -> None:
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "architectures is Qwen2MoeForCausalLM"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "architectures is Qwen2VLForConditionalGeneration"),
         ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "trtqwen converts Qwen2ForCausalLM .dense"),
-        ({"architectures": None}, "architectures is none"),
         ({"architectures": 3}, "architectures is 3"),
-        ({"quantization_config": "fp8"}, "quantised already .quant_method fp8"),
+        ({"quantization_config": "fp8"}, "quantized already .quant_method fp8"),
         ({"num_hidden_layers": 10**30}, "field 'num_hidden_layers'"),
         ({"hidden_size": 10**30}, "field 'hidden_size'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantised already .quant_method gptq"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised already .quant_method awq"),
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantised already .quant_method fp8"),
-        ({"use_sliding_window": True}, "use_sliding_window"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already .quant_method gptq"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized already .quant_method awq"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantized already .quant_method fp8"),
+        ({"use_sliding_window": True, "max_window_layers": 0}, "use_sliding_window"),
         ({"hidden_size": 0}, "field 'hidden_size'"),
         ({"hidden_size": "many"}, "field 'hidden_size'"),
         ({"vocab_size": None}, "field 'vocab_size'"),

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trtqwen.diagnostics import SourceError
-from trtqwen.hf.source import INDEX, HfModel
+from trtqwen.hf.source import HfModel
+from trtqwen.hf.weights import INDEX
 
 
 @pytest.mark.parametrize("max_shard_size", ["5GB", "200KB"])
@@ -57,10 +58,15 @@ def test_a_truncated_shard_is_named(hf_directory: Callable[..., Path]) -> None:
 def test_an_index_that_does_not_fit_is_refused(hf_directory: Callable[..., Path]) -> None:
     directory = hf_directory(max_shard_size="200KB")
     index = json.loads((directory / INDEX).read_text())
-    names = list(index["weight_map"])
+    files = list(index["weight_map"].values())
+    # the first shares its shard with others
+    names = sorted(index["weight_map"], key=lambda name: -files.count(index["weight_map"][name]))
     index["weight_map"][names[0]] = index["weight_map"][names[-1]]
     (directory / INDEX).write_text(json.dumps(index))
-    with pytest.raises(SourceError, match=f"places tensor '{names[0]}'"):
+    assert names[0] in HfModel(directory)  # another shard holds it, and transformers reads them all
+    index["weight_map"]["model.layers.9.extra"] = index["weight_map"][names[-1]]
+    (directory / INDEX).write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"places tensor 'model\.layers\.9\.extra'"):
         HfModel(directory)
     (directory / INDEX).write_text("{}")
     with pytest.raises(SourceError, match="is not a safetensors index"):

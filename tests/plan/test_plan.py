@@ -24,7 +24,7 @@ from trtqwen.hf.config import stretched
 from trtqwen.hf.known import known_config, model_names
 from trtqwen.plan.plan import plan_recipe
 from trtqwen.plan.show import print_comparison, print_plan
-from trtqwen.plan.speed import Span
+from trtqwen.plan.speed import Forecast
 from trtqwen.recipe import CheckpointRecipe, Recipe, load_recipe, recipe_names
 from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
 
@@ -86,9 +86,9 @@ def test_what_does_not_fit() -> None:
     small = make_recipe(checkpoint={"yarn_factor": 32.0}, engine={"max_seq_len": 200_000})
     finding = found("kv-cache", small)
     assert finding is not None
-    assert "holds 134,592 tokens" in finding.what
-    assert "lower engine.max_seq_len to 134592" in finding.hint
-    shorter = make_recipe(checkpoint={"yarn_factor": 32.0}, engine={"max_seq_len": 134_592})
+    assert "holds 127,424 tokens" in finding.what
+    assert "lower engine.max_seq_len to 127424" in finding.hint
+    shorter = make_recipe(checkpoint={"yarn_factor": 32.0}, engine={"max_seq_len": 127_424})
     assert plan_recipe(shorter).fits
     capped = found("kv-cache", make_recipe(serve={"max_tokens_in_paged_kv_cache": 1024}))
     assert capped is not None
@@ -100,7 +100,7 @@ def test_what_does_not_fit() -> None:
 
 
 def test_serving_one_after_another() -> None:
-    finding = found("sequential", make_recipe(checkpoint={"yarn_factor": 4.0}, engine={"max_seq_len": 131072}))
+    finding = found("sequential", make_recipe(checkpoint={"yarn_factor": 4.0}, engine={"max_seq_len": 120_000}))
     assert finding is not None
     assert "serving will be sequential" in finding.what
     assert found("sequential", make_recipe(engine={"max_batch_size": 1})) is not None
@@ -110,7 +110,10 @@ def test_serving_one_after_another() -> None:
 def test_context_beyond_what_the_model_carries() -> None:
     finding = found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 40_000}))
     assert finding is not None
-    assert (finding.level, finding.hint) == ("error", "set checkpoint.yarn_factor: 2.0")
+    assert (finding.level, finding.hint) == (
+        "error",
+        "lower engine.max_seq_len to 32768, or stretch the context by checkpoint.yarn_factor: 2.0",
+    )
     stretched_recipe = make_recipe(checkpoint={"tp_size": 4, "yarn_factor": 2.0}, engine={"max_seq_len": 65536})
     assert plan_recipe(stretched_recipe).fits
     note = found("yarn", make_recipe(checkpoint={"yarn_factor": 4.0}))
@@ -118,13 +121,27 @@ def test_context_beyond_what_the_model_carries() -> None:
     assert note.level == "note"
 
 
-def test_a_base_model_promises_more_than_it_was_trained_on(tmp_path: Path) -> None:
+def test_a_model_that_reads_far_by_itself_is_not_stretched(tmp_path: Path) -> None:
+    """DeepSeek-R1-Distill-Qwen's 131,072 tokens, and QwQ's 40,960, are their own."""
     write_config(tmp_path, max_position_embeddings=131072)
     recipe = make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 65536})
-    finding = found("yarn", recipe, tmp_path)
-    assert finding is not None
-    assert (finding.level, finding.hint) == ("warning", "set checkpoint.yarn_factor: 2.0")
+    assert found("yarn", recipe, tmp_path) is None
     assert plan_recipe(recipe, tmp_path).fits
+    write_config(tmp_path, max_position_embeddings=40960)
+    assert found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 40960}), tmp_path) is None
+    finding = found("context", recipe, tmp_path)
+    assert finding is not None
+    assert "checkpoint.yarn_factor: 2.0" in finding.hint
+
+
+def test_dual_chunk_attention_ends_the_context(tmp_path: Path) -> None:
+    chunks = {"chunk_size": 262144, "local_size": 8192, "original_max_position_embeddings": 262144}
+    write_config(tmp_path, max_position_embeddings=1010000, rope_theta=1e7, dual_chunk_attention_config=chunks)
+    assert found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 262144}), tmp_path) is None
+    beyond = found("context", make_recipe(checkpoint={"tp_size": 4}, engine={"max_seq_len": 300_000}), tmp_path)
+    assert beyond is not None
+    assert "dual_chunk_attention_config" in beyond.what
+    assert beyond.hint == "lower engine.max_seq_len to 262144"
 
 
 def test_a_directory_wins_over_the_recipes_model(tmp_path: Path) -> None:
@@ -207,7 +224,7 @@ def test_the_other_findings(name: str, sections: dict[str, Any]) -> None:
 def test_replicas_beside_tensor_parallelism() -> None:
     finding = found("layout", make_recipe(checkpoint={"tp_size": 4}))
     assert finding is not None
-    assert "TP1 x 4 gives 1.9 to 4.4 times the throughput of TP4 x 1" in finding.what
+    assert "TP1 x 4 is likely to give 2.3 to 7.3 times the throughput of TP4 x 1" in finding.what
     assert "checkpoint.tp_size: 1 and serve.replicas: 4" in finding.hint
     assert found("layout", make_recipe(serve={"replicas": 4})) is None
     assert "many long requests" in finding.hint
@@ -219,7 +236,7 @@ def test_replicas_beside_tensor_parallelism() -> None:
     assert stages is not None
     assert stages.hint.startswith("set checkpoint.tp_size: 2, pp_size: 1 and serve.replicas: 2")
     assert "latency" not in stages.hint
-    # 131,072 tokens fit one card only once, and bfloat16 32B only all four.
+    # 131,072 tokens do not fit one card, and bfloat16 32B only all four.
     long = make_recipe(
         checkpoint={"tp_size": 2, "yarn_factor": 4.0}, engine={"max_seq_len": 131072}, serve={"replicas": 2}
     )
@@ -231,12 +248,12 @@ def test_replicas_beside_tensor_parallelism() -> None:
 def test_published_scaling_lies_within_the_assumed_links() -> None:
     """vLLM: two cards in TP2 served 1.38 times the requests of one, under the same load."""
 
-    def throughput(tp_size: int) -> Span:
+    def throughput(tp_size: int) -> Forecast:
         recipe = make_recipe(host={"gpus": tp_size}, checkpoint={"tp_size": tp_size}, engine={"max_batch_size": 80})
-        return plan_recipe(recipe).layouts[0].throughput
+        return plan_recipe(recipe).layouts[0].throughput.forecast
 
     one, two = throughput(1), throughput(2)
-    assert two.slow / one.slow < 1.38 < two.fast / one.fast
+    assert two.low / one.low < 1.38 < two.high / one.high
 
 
 @pytest.mark.parametrize("width", [80, 120])
@@ -266,8 +283,9 @@ def test_two_plans_side_by_side() -> None:
     console = Console(file=io.StringIO(), width=100)
     print_comparison((plans[0], plans[1]), console)
     rows = {line[:22].strip(): line[22:].split() for line in console.file.getvalue().splitlines()}  # type: ignore[attr-defined]
-    assert rows["KV tokens, a replica"] == ["1,221,312", "8,192"]
-    assert rows["one stream, tokens/s"] == ["141-212", "-"]
+    assert rows["KV tokens, a replica"] == ["1,192,608", "8,192"]
+    assert rows["one stream, at most"] == ["283", "-"]
+    assert rows["one stream, forecast"] == ["83-193", "-"]
 
 
 def write_config(directory: Path, **changes: Any) -> None:

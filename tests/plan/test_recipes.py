@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from trtqwen.plan.plan import Plan, plan_recipe
-from trtqwen.plan.speed import Span
+from trtqwen.plan.speed import Rate
 from trtqwen.recipe import CHECKOUT, load_recipe, recipe_names
 
 # What a comment may name beside figures that are worked out: names of things, and published losses.
@@ -49,18 +49,21 @@ def sentences(plan: Plan) -> Iterator[str]:
     if plan.speed is not None:
         one, *others = plan.layouts
         total = one.replicas * one.world_size
-        at_best = f"{rate(one.one_stream)} tokens/s for one stream, {rate(one.throughput)} from {total} cards"
-        yield f"At best {at_best} with {one.load} requests in flight."
+        cards = f"{total} {'card' if total == 1 else 'cards'}"
+        bounds = f"{one.one_stream.bound:,.0f} tokens/s for one stream and {one.throughput.bound:,.0f} from {cards}"
+        likely = f"{likely_rate(one.one_stream)} and {likely_rate(one.throughput)}"
+        yield f"At most {bounds} with {one.load} requests in flight; likely {likely}."
         if full.tokens > 32768:
-            yield f"Reading a prompt of {full.tokens:,} tokens takes {rate(plan.speed.prompt.step.seconds)} s."
+            low, _, high = plan.speed.prompt.seconds.forecast
+            yield f"Reading a prompt of {full.tokens:,} tokens is likely to take {low:,.0f} to {high:,.0f} s."
         if any(finding.code == "layout" for finding in plan.findings):
-            best = max(others, key=lambda layout: layout.throughput.slow)
-            yield f"{best.name} would give {rate(best.one_stream)}, and {rate(best.throughput)} with {best.load}."
+            best = max(others, key=lambda layout: layout.throughput.forecast.low)
+            rates = f"{likely_rate(best.one_stream)}, and {likely_rate(best.throughput)} with {best.load}"
+            yield f"{best.name} is likely to give {rates}."
 
 
-def rate(span: Span) -> str:
-    low, high = f"{min(span):,.0f}", f"{max(span):,.0f}"
-    return low if low == high else f"{low} to {high}"
+def likely_rate(rate: Rate) -> str:
+    return f"{rate.forecast.low:,.0f} to {rate.forecast.high:,.0f}"
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -105,13 +108,13 @@ def test_every_precision_comes_as_tp4_and_as_replicas() -> None:
 
 
 def test_what_the_32b_recipe_says_of_bfloat16() -> None:
-    """Less than half the KV tokens, two thirds of the speed of one stream, 65 GB of weights."""
+    """Less than half the KV tokens, three fifths of the speed of one stream, 65 GB of weights."""
     recipe = load_recipe("qwen2.5-32b-int8-wo-tp4-4090d")
     changes = {"quant": "none", "int8_layout": "plain"}
     plain = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update=changes)})
     int8, bf16 = plan_recipe(recipe), plan_recipe(plain)
     assert bf16.kv_tokens < int8.kv_tokens / 2
-    for end in ("fast", "slow"):
-        ratio = getattr(bf16.layouts[0].one_stream, end) / getattr(int8.layouts[0].one_stream, end)
-        assert ratio == pytest.approx(2 / 3, abs=0.1)
+    for wide, narrow in zip(bf16.layouts[0].one_stream.forecast, int8.layouts[0].one_stream.forecast, strict=True):
+        ratio = wide / narrow
+        assert ratio == pytest.approx(3 / 5, abs=0.1)
     assert 4 * bf16.memory[0].weights.total / 1e9 == pytest.approx(65, rel=0.02)

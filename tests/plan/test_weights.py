@@ -80,7 +80,6 @@ def test_kv_tokens_of_all_models_under_the_appendix_own_assumptions(model: str) 
 def configs(draw: st.DrawFn) -> HfConfig:
     heads, head_size = draw(st.sampled_from([2, 4, 6, 8])), draw(st.sampled_from([16, 64]))
     return HfConfig(
-        architectures=["Qwen2ForCausalLM"],
         model_type="qwen2",
         hidden_size=heads * head_size * draw(st.sampled_from([1, 2])),
         intermediate_size=draw(st.integers(1, 40)) * 16,

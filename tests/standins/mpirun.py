@@ -41,7 +41,7 @@ def main() -> int:
                 process.kill()
             return 1
         time.sleep(0.02)
-    return max(abs(process.returncode) for process in ranks)
+    return max(abs(int(process.returncode)) for process in ranks)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 
 import grpc
 import numpy as np
+import numpy.typing as npt
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import (
@@ -25,10 +26,10 @@ from trtqwen.triton.server import Ports, TritonServer
 
 
 @pytest.fixture(scope="session")
-def repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository of the bundled model: 16 requests in the batch, 512 tokens each, blocks of 16 tokens."""
     output = tmp_path_factory.mktemp("triton") / "repository"
-    write_repository(bundled_engine(), ServeRecipe(triton_max_batch_size=8), output)
+    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
     return output
 
 
@@ -45,7 +46,7 @@ class Reply:
         self.error: str = message.error_message
         response = message.infer_response
         self.final: bool = response.parameters["triton_final_response"].bool_param
-        self.outputs: dict[str, np.ndarray] = {}
+        self.outputs: dict[str, npt.NDArray[Any]] = {}
         for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
             flat = (
                 deserialize_bytes_tensor(raw)
@@ -60,13 +61,16 @@ class Reply:
 
     @property
     def ids(self) -> list[int]:
-        return self.outputs["output_ids"].reshape(-1).tolist()
+        ids: list[int] = self.outputs["output_ids"].reshape(-1).tolist()
+        return ids
 
 
 class Call:
     """A running stream of replies; iterate it, or cancel it as a client that goes away does."""
 
-    def __init__(self, server: TritonServer, model: str, inputs: dict[str, np.ndarray], request_id: str = "") -> None:
+    def __init__(
+        self, server: TritonServer, model: str, inputs: dict[str, npt.NDArray[Any]], request_id: str = ""
+    ) -> None:
         self._channel = grpc.insecure_channel(server.grpc_url)
         request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
         for name, value in inputs.items():
@@ -87,7 +91,7 @@ class Call:
         self._channel.close()
 
 
-def text_request(*prompts: str | bytes, max_tokens: int = 16, **inputs: Any) -> dict[str, np.ndarray]:
+def text_request(*prompts: str | bytes, max_tokens: int = 16, **inputs: Any) -> dict[str, npt.NDArray[Any]]:
     """Input tensors of `ensemble`, one row a prompt; further scalars go to every row."""
     rows = len(prompts)
     texts = [[prompt if isinstance(prompt, bytes) else prompt.encode()] for prompt in prompts]
@@ -95,7 +99,7 @@ def text_request(*prompts: str | bytes, max_tokens: int = 16, **inputs: Any) -> 
     return request | {name: np.repeat(np.array([[value]]), rows, axis=0) for name, value in inputs.items()}
 
 
-def id_request(ids: list[int], max_tokens: int, **inputs: Any) -> dict[str, np.ndarray]:
+def id_request(ids: list[int], max_tokens: int, **inputs: Any) -> dict[str, npt.NDArray[Any]]:
     """Input tensors of `tensorrt_llm` for one prompt."""
     request = {
         "input_ids": np.array([ids], np.int32),

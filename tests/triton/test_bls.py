@@ -6,12 +6,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.triton.bls import BlsSettings, TextStream, answer
+from trtqwen.hf.text_stream import StopStrings
+from trtqwen.triton.bls import BlsSettings, answer
 
 SETTINGS = BlsSettings(llm="engine", accumulate_tokens=False, outputs=("cum_log_probs", "sequence_index"))
 
@@ -30,7 +32,9 @@ class PlayedModels:
         self.asked: list[tuple[str, dict[str, Any]]] = []
         self.read = 0
 
-    def call(self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]) -> dict[str, np.ndarray]:
+    def call(
+        self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]
+    ) -> dict[str, npt.NDArray[Any]]:
         self.asked.append((model, dict(inputs)))
         if model == "preprocessing":
             return {"INPUT_ID": np.array([[7]], np.int32), "REQUEST_OUTPUT_LEN": inputs["REQUEST_OUTPUT_LEN"]}
@@ -39,8 +43,8 @@ class PlayedModels:
         return {"OUTPUT": np.array([text.encode()], np.object_)}
 
     def stream(
-        self, model: str, inputs: Mapping[str, np.ndarray], outputs: Sequence[str]
-    ) -> Iterator[dict[str, np.ndarray]]:
+        self, model: str, inputs: Mapping[str, npt.NDArray[Any]], outputs: Sequence[str]
+    ) -> Iterator[dict[str, npt.NDArray[Any]]]:
         self.asked.append((model, dict(inputs)))
         if "stop" in inputs:
             if self._lost_error is not None:
@@ -71,7 +75,7 @@ class RecordingSender:
         self.error: str | None = None
         self.ended = False
 
-    def send(self, tensors: Mapping[str, np.ndarray], *, final: bool) -> None:
+    def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
         assert not self.ended
         self.ended = final
         if tensors:
@@ -100,7 +104,7 @@ def ask(models: PlayedModels, settings: BlsSettings = SETTINGS, **inputs: Any) -
     return sender
 
 
-def words(*texts: str) -> np.ndarray:
+def words(*texts: str) -> npt.NDArray[Any]:
     return np.array([[text.encode() for text in texts]], np.object_)
 
 
@@ -158,18 +162,18 @@ def test_an_error_is_a_sentence_whenever_it_comes() -> None:
 @pytest.mark.parametrize("name", ["image_input", "image_url_input", "num_draft_tokens"])
 def test_what_is_not_served_is_refused_by_name(name: str) -> None:
     models = PlayedModels((0, "a"))
-    assert (ask(models, **{name: np.array([[1]])}).error or "").startswith(f"{name}: needs a ")
+    assert (ask(models, SETTINGS, **{name: np.array([[1]])}).error or "").startswith(f"{name}: needs a ")
     assert models.asked == []
-    assert ask(models, **{name: np.array([[0]])}).texts == ["a"]
+    assert ask(models, SETTINGS, **{name: np.array([[0]])}).texts == ["a"]
 
 
 @given(st.text("ab.", max_size=12), st.lists(st.text("ab.", min_size=1, max_size=3), max_size=3), st.data())
 def test_however_a_text_is_cut_it_ends_with_the_first_stop_word(text: str, stops: list[str], data: Any) -> None:
-    stream, joined, rest = TextStream(stops), "", text
-    while rest and not stream.ended:
+    stream, joined, rest = StopStrings(stops, keep=True), "", text
+    while rest and stream.found is None:
         length = data.draw(st.integers(1, len(rest)))
         joined += stream.push(rest[:length])
         rest = rest[length:]
     ends = [text.find(word) + len(word) for word in stops if word in text]
     assert joined == text[: min(ends, default=len(text))]
-    assert stream.ended == bool(ends)
+    assert (stream.found is not None) == bool(ends)

@@ -206,7 +206,7 @@ def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], st
     with TritonServer(trt_repository(4), ports=Ports(0, 0, 0), drain_seconds=2) as server:
         session = server.pid
         server.check()
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(ranks := records(standins)) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
         assert [record["environment"] for record in ranks] == [
@@ -270,7 +270,7 @@ def test_a_dead_rank_ends_the_group(
     server = TritonServer(trt_repository(2), ports=Ports(0, 0, 0), drain_seconds=1)
     with server:
         session = server.pid
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while len(standins.read_text().splitlines()) < 2:
             assert time.monotonic() < deadline
             time.sleep(0.02)

@@ -15,8 +15,9 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from trtqwen.artifact import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, OutputError
+from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import ServeRecipe
-from trtqwen.triton.repository import plan_repository, repository_key, tokenizer_directory, write_repository
+from trtqwen.triton.repository import plan_repository, repository_key, write_repository
 
 UPSTREAM = json.loads(Path(__file__).with_name("data").joinpath("upstream.json").read_text("utf-8"))["models"]
 PLACEHOLDERS = {

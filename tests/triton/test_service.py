@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trtqwen.diagnostics import EngineError
 from trtqwen.executor.request import FinishReason, Request, Response
@@ -46,11 +47,11 @@ class RecordingSender:
 
     def __init__(self) -> None:
         self.sent: list[Any] = []
-        self.tensors: list[Mapping[str, np.ndarray]] = []
+        self.tensors: list[Mapping[str, npt.NDArray[Any]]] = []
         self.gone = self.full = False
         self.ended = False
 
-    def send(self, tensors: Mapping[str, np.ndarray], *, final: bool) -> None:
+    def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
         assert not self.ended
         if self.full:
             raise OSError("no memory")
@@ -78,7 +79,7 @@ def start(rows: int = 1, dies_at: int | None = None, **inputs: Any) -> tuple[Any
     return executor, sender, service
 
 
-def generation(rows: int = 1, **inputs: Any) -> dict[str, np.ndarray]:
+def generation(rows: int = 1, **inputs: Any) -> dict[str, npt.NDArray[Any]]:
     return {
         "input_ids": np.zeros((rows, 2), np.int32),
         "input_lengths": np.full(rows, 2, np.int32),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from trtqwen.diagnostics import RequestError
@@ -29,7 +30,7 @@ DTYPES = {
 }
 
 
-def inputs(**tensors: Any) -> dict[str, np.ndarray]:
+def inputs(**tensors: Any) -> dict[str, npt.NDArray[Any]]:
     """One row, as the backend sees it: `input_ids` [1, 3], scalars [1]."""
     request = {
         "input_ids": np.array([[5, 6, 7]], np.int32),
@@ -39,7 +40,7 @@ def inputs(**tensors: Any) -> dict[str, np.ndarray]:
     return request | {name: np.asarray(value) for name, value in tensors.items()}
 
 
-def read(tensors: dict[str, np.ndarray]) -> Generation:
+def read(tensors: dict[str, npt.NDArray[Any]]) -> Generation:
     return read_generation(tensors, map(str, itertools.count()), Limits(vocab_size=10, max_batch_size=4))
 
 
@@ -255,11 +256,11 @@ def test_outputs_have_upstreams_shapes() -> None:
         "kv_cache_alloc_new_blocks": (np.int32, [[4]]),
         "kv_cache_reused_blocks": (np.int32, [[1]]),
     }
-    assert {name: (value.dtype, value.tolist()) for name, value in tensors.items()} == expected
+    assert {name: (value.dtype.type, value.tolist()) for name, value in tensors.items()} == expected
     contract = {tensor["name"]: tensor for tensor in UPSTREAM["tensorrt_llm"]["outputs"]}
     for name, value in tensors.items():
         dtype = DTYPES.get(contract[name]["data_type"], np.float32)
-        assert (value.dtype, value.ndim) == (dtype, 1 + len(contract[name]["dims"]))
+        assert (value.dtype, value.ndim) == (np.dtype(dtype), 1 + len(contract[name]["dims"]))
 
 
 def test_a_plain_request_gets_tokens_only() -> None:

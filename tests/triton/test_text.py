@@ -6,6 +6,7 @@ from random import Random
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from trtqwen.demo import MODEL
@@ -22,15 +23,15 @@ def tokenizer() -> Tokenizer:
     return Tokenizer(MODEL)
 
 
-def strings(*rows: str | bytes) -> np.ndarray:
+def strings(*rows: str | bytes) -> npt.NDArray[Any]:
     return np.array([[row if isinstance(row, bytes) else row.encode()] for row in rows], np.object_)
 
 
-def inputs(*prompts: str | bytes, **tensors: Any) -> dict[str, np.ndarray]:
+def inputs(*prompts: str | bytes, **tensors: Any) -> dict[str, npt.NDArray[Any]]:
     return {"QUERY": strings(*prompts), "REQUEST_OUTPUT_LEN": np.full((len(prompts), 1), 4, np.int32), **tensors}
 
 
-def encode(tokenizer: Tokenizer, request: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def encode(tokenizer: Tokenizer, request: dict[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
     return encode_request(tokenizer, request, vocab_size=lambda: VOCABULARY)
 
 
@@ -91,7 +92,9 @@ def test_a_client_with_its_own_end_id_decides_alone(tokenizer: Tokenizer) -> Non
         (inputs("a", IMAGE_URL=strings("http://x")), "IMAGE_URL: needs a vision model"),
     ],
 )
-def test_what_cannot_be_used_is_named(tokenizer: Tokenizer, request_: dict[str, np.ndarray], message: str) -> None:
+def test_what_cannot_be_used_is_named(
+    tokenizer: Tokenizer, request_: dict[str, npt.NDArray[Any]], message: str
+) -> None:
     with pytest.raises(RequestError, match=message):
         encode(tokenizer, request_)
 
@@ -125,7 +128,7 @@ def test_a_bias_has_each_words_weight_at_all_of_its_ids(tokenizer: Tokenizer) ->
     weights = np.array([[1.5, 9.0, -2.0], [1.0, 2.0, 9.0]], np.float32)
     request = inputs("a", "b", EMBEDDING_BIAS_WORDS=words, EMBEDDING_BIAS_WEIGHTS=weights)
     bias = encode(tokenizer, request)["EMBEDDING_BIAS"]
-    assert (bias.dtype, bias.shape) == (np.float32, (2, VOCABULARY))
+    assert (bias.dtype, bias.shape) == (np.dtype(np.float32), (2, VOCABULARY))
     hello, greeting = tokenizer.encode("Hello"), tokenizer.encode("你好")
     assert len(hello) > 1 or len(greeting) > 1
     expected = np.zeros((2, VOCABULARY), np.float32)
@@ -176,7 +179,7 @@ def test_ten_thousand_texts_streamed_token_by_token_are_the_decoders(tokenizer: 
     assert apart > 10_000  # tokens that end inside a character
 
 
-def part(*ids: int) -> tuple[np.ndarray, np.ndarray]:
+def part(*ids: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
     return np.array([[ids]], np.int32), np.array([[len(ids)]], np.int32)
 
 

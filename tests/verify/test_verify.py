@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,18 +12,21 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.errors import parse_error
 from tests.verify.conftest import Make, Tensors, mutated
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import CheckpointError, SourceError
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.texts import HELDOUT
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.verify.head import LogitsComparer
+from trtqwen.verify.reference import transformers_reference
 from trtqwen.verify.run import verify
 from trtqwen.verify.samples import read_samples
-from trtqwen.verify.verdict import thresholds
+from trtqwen.verify.verdict import plausible_perplexity, thresholds
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 SQ: dict[str, Any] = {"quant": "int8_sq", "per_channel": True, "per_token": True}
@@ -291,3 +295,32 @@ def test_the_command(bundled_checkpoint: Make, tmp_path: Path) -> None:
 def test_a_model_without_tokenizer_is_refused(hf_directory: Callable[..., Path]) -> None:
     with pytest.raises(SourceError, match=r"has no tokenizer\.json"):
         read_samples(hf_directory(), HELDOUT, 100)
+
+
+def test_a_model_that_predicts_nothing_is_not_agreed_with(tmp_path: Path, samples: list[list[int]]) -> None:
+    """Checkpoint and reference come from one reading of the files: equal, and both wrong."""
+    directory = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    tensors = load_file(directory / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].flip(0).contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    run_conversion(plan_conversion(directory, CheckpointRecipe(dtype="float32")), tmp_path / "out")
+    result = verify(tmp_path / "out", directory, samples)
+    assert "config.json or weights are not those that it was trained with" in result.problems[0]
+    assert "take all files from one model" in result.sentence
+    assert verify(tmp_path / "out", directory, samples, limits={"model_perplexity": 1e12}).problems == []
+    assert plausible_perplexity([[0, 1, 2] * 200], 4096) == pytest.approx(3, rel=1e-3)
+    assert plausible_perplexity([[0, 1]], 4096) == 40960
+
+
+def test_transformers_is_a_second_reference(
+    bundled_checkpoint: Make, samples: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = bundled_checkpoint(dtype="float32")
+    result = verify(checkpoint, MODEL, samples[:1], texts=["Hello", "你好"])
+    assert result.problems == []
+    assert result.reference is not None
+    assert result.comparison is not None
+    assert result.reference.perplexity == pytest.approx(result.comparison.head.model_perplexity, rel=1e-4)
+    monkeypatch.setattr(Tokenizer, "encode_prompt", lambda self, text: [1])
+    misread = transformers_reference(MODEL, samples[:1], ["Hello"], 2 * result.reference.perplexity)
+    assert ["perplexity" in misread.problems[0], "other token ids for 'Hello'" in misread.problems[1]] == [True, True]

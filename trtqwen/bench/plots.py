@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from trtqwen.bench.records import RequestRecord
+from trtqwen.verify.plot import can_plot
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -18,6 +19,8 @@ Repeats = Sequence[Sequence[RequestRecord]]
 
 def latency_plot(tests: Mapping[str, Repeats]) -> str:
     """Cumulative distributions of time to first token, time between tokens and latency, one line for each test."""
+    if not can_plot():
+        return _without_matplotlib()
     kinds: dict[str, Callable[[RequestRecord], float | None]] = {
         "time to first token, ms": lambda record: record.time_to_first_token,
         "inter-token latency, ms": lambda record: record.inter_token_latency,
@@ -40,6 +43,8 @@ def latency_plot(tests: Mapping[str, Repeats]) -> str:
 
 def throughput_plot(tests: Mapping[str, Repeats]) -> str:
     """Output tokens per second over the time of the last repeat, in twenty steps."""
+    if not can_plot():
+        return _without_matplotlib()
     figure, [axis] = _figure(1)
     for name, repeats in tests.items():
         pieces = [(time, share) for record in repeats[-1] if record.ok for time, share in _spread(record)]
@@ -62,6 +67,8 @@ def throughput_plot(tests: Mapping[str, Repeats]) -> str:
 
 def bars_plot(title: str, values: Mapping[str, float], errors: Mapping[str, float | None]) -> str:
     """One bar for each test, with confidence intervals."""
+    if not can_plot():
+        return _without_matplotlib()
     figure, [axis] = _figure(1)
     names = list(values)
     axis.barh(names, [values[name] for name in names], xerr=[errors.get(name) or 0 for name in names], height=0.5)
@@ -77,6 +84,10 @@ def _spread(record: RequestRecord) -> list[tuple[float, float]]:
     if told:
         return [(time, float(tokens)) for time, tokens in record.pieces]
     return [(time, record.output_tokens / len(record.pieces)) for time, _ in record.pieces]
+
+
+def _without_matplotlib() -> str:
+    return "<p>Plots need matplotlib: <code>pip install 'trtqwen[report]'</code></p>"
 
 
 def _figure(count: int) -> tuple[Figure, Sequence[Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -36,14 +37,21 @@ def check_disk(output: Path, nbytes: int) -> None:
     """Refuse to start writing what the disk cannot hold.
 
     Raises:
-        OutputError: with the sizes in GB.
+        OutputError: with the sizes.
     """
     parent = next(parent for parent in output.absolute().parents if parent.exists())
     free = shutil.disk_usage(parent).free
     if free < nbytes:
-        raise OutputError(
-            f"{output}: needs {nbytes / 1e9:.1f} GB, but {parent} has {free / 1e9:.1f} GB free", "make room"
-        )
+        unit, name = (1e9, "GB") if nbytes >= 1e9 else (1e6, "MB")
+        what = f"{output}: needs {nbytes / unit:.1f} {name}, but {parent} has {free / unit:.1f} {name} free"
+        raise OutputError(what, "free some space, or choose a directory on another disk")
+
+
+def write_hint(problem: OSError) -> str:
+    """What to do about a write that failed."""
+    if problem.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "free some space, or choose a directory on another disk"
+    return "check the disk and the file system that holds the directory"
 
 
 def _check_pipeline(config: HfConfig, mapping: RankMapping, settings: CheckpointRecipe) -> None:

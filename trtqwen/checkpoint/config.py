@@ -80,7 +80,7 @@ class CheckpointConfig(BaseModel):
 
 
 def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:
-    """The dtype of what is not quantised; `auto` makes float32 models float16, as NVIDIA's converter does."""
+    """The dtype of what is not quantized; `auto` makes float32 models float16, as NVIDIA's converter does."""
     if choice != "auto":
         return choice
     return "bfloat16" if hf.torch_dtype == "bfloat16" else "float16"

@@ -7,8 +7,7 @@ thread writes. Resident memory: the source tensors in work (mapped, given back a
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,15 +17,18 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trtqwen.artifact import Manifest, finished_directory, stage_key, write_manifest
-from trtqwen.checkpoint.checks import check_disk, check_settings
+from trtqwen.artifact import Manifest, stage_key
+from trtqwen.checkpoint.checks import check_disk, check_settings, write_hint
 from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision, Ranges, Rule
 from trtqwen.checkpoint.sharding import Split
-from trtqwen.checkpoint.tensors import LM_HEAD, RuleBook
-from trtqwen.diagnostics import CheckpointError, OutputError, SourceError
+from trtqwen.checkpoint.tensors import RuleBook
+from trtqwen.diagnostics import CheckpointError, Diagnostic, OutputError
+from trtqwen.hf.checks import check_model
 from trtqwen.hf.source import HfModel
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
 from trtqwen.quantize.outliers import check_int8_kv_cache
@@ -34,6 +36,8 @@ from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.safetensors_io import LARGE_BYTES, SafetensorsWriter, TensorSpec, write_to_all
+from trtqwen.stage import BuildEvents, Stage
+from trtqwen.system.steady import SteadyFiles
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
     "float16": np.dtype(np.float16),
@@ -52,6 +56,9 @@ class ConversionPlan:
         dtype: dtype of what is not quantised.
         rules: how each tensor is made, in file order; without activation ranges yet.
         parameters: what, beside the source, decides the result.
+        tokenizer: the model's; None for a model without tokenizer files.
+        findings: what is said of the model: defaults that act, and what is not read.
+        files: the source's files, as they were when the plan was made.
     """
 
     source: HfModel
@@ -61,6 +68,9 @@ class ConversionPlan:
     precision: Precision
     rules: tuple[Rule, ...]
     parameters: dict[str, Any]
+    tokenizer: Tokenizer | None
+    findings: tuple[Diagnostic, ...]
+    files: SteadyFiles
 
     @property
     def ranks(self) -> list[dict[str, TensorSpec]]:
@@ -98,16 +108,18 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
     """Check the source against its config and lay out every rank file.
 
     Raises:
-        SourceError: if a tensor is missing, of another shape, or not 16- or 32-bit floating point.
+        SourceError: if config, weights, tokenizer or chat template are not those of a model that can be served.
         CheckpointError: if the model cannot be converted as asked.
     """
     settings = settings or CheckpointRecipe()
     source = HfModel(model, settings.yarn_factor)
+    has_tokenizer = any((model / name).is_file() for name in (TOKENIZER, TOKENIZER_CONFIG, "vocab.json"))
+    tokenizer, findings = check_model(source) if has_tokenizer else (None, source.findings)
     config, mapping = source.config, RankMapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
     dtype = resolved_dtype(settings.dtype, config)
     precision = _precision(settings, dtype)
-    plan = ConversionPlan(
+    return ConversionPlan(
         source=source,
         settings=settings,
         dtype=dtype,
@@ -115,11 +127,73 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
         precision=precision,
         rules=_rules(source, settings, mapping, precision),
         parameters={**settings.model_dump(exclude={"calib", "act_ranges"}), "dtype": dtype},
+        tokenizer=tokenizer,
+        findings=findings,
+        files=SteadyFiles([*source.files, model / CONFIG, *source.tokenizer_files]),
     )
-    for rule in plan.rules:
-        for name, shape in rule.sources.items():
-            _check_source(source, name, shape)
-    return plan
+
+
+class CheckpointStage(Stage):
+    """The first stage of a build: config.json, rank files, tokenizer files."""
+
+    name = section = "checkpoint"
+
+    def __init__(self, plan: ConversionPlan, directory: Path) -> None:
+        self.plan = plan
+        self.directory = directory
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.plan.source.directory,)
+
+    def inputs(self) -> dict[str, str]:
+        return self.plan.inputs()
+
+    def parameters(self) -> dict[str, Any]:
+        return self.plan.parameters
+
+    def warnings(self) -> list[str]:
+        return [str(finding) for finding in self.plan.findings]
+
+    def check(self, *, force: bool) -> None:
+        """Refuse an INT8 KV cache that the model's k_proj biases would spoil, unless `force` is set, and a full disk.
+
+        Raises:
+            InputError: naming the layers.
+            OutputError: if the disk has no room.
+        """
+        check_kv_cache(self.plan, force=force)
+        check_disk(self.directory, self.plan.nbytes)
+
+    def run(self, directory: Path, events: BuildEvents) -> Mapping[str, str]:
+        """Write everything but the manifest.
+
+        Raises:
+            SourceError: if weights are not finite, or the source changes meanwhile.
+            CheckpointError: if weights overflow float16 on their way.
+            OutputError: if the disk is full or fails.
+        """
+        plan = self.plan
+        with plan.files.held():
+            ranges = (
+                activation_ranges(plan.source, plan.settings, events.calibrated) if plan.settings.calibrated else None
+            )
+            ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
+            try:
+                digests = _write_ranks(ready, directory, events.written)
+            except OSError as problem:
+                raise OutputError(
+                    f"{self.directory}: cannot be written ({problem.strerror})", write_hint(problem)
+                ) from None
+            if ranges is not None:
+                write_ranges(ranges, directory / ACT_RANGES)
+            (directory / CONFIG).write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
+            if plan.tokenizer is not None:
+                plan.tokenizer.write(directory / TOKENIZER_DIRECTORY)
+            events.inspect(plan, directory, ranges)
+            plan.inputs()  # reads what no rule has used
+            plan.files.check()
+        return digests
 
 
 def run_conversion(
@@ -134,35 +208,21 @@ def run_conversion(
     """Write the checkpoint directory: config.json, rank files, tokenizer files and the manifest.
 
     Args:
-        force: replace what exists; put up with an INT8 KV cache that will ruin the answers.
+        force: replace what exists; allow an INT8 KV cache that damages the answers.
         progress: called with the bytes written since the last call.
         calibrated: called with the number of layers calibrated since the last call.
         inspect: called with the directory when all but the manifest is written; may add files.
 
     Raises:
         OutputError: if `output` exists and `force` is not set, or cannot be written.
-        SourceError: if weights are not finite.
+        SourceError: if weights are not finite, or change during the conversion.
         CheckpointError: if weights overflow float16 on their way.
-        InputError: if an INT8 KV cache is asked of a model that does not bear it, and `force` is not set.
+        InputError: if an INT8 KV cache would damage the answers and `force` is not set.
     """
-    check_kv_cache(plan, force=force)
-    check_disk(output, plan.nbytes)
-    with finished_directory(output, force=force, sources=[plan.source.directory]) as directory:
-        ranges = activation_ranges(plan.source, plan.settings, calibrated) if plan.settings.calibrated else None
-        ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
-        try:
-            digests = _write_ranks(ready, directory, progress)
-        except OSError as problem:
-            raise OutputError(f"{output}: cannot be written ({problem.strerror})", "make room") from None
-        if ranges is not None:
-            write_ranges(ranges, directory / ACT_RANGES)
-        (directory / CONFIG).write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
-        if plan.source.tokenizer_files:
-            (directory / TOKENIZER_DIRECTORY).mkdir()
-        for path in plan.source.tokenizer_files:
-            shutil.copyfile(path, directory / TOKENIZER_DIRECTORY / path.name)
-        inspect(plan, directory, ranges)
-        return write_manifest(directory, "checkpoint", plan.inputs(), plan.parameters, digests)
+    stage = CheckpointStage(plan, output)
+    stage.check(force=force)
+    events = BuildEvents(written=progress, calibrated=calibrated, inspect=inspect)
+    return stage.make(force=force, events=events)
 
 
 def check_kv_cache(plan: ConversionPlan, *, force: bool) -> None:
@@ -190,6 +250,7 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
 
             def written(count: int, large: Iterable[str] = large) -> None:
                 progress(count)
+                plan.files.check()
                 for name in large:
                     plan.source.finish(name)  # what is still needed of it is mapped again
 
@@ -205,6 +266,7 @@ def _examined(plan: ConversionPlan, rules: Iterable[Rule]) -> Iterator[Rule]:
     """The rules, each after its sources were read and found fit; a thread reads for the next one meanwhile."""
 
     def examine(rule: Rule) -> Rule:
+        plan.files.check()
         for name in rule.sources:
             largest = plan.source.examine(name)
             if plan.precision.float16_anywhere and largest >= FLOAT16_OVERFLOW:
@@ -239,7 +301,7 @@ def _rules(
 ) -> tuple[Rule, ...]:
     splits = {"none": Split.REPLICATED, "vocab": Split.VOCAB, "hidden": Split.ROW}
     book = RuleBook(source.config, mapping, precision, embedding=splits[settings.embedding_sharding])
-    return tuple(book.rules(tied=source.config.tie_word_embeddings or LM_HEAD not in source))
+    return tuple(book.rules(tied=source.tied))
 
 
 def _precision(settings: CheckpointRecipe, dtype: Dtype) -> Precision:
@@ -272,19 +334,3 @@ def _config(plan: ConversionPlan) -> dict[str, Any]:
         calibrated=settings.calibrated,
         release=settings.release,
     )
-
-
-def _check_source(source: HfModel, name: str, shape: tuple[int, ...]) -> None:
-    spec = source.spec(name)
-    if spec.shape != shape:
-        raise SourceError(
-            (
-                f"{source.directory}: tensor {name!r} has shape {list(spec.shape)}, but config.json makes "
-                f"it {list(shape)}"
-            ),
-            "config.json and weights are of different models",
-        )
-    if spec.dtype not in NUMPY_DTYPES.values():
-        raise SourceError(
-            f"{source.directory}: tensor {name!r} is {spec.dtype}", "trtqwen converts 16- and 32-bit floats"
-        )

@@ -25,11 +25,10 @@ from trtqwen.checkpoint.rule import (
 from trtqwen.checkpoint.sharding import Split, shard
 from trtqwen.checkpoint.smoothquant_tensors import SmoothRules
 from trtqwen.hf.config import HfConfig
+from trtqwen.hf.names import EMBEDDING, LM_HEAD
 from trtqwen.quantize.weight_only import quantize_to_layout
 from trtqwen.safetensors_io import Array, TensorSpec
 
-EMBEDDING = "model.embed_tokens.weight"
-LM_HEAD = "lm_head.weight"
 TILE = 64  # sizes of INT8 weight-only matrices, for each rank
 
 

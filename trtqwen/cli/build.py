@@ -1,4 +1,4 @@
-"""`trtqwen build`: checkpoint, engine and model repository of a recipe in one go."""
+"""`trtqwen build`: make the checkpoint, engine and model repository of a recipe."""
 
 from __future__ import annotations
 
@@ -8,80 +8,90 @@ from typing import Annotated
 
 import typer
 
-from trtqwen.build import BuildPlan, StageResult, check_build, plan_build, run_build
+from trtqwen.build import BuildPlan, check_build, plan_build, run_build
 from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
 from trtqwen.cli.output import (
     Bars,
     Changes,
     DryRun,
-    Force,
     ImageName,
     InContainer,
     Json,
+    NoVerify,
+    SkipGates,
     Wheels,
     print_json,
+    print_warnings,
     progress_bars,
     size,
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, run_container
-from trtqwen.engine.job import BuildProgress, Watch
+from trtqwen.containers import ContainerPlan, container_options, plan_build_container, run_container
+from trtqwen.engine.job import Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
 from trtqwen.recipe import load_recipe
+from trtqwen.stage import BuildEvents, BuildProgress, StageResult
 from trtqwen.system.host import read_host
 
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory.")],
-    engines: Annotated[Path, typer.Option(help="Parent of the checkpoint and engine directories.")] = Path("engines"),
+    model: Annotated[Path, typer.Option(help="Read this Hugging Face model directory.")],
+    engines: Annotated[Path, typer.Option(help="Write checkpoint and engine below this directory.")] = Path(
+        "engines"
+    ),
     repo: Annotated[
-        Path | None, typer.Option(help="Model repository to write. [default: triton_repo/<recipe>]")
+        Path | None, typer.Option(help="Write the model repository here. [default: triton_repo/<recipe>]")
     ] = None,
     changes: Changes = None,
     no_quality: NoQuality = False,
-    force: Force = False,
+    no_verify: NoVerify = False,
+    force: Annotated[bool, typer.Option("--force", help="Make every stage again, and replace what exists.")] = False,
     dry_run: DryRun = False,
     in_container: InContainer = False,
     image: ImageName = None,
     wheels: Wheels = None,
+    skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
-    """Build a recipe: convert, build the engine, write the model repository. What is up to date is kept.
+    """Build a recipe: convert the model, build the engine, write the model repository.
 
-    With --in-container, trtqwen itself is mounted into the image. What it needs and the image lacks (typer and
-    tritonclient, at least) pip installs in the container at each start: from the package index, or without a network
-    from --wheels, a directory that `pip download` filled for Python 3.12. An --image that has it all needs neither.
+    Results that are up to date are kept.
+
+    With --in-container, the container mounts trtqwen and sees the image's packages. The first start installs missing
+    dependencies and keeps them in ~/.cache/trtqwen: from the package index, or from --wheels, a directory that
+    `pip download` filled for Python 3.12. An image of `trtqwen image build` needs neither.
     """
     loaded = load_recipe(recipe, changes or ())
     repository = repo or Path("triton_repo") / loaded.name
     container = None
     if in_container:
         flags = [f"--set={change}" for change in changes or ()]
-        flags += _flags(no_quality=no_quality, force=force, json=json)
-        options = ContainerOptions(image, wheels, read_host().driver)
+        flags += _flags(no_quality=no_quality, no_verify=no_verify, force=force, json=json)
+        options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
         container = plan_build_container(recipe, loaded, model, engines, repository, flags, options)
+        print_warnings(container.warnings)
         if not dry_run:
             run_container(container)
     plan = plan_build(loaded, model, engines, repository)
+    print_warnings(plan.conversion.findings)
     if dry_run:
         check_build(plan, force=force)
-        _print_plan(plan, container, json)
+        _print_plan(plan, container, verify=not no_verify, json=json)
         return
     try:
         with progress_bars() as bars:
-            results = run_build(
-                plan,
-                force=force,
+            events = BuildEvents(
+                written=bars.add("converting", plan.conversion.nbytes),
                 calibrated=calibration_bar(bars, plan.conversion),
-                progress=bars.add("converting", plan.conversion.nbytes),
                 inspect=quality_inspector(bars, wanted=not no_quality),
-                watch=_watch(bars),
+                built=_watch(bars),
                 on_busy=lambda pid: stderr.print(f"waiting for another build (pid {pid})", highlight=False),
                 on_stage=lambda result: _note(result, json),
             )
+            results = run_build(plan, force=force, verify=not no_verify, events=events)
     except BuildFailed as problem:
         for line in log_tail(problem.log):
             stderr.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
@@ -89,7 +99,11 @@ def command(
     record = read_provenance(plan.engine.directory)
     made = record.changes if record else []
     if json:
-        content = {"recipe": loaded.name, "stages": [_as_json(result) for result in results]}
+        content = {
+            "recipe": loaded.name,
+            "stages": [_as_json(result) for result in results],
+            "warnings": [finding.as_json() for finding in plan.conversion.findings],
+        }
         print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
         for change in made:
@@ -98,7 +112,7 @@ def command(
 
 
 def _watch(bars: Bars) -> Watch:
-    """On a terminal a bar of the ranks with the log's latest line; elsewhere a note for each rank."""
+    """Show a bar of the ranks with the latest line of the log on a terminal, and a note per rank elsewhere."""
     show, told = bars.tail("building"), 0
 
     def on_progress(progress: BuildProgress) -> None:
@@ -115,20 +129,20 @@ def _flags(**given: bool) -> list[str]:
     return [f"--{name.replace('_', '-')}" for name, value in given.items() if value]
 
 
-def _print_plan(plan: BuildPlan, container: ContainerPlan | None, json: bool) -> None:
+def _print_plan(plan: BuildPlan, container: ContainerPlan | None, *, verify: bool, json: bool) -> None:
     if json:
         stages = [
-            {"stage": stage.stage, "directory": str(stage.directory), "key": stage.key, "up_to_date": stage.done}
-            | {"why": stage.why()}
-            for stage in plan.stages
+            {"stage": stage.name, "directory": str(stage.directory), "key": stage.key(), "up_to_date": why is None}
+            | {"why": why}
+            for stage, why in ((stage, stage.why(digests=verify)) for stage in plan.stages)
         ]
         content = {"recipe": plan.recipe.name, "stages": stages, "engine_command": plan.engine_command}
         print_json(content | {"container": container and container.command})
         return
     for stage in plan.stages:
-        why = stage.why()
+        why = stage.why(digests=verify)
         todo = f"would be made, because {why}" if why else "up to date"
-        stdout.print(f"{stage.stage:<10} {stage.directory}: {todo}", markup=False, highlight=False, soft_wrap=True)
+        stdout.print(f"{stage.name:<10} {stage.directory}: {todo}", markup=False, highlight=False, soft_wrap=True)
     if plan.engine_command:
         stdout.print(shlex.join(plan.engine_command), markup=False, highlight=False, soft_wrap=True)
     if container:

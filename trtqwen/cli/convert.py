@@ -1,4 +1,4 @@
-"""`trtqwen convert`: Hugging Face weights to a TensorRT-LLM checkpoint."""
+"""`trtqwen convert`: convert Hugging Face weights to a TensorRT-LLM checkpoint."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trtqwen.checkpoint.convert import (
     run_conversion,
 )
 from trtqwen.checkpoint.rule import Ranges
-from trtqwen.cli.output import Bars, DryRun, Json, print_json, progress_bars, size, stderr, stdout
+from trtqwen.cli.output import Bars, DryRun, Json, print_json, print_warnings, progress_bars, size, stdout
 from trtqwen.facts.names import Release
 from trtqwen.layout import rank_weights
 from trtqwen.recipe import (
@@ -34,53 +34,64 @@ from trtqwen.recipe import (
 )
 from trtqwen.verify.quality import QUALITY, has_int8, quality_report
 
-NoQuality = Annotated[bool, typer.Option("--no-quality", help="INT8: do not measure what it costs.")]
+NoQuality = Annotated[bool, typer.Option("--no-quality", help="Skip the quality report of an INT8 checkpoint.")]
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Hugging Face model directory.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Checkpoint directory to write.")],
+    model: Annotated[Path, typer.Argument(help="Read this Hugging Face model directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the checkpoint here.")],
     recipe: Annotated[str | None, typer.Option(help="Take the settings below from this recipe.")] = None,
     dtype: Annotated[
-        DtypeChoice | None, typer.Option(help="dtype of the weights; auto keeps 16-bit dtypes. [default: auto]")
+        DtypeChoice | None,
+        typer.Option(help="Set the dtype of the weights; auto keeps a 16-bit dtype. [default: auto]"),
     ] = None,
-    tp: Annotated[int | None, typer.Option(min=1, max=8, help="Tensor-parallel ranks. [default: 1]")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, max=4, help="Pipeline stages. [default: 1]")] = None,
+    tp: Annotated[
+        int | None, typer.Option(min=1, max=8, help="Set the number of tensor-parallel ranks. [default: 1]")
+    ] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, max=4, help="Set the number of pipeline stages. [default: 1]")
+    ] = None,
     quant: Annotated[
-        Quant | None, typer.Option(help="INT8 weight-only (W8A16) or SmoothQuant (W8A8). [default: none]")
+        Quant | None, typer.Option(help="Quantize: INT8 weight-only (W8A16) or SmoothQuant (W8A8). [default: none]")
     ] = None,
-    sq_alpha: Annotated[float | None, typer.Option(min=0, max=1, help="SmoothQuant's alpha. [default: 0.5]")] = None,
+    sq_alpha: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Set the alpha of SmoothQuant. [default: 0.5]")
+    ] = None,
     per_channel: Annotated[
-        bool | None, typer.Option("--per-channel", help="SmoothQuant: a scale for each output channel.")
+        bool | None, typer.Option("--per-channel", help="Scale each output channel separately (SmoothQuant).")
     ] = None,
     per_token: Annotated[
-        bool | None, typer.Option("--per-token", help="SmoothQuant: a scale for each token.")
+        bool | None, typer.Option("--per-token", help="Scale each token separately (SmoothQuant).")
     ] = None,
-    kv_cache: Annotated[KvCache | None, typer.Option(help="int8 writes KV cache scales. [default: auto]")] = None,
+    kv_cache: Annotated[
+        KvCache | None, typer.Option(help="Write the scales of an INT8 KV cache with int8. [default: auto]")
+    ] = None,
     int8_layout: Annotated[
         Int8LayoutChoice | None,
-        typer.Option(help="INT8 weight-only on disk: sm80 serves 4090D, plain any GPU. [default: plain]"),
+        typer.Option(help="Set the INT8 layout on disk: sm80 for RTX 4090D, plain for any GPU. [default: plain]"),
     ] = None,
     embedding_sharding: Annotated[
-        EmbeddingSharding | None, typer.Option(help="Divide the embedding over the ranks. [default: none]")
+        EmbeddingSharding | None, typer.Option(help="Shard the embedding over the ranks. [default: none]")
     ] = None,
     yarn_factor: Annotated[
-        float | None, typer.Option(help="Stretch the context by YaRN; 4 makes 131,072 tokens of 32,768.")
+        float | None, typer.Option(help="Extend the context with YaRN: 4 turns 32,768 tokens into 131,072.")
     ] = None,
     calib: Annotated[
-        str | None, typer.Option(help="Text or JSONL file to calibrate with. [default: bundled]")
+        str | None, typer.Option(help="Calibrate with this text or JSONL file. [default: bundled texts]")
     ] = None,
     chat_template: Annotated[
-        bool | None, typer.Option("--chat-template", help="Calibrate on texts rendered as user messages.")
+        bool | None, typer.Option("--chat-template", help="Render calibration texts as user messages first.")
     ] = None,
-    act_ranges: Annotated[str | None, typer.Option(help="Use these activation ranges, do not calibrate.")] = None,
+    act_ranges: Annotated[
+        str | None, typer.Option(help="Read activation ranges from this file instead of calibrating.")
+    ] = None,
     release: Annotated[
-        Release | None, typer.Option(help="TensorRT-LLM release that reads it. [default: 1.2.1]")
+        Release | None, typer.Option(help="Set the TensorRT-LLM release that reads the checkpoint. [default: 1.2.1]")
     ] = None,
     no_quality: NoQuality = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace what exists; allow an INT8 KV cache that the model does not bear."),
+        typer.Option("--force", help="Replace what exists, and allow an INT8 KV cache that damages the answers."),
     ] = False,
     dry_run: DryRun = False,
     json: Json = False,
@@ -107,6 +118,7 @@ def command(
     check_output(output, force=force, sources=[model])
     plan = plan_conversion(model, override(base, changes))
     check_kv_cache(plan, force=force)
+    print_warnings(plan.findings)
     summary = _summary(plan, output)
     if not dry_run:
         start = time.perf_counter()
@@ -130,14 +142,14 @@ def command(
 
 
 def calibration_bar(bars: Bars, plan: ConversionPlan) -> Progress:
-    """A bar for calibration, where a conversion has to calibrate."""
+    """Make a progress bar for calibration if the conversion calibrates."""
     if not plan.settings.calibrated or plan.settings.act_ranges:
         return lambda layers: None
     return bars.add("calibrating", plan.source.config.num_hidden_layers, unit="layers")
 
 
 def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
-    """What a conversion calls to write the quality report of an INT8 checkpoint."""
+    """Make the callback that writes the quality report of an INT8 checkpoint."""
 
     def inspect(plan: ConversionPlan, directory: Path, ranges: Ranges | None) -> None:
         if wanted and has_int8(plan):
@@ -148,7 +160,7 @@ def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
 
 
 def _quality(path: Path) -> dict[str, Any]:
-    """The few numbers of a quality report that say most."""
+    """Read the summary of a quality report."""
     content = load_json(path.read_text(encoding="utf-8"))
     return {key: content.get(key) for key in ("perplexity_increase", "top1_agreement", "not_measured", "not_plotted")}
 
@@ -171,6 +183,7 @@ def _summary(plan: ConversionPlan, output: Path) -> dict[str, Any]:
         ],
         "bytes": plan.nbytes,
         "ignored": plan.ignored,
+        "warnings": [finding.as_json() for finding in plan.findings],
     }
 
 
@@ -187,8 +200,6 @@ def _print(plan: ConversionPlan, summary: dict[str, Any]) -> None:
         stdout.print(f"would write {summary['output']}: {layout}", highlight=False)
         for rank in summary["ranks"]:
             stdout.print(f"  {rank['file']}: {rank['tensors']} tensors, {size(rank['bytes'])}", highlight=False)
-    for name in plan.ignored:
-        stderr.print(f"note: source tensor {name} is not part of the checkpoint", highlight=False)
 
 
 def _quality_words(quality: dict[str, Any]) -> str:

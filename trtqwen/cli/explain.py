@@ -1,4 +1,4 @@
-"""`trtqwen explain`: what a log of TensorRT-LLM, Triton or NCCL complains of, and what helps."""
+"""`trtqwen explain`: what a log of TensorRT-LLM, Triton, MPI, NCCL or docker complains of, and what helps."""
 
 from __future__ import annotations
 
@@ -12,34 +12,54 @@ import typer
 
 from trtqwen.cli.output import Json, print_json, stdout
 from trtqwen.diagnostics import InputError
-from trtqwen.engine.explain import explain
+from trtqwen.engine.explain import Explanation, Finding, explain
 
 
 def command(
     log: Annotated[Path, typer.Argument(help="Log file; - reads standard input.")],
     json: Json = False,
 ) -> None:
-    """Explain a log of trtllm-build, Triton or NCCL: the telling lines, their cause, the remedy."""
+    """Explain a failure log of trtllm-build, Triton, MPI, NCCL or docker: the telling lines, their cause, the remedy.
+
+    The first cause comes first; what follows from it is left out. Exit code 1 if no cause is known: then the lines
+    that look like errors are shown.
+    """
     name = "standard input" if str(log) == "-" else str(log)
     try:
         with nullcontext(sys.stdin) if str(log) == "-" else log.open(encoding="utf-8", errors="replace") as lines:
-            findings = explain(lines)
+            explanation = explain(lines)
     except OSError as problem:
         raise InputError(f"{log}: cannot be read ({problem.strerror})", "name a log file, or - for input") from None
     if json:
-        print_json({"log": name, "findings": [asdict(finding) for finding in findings]})
-    for finding in [] if json else findings:
-        more = f" (and {finding.times - 1} more like it)" if finding.times > 1 else ""
-        stdout.print(
-            f"line {finding.number}: {finding.line}{more}",
-            style="bold",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
-        stdout.print(f"  cause:  {finding.cause}", markup=False, highlight=False, soft_wrap=True)
-        stdout.print(f"  remedy: {finding.hint}", markup=False, highlight=False, soft_wrap=True)
-    if not findings:
-        if not json:
-            stdout.print(f"{name}: holds no failure that trtqwen knows", markup=False, highlight=False)
+        telling = [{"number": number, "line": line} for number, line in explanation.telling]
+        findings = [asdict(finding) for finding in explanation.findings]
+        print_json({"log": name, "findings": findings, "telling": telling})
+    else:
+        _print(name, explanation)
+    if explanation.first is None:
         raise typer.Exit(1)
+
+
+def _print(name: str, explanation: Explanation) -> None:
+    first = explanation.first
+    if first is None:
+        _say(f"{name}: the cause is not known to trtqwen")
+        for number, line in explanation.telling:
+            _say(f"  line {number}: {line}")
+        for finding in explanation.findings:
+            _print_finding(finding)
+        return
+    for finding in explanation.findings:
+        if finding.role == first.role:
+            _print_finding(finding)
+
+
+def _print_finding(finding: Finding) -> None:
+    more = f" (and {finding.times - 1} more like it)" if finding.times > 1 else ""
+    _say(f"line {finding.number}: {finding.line}{more}", style="bold")
+    _say(f"  cause:  {finding.cause}")
+    _say(f"  remedy: {finding.hint}")
+
+
+def _say(text: str, style: str | None = None) -> None:
+    stdout.print(text, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`trtqwen gateway`: the web gateway alone, in front of Tritons that run elsewhere."""
+"""`trtqwen gateway`: serve the web gateway alone, in front of running Triton servers."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from trtqwen.gateway.listener import bind
 
 
 def command(
-    repo: Annotated[Path | None, typer.Option(help="Model repository that the Tritons serve.")] = None,
-    triton: Annotated[
-        list[str] | None, typer.Option(help="host:port of a Triton's gRPC endpoint; repeat it for further replicas.")
+    repo: Annotated[
+        Path | None, typer.Option(help="Read this model repository, which the Triton servers serve.")
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Address to listen on.", show_default="127.0.0.1")] = None,
+    triton: Annotated[
+        list[str] | None,
+        typer.Option(help="Set the gRPC address of a replica, host:port. Repeat it for more replicas."),
+    ] = None,
+    host: Annotated[str | None, typer.Option(help="Set the address to listen on.", show_default="127.0.0.1")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="0 picks a free one.", show_default="8080")
+        int | None, typer.Option(min=0, max=65535, help="Set the port; 0 picks a free one.", show_default="8080")
     ] = None,
     api_keys: ApiKeys = None,
     model_name: ModelName = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file with these and further settings.")] = None,
+    config: Annotated[Path | None, typer.Option(help="Read these and more settings from a YAML file.")] = None,
     json: Json = False,
 ) -> None:
-    """Serve OpenAI's routes and the chat page in front of running Tritons; Ctrl-C or SIGTERM drains and stops.
+    """Serve the OpenAI routes and the chat page in front of running Triton servers until Ctrl-C or SIGTERM.
 
-    A request goes to the replica with the fewest tokens to do; one that fails is left out until it answers again.
-    The repository is only read: its config, its tokenizer and its engine's config.json have to be here.
+    A request goes to the replica with the fewest outstanding tokens. A failed replica gets none until it answers.
+    The gateway reads config, tokenizer and engine limits from the repository.
 
     Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous;
     max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;

@@ -12,18 +12,25 @@ from trtqwen.triton.client import SamplingOptions, stream
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    url: Annotated[str, typer.Option(help="host:port of Triton's gRPC endpoint.")] = "127.0.0.1:8001",
-    max_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Answer tokens at most.")] = 256,
-    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt as it is, without the chat template.")] = False,
+    prompt: Annotated[str, typer.Argument(help="Ask this.")],
+    url: Annotated[str, typer.Option(help="Set the gRPC address of Triton, host:port.")] = "127.0.0.1:8001",
+    max_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Limit the tokens of the answer.")] = 256,
+    raw: Annotated[bool, typer.Option("--raw", help="Send the prompt without the chat template.")] = False,
     top_k: Annotated[
-        int | None, typer.Option(min=0, max=2**31 - 1, help="Sample from the k likeliest tokens.")
+        int | None, typer.Option(min=0, max=2**31 - 1, help="Sample from the k most likely tokens.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Sample from this share of probability.")] = None,
-    temperature: Annotated[float | None, typer.Option(min=0, help="Needs --top-k or --top-p, else greedy.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Seed of the sampling.")] = None,
-    repetition_penalty: Annotated[float | None, typer.Option(min=0, help="Above 1 discourages repeats.")] = None,
-    timeout: Annotated[float, typer.Option(min=0, help="Seconds for the whole answer.")] = 300,
+    top_p: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="Sample from the most likely tokens with this total probability."),
+    ] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Set the temperature; needs --top-k or --top-p.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, max=2**64 - 1, help="Set the seed of the sampling.")] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(min=0, help="Penalize repeated tokens with a value above 1.")
+    ] = None,
+    timeout: Annotated[float, typer.Option(min=0, help="Limit the seconds for the answer.")] = 300,
     json: Json = False,
 ) -> None:
     """Ask a running server and stream its answer."""

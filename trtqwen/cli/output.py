@@ -1,10 +1,11 @@
-"""What commands print: results to standard output, progress and notes to standard error."""
+"""Output of commands: results on standard output, progress and notes on standard error."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +26,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from trtqwen.diagnostics import Diagnostic
+
 HELP = {"help_option_names": ["-h", "--help"]}
 _TAIL_WIDTH = 60  # characters of a log's line in a bar
 
@@ -33,25 +36,42 @@ stderr = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+NoVerify = Annotated[
+    bool, typer.Option("--no-verify", help="Compare the sizes of files instead of their digests; faster.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
 InContainer = Annotated[
-    bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release, with docker.")
+    bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release with docker.")
 ]
-ImageName = Annotated[str | None, typer.Option("--image", help="With --in-container: this image, by tag or digest.")]
-Wheels = Annotated[
-    Path | None, typer.Option(help="With --in-container: directory of wheels in place of the package index.")
+ImageName = Annotated[
+    str | None, typer.Option("--image", help="Use this image, by tag or digest (with --in-container).")
 ]
+SkipGates = Annotated[
+    bool,
+    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and go on (with --in-container)."),
+]
+Wheels = Annotated[Path | None, typer.Option(help="Install from this directory of wheels (with --in-container).")]
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
 ]
-ApiKeys = Annotated[Path | None, typer.Option(help="YAML file with the gateway's API keys.")]
+ApiKeys = Annotated[Path | None, typer.Option(help="Read the API keys of the gateway from a YAML file.")]
 GatewaySettings = Annotated[
-    Path | None, typer.Option(help="YAML file with further settings of the gateway, limits and deadlines among them.")
+    Path | None, typer.Option(help="Read limits, deadlines and other settings of the gateway from a YAML file.")
 ]
 ModelName = Annotated[
-    str | None, typer.Option(help="What clients call the model; the repository's name if not given.")
+    str | None, typer.Option(help="Set the model name that clients use. [default: the name of the repository]")
 ]
+
+
+def print_warnings(warnings: Iterable[Diagnostic]) -> None:
+    """Warnings and notes on standard error, each with its hint."""
+    for warning in warnings:
+        style = "bold yellow" if warning.level != "note" else None
+        level = "note" if warning.level == "note" else "warning"
+        stderr.print(f"{level}: {warning.what}", style=style, markup=False, highlight=False, soft_wrap=True)
+        if warning.hint:
+            stderr.print(f"hint: {warning.hint}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(content: dict[str, Any]) -> None:
@@ -60,18 +80,31 @@ def print_json(content: dict[str, Any]) -> None:
 
 
 class Bars:
-    """Progress bars, one below the other, of what a command does."""
+    """Progress bars of a command."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
 
     def add(self, title: str, total: int, *, unit: str = "bytes") -> Callable[[int], None]:
-        """A bar with bytes and rate, or with a count of what `unit` names; call the result with what was done."""
+        """Add a bar with bytes and rate, or with a count of units. Call the result with each progress."""
         task = self._progress.add_task(title, total=total, unit=unit)
         return lambda count: self._progress.advance(task, count)
 
+    def rated(self, title: str, total: int, *, unit: str, what: str) -> Callable[[int, int], None]:
+        """A bar of `unit` with the rate of something else; call the result with what was done of both."""
+        task = self._progress.add_task(title, total=total, unit=unit)
+        begun, amount = time.monotonic(), 0
+
+        def show(count: int, more: int) -> None:
+            nonlocal amount
+            amount += more
+            rate = amount / max(time.monotonic() - begun, 1e-3)
+            self._progress.update(task, advance=count, description=f"{title} {rate:,.0f} {what}")
+
+        return show
+
     def tail(self, title: str) -> Callable[[str, int, int], None]:
-        """A bar of counted results with the latest line of a log; call the result with line, count and total."""
+        """Add a bar of counted results with the latest line of a log. Call the result with line, count and total."""
         task = None
 
         def show(line: str, done: int, total: int) -> None:
@@ -85,7 +118,7 @@ class Bars:
 
 
 class _Amount(ProgressColumn):
-    """How much of a task is done, in its unit."""
+    """Progress of a task in its unit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,14 +133,14 @@ class _Amount(ProgressColumn):
 
 @contextmanager
 def progress_bars() -> Iterator[Bars]:
-    """Bars on a terminal; nothing elsewhere."""
+    """Show bars on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), _Amount(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, disable=not stderr.is_terminal, transient=True) as progress:
         yield Bars(progress)
 
 
 def size(nbytes: int) -> str:
-    """Bytes for people: `15.2 GB`."""
+    """Format bytes: `15.2 GB`."""
     value = float(nbytes)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

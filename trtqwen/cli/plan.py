@@ -1,4 +1,4 @@
-"""`trtqwen plan`: what a recipe needs and can do, before a GPU is touched."""
+"""`trtqwen plan`: estimate what a recipe needs and how fast it is."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from trtqwen.recipe import load_recipe
 
 def command(
     recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
-    other: Annotated[str | None, typer.Argument(help="A second recipe to set beside it.")] = None,
+    other: Annotated[str | None, typer.Argument(help="Compare with this recipe.")] = None,
     model: Annotated[
-        Path | None, typer.Option(help="Hugging Face model directory. [default: the sizes of the recipe's model]")
+        Path | None,
+        typer.Option(help="Read this Hugging Face model directory. [default: the sizes of the recipe's model]"),
     ] = None,
     changes: Changes = None,
     json: Json = False,
 ) -> None:
-    """Work out memory, requests at once, speed and the build command of a recipe. Exit code 1 if it does not fit."""
+    """Estimate memory, concurrency and speed of a recipe. Exit code 1 if it does not fit."""
     plans = [plan_recipe(load_recipe(name, changes or ()), model) for name in (recipe, other) if name is not None]
     if json:
         print_json(plans[0].as_json() if other is None else {"plans": [plan.as_json() for plan in plans]})

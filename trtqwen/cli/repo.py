@@ -1,4 +1,4 @@
-"""`trtqwen repo`: the model repository of an engine, alone."""
+"""`trtqwen repo`: write the model repository of an engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from trtqwen.triton.repository import write_repository
 
 
 def command(
-    engine: Annotated[Path, typer.Argument(help="Engine directory that `trtqwen build` wrote.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Model repository to write.")],
+    engine: Annotated[Path, typer.Argument(help="Read this engine directory, which `trtqwen build` wrote.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Write the model repository here.")],
     recipe: Annotated[str | None, typer.Option(help="Take the serving settings from this recipe.")] = None,
     force: Force = False,
     json: Json = False,

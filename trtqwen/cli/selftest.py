@@ -1,17 +1,31 @@
-"""`trtqwen selftest`: TensorRT-LLM on this machine against the embedded engine, on the bundled model."""
+"""`trtqwen selftest`: compare TensorRT-LLM on this machine with the embedded engine."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import asdict
+from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from trtqwen.cli.output import Json, print_json, stderr, stdout
+from trtqwen.cli.output import (
+    DryRun,
+    ImageName,
+    Json,
+    SkipGates,
+    Wheels,
+    print_json,
+    print_warnings,
+    stderr,
+    stdout,
+)
+from trtqwen.containers import container_options, plan_selftest_container, run_container
 from trtqwen.diagnostics import EngineError
+from trtqwen.facts.releases import known_image, known_release, last_engine_release
+from trtqwen.selftest import RESULT
 from trtqwen.system.host import read_host
 
 if TYPE_CHECKING:
@@ -19,31 +33,64 @@ if TYPE_CHECKING:
 
 
 def command(
-    engines: Annotated[Path, typer.Option(help="Parent of the directory `selftest` for engines and logs.")] = Path(
+    engines: Annotated[Path, typer.Option(help="Write engines and logs below this directory, in `selftest`.")] = Path(
         "engines"
     ),
+    dry_run: DryRun = False,
+    in_container: Annotated[bool, typer.Option("--in-container", help="Run in NVIDIA's image, with docker.")] = False,
+    image: ImageName = None,
+    wheels: Wheels = None,
+    skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
     """Build the bundled model with TensorRT-LLM, run it, and compare its greedy tokens with the embedded engine's.
 
-    For a GPU host. A token that the embedded engine finds as good as its own, up to rounding, counts as a tie.
+    Run it first on a GPU host, with --in-container where TensorRT-LLM is only in the image. A token that the embedded
+    engine finds as good as its own, up to rounding, counts as a tie. The result is also written to
+    ENGINES/selftest/result.json, which `trtqwen report` takes along.
     """
+    host = read_host()
+    if in_container:
+        known = known_image(image)
+        release = (known_release(known.tensorrt_llm) if known else None) or last_engine_release()
+        options = container_options(host, image, wheels, skip_gates=skip_gates)
+        plan = plan_selftest_container(release, engines, json, options)
+        print_warnings(plan.warnings)
+        if not dry_run:
+            run_container(plan)
+        if json:
+            print_json({"container": plan.command})
+        else:
+            stdout.print(plan.shell(), markup=False, highlight=False, soft_wrap=True)
+        return
     if importlib.util.find_spec("torch") is None:
         raise EngineError("selftest needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
-    from trtqwen.selftest.run import run_selftest  # the other commands start without PyTorch
+    from trtqwen.selftest.run import check_machine, run_selftest  # the other commands start without PyTorch
 
+    directory = engines / "selftest"
+    if dry_run:
+        check_machine(host)
+        steps = f"would convert, build and run the bundled model in {directory} with TensorRT-LLM {host.tensorrt_llm}"
+        if json:
+            print_json({"directory": str(directory), "tensorrt_llm": host.tensorrt_llm})
+        else:
+            stdout.print(steps, highlight=False, soft_wrap=True)
+        return
     with stderr.status("building") as status:
         results = run_selftest(
-            read_host(), engines / "selftest", watch=lambda progress: status.update(f"building: {progress.line[:80]}")
+            host, directory, watch=lambda progress: status.update(f"building: {progress.line[:80]}")
         )
     ok = all(result.ok for result in results)
+    content = {"ok": ok, "dtypes": [{"ok": result.ok, **asdict(result)} for result in results]}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / RESULT).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if json:
-        print_json({"ok": ok, "dtypes": [{"ok": result.ok, **asdict(result)} for result in results]})
+        print_json(content)
     else:
         stdout.print(_table(results))
     if not ok:
         stderr.print(
-            "error: TensorRT-LLM answers otherwise than the embedded engine; its engine is not to be trusted here",
+            "error: TensorRT-LLM output differs from the embedded engine; do not serve its engine here",
             style="bold red",
             highlight=False,
             soft_wrap=True,

@@ -1,4 +1,4 @@
-"""`trtqwen serve`: Triton on a model repository, until Ctrl-C or SIGTERM."""
+"""`trtqwen serve`: serve a model repository with Triton and the gateway until Ctrl-C or SIGTERM."""
 
 from __future__ import annotations
 
@@ -16,12 +16,15 @@ from trtqwen.cli.output import (
     InContainer,
     Json,
     ModelName,
+    NoVerify,
+    SkipGates,
     Wheels,
     print_json,
+    print_warnings,
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerOptions, plan_serve_container, run_container
+from trtqwen.containers import container_options, plan_serve_container, run_container
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.config import gateway_config as plan_gateway
@@ -36,40 +39,47 @@ LOOPBACK = "127.0.0.1"
 
 
 def command(
-    recipe: Annotated[
-        str | None, typer.Argument(help="Recipe whose repository is served, from triton_repo/.")
-    ] = None,
-    repo: Annotated[Path | None, typer.Option(help="Model repository to serve.")] = None,
-    host: Annotated[str, typer.Option(help="Address that the gateway listens on.")] = LOOPBACK,
+    recipe: Annotated[str | None, typer.Argument(help="Serve the repository of this recipe in triton_repo/.")] = None,
+    repo: Annotated[Path | None, typer.Option(help="Serve this model repository.")] = None,
+    host: Annotated[str, typer.Option(help="Set the listen address of the gateway.")] = LOOPBACK,
     triton_host: Annotated[
-        str, typer.Option(help="Address that Triton listens on; it asks for no keys and knows no rates.")
+        str, typer.Option(help="Set Triton's listen address. Triton has no authentication and no rate limits.")
     ] = LOOPBACK,
-    http_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8000,
-    grpc_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8001,
-    metrics_port: Annotated[int, typer.Option(min=0, max=65535, help="0 picks a free one.")] = 8002,
+    http_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Set Triton's HTTP port; 0 picks a free one.")
+    ] = 8000,
+    grpc_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Set Triton's gRPC port; 0 picks a free one.")
+    ] = 8001,
+    metrics_port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Set Triton's metrics port; 0 picks a free one.")
+    ] = 8002,
     gateway_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Of the web gateway; 0 picks a free one.")
+        int, typer.Option(min=0, max=65535, help="Set the port of the gateway; 0 picks a free one.")
     ] = 8080,
     api_keys: ApiKeys = None,
     gateway_config: GatewaySettings = None,
     model_name: ModelName = None,
+    no_verify: NoVerify = False,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[
-        Path | None, typer.Option(help="File for Triton's log; several replicas write FILE-0, FILE-1 and so on.")
+        Path | None,
+        typer.Option(help="Write Triton's log to this file; several replicas write FILE-0, FILE-1 and so on."),
     ] = None,
     dry_run: DryRun = False,
     in_container: InContainer = False,
     image: ImageName = None,
     wheels: Wheels = None,
+    skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
     """Serve a model repository with Triton Inference Server and a web gateway; Ctrl-C drains and stops.
 
-    The gateway answers OpenAI's routes and has a chat page at /. Beyond loopback it asks for --api-keys. `trtqwen
-    gateway` runs one alone, in front of several Tritons.
+    The gateway serves the OpenAI routes and a chat page at /. Beyond loopback it requires --api-keys. `trtqwen
+    gateway` runs a gateway alone, in front of several Triton servers.
 
     A repository with serve.replicas gets a Triton for each replica, on GPUs of its own and on ports that are higher
-    by 10 each; the gateway sends a request to the replica with the fewest tokens to do.
+    by 10 each; the gateway sends a request to the replica with the fewest outstanding tokens.
 
     With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
     elsewhere. `trtqwen build --help` says what else a container needs.
@@ -93,16 +103,19 @@ def command(
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
         flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
         flags += [f"--model-name={model_name}"] if model_name else []
-        flags += [f"--{name}" for name, given in (("no-gateway", no_gateway), ("json", json)) if given]
+        given_flags = {"no-verify": no_verify, "no-gateway": no_gateway, "json": json}
+        flags += [f"--{name}" for name, given in given_flags.items() if given]
         files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
-        options = ContainerOptions(image, wheels, read_host().driver)
+        options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
         plan = plan_serve_container(loaded, served, flags, files, log, options)
+        print_warnings(plan.warnings)
         if not dry_run:
             run_container(plan)
         _print_dry_run({"container": plan.command}, plan.shell(), json)
         return
     repository = _choose(recipe, repo)
-    server = TritonReplicas(repository, ports=Ports(http_port, grpc_port, metrics_port), host=triton_host, log=log)
+    ports = Ports(http_port, grpc_port, metrics_port)
+    server = TritonReplicas(repository, ports=ports, host=triton_host, log=log, verify=not no_verify)
     if dry_run:
         launches = server.launches()
         commands = [{"command": launch.command, "environment": dict(launch.environment)} for launch in launches]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -12,44 +12,57 @@ from rich.table import Table
 from trtqwen.cli.output import Json, print_json, progress_bars, stderr, stdout
 from trtqwen.diagnostics import EngineError
 from trtqwen.hf.config import load_config
-from trtqwen.quantize.texts import HELDOUT
+from trtqwen.quantize.texts import HELDOUT, read_texts
 from trtqwen.recipe import Int8LayoutChoice
 from trtqwen.verify.samples import read_samples
 
 if TYPE_CHECKING:
     from trtqwen.verify.compare import Comparison
 
+_TEXTS = 50  # whose token ids are compared with transformers'
+
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="TensorRT-LLM checkpoint directory.")],
-    model: Annotated[Path, typer.Option(help="Hugging Face model directory it was made from.")],
-    text: Annotated[Path | None, typer.Option(help="Text or JSONL file to run on. [default: bundled]")] = None,
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens to run, spread over the texts.")] = 4096,
+    checkpoint: Annotated[Path, typer.Argument(help="Verify this TensorRT-LLM checkpoint.")],
+    model: Annotated[Path, typer.Option(help="Compare with this Hugging Face model directory.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Run on this text or JSONL file. [default: bundled texts]")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=2, help="Run this many tokens, spread over the texts.")] = 4096,
     int8_layout: Annotated[
         Int8LayoutChoice | None,
-        typer.Option(help="Layout of INT8 weight-only weights. [default: what the manifest says]"),
+        typer.Option(help="Set the INT8 layout of the weights. [default: that of the manifest]"),
     ] = None,
-    report: Annotated[Path | None, typer.Option(help="Write verify.json and verify.png there.")] = None,
-    max_layer_error: Annotated[float | None, typer.Option(min=0, help="Limit of a layer's relative error.")] = None,
-    max_kl: Annotated[float | None, typer.Option(min=0, help="Limit of the mean KL divergence, nats.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write verify.json and verify.png to this directory.")] = None,
+    max_layer_error: Annotated[float | None, typer.Option(min=0, help="Limit the relative error of a layer.")] = None,
+    max_kl: Annotated[float | None, typer.Option(min=0, help="Limit the mean KL divergence, in nats.")] = None,
     min_top1: Annotated[
-        float | None, typer.Option(min=0, max=1, help="Least share of next tokens that agree.")
+        float | None, typer.Option(min=0, max=1, help="Require this share of equal next tokens.")
     ] = None,
-    max_perplexity: Annotated[
-        float | None, typer.Option(help="Limit of the relative increase of perplexity.")
-    ] = None,
+    max_perplexity: Annotated[float | None, typer.Option(help="Limit the relative increase of perplexity.")] = None,
     max_activation: Annotated[
-        float | None, typer.Option(min=0, help="Limit of activations in float16. [default: 32752]")
+        float | None, typer.Option(min=0, help="Limit activations in float16. [default: 32752]")
     ] = None,
+    max_model_perplexity: Annotated[
+        float | None,
+        typer.Option(
+            min=1, help="Limit the perplexity of the model itself. [default: that of the texts' token frequencies]"
+        ),
+    ] = None,
+    reference: Annotated[
+        Literal["own", "transformers"],
+        typer.Option(help="Compare with transformers too: perplexity, token ids and chats. Loads the whole model."),
+    ] = "own",
     json: Json = False,
 ) -> None:
-    """Run a checkpoint, all ranks as they stand, layer by layer beside its model, and judge the difference.
+    """Run every rank of a checkpoint layer by layer, compare with the original model, and fail above the limits.
 
-    Limits depend on the precision unless they are given.
+    The limits depend on the precision unless you set them.
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
     from trtqwen.verify.plot import require_matplotlib
+    from trtqwen.verify.reference import require_transformers
     from trtqwen.verify.run import verify, write_report  # the other commands start without PyTorch
 
     if report is not None:
@@ -61,7 +74,10 @@ def command(
         "top1": min_top1,
         "perplexity": max_perplexity,
         "max_activation": max_activation,
+        "model_perplexity": max_model_perplexity,
     }
+    if reference == "transformers":
+        require_transformers()
     samples = read_samples(model, text or HELDOUT, max_tokens)
     with progress_bars() as bars:
         result = verify(
@@ -70,6 +86,7 @@ def command(
             samples,
             int8_layout=int8_layout,
             limits={name: limit for name, limit in limits.items() if limit is not None},
+            texts=read_texts(text or HELDOUT)[:_TEXTS] if reference == "transformers" else None,
             progress=bars.add("verifying", load_config(model).num_hidden_layers, unit="layers"),
         )
     if report is not None:
@@ -78,6 +95,9 @@ def command(
         print_json(result.as_json())
     elif result.comparison is not None:
         _print(result.comparison)
+        if result.reference is not None:
+            words = f"transformers {result.reference.version}: perplexity {result.reference.perplexity:.4f}"
+            stdout.print(words, highlight=False)
     if result.problems:
         stderr.print(f"error: {result.sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)

@@ -1,15 +1,16 @@
-"""What the demo shows while it runs: answers growing side by side on a terminal, plain lines elsewhere."""
+"""Show the demo while it runs: growing answers on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from types import TracebackType
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from trtqwen.demo.walkthrough import StageTime, load_prompts
+from trtqwen.demo.walkthrough import Prompt, Report, StageTime, load_prompts
 
 
 class LiveAnswers:
@@ -23,15 +24,15 @@ class LiveAnswers:
         self._live = Live(console=console, auto_refresh=False, vertical_overflow="visible")
 
     def stage(self, stage: StageTime) -> None:
-        """Say that a stage is complete."""
-        self._console.print(f"{stage.name:<12} {stage.seconds:6.2f} s  {stage.what}", highlight=False)
+        """Print a finished stage."""
+        self._console.print(stage_line(stage), highlight=False)
 
     def answer(self, index: int, text: str) -> None:
-        """Show an answer as far as it has come."""
+        """Show the text of an answer received so far."""
         with self._lock:
             self._texts[index] = text
             if self._console.is_terminal:
-                self._live.update(self._table(), refresh=True)
+                self._live.update(answers_table(self._prompts, self._texts), refresh=True)
 
     def __enter__(self) -> LiveAnswers:
         if self._console.is_terminal:
@@ -44,13 +45,32 @@ class LiveAnswers:
         if self._console.is_terminal:
             self._live.stop()
         elif kind is None:
-            self._console.print(self._table())
+            self._console.print(answers_table(self._prompts, self._texts))
 
-    def _table(self) -> Table:
-        table = Table(show_lines=True, expand=True)
-        table.add_column("")
-        table.add_column("prompt", ratio=1, overflow="fold")
-        table.add_column("answer", ratio=2, overflow="fold")
-        for prompt, text in zip(self._prompts, self._texts, strict=True):
-            table.add_row(prompt.lang, prompt.prompt, text)
-        return table
+
+def answers_table(prompts: Sequence[Prompt], texts: Sequence[str]) -> Table:
+    """Prompts and the answers received so far."""
+    table = Table(show_lines=True, expand=True)
+    table.add_column("")
+    table.add_column("prompt", ratio=1, overflow="fold")
+    table.add_column("answer", ratio=2, overflow="fold")
+    for prompt, text in zip(prompts, texts, strict=True):
+        table.add_row(prompt.lang, prompt.prompt, text)
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """What the demo measured."""
+    table = Table("stage", "seconds", "what")
+    for stage in report.stages:
+        table.add_row(stage.name, f"{stage.seconds:.2f}", stage.what)
+    table.add_section()
+    rate = report.tokens / report.generation_seconds
+    table.add_row("tokens/s", f"{rate:.0f}", f"{report.tokens} tokens in {report.iterations} steps")
+    table.add_row("in flight", f"{report.max_in_flight}", f"of {len(report.answers)} requests, the most at one time")
+    return table
+
+
+def stage_line(stage: StageTime) -> str:
+    """One line about a finished stage."""
+    return f"{stage.name:<12} {stage.seconds:6.2f} s  {stage.what}"

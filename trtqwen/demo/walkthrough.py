@@ -1,4 +1,4 @@
-"""The demo: every stage of the system once, on real input, with the bundled model at TP=2."""
+"""The demo: every stage of the system, on real input, with the bundled model at TP=2."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter
 from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL, PROMPTS
 from trtqwen.recipe import load_recipe
+from trtqwen.stage import BuildEvents
 from trtqwen.triton.client import Piece, stream
 from trtqwen.triton.server import Ports, TritonServer
 
@@ -24,8 +25,8 @@ RECIPE = "qwen2-tiny-cpu"
 MAX_TOKENS = 96
 WHAT = {
     "checkpoint": "TensorRT-LLM checkpoint, float32, TP=2",
-    "engine": "torch engine from the checkpoint's own rank files",
-    "repository": "preprocessing, tensorrt_llm, postprocessing, ensemble",
+    "engine": "embedded engine that reads the checkpoint's rank files",
+    "repository": "the five models of the in-flight-batching repository",
 }
 
 
@@ -34,7 +35,7 @@ class _Section(BaseModel):
 
 
 class StageTime(_Section):
-    """How long a stage took and what it did."""
+    """Duration of a stage, and what it did."""
 
     name: str
     seconds: float
@@ -49,7 +50,7 @@ class Prompt(_Section):
 
 
 class Answer(_Section):
-    """A prompt and the whole of its streamed answer."""
+    """A prompt and its complete streamed answer."""
 
     language: str
     prompt: str
@@ -76,22 +77,22 @@ class Report(_Section):
 
 
 class Audience(Protocol):
-    """Whoever watches; `answer` is called from several threads."""
+    """Receives the progress of the demo; several threads call `answer`."""
 
     def stage(self, stage: StageTime) -> None:
-        """A stage is complete."""
+        """Report a finished stage."""
 
     def answer(self, index: int, text: str) -> None:
-        """The answer to a prompt has grown to `text`."""
+        """Report the text of an answer received so far."""
 
 
 def load_prompts() -> list[Prompt]:
-    """The demo's prompts."""
+    """Load the prompts of the demo."""
     return TypeAdapter(list[Prompt]).validate_json(PROMPTS.read_bytes())
 
 
 def walk(audience: Audience) -> Report:
-    """Go the whole way in a temporary directory; the server is down when this returns."""
+    """Run every stage in a temporary directory. The server is stopped when this returns."""
     stages: list[StageTime] = []
 
     def done(name: str, seconds: float, what: str) -> None:
@@ -106,17 +107,18 @@ def walk(audience: Audience) -> Report:
 
     with tempfile.TemporaryDirectory(prefix="trtqwen-demo-") as home:
         plan = plan_build(load_recipe(RECIPE), MODEL, Path(home, "engines"), Path(home, "repository"))
-        run_build(plan, on_stage=lambda result: done(result.stage, result.seconds, WHAT[result.stage]))
+        events = BuildEvents(on_stage=lambda result: done(result.stage, result.seconds, WHAT[result.stage]))
+        run_build(plan, events=events)
         server = TritonServer(plan.repository.directory, ports=Ports(0, 0, 0))
         try:
-            with timed("triton up", "tritonserver, its text models, two engine ranks"):
+            with timed("triton up", "tritonserver, text models, two engine ranks"):
                 server.start()
                 server.wait_until_ready()
             prompts = load_prompts()
             with _EngineWatch(server.metrics_url) as watch, timed("generation", f"{len(prompts)} streams over gRPC"):
                 answers = _ask_all(server.grpc_url, prompts, audience)
         finally:
-            with timed("triton down", "drained, every process ended"):
+            with timed("triton down", "drained; every process has exited"):
                 server.stop()
     seconds = next(stage.seconds for stage in stages if stage.name == "generation")
     return Report(

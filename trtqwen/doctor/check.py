@@ -27,11 +27,13 @@ class Check(ABC):
 
     Attributes:
         level: the worst it can say: an error fails, a warning warns.
+        place: `host` for what is looked at outside of containers only.
     """
 
     id: ClassVar[str]
     level: ClassVar[Level]
     title: ClassVar[str]
+    place: ClassVar[Literal["any", "host"]] = "any"
 
     @abstractmethod
     def run(self, subject: Subject) -> Result:

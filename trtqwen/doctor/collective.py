@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -20,11 +22,21 @@ _WRONG = 3
 _MODULUS = 251  # a prime: a shifted or repeated block shows
 
 
-def all_reduce_problem(world_size: int, backend: Backend, timeout: float) -> str | None:
+def cuda_version() -> str | None:
+    """The CUDA that the installed PyTorch was built for; None for a build without."""
+    import torch
+
+    return torch.version.cuda
+
+
+def all_reduce_problem(
+    world_size: int, backend: Backend, timeout: float, environment: Mapping[str, str] | None = None
+) -> str | None:
     """Run the all-reduce on so many ranks; what went wrong, or None.
 
     Args:
         timeout: seconds for all of it.
+        environment: variables for the ranks, beside this process's own.
     """
     with tempfile.TemporaryDirectory(prefix="trtqwen-collective-") as directory:
         ranks = [
@@ -33,6 +45,7 @@ def all_reduce_problem(world_size: int, backend: Backend, timeout: float) -> str
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,
+                env={**os.environ, **(environment or {})},
             )
             for rank in range(world_size)
         ]

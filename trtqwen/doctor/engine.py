@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from trtqwen.checkpoint.config import read_checkpoint_config
+from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.diagnostics import Diagnostic
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
@@ -14,7 +15,7 @@ from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import known_release, last_engine_release, release_facts
-from trtqwen.hf.config import TRAINED_CONTEXT
+from trtqwen.hf.config import stretched
 from trtqwen.layout import CONFIG, rank_weights
 
 _CONVERT = "convert the model again with `trtqwen convert`"
@@ -80,6 +81,22 @@ def _release(subject: Subject) -> Release:
     return subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
 
 
+@dataclass(frozen=True)
+class _Context:
+    """Who promises how long a context.
+
+    Attributes:
+        tokens: what is promised.
+        reach: what the rotary embedding reaches.
+        native: what it reaches without YaRN.
+    """
+
+    name: str
+    tokens: int
+    reach: int
+    native: int
+
+
 class LongContext(Check):
     id = "D17"
     level = "error"
@@ -87,35 +104,42 @@ class LongContext(Check):
 
     def run(self, subject: Subject) -> Result:
         problems, seen = [], []
-        for name, tokens, scaled in _contexts(subject):
-            seen.append(f"{name} {tokens:,} tokens{' with rope_scaling' if scaled else ''}")
-            if tokens > TRAINED_CONTEXT and not scaled:
-                text = f"{name}: {tokens:,} tokens, but no rope_scaling: Qwen2.5 has learned {TRAINED_CONTEXT:,}"
-                factor = -(-tokens // TRAINED_CONTEXT)
-                remedy = f"set checkpoint.yarn_factor {factor} and build again, or max_seq_len {TRAINED_CONTEXT}"
+        for context in _contexts(subject):
+            scaled = context.native < context.reach
+            seen.append(
+                f"{context.name} {context.tokens:,} tokens of {context.reach:,}{' with YaRN' if scaled else ''}"
+            )
+            if context.tokens > context.reach:
+                text = f"{context.name}: {context.tokens:,} tokens, but the model reads {context.reach:,}"
+                factor = -(-context.tokens // context.native)
+                remedy = f"set max_seq_len {context.reach}, or checkpoint.yarn_factor {factor} and build again"
                 problems.append(Diagnostic(text, remedy))
-            if scaled and tokens <= TRAINED_CONTEXT:
-                text = f"{name}: YaRN is on for {tokens:,} tokens; it is static and costs short prompts a little"
-                problems.append(Diagnostic(text, "leave it out up to 32,768 tokens", "warning"))
+            if scaled and context.tokens <= context.native:
+                text = (
+                    f"{context.name}: YaRN is on for {context.tokens:,} tokens; it is static and costs short prompts"
+                )
+                problems.append(Diagnostic(text, f"leave it out up to {context.native:,} tokens", "warning"))
         return self.judge(problems, ", ".join(seen))
 
 
-def _contexts(subject: Subject) -> Iterator[tuple[str, int, bool]]:
-    """Who promises how long a context, and whether with a rotary scaling."""
-    if subject.recipe is None and subject.engine is None:
-        raise Skip("give a RECIPE or --engine")
+def _contexts(subject: Subject) -> Iterator[_Context]:
     recipe = subject.recipe
-    if recipe is not None:
-        scaled = recipe.checkpoint.yarn_factor is not None
-        if subject.model is not None:
-            scaled = scaled or subject.source.config.rope_scaling is not None
-        yield "recipe", recipe.engine.max_seq_len, scaled
-        if subject.checkpoint is not None:
-            checkpoint = read_checkpoint_config(subject.checkpoint)
-            yield "checkpoint", recipe.engine.max_seq_len, checkpoint.rotary_scaling is not None
+    if recipe is None and subject.engine is None:
+        raise Skip("give a RECIPE or --engine")
+    if recipe is not None and (subject.model is not None or recipe.model is not None):
+        config, factor = subject.hf_config, recipe.checkpoint.yarn_factor
+        config = stretched(config, factor) if factor is not None else config
+        yield _Context("recipe", recipe.engine.max_seq_len, config.context, config.native_context)
+    if recipe is not None and subject.checkpoint is not None:
+        yield _context("checkpoint", recipe.engine.max_seq_len, read_checkpoint_config(subject.checkpoint))
     if subject.engine is not None:
-        config = subject.engine_config
-        yield "engine", config.build_config.max_seq_len, config.pretrained_config.rotary_scaling is not None
+        engine = subject.engine_config
+        yield _context("engine", engine.build_config.max_seq_len, engine.pretrained_config)
+
+
+def _context(name: str, tokens: int, config: CheckpointConfig) -> _Context:
+    scaling, reach = config.rotary_scaling or {}, config.max_position_embeddings
+    return _Context(name, tokens, reach, int(scaling.get("original_max_position_embeddings") or reach))
 
 
 class Conflicts(Check):

@@ -81,8 +81,11 @@ class SharedMemory(Check):
         problems = []
         if total < ranks * _SHM_PER_RANK:
             text = f"/dev/shm has {total / GIB:.2f} GiB for {ranks} ranks, one GiB each is needed"
-            problems.append(Diagnostic(text, "start the container with --ipc=host or --shm-size=16g"))
-        if subject.host.gpus and ranks > 1:
+            remedy = "start the container with --ipc=host or --shm-size=16g"
+            if subject.starts_containers and subject.host.gpus:  # with --ipc=host, which takes the host's
+                remedy = "mount -o remount,size=16g /dev/shm"
+            problems.append(Diagnostic(text, remedy))
+        if subject.host.gpus and subject.engine_ranks > 1 and not subject.starts_containers:
             problems += _limits(system)
         stale = _stale_segments(system)
         if stale:

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trtqwen.diagnostics import TrtQwenError
-from trtqwen.doctor import engine, gpu, live, machine, model, parity, recipe, repository, software
+from trtqwen.containers import ContainerPlan, prepared
+from trtqwen.diagnostics import ContainerError, TrtQwenError
+from trtqwen.doctor import (
+    cards,
+    docker,
+    engine,
+    files,
+    gpu,
+    live,
+    machine,
+    model,
+    parity,
+    recipe,
+    repository,
+    software,
+)
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
+from trtqwen.engine.explain import explain
 
-_MODULES = (software, machine, model, recipe, engine, repository, gpu, live, parity)
+_MODULES = (software, machine, model, recipe, engine, repository, files, gpu, live, parity, docker, cards)
 CHECKS: tuple[Check, ...] = tuple(
     sorted((check for module in _MODULES for check in module.CHECKS), key=lambda check: check.id)
 )
@@ -49,6 +66,8 @@ def examine(subject: Subject, started: Callable[[Check], None] = lambda check: N
 
 def run_check(check: Check, subject: Subject) -> Result:
     """What a check says; a skip and an error are answers too."""
+    if check.place == "host" and subject.host.image is not None:
+        return Result("skip", "a check of the host, outside of the container")
     try:
         return check.run(subject)
     except Skip as reason:
@@ -58,3 +77,34 @@ def run_check(check: Check, subject: Subject) -> Result:
     except OSError as problem:
         where = problem.filename or "this host"
         return check.found(f"{where}: {problem.strerror or problem}", "look at its permissions")
+
+
+def examine_in_container(plan: ContainerPlan, subject: Subject) -> list[Finding]:
+    """Every check's finding: those of the host from here, all others from inside the container of `plan`.
+
+    Args:
+        subject: this host, with what was named.
+
+    Raises:
+        ContainerError: if docker does not answer, or the container does not run.
+    """
+    plan = prepared(plan)
+    process = subprocess.run(plan.command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    try:
+        inside = {entry["id"]: entry for entry in json.loads(process.stdout)["checks"]}
+    except (ValueError, KeyError, TypeError):
+        explanation = explain((process.stderr + process.stdout).splitlines())
+        first = explanation.first
+        lines = "; ".join(line for _, line in explanation.telling[:2])
+        raise ContainerError(
+            f"the container ended with exit code {process.returncode}: {first.cause if first else lines}",
+            first.hint if first else "run it by hand: --dry-run prints the command",
+        ) from None
+    findings = []
+    for check in CHECKS:
+        entry = inside.get(check.id)
+        if check.place == "host" or entry is None:
+            findings.append(Finding(check, run_check(check, subject)))
+        else:
+            findings.append(Finding(check, Result(entry["verdict"], entry["evidence"], entry["hint"])))
+    return findings

@@ -8,14 +8,14 @@ from pathlib import Path
 from trtqwen.diagnostics import Diagnostic
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
+from trtqwen.engine.gates import driver_problem
 from trtqwen.facts.cards import has_peer_to_peer
 from trtqwen.facts.releases import (
     Image,
-    images,
+    known_image,
     known_release,
     last_engine_release,
     newest_image,
-    newest_image_for,
     release_facts,
     version,
 )
@@ -92,29 +92,15 @@ class Driver(Check):
         if driver is None:
             raise Skip("no NVIDIA driver here")
         image = _image(subject)
-        if version(driver) >= version(image.driver):
-            return Result("ok", f"driver {driver}, {_tag(image)} needs {image.driver}")
-        names = {gpu.name for gpu in subject.host.gpus}
-        text = f"driver {driver}, but {_tag(image)} needs {image.driver}"
-        remedy = f"install driver {image.driver} or newer"
-        if runs := newest_image_for(driver):
-            remedy += f", or use {runs.image} (TensorRT-LLM {runs.tensorrt_llm})"
-        if names and not any("GeForce" in name for name in names):
-            remedy += "; a data-centre card may also run it through cuda-compat"
-            return self.found(text, remedy, "warning")
-        return self.found(f"{text}: GeForce cards cannot use cuda-compat", remedy)
+        problem = driver_problem(driver, image, [gpu.name for gpu in subject.host.gpus])
+        tag = image.image.partition(":")[2]
+        return self.judge([problem] if problem else [], f"driver {driver}, {tag} was built with {image.driver}")
 
 
 def _image(subject: Subject) -> Image:
     """The image this runs in if it is a known one, else the newest that holds the recipe's release."""
-    for image in images():
-        if image.image == subject.host.image:
-            return image
-    return newest_image(subject.recipe.checkpoint.release if subject.recipe else last_engine_release())
-
-
-def _tag(image: Image) -> str:
-    return image.image.partition(":")[2]
+    release = subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
+    return known_image(subject.host.image) or newest_image(release)
 
 
 class Environment(Check):
@@ -138,15 +124,14 @@ class Environment(Check):
 
 
 def _peer_to_peer(subject: Subject) -> list[Diagnostic]:
-    """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data."""
-    environ = subject.system.environ
+    """GeForce drivers have no peer-to-peer, and some say they had: NCCL then hangs or hands out wrong data.
+
+    `trtqwen serve` and containers that trtqwen starts switch it off where it is not set.
+    """
     cards = [gpu for gpu in subject.host.gpus if not has_peer_to_peer(gpu.name)]
-    several = len(cards) > 1 and subject.local_ranks > 1
-    off = environ.get("NCCL_P2P_DISABLE", "0") != "0" or environ.get("NCCL_P2P_LEVEL") == "LOC"
-    if several and not off:
-        return [
-            Diagnostic(f"NCCL_P2P_DISABLE is not set for {len(cards)} GeForce cards", "export NCCL_P2P_DISABLE=1")
-        ]
+    if len(cards) > 1 and subject.engine_ranks > 1 and subject.system.environ.get("NCCL_P2P_DISABLE") == "0":
+        text = f"NCCL_P2P_DISABLE=0 lets NCCL try peer access between {len(cards)} GeForce cards, which have none"
+        return [Diagnostic(text, "unset NCCL_P2P_DISABLE: trtqwen then sets it to 1")]
     return []
 
 

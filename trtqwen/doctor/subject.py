@@ -96,6 +96,18 @@ class Subject:
         return max(1, len(self.host.gpus))
 
     @property
+    def engine_ranks(self) -> int:
+        """Ranks of one engine, as far as the recipe tells; else one for each GPU. A single one has no collectives."""
+        if self.recipe is not None:
+            return 1 if self.recipe.engine.backend == "torch" and not self.host.gpus else self.recipe.world_size
+        return max(1, len(self.host.gpus))
+
+    @property
+    def starts_containers(self) -> bool:
+        """Whether TensorRT-LLM is only in the image, which --in-container starts with its own limits."""
+        return self.host.tensorrt_llm is None and self.host.image is None
+
+    @property
     def named_recipe(self) -> Recipe:
         return _given(self.recipe, "give a RECIPE")
 

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from trtqwen.artifact import Manifest, check_output, finished_directory, read_manifest, stage_key, write_manifest
+from trtqwen.artifact import Manifest, check_output, load_manifest, read_manifest, stage_key
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.flags import NOT_IN_RESULT
 from trtqwen.engine.job import BuildJob, EngineBuilder, Watch
+from trtqwen.engine.model_builder import ModelBuilder
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
 from trtqwen.facts.names import CardName
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, LlmApiSettings, ServeRecipe, VllmSettings
+from trtqwen.stage import BuildEvents, Stage
 from trtqwen.system.host import Host
 
 
@@ -34,6 +38,12 @@ def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
     """What of a recipe changes the engine."""
     if recipe.backend == "torch":
         return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
+    if recipe.backend == "llmapi":
+        limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
+        return {"backend": "llmapi", "llmapi": (recipe.llmapi or LlmApiSettings()).model_dump(), **limits}
+    if recipe.backend == "vllm":
+        limits = BuildConfig.model_validate(recipe.model_dump()).model_dump()
+        return {"backend": "vllm", "vllm": (recipe.vllm or VllmSettings()).model_dump(), **limits}
     return recipe.model_dump(exclude=set(NOT_IN_RESULT))
 
 
@@ -53,6 +63,88 @@ def check_max_seq_len(recipe: EngineRecipe, max_position_embeddings: int) -> Non
         )
 
 
+@dataclass
+class EngineStage(Stage):
+    """The second stage of a build.
+
+    Args:
+        checkpoint: the checkpoint's directory, which need not be there before `run`.
+        checkpoint_key: its manifest key.
+        serve: how the engine will be served: one that cannot be served so is refused.
+        card: the GPU it is for; None takes the one that is here.
+        host: this machine; None looks at it.
+    """
+
+    name = section = "engine"
+
+    checkpoint: Path
+    checkpoint_key: str
+    recipe: EngineRecipe
+    directory: Path
+    serve: ServeRecipe | None = None
+    card: CardName | None = None
+    host: Host | None = None
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.checkpoint,)
+
+    def inputs(self) -> dict[str, str]:
+        return {"checkpoint": self.checkpoint_key}
+
+    def parameters(self) -> dict[str, Any]:
+        return engine_parameters(self.recipe)
+
+    def check(self, *, force: bool) -> None:
+        """Read the finished checkpoint, and check that this machine can build its engine.
+
+        Raises:
+            InputError: if the checkpoint is not finished or does not carry the recipe's limits.
+            EngineError: if the engine cannot be built on this machine.
+            OutputError: if `directory` exists and `force` is not set.
+        """
+        job = self._job()
+        check_output(self.directory, force=force, sources=self.sources)
+        self._builder().check(job)
+
+    def run(self, directory: Path, events: BuildEvents) -> Mapping[str, str]:
+        """Build the engine.
+
+        Raises:
+            EngineError: if building it fails.
+        """
+        job, checkpoint = self._job(), self.checkpoint
+        self._builder().build(job, directory, events.built)
+        if (checkpoint / TOKENIZER_DIRECTORY).is_dir():
+            shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)
+        outputs = load_manifest(checkpoint, "checkpoint").outputs
+        return {name: record.digest for name, record in outputs.items() if name != CONFIG}
+
+    def _builder(self) -> EngineBuilder:
+        if self.recipe.backend == "torch":
+            return TorchBuilder()
+        if self.recipe.backend in ("vllm", "llmapi"):
+            return ModelBuilder()
+        return TrtLlmBuilder(self.host)
+
+    def _job(self) -> BuildJob:
+        manifest = read_manifest(self.checkpoint, "checkpoint")
+        if manifest.key != self.checkpoint_key:
+            raise InputError(f"{self.checkpoint}: another process has replaced it", "run the command again")
+        config = read_checkpoint_config(self.checkpoint)
+        check_max_seq_len(self.recipe, config.max_position_embeddings)
+        return BuildJob(
+            checkpoint=self.checkpoint,
+            checkpoint_key=manifest.key,
+            settings=_settings(manifest, self.checkpoint),
+            ranks=config.mapping.world_size,
+            recipe=self.recipe,
+            output=self.directory,
+            serve=self.serve,
+            card=self.card,
+        )
+
+
 def build_engine(
     checkpoint: Path,
     recipe: EngineRecipe,
@@ -64,41 +156,17 @@ def build_engine(
     host: Host | None = None,
     watch: Watch = lambda progress: None,
 ) -> Manifest:
-    """Build the engine of a finished checkpoint.
-
-    Args:
-        serve: how the engine will be served: one that cannot be served so is refused.
-        card: the GPU it is for; None takes the one that is here.
-        host: this machine; None looks at it.
-        watch: called with every line that trtllm-build prints.
+    """Build the engine of a finished checkpoint; the arguments are those of `EngineStage`.
 
     Raises:
         InputError: if the checkpoint is not finished or does not carry the recipe's limits.
         EngineError: if the engine cannot be built on this machine, or building it fails.
         OutputError: if `output` exists and `force` is not set.
     """
-    source = read_manifest(checkpoint, "checkpoint")
-    config = read_checkpoint_config(checkpoint)
-    check_max_seq_len(recipe, config.max_position_embeddings)
-    check_output(output, force=force, sources=[checkpoint])
-    job = BuildJob(
-        checkpoint=checkpoint,
-        checkpoint_key=source.key,
-        settings=_settings(source, checkpoint),
-        ranks=config.mapping.world_size,
-        recipe=recipe,
-        output=output,
-        serve=serve,
-        card=card,
-    )
-    builder: EngineBuilder = TorchBuilder() if recipe.backend == "torch" else TrtLlmBuilder(host)
-    builder.check(job)
-    with finished_directory(output, force=force, sources=[checkpoint]) as directory:
-        builder.build(job, directory, watch)
-        if (checkpoint / TOKENIZER_DIRECTORY).is_dir():
-            shutil.copytree(checkpoint / TOKENIZER_DIRECTORY, directory / TOKENIZER_DIRECTORY)
-        known = {name: record.digest for name, record in source.outputs.items() if name != CONFIG}
-        return write_manifest(directory, "engine", {"checkpoint": source.key}, engine_parameters(recipe), known)
+    key = read_manifest(checkpoint, "checkpoint").key
+    stage = EngineStage(checkpoint, key, recipe, output, serve, card, host)
+    stage.check(force=force)
+    return stage.make(force=force, events=BuildEvents(built=watch))
 
 
 def _settings(source: Manifest, checkpoint: Path) -> CheckpointRecipe:

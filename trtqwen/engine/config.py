@@ -12,9 +12,9 @@ from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.diagnostics import InputError
 from trtqwen.layout import CONFIG
 from trtqwen.quantize.weight_only import Int8Layout
-from trtqwen.recipe import Positive
+from trtqwen.recipe import LlmApiSettings, Positive, VllmSettings
 
-Backend = Literal["tensorrt_llm", "torch"]
+Backend = Literal["tensorrt_llm", "torch", "vllm", "llmapi"]
 
 
 class BuildConfig(BaseModel):
@@ -41,6 +41,7 @@ class EngineConfig(BaseModel):
 
     Attributes:
         version: the TensorRT-LLM release that built it; None for a torch engine.
+        vllm, llmapi: how these run, for their backends.
         int8_layout: how INT8 weight-only matrices lie in the rank files of a torch engine.
     """
 
@@ -48,6 +49,8 @@ class EngineConfig(BaseModel):
 
     backend: Backend = "tensorrt_llm"  # trtllm-build does not name itself
     version: str | None = None
+    vllm: VllmSettings | None = None
+    llmapi: LlmApiSettings | None = None
     int8_layout: Int8Layout | None = None
     pretrained_config: CheckpointConfig
     build_config: BuildConfig

@@ -1,12 +1,55 @@
-"""Whether an engine can be built on this machine, told before trtllm-build is started."""
+"""Whether an engine can be built on this machine and an image run on it, told before anything is started."""
 
 from __future__ import annotations
 
-from trtqwen.diagnostics import EngineError
+from collections.abc import Sequence
+
+from trtqwen.diagnostics import Diagnostic, EngineError
 from trtqwen.facts.cards import card_facts
 from trtqwen.facts.names import CardName, Release
-from trtqwen.facts.releases import known_release, last_engine_release, newest_image, release_facts, version
+from trtqwen.facts.releases import (
+    Image,
+    known_release,
+    last_engine_release,
+    newest_image,
+    newest_image_for,
+    release_facts,
+    version,
+)
 from trtqwen.system.host import Host
+
+
+def driver_problem(driver: str, image: Image, gpus: Sequence[str] = ()) -> Diagnostic | None:
+    """What a driver means for an image; None where it is as new as the one that the image was built with.
+
+    The major version of the image's CUDA decides: a driver below it cannot run the image, one between that and the
+    built one can.
+
+    Args:
+        gpus: names of the GPUs, as nvidia-smi has them.
+    """
+    if version(driver) >= version(image.driver):
+        return None
+    tag, oldest = image.image.partition(":")[2], image.oldest_driver
+    if version(driver) >= version(oldest):
+        return Diagnostic(
+            f"driver {driver} is older than {image.driver}, which {tag} was built with; it runs the image, as CUDA "
+            f"{image.cuda} needs {oldest} or newer",
+            "nothing, unless kernels fail to load: then update the driver",
+            "warning",
+            "driver",
+        )
+    runs = newest_image_for(driver)
+    older = f", or set checkpoint.release {runs.tensorrt_llm} for {runs.image}, the newest it runs" if runs else ""
+    why = "GeForce cards have no forward compatibility"
+    if gpus and not any("GeForce" in name for name in gpus):
+        why = "forward compatibility needs the image's own entrypoint, which --in-container does not run"
+    return Diagnostic(
+        f"{image.image}: CUDA {image.cuda} needs NVIDIA driver {oldest} or newer, here is {driver}, and {why}",
+        f"update the driver{older}",
+        "error",
+        "driver",
+    )
 
 
 def check_host(host: Host, release: Release, card: CardName | None, *, workers: int, command: str) -> None:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from trtqwen.facts.names import CardName
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.stage import BuildProgress
 
 
 @dataclass(frozen=True)
@@ -33,20 +34,6 @@ class BuildJob:
     output: Path
     serve: ServeRecipe | None = None
     card: CardName | None = None
-
-
-@dataclass(frozen=True)
-class BuildProgress:
-    """How far a build is.
-
-    Attributes:
-        line: the builder's latest line.
-        ranks_done: rank files there, of `ranks`.
-    """
-
-    line: str
-    ranks_done: int
-    ranks: int
 
 
 Watch = Callable[[BuildProgress], None]

@@ -23,7 +23,7 @@ class Provenance(BaseModel):
 
     Attributes:
         compute_capability: the GPU's; the engine runs on no other.
-        image: the container image it was built in, as far as it is known.
+        image, image_digest: the container image it was built in, as far as it is known.
         checkpoint: manifest key of the checkpoint.
         flags: every flag of trtllm-build but the paths.
         changes: what the builder made of them.
@@ -39,6 +39,7 @@ class Provenance(BaseModel):
     compute_capability: str
     driver: str | None
     image: str | None
+    image_digest: str | None = None
     checkpoint: str
     flags: dict[str, int | str | bool]
     changes: list[SettingChange]
@@ -58,6 +59,7 @@ def provenance_of(host: Host, checkpoint: str, flags: Flags, changes: list[Setti
         compute_capability=gpu.compute_capability,
         driver=host.driver,
         image=host.image,
+        image_digest=host.image_digest,
         checkpoint=checkpoint,
         flags=dict(flags),
         changes=changes,

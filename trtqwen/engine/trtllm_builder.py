@@ -14,9 +14,10 @@ from trtqwen.engine.effective import changed_settings, check_promises
 from trtqwen.engine.explain import explain
 from trtqwen.engine.flags import NOT_IN_RESULT, Flags, build_flags, check_against_help, check_command, command_line
 from trtqwen.engine.gates import check_host
-from trtqwen.engine.job import BuildJob, BuildProgress, Watch
+from trtqwen.engine.job import BuildJob, Watch
 from trtqwen.engine.provenance import PROVENANCE, provenance_of
 from trtqwen.layout import CONFIG, rank_engine
+from trtqwen.stage import BuildProgress
 from trtqwen.system.child import run_logged
 from trtqwen.system.host import Host, read_host
 
@@ -110,9 +111,11 @@ class TrtLlmBuilder:
             ) from None
         if result.returncode != 0:
             output = result.stdout + result.stderr
-            findings = explain(output.splitlines())
-            why = f"{findings[0].cause}; {findings[0].hint}" if findings else _last_line(output)
-            raise EngineError(f"`trtllm-build --help` failed ({_ending(result.returncode)}): {why}")
+            first = explain(output.splitlines()).first
+            why = first.cause if first else _last_line(output)
+            raise EngineError(
+                f"`trtllm-build --help` failed ({_ending(result.returncode)}): {why}", first.hint if first else ""
+            )
         return result.stdout
 
 
@@ -138,15 +141,16 @@ def _ending(code: int) -> str:
 
 def _cause(code: int, log: Path) -> str:
     with log.open(encoding="utf-8", errors="replace") as file:
-        findings = explain(file)
-    if findings:
-        return f"{findings[0].cause}; {findings[0].hint}"
+        explanation = explain(file)
+    if explanation.first is not None:
+        return f"{explanation.first.cause}; {explanation.first.hint}"
     if code in (-signal.SIGKILL, 128 + signal.SIGKILL):
         return (
             "it was killed from outside, usually by the kernel because the host ran out of memory; lower "
             "engine.workers, or give the host or container more memory"
         )
-    return "for a reason that trtqwen does not know; read the log"
+    shown = "; ".join(f"line {number}: {line}" for number, line in explanation.telling[:2])
+    return f"the cause is not known{f', see {shown}' if shown else ''}"
 
 
 def _last_line(text: str) -> str:

@@ -26,7 +26,8 @@ class DeviceChoice:
         device: `cpu`, or the rank's own card.
         dtype: of the computation.
         kv_dtype: of the KV cache: int8 if the checkpoint says so, `dtype` otherwise.
-        kernels: `fused` is the CUDA model with kernels in the Triton language; `plain` is PyTorch's operators.
+        kernels: `fused` is the CUDA model with kernels in the Triton language; `packed`, on the CPU, has matrices
+            packed for oneDNN and INT8 kernels; `plain` is PyTorch's operators.
         attention: `fused` (CUDA), `cpu`, or `plain`, the formula written out.
         graphs: whether generation steps are replayed as CUDA graphs.
         overlap: whether a step is scheduled while the one before runs.
@@ -35,7 +36,7 @@ class DeviceChoice:
     device: torch.device
     dtype: torch.dtype
     kv_dtype: torch.dtype
-    kernels: Literal["fused", "plain"]
+    kernels: Literal["fused", "packed", "plain"]
     attention: Literal["fused", "cpu", "plain"]
     graphs: bool
     overlap: bool
@@ -58,13 +59,21 @@ def choose_device(engine: EngineConfig, config: ExecutorConfig, rank: int) -> De
     attention = _attention(config)
     if kind != "cuda":
         kv_dtype = torch.float32  # what CPUs compute in; every 16-bit weight is exact in it
-        chosen: Literal["cpu", "plain"] = "plain" if attention == "plain" else "cpu"
-        return DeviceChoice(torch.device("cpu"), torch.float32, kv_dtype, "plain", chosen, False, False)
+        plain = attention == "plain" or importlib.util.find_spec("numba") is None
+        return DeviceChoice(
+            device=torch.device("cpu"),
+            dtype=torch.float32,
+            kv_dtype=kv_dtype,
+            kernels="plain" if plain else "packed",
+            attention="plain" if plain else "cpu",
+            graphs=False,
+            overlap=False,
+        )
     ranks, cards = engine.pretrained_config.layout.world_size, torch.cuda.device_count()
     if ranks > cards:
         raise EngineError(
             f"the engine has {ranks} ranks, and this host shows {cards} CUDA devices",
-            "convert with a smaller tp_size, show it more cards (CUDA_VISIBLE_DEVICES), or set serve.device: cpu",
+            "convert with a smaller tp_size, or show it more cards with CUDA_VISIBLE_DEVICES",
         )
     dtype = _DTYPES[engine.pretrained_config.dtype]
     fused = attention != "plain" and importlib.util.find_spec("triton") is not None

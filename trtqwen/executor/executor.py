@@ -18,23 +18,29 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig
 from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
+from trtqwen.executor.wire import EventDecoder, merged
 from trtqwen.system.processes import Relay
 
 OnResponse = Callable[[Response], None]
+_READ_BYTES = 1 << 20
 
 
 class Executor:
     """A running torch engine. Thread-safe; use as a context manager or call `shutdown`.
 
-    Callbacks run on the executor's reader thread: they must be quick and must not raise.
+    Callbacks run on the executor's reader thread: they must be quick and must not raise. Tokens that come while one
+    runs wait, and each request's are then handed over in one response.
+
+    Args:
+        verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
 
     Raises:
-        InputError: if the directory is not a finished engine.
+        InputError: if the directory is not a finished engine, or a file is not as it was written.
         EngineError: if the engine is for another builder, or a rank does not start.
     """
 
-    def __init__(self, engine: Path, config: ExecutorConfig | None = None) -> None:
-        read_manifest(engine, "engine")
+    def __init__(self, engine: Path, config: ExecutorConfig | None = None, *, verify: bool = True) -> None:
+        read_manifest(engine, "engine", digests=verify)
         self.engine_config = read_engine_config(engine)
         if self.engine_config.backend != "torch":
             raise EngineError(f"{engine}: was built by {self.engine_config.backend}", "serve it with TensorRT-LLM")
@@ -79,19 +85,7 @@ class Executor:
 
     def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
         """Run requests together and wait for all; each one's responses in order."""
-        responses: dict[str, list[Response]] = {request.id: [] for request in requests}
-        finished: queue.Queue[str] = queue.Queue()
-
-        def collect(response: Response) -> None:
-            responses[response.request_id].append(response)
-            if response.finish_reason is not None:
-                finished.put(response.request_id)
-
-        for request in requests:
-            self.submit(request, collect)
-        for _ in requests:
-            finished.get()
-        return [responses[request.id] for request in requests]
+        return collect_all(self.submit, requests)
 
     @property
     def alive(self) -> bool:
@@ -165,23 +159,34 @@ class Executor:
     def _read(self, rank: int) -> None:
         pipe = self._processes[rank].stdout
         assert pipe is not None
+        decoder = EventDecoder()
         with pipe:
-            for line in pipe:
-                self._handle(Event.model_validate_json(line))
+            while data := os.read(pipe.fileno(), _READ_BYTES):
+                responses = []
+                for item in decoder.decode(data):
+                    if isinstance(item, Response):
+                        responses.append(item)
+                    else:
+                        self._handle(item)
+                self._deliver(merged(responses))
         reason = f"rank {rank} ended with code {self._processes[rank].wait()}"
         self._relays[rank].join()  # a child of the rank may hold the pipe a little longer
         lines = " | ".join(self._relays[rank].last_lines)
         self._die(f"{reason}; its last lines: {lines}" if lines else reason)
 
-    def _handle(self, event: Event) -> None:
-        if event.response is not None:
-            response = event.response
-            with self._lock:
-                final = response.finish_reason is not None
-                callback = (self._callbacks.pop if final else self._callbacks.get)(response.request_id, None)
+    def _deliver(self, responses: list[Response]) -> None:
+        callbacks = self._callbacks
+        with self._lock:
+            ready = [
+                ((callbacks.pop if response.finish_reason else callbacks.get)(response.request_id, None), response)
+                for response in responses
+            ]
+        for callback, response in ready:
             if callback is not None:
                 callback(response)
-        elif event.stats is not None:
+
+    def _handle(self, event: Event) -> None:
+        if event.stats is not None:
             self._stats.put(event.stats)
         elif event.ready:
             self._ready.set()
@@ -202,6 +207,23 @@ class Executor:
             callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
         self._stats.put(None)
         self._ready.set()
+
+
+def collect_all(submit: Callable[[Request, OnResponse], None], requests: Sequence[Request]) -> list[list[Response]]:
+    """Submit requests together and wait for all; each one's responses in order."""
+    responses: dict[str, list[Response]] = {request.id: [] for request in requests}
+    finished: queue.Queue[str] = queue.Queue()
+
+    def collect(response: Response) -> None:
+        responses[response.request_id].append(response)
+        if response.finish_reason is not None:
+            finished.put(response.request_id)
+
+    for request in requests:
+        submit(request, collect)
+    for _ in requests:
+        finished.get()
+    return [responses[request.id] for request in requests]
 
 
 def _resident_bytes(process: subprocess.Popen[str]) -> int:

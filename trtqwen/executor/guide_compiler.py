@@ -120,6 +120,8 @@ def _compile(compiler: Any, params: GuidedDecodingParams) -> Any:
         return compiler.compile_json_schema(params.guide, any_whitespace=False)
     if params.guide_type == "regex":
         return compiler.compile_regex(params.guide)
+    if params.guide_type == "structural_tag":
+        return compiler.compile_structural_tag(params.guide)
     return compiler.compile_grammar(params.guide)
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.checkpoint.config import CheckpointConfig
-from trtqwen.executor.linear import LinearLoader, Tensors, need
+from trtqwen.executor.linear import LinearLoader, PackedLinear, Tensors, need
 from trtqwen.nn.ops import rms_norm, to_torch
 from trtqwen.nn.rotary import rotate
 
@@ -62,6 +62,8 @@ class RankLayer:
         """This rank's part of the MLP's output, [tokens, hidden]."""
         normed = self._norm(hidden, "post_layernorm")
         # In TensorRT-LLM `fc` goes through SiLU (Hugging Face's gate_proj) and `gate` does not (up_proj).
+        if isinstance(self._fc, PackedLinear) and isinstance(self._gate, PackedLinear):
+            return self._proj(self._gate.times(normed, self._fc.silu(normed)))
         return self._proj(F.silu(self._fc(normed)) * self._gate(normed))
 
     def _norm(self, hidden: Tensor, name: str) -> Tensor:

@@ -25,6 +25,7 @@ class Qwen2Model:
         int8_layout: how INT8 weight-only matrices lie in it.
         dtype: dtype of the computation and of the KV cache.
         num_blocks: KV cache blocks of each layer.
+        plain: use PyTorch's operators alone.
 
     Raises:
         CheckpointError: if a tensor is missing, or the checkpoint asks for what this engine does not compute.
@@ -42,6 +43,7 @@ class Qwen2Model:
         device: torch.device,
         num_blocks: int,
         tokens_per_block: int,
+        plain: bool = True,
     ) -> None:
         if config.hidden_act != "silu":
             raise CheckpointError(f"the torch engine does not compute hidden_act {config.hidden_act}", "only silu")
@@ -50,7 +52,7 @@ class Qwen2Model:
         self._attention = attention
         self._dtype = dtype
         self._device = device
-        loader = LinearLoader(config, int8_layout, dtype, device)
+        loader = LinearLoader(config, int8_layout, dtype, device, plain=plain)
         count = len(config.layout.stage_layers(communicator.stage, config.num_hidden_layers))
         self._layers = [
             RankLayer(config, tensors, f"transformer.layers.{index}", loader, dtype, device) for index in range(count)
@@ -59,7 +61,7 @@ class Qwen2Model:
             self._table(tensors, "transformer.vocab_embedding.weight") if communicator.is_first else None
         )
         self._gain = self._table(tensors, "transformer.ln_f.weight") if communicator.is_last else None
-        self._head = self._table(tensors, "lm_head.weight") if communicator.is_last else None
+        self._head = loader.floating(self._table(tensors, "lm_head.weight"), None) if communicator.is_last else None
         self._rotary = make_rotary(config.rotary_base, config.head_size, config.rotary_scaling, device)
         shape = (count, 2, num_blocks, config.local_kv_heads, tokens_per_block, config.head_size)
         self._kv_cache = torch.zeros(shape, dtype=dtype, device=device)
@@ -86,7 +88,7 @@ class Qwen2Model:
             logits = None
         else:
             hidden = rms_norm(hidden[batch.logit_rows], self._gain, self._config.norm_epsilon)
-            logits = communicator.gather(F.linear(hidden, self._head))
+            logits = communicator.gather(self._head(hidden))
         padded = -(-self._config.vocab_size // communicator.tp_size) * communicator.tp_size
         rows = torch.empty(len(batch.logit_rows), padded, dtype=self._dtype, device=self._device)
         logits = communicator.to_rank_0(logits, rows)
@@ -97,9 +99,7 @@ class Qwen2Model:
     ) -> Tensor:
         query, key, value = layer.qkv(hidden, cos, sin)
         keys, values = cache
-        block, offset = batch.slots // keys.shape[2], batch.slots % keys.shape[2]
-        keys[block, :, offset] = key
-        values[block, :, offset] = value
+        self._attention.store(key, value, keys, values, batch)
         return layer.dense(self._attention(query, keys, values, batch))
 
     def _embed(self, token_ids: Tensor, table: Tensor) -> Tensor:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from trtqwen.executor.request import PerfMetrics, Request, Response
+from trtqwen.executor.log_probs import Likeliest, likeliest, log_probs_of
+from trtqwen.executor.request import PerfMetrics, PromptLogProbs, Request, Response, TopLogProbs
 from trtqwen.executor.sampling import Sampled
-from trtqwen.executor.scheduler import Sequence, Step
+from trtqwen.executor.scheduler import Chunk, Sequence, Step
 
 
 @dataclass
 class _Record:
-    """A request's times, ns, and its context logits so far."""
+    """A request's times, ns, and what its prompt's logits say so far."""
 
-    wants_perf_metrics: bool
+    request: Request
     arrival: int
-    context_logits: list[Tensor]
+    context_logits: list[Tensor] = field(default_factory=list)
+    prompt_log_probs: list[Tensor] = field(default_factory=list)
+    prompt_top: list[Likeliest] = field(default_factory=list)
+    prompt_told: bool = False
     first_scheduled: int = 0
     first_token: int = 0
     last_token: int = 0
@@ -34,10 +38,15 @@ class OutputCollector:
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether no request wants more than tokens."""
+        return not self._records
+
     def arrived(self, request: Request) -> None:
         """Note the time of a request that wants more than tokens."""
-        if request.output.return_perf_metrics or request.output.return_context_logits:
-            self._records[request.id] = _Record(request.output.return_perf_metrics, time.monotonic_ns(), [])
+        if request.output.return_perf_metrics or request.output.reads_whole_prompt:
+            self._records[request.id] = _Record(request, time.monotonic_ns())
 
     def scheduled(self, sequences: Ordered[Sequence]) -> None:
         """Note times and blocks of a step's sequences."""
@@ -55,17 +64,14 @@ class OutputCollector:
         Returns:
             The rows to sample from, [chunks that sample, vocab_size].
         """
-        if all(chunk.num_logits == chunk.samples for chunk in step.chunks):
+        if not self._records or not any(map(_reads_prompt, step.chunks)):
             return logits
         sampled = []
         for chunk, rows in zip(
             step.chunks, torch.split(logits, [chunk.num_logits for chunk in step.chunks]), strict=True
         ):
-            if chunk.num_logits > chunk.samples:
-                record = self._records[chunk.request_id]
-                if chunk.start == 0:
-                    record.context_logits.clear()  # a paused request begins again
-                record.context_logits.append(rows.float().clone())
+            if _reads_prompt(chunk):
+                _read_prompt(self._records[chunk.request_id], chunk, rows)
             if chunk.samples:
                 sampled.append(rows[-1])
         return torch.stack(sampled) if sampled else logits[:0]
@@ -76,6 +82,8 @@ class OutputCollector:
         update: dict[str, object] = {}
         if response.token_ids and sampled.log_prob is not None:
             update["log_probs"] = (sampled.log_prob,)
+        if response.token_ids and sampled.top is not None:
+            update["top_log_probs"] = _top_log_probs([sampled.top])
         if response.token_ids and sampled.logits is not None:
             update["generation_logits"] = _to_bytes(sampled.logits)
         if record is not None:
@@ -84,13 +92,57 @@ class OutputCollector:
             if record.context_logits:
                 update["context_logits"] = b"".join(map(_to_bytes, record.context_logits))
                 record.context_logits.clear()
-            if record.wants_perf_metrics and response.finish_reason is not None:
+            if record.request.output.return_prompt_log_probs and not record.prompt_told and response.token_ids:
+                record.prompt_told = True
+                update["prompt_log_probs"] = _prompt_log_probs(record)
+            if record.request.output.return_perf_metrics and response.finish_reason is not None:
                 update["perf_metrics"] = _perf_metrics(record)
         return response.model_copy(update=update) if update else response
 
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended."""
         self._records.pop(request_id, None)
+
+
+def _reads_prompt(chunk: Chunk) -> bool:
+    """Whether the logits of a chunk's tokens are those after prompt tokens that the request wants to hear of."""
+    request = chunk.sequence.request
+    return (
+        request.output.reads_whole_prompt
+        and chunk.num_logits == len(chunk.token_ids)
+        and chunk.end <= len(request.input_token_ids)
+    )
+
+
+def _read_prompt(record: _Record, chunk: Chunk, rows: Tensor) -> None:
+    output, prompt = record.request.output, record.request.input_token_ids
+    if chunk.start == 0:  # a paused request begins again
+        record.context_logits.clear()
+        record.prompt_log_probs.clear()
+        record.prompt_top.clear()
+    if output.return_context_logits:
+        record.context_logits.append(rows.float().clone())
+    following = prompt[chunk.start + 1 : chunk.end + 1]
+    if output.return_prompt_log_probs and following:
+        places = rows[: len(following)]
+        record.prompt_log_probs.append(log_probs_of(places, torch.tensor(following, device=rows.device)))
+        if output.num_top_log_probs:
+            record.prompt_top.append(likeliest(places, output.num_top_log_probs))
+
+
+def _prompt_log_probs(record: _Record) -> PromptLogProbs:
+    values = torch.cat([torch.tensor([torch.nan]), *record.prompt_log_probs])
+    count = record.request.output.num_top_log_probs
+    if not count:
+        return PromptLogProbs(log_probs=_to_bytes(values))
+    width = record.prompt_top[0].ids.shape[1] if record.prompt_top else count
+    first = Likeliest(torch.full((1, width), -1, dtype=torch.int32), torch.full((1, width), torch.nan))
+    return PromptLogProbs(log_probs=_to_bytes(values), top=_top_log_probs([first, *record.prompt_top]))
+
+
+def _top_log_probs(parts: Ordered[Likeliest]) -> TopLogProbs:
+    ids, values = torch.cat([part.ids for part in parts]), torch.cat([part.log_probs for part in parts])
+    return TopLogProbs(ids=_to_bytes(ids), log_probs=_to_bytes(values))
 
 
 def _perf_metrics(record: _Record) -> PerfMetrics:

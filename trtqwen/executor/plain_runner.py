@@ -1,17 +1,15 @@
-"""Steps in plain PyTorch: the reference, the CPU's path, and what CUDA falls back to without the Triton language."""
+"""Steps computed as they come: the plain reference, the CPU, and CUDA without the Triton language."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from trtqwen.checkpoint.reader import read_rank
-from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig
-from trtqwen.executor.attention import AttentionBackend, AttentionBatch, CpuAttention, PlainAttention
+from trtqwen.executor.attention import AttentionBackend, AttentionBatch, PlainAttention
 from trtqwen.executor.config import WorkerConfig, kv_cache_blocks
 from trtqwen.executor.device import DeviceChoice
 from trtqwen.executor.inputs import StepInputs
@@ -56,20 +54,21 @@ def make_runner(
         engine.pretrained_config,
         dict(read_rank(config.engine, config.rank)),
         communicator,
-        _attention(),
+        _attention(choice),
         int8_layout=engine.int8_layout,
         dtype=choice.dtype,
         device=choice.device,
         num_blocks=num_blocks,
         tokens_per_block=engine.build_config.tokens_per_block,
+        plain=choice.kernels == "plain",
     )
     sampler = Sampler(engine.build_config.max_batch_size, choice.device)
     return Started(PlainRunner(model, choice.device), num_blocks, sampler)
 
 
-def _attention() -> AttentionBackend:
-    """The fast implementation, or the plain one where somebody doubts it."""
-    name = os.environ.get("TRTQWEN_ATTENTION", "cpu")
-    if name not in ("cpu", "plain"):
-        raise EngineError(f"TRTQWEN_ATTENTION is {name!r}", "set it to cpu or plain, or leave it unset")
-    return PlainAttention() if name == "plain" else CpuAttention()
+def _attention(choice: DeviceChoice) -> AttentionBackend:
+    if choice.attention != "cpu":
+        return PlainAttention()
+    from trtqwen.executor.attention.cpu import CpuAttention  # imports Numba
+
+    return CpuAttention()

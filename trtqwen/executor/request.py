@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 TokenId = Annotated[int, Field(ge=0)]
 Word = Annotated[tuple[TokenId, ...], Field(min_length=1)]
-GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar"]
+GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar", "structural_tag"]
 
 
 def _is_bias(value: float) -> float:
@@ -66,12 +66,21 @@ class OutputConfig(_Message):
         return_context_logits: the logits after every prompt token; such a request reuses no KV cache blocks.
         return_generation_logits: the logits that each token was chosen from, before penalties and masks.
         return_perf_metrics: times and blocks, with the last response.
+        num_top_log_probs: so many of the likeliest tokens at each place that log probabilities are told of.
+        return_prompt_log_probs: each prompt token's log probability; such a request reuses no KV cache blocks.
     """
 
     return_log_probs: bool = False
     return_context_logits: bool = False
     return_generation_logits: bool = False
     return_perf_metrics: bool = False
+    num_top_log_probs: Annotated[int, Field(ge=0, le=100)] = 0
+    return_prompt_log_probs: bool = False
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether the logits after every prompt token are needed."""
+        return self.return_context_logits or self.return_prompt_log_probs
 
 
 class GuidedDecodingParams(_Message):
@@ -128,6 +137,30 @@ class PerfMetrics(_Message):
     kv_cache_reused_blocks: int
 
 
+class TopLogProbs(_Message):
+    """The likeliest tokens at each of some places.
+
+    Attributes:
+        ids: int32 [places, count].
+        log_probs: float32 [places, count].
+    """
+
+    ids: bytes
+    log_probs: bytes
+
+
+class PromptLogProbs(_Message):
+    """What the model thought of a prompt's tokens.
+
+    Attributes:
+        log_probs: float32 [prompt tokens]; NaN for the first one, which follows nothing.
+        top: the likeliest tokens at each place, -1 at the first; None unless asked for.
+    """
+
+    log_probs: bytes
+    top: TopLogProbs | None = None
+
+
 class Response(_Message):
     """New tokens of a request; the last response carries a finish reason.
 
@@ -136,6 +169,8 @@ class Response(_Message):
         log_probs: one for each of them, if asked for.
         context_logits: float32 [prompt tokens, vocab_size], with the first token.
         generation_logits: float32 [tokens of this response, vocab_size].
+        top_log_probs: the likeliest tokens in place of each of this response's, if asked for.
+        prompt_log_probs: of the prompt's tokens, with the first token of the answer.
         error: what went wrong, if `finish_reason` is `ERROR`.
     """
 
@@ -144,6 +179,8 @@ class Response(_Message):
     log_probs: tuple[float, ...] = ()
     context_logits: bytes | None = None
     generation_logits: bytes | None = None
+    top_log_probs: TopLogProbs | None = None
+    prompt_log_probs: PromptLogProbs | None = None
     perf_metrics: PerfMetrics | None = None
     finish_reason: FinishReason | None = None
     error: str | None = None
@@ -190,7 +227,7 @@ class Command(_Message):
 
 
 class Event(_Message):
-    """What a rank tells the client, one a line of JSON; exactly one field is set."""
+    """What a rank tells the client, in the frames of `wire`; exactly one field is set."""
 
     ready: bool = False
     response: Response | None = None

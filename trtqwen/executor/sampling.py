@@ -18,6 +18,7 @@ from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
+from trtqwen.executor.log_probs import Likeliest, likeliest
 from trtqwen.executor.penalties import PenaltyTables, adjustments, has_adjustments, has_penalties
 from trtqwen.executor.scheduler import Sequence
 
@@ -49,11 +50,13 @@ class Sampled:
     Attributes:
         log_prob: its log probability by the model itself, if the request wants it.
         logits: what the model said, float32 [vocab_size], if the request wants it.
+        top: the likeliest tokens in its place, if the request wants them.
     """
 
     token_id: int
     log_prob: float | None = None
     logits: Tensor | None = None
+    top: Likeliest | None = None
 
 
 class Pending:
@@ -61,6 +64,7 @@ class Pending:
 
     Attributes:
         tokens: int64 [rows], on the device.
+        plain: whether the rows ask for nothing but tokens.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class Pending:
         finish: Callable[[list[Sampled | RequestError]], None],
     ) -> None:
         self.tokens = tokens
+        self.plain = finish is _nothing
         self._own, self._refused, self._finish = own, refused, finish
         self._log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
         self._on_host = tokens.to("cpu", non_blocking=True)
@@ -80,13 +85,19 @@ class Pending:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def results(self) -> list[Sampled | RequestError]:
-        """Wait for the tokens: one for each row, or why there is none."""
+    def token_ids(self) -> list[int]:
+        """Wait for the tokens: an id for each row, or `NOT_FINITE`, or `NONE_LEFT`."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        token_ids: list[int] = self._on_host.tolist()
+        return token_ids
+
+    def results(self) -> list[Sampled | RequestError]:
+        """Wait for the tokens: one for each row, or why there is none."""
+        token_ids = self.token_ids()
         log_probs = None if self._log_probs is None else self._log_probs.tolist()
         results: list[Sampled | RequestError] = []
-        for row, token_id in enumerate(self._on_host.tolist()):
+        for row, token_id in enumerate(token_ids):
             if token_id == NOT_FINITE:
                 results.append(RequestError("the logits are not finite", "convert the model to bfloat16"))
             elif row in self._refused:
@@ -249,10 +260,12 @@ def _nothing(results: list[Sampled | RequestError]) -> None:
 
 def _asked_for(sequence: Sequence, sampled: Sampled) -> Sampled:
     output = sequence.request.output
+    count = output.num_top_log_probs if output.return_log_probs else 0
     return Sampled(
         sampled.token_id,
         sampled.log_prob if output.return_log_probs else None,
         sampled.logits if output.return_generation_logits else None,
+        None if sampled.logits is None or not count else likeliest(sampled.logits[None], count),
     )
 
 

@@ -7,11 +7,13 @@ process ends at once: a client that dies leaves no rank behind.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from typing import IO
 
 import torch
@@ -25,6 +27,8 @@ from trtqwen.executor.inputs import StepInputs
 from trtqwen.executor.loop import Commands, StepLoop
 from trtqwen.executor.parallel import Communicator, ProcessGroup, SingleRank
 from trtqwen.executor.request import Command, Event
+from trtqwen.executor.scheduler import Generated
+from trtqwen.executor.wire import EventEncoder
 from trtqwen.layout import TOKENIZER_DIRECTORY
 
 
@@ -32,7 +36,7 @@ def main() -> None:
     """Run one rank until standard input closes; a failure is told on standard output before leaving."""
     config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client, which closes our input
-    events, sys.stdout = sys.stdout, sys.stderr  # stray prints must not mix with events
+    events, sys.stdout = sys.stdout.buffer, sys.stderr  # stray prints must not mix with events
     commands: Commands = queue.Queue()
     threading.Thread(target=_read, args=(sys.stdin, commands), daemon=True).start()
     try:
@@ -43,7 +47,7 @@ def main() -> None:
         _leave(events, f"{type(problem).__name__}: {problem}")
 
 
-def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
+def _run(config: WorkerConfig, commands: Commands, events: IO[bytes]) -> None:
     torch.set_num_threads(config.threads)
     engine = read_engine_config(config.engine)
     choice = choose_device(engine, config.executor, config.rank)
@@ -61,10 +65,13 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[str]) -> None:
     started = make(config, engine, choice, communicator)
     limits = scheduler_config(engine, config.executor, started.num_blocks)
     communicator.broadcast(b"ready" if config.rank == 0 else None)
+    gc.collect()
+    gc.freeze()  # what is there now stays; collections of the rest are short
     if config.rank == 0:
+        encoder = EventEncoder()
 
-        def write(batch: list[Event]) -> None:
-            events.write("".join(event.model_dump_json(exclude_defaults=True) + "\n" for event in batch))
+        def write(batch: Iterable[Event | Generated]) -> None:
+            events.write(encoder.encode(batch))
             events.flush()
 
         decoder = GuidedDecoder(config.engine / TOKENIZER_DIRECTORY, limits.vocab_size)
@@ -82,8 +89,8 @@ def _read(lines: IO[str], commands: Commands) -> None:
     os._exit(0)
 
 
-def _leave(events: IO[str], error: str) -> None:
-    events.write(Event(fatal=error).model_dump_json(exclude_defaults=True) + "\n")
+def _leave(events: IO[bytes], error: str) -> None:
+    events.write(EventEncoder().encode([Event(fatal=error)]))
     events.flush()
     os._exit(1)
 

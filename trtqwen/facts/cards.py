@@ -20,6 +20,7 @@ class Card(BaseModel):
         compute_capability: CUDA's, `major.minor`; engines run on no other.
         usable_gib: memory that CUDA reports, in GiB.
         float16_tflops: float16 and bfloat16 products summed in float32, in TFLOP/s.
+        float16_sums: how much faster float16 products are that are summed in float16.
         int8_tops: INT8 products, in TOP/s.
         peer_to_peer: whether its driver lets cards read each other's memory; without, NCCL goes through the host.
     """
@@ -31,6 +32,7 @@ class Card(BaseModel):
     usable_gib: float
     bandwidth_gb_per_s: float
     float16_tflops: float
+    float16_sums: float
     int8_tops: float
     peer_to_peer: bool
 

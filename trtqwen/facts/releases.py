@@ -37,7 +37,7 @@ class Image(BaseModel):
     """A container image with Triton, TensorRT-LLM and its C++ backend.
 
     Attributes:
-        driver: the oldest driver that a GeForce card runs it with; forward compatibility is for data-centre cards.
+        driver: the driver that it was built with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -47,6 +47,12 @@ class Image(BaseModel):
     tensorrt: str
     cuda: str
     driver: str
+
+    @property
+    def oldest_driver(self) -> str:
+        """The oldest driver that runs it, on GeForce and data-center cards alike: CUDA's major version decides."""
+        oldest: str = _facts()["cuda_drivers"][self.cuda.partition(".")[0]]
+        return oldest
 
 
 def version(text: str) -> tuple[int, ...]:
@@ -85,14 +91,25 @@ def newest_image(release: Release) -> Image:
 
 
 def newest_image_for(driver: str) -> Image | None:
-    """The newest image that a driver runs on a GeForce card; None if it is too old for all."""
-    return next((image for image in reversed(images()) if version(driver) >= version(image.driver)), None)
+    """The newest image that a driver runs; None if it is too old for all."""
+    return next((image for image in reversed(images()) if version(driver) >= version(image.oldest_driver)), None)
+
+
+def known_image(name: str | None) -> Image | None:
+    """The known image of this name."""
+    return next((image for image in images() if image.image == name), None)
 
 
 def last_engine_release() -> Release:
     """The last release that builds engines; upstream removed the path after it."""
     release: Release = _facts()["last_engine_release"]
     return release
+
+
+def image_size_gb() -> float:
+    """Compressed size of an image, in GB."""
+    size: float = _facts()["image_size_gb"]
+    return size
 
 
 @cache

@@ -1,5 +1,8 @@
 """The gateway's process: `python -m trtqwen.gateway CONFIG [DESCRIPTOR]`, CONFIG a `GatewayConfig` as JSON.
 
+With several workers this process is the first one, and starts each worker with two descriptors more: its sockets to
+the broker.
+
 `trtqwen serve` starts it with the file descriptor of a bound socket. Then the gateway stops as by SIGTERM when its
 standard input closes: a parent that dies leaves no gateway behind.
 """
@@ -16,7 +19,7 @@ from pydantic import ValidationError
 
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.server import serve
+from trtqwen.gateway.listener import bind
 
 
 def main() -> int:
@@ -31,13 +34,33 @@ def main() -> int:
     listener = None
     if len(sys.argv) > 2:
         listener = socket.socket(fileno=int(sys.argv[2]))
+    worker = len(sys.argv) > 4
+    if listener is not None and not worker:
         threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
-        serve(config, listener)
+        if worker:
+            _serve_as_worker(config, listener)
+        elif config.num_workers > 1:
+            # Metrics are shared by what is set before they are imported.
+            from trtqwen.gateway.workers import run_workers
+
+            run_workers(config, listener or bind(config), config.num_workers)
+        else:
+            from trtqwen.gateway.server import serve
+
+            serve(config, listener)
     except TrtQwenError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return problem.exit_code
     return 0
+
+
+def _serve_as_worker(config: GatewayConfig, listener: socket.socket | None) -> None:
+    from trtqwen.gateway.admission.broker import Link
+    from trtqwen.gateway.server import serve
+
+    calls, news = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[3:5])
+    serve(config, listener, link=Link(calls, news))
 
 
 def _stop_with_parent() -> None:

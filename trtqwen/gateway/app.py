@@ -6,49 +6,54 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
-from fastapi.exceptions import RequestValidationError
-from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
+from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.middleware import Guard
-from trtqwen.gateway.api import routes
-from trtqwen.gateway.api.sse import ClientGone
+from trtqwen.gateway.api import messages, responses, routes, service
+from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
-from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
+from trtqwen.gateway.front import Front
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
-from trtqwen.gateway.state import running
+from trtqwen.gateway.state import Connect, running
 
+_LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
 
-def create_app(config: GatewayConfig) -> FastAPI:
+def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | None = None) -> FastAPI:
     """The application; it connects to Triton when a server starts it.
+
+    Args:
+        connect: makes the replica of each address.
+        link: to the broker, in one of several workers.
 
     Raises:
         InputError: if the repository, its chat template or the keys file cannot be used.
     """
     model = load_model(config.repository, config.model_name)
-    text = model.tokenizer.chat_template
-    template = None if text is None else ChatTemplate(text)
+    template = model.tokenizer.chat_template
     authenticator = read_keys(config.api_keys)
+    if link is not None:
+        authenticator = shared_authenticator(authenticator, link)
     metrics = Metrics()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with running(config, model, template, metrics) as runtime:
+        chat = None if template is None else ChatTemplate(template)
+        async with running(config, model, chat, metrics, connect, link) as runtime:
             app.state.runtime = runtime
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    app.include_router(routes.router)
-    app.add_exception_handler(ApiError, routes.on_api_error)
-    app.add_exception_handler(RequestValidationError, routes.on_invalid_request)
-    app.add_exception_handler(HTTPException, routes.on_http_error)
-    app.add_exception_handler(ClientGone, routes.on_client_gone)
-    app.add_exception_handler(Exception, routes.on_failure)
+    for router in (routes.router, responses.router, messages.router, service.router):
+        app.include_router(router)
+    add_handlers(app)
     app.add_middleware(
         Guard,
         authenticator=authenticator,
@@ -56,5 +61,15 @@ def create_app(config: GatewayConfig) -> FastAPI:
         max_header_bytes=config.max_header_bytes,
         max_body_bytes=config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len),
         body_seconds=config.body_seconds,
+    )
+    app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix)
+    # The last one is the first that a request meets: a preflight request has no key and no body.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=config.allowed_origins,
+        allow_origin_regex=_LOOPBACK if LOOPBACK_ORIGINS in config.allowed_origins else None,
+        allow_methods=("GET", "POST"),
+        allow_headers=("*",),
+        expose_headers=("x-request-id", "retry-after", "x-trtqwen-ignored"),
     )
     return app

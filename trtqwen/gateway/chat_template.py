@@ -1,41 +1,39 @@
-"""The model's own chat template, compiled once: it turns a conversation and its tools into a prompt."""
+"""The model's chat templates for clients of the web: what they cannot render is the client's mistake."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
-from trtqwen.diagnostics import SourceError
+from trtqwen.diagnostics import InputError
 from trtqwen.gateway.errors import bad_request
-from trtqwen.hf.tokenizer import chat_template
+from trtqwen.hf import chat_template as hf
 
 
 class ChatTemplate:
-    """A template that takes tools, for clients of the web.
+    """Renders what clients send.
 
     Attributes:
-        takes_tools: whether it has a place for tools.
-
-    Raises:
-        SourceError: if it is not a template.
+        takes_tools: whether there is a place for tools.
+        reasons: whether a template knows what a model thinks before it answers.
     """
 
-    def __init__(self, text: str) -> None:
-        try:
-            self._template = chat_template(text)
-        except TemplateError as problem:
-            raise SourceError(f"the model's chat template is broken ({problem})", "download it again") from None
-        self.takes_tools = "tools" in text
+    def __init__(self, template: hf.ChatTemplate) -> None:
+        self._template = template
+        self.takes_tools = template.takes_tools
+        self.reasons = any("<think>" in text or "</think>" in text for text in template.texts.values())
 
-    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]]) -> str:
+    def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt, ready for the assistant's turn.
+
+        Args:
+            options: further arguments of `trtqwen.hf.chat_template.ChatTemplate.render`; with
+                `continue_final_message` the last turn stays open.
 
         Raises:
             ApiError: if the template refuses the messages.
         """
         try:
-            return self._template.render(messages=messages, tools=tools or None, add_generation_prompt=True)
-        except (TemplateError, TypeError, ValueError) as problem:
-            raise bad_request(f"the chat template refuses these messages: {problem}", param="messages") from None
+            return self._template.render(messages, tools=tools or None, **options)
+        except InputError as problem:
+            raise bad_request(problem.what, param="messages") from None

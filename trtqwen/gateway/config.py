@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -20,6 +21,21 @@ def _host_and_port(text: str) -> str:
     return text
 
 
+def _origin(text: str) -> str:
+    scheme, _, host = text.partition("://")
+    if text not in ("*", LOOPBACK_ORIGINS) and (scheme not in ("http", "https") or not host or "/" in host):
+        raise ValueError(f"{text!r} is not an origin such as https://chat.example.com, nor *, nor {LOOPBACK_ORIGINS}")
+    return text
+
+
+def _path_prefix(text: str) -> str:
+    if text and (not text.startswith("/") or text.endswith("/")):
+        raise ValueError(f"{text!r} is not a path such as /llm")
+    return text
+
+
+LOOPBACK_ORIGINS = "loopback"
+_CPUS_A_WORKER, _MOST_WORKERS = 4, 8
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Count = Annotated[int, Field(ge=1)]
 
@@ -33,15 +49,25 @@ class GatewayConfig(BaseModel):
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None asks for no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
+        workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
+            eight at most.
         max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
             the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
-        default_max_tokens: answer tokens when the request names no limit; the context may leave fewer.
+        allowed_origins: origins whose web pages may read answers (CORS); `*` is any, `loopback` any on this machine.
+        path_prefix: what a proxy leaves in front of the paths, such as `/llm`; the paths work without it too.
+        unknown_fields: what a field does that no API here has: `refuse` the request, `warn` in the log and in the
+            header `x-trtqwen-ignored`, or `ignore` it.
+        special_tokens_in_messages: let special tokens that are written out in messages and tools count as such.
+            They can end a turn and forge another.
+        reasoning: tell what a model thinks between `<think>` and `</think>` apart from its answer; None does so for
+            a model whose chat template knows these tags.
+        default_max_tokens: answer tokens when the request names no limit; None is what the context leaves.
         max_tokens: the largest limit that a request may name; None is the context.
         kv_cache_tokens: tokens that one replica's KV cache holds; None is the repository's
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
         max_queued_requests, max_queued_tokens: what waits in front of the engine before requests are refused; None
-            is twice what the replicas run at once.
+            is twice what the replicas run at once, and at least 1024 requests and 2**21 tokens.
         queue_seconds: how long a request may wait for its turn.
         request_seconds: how long a request may take in all.
         stall_seconds: an answer without a new token for so long is ended; one that has none yet waits on as long as
@@ -63,10 +89,16 @@ class GatewayConfig(BaseModel):
     model_name: str | None = None
     api_keys: Path | None = None
     allow_anonymous: bool = False
+    workers: Count | None = None
     max_body_bytes: Count | None = None
     max_header_bytes: Count = 32 << 10
     max_choices: Count = 16
-    default_max_tokens: Count = 1024
+    allowed_origins: tuple[Annotated[str, AfterValidator(_origin)], ...] = (LOOPBACK_ORIGINS,)
+    path_prefix: Annotated[str, AfterValidator(_path_prefix)] = ""
+    unknown_fields: Literal["refuse", "warn", "ignore"] = "warn"
+    special_tokens_in_messages: bool = False
+    reasoning: bool | None = None
+    default_max_tokens: Count | None = None
     max_tokens: Count | None = None
     kv_cache_tokens: Count | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] | None = None
@@ -78,6 +110,11 @@ class GatewayConfig(BaseModel):
     drain_seconds: Positive = 30
     probe_seconds: Positive = 2
     prompt_tokens_per_second: Positive = 1000
+
+    @property
+    def num_workers(self) -> int:
+        """Workers on this machine."""
+        return self.workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // _CPUS_A_WORKER))
 
     @property
     def url(self) -> str:

@@ -1,4 +1,7 @@
-"""Errors as OpenAI's clients expect them: a status and `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as OpenAI's clients expect them: a status and `{"error": {"message", "type", "param", "code"}}`.
+
+Anthropic's clients find theirs in the same object: it also has `"type": "error"`, and the names of the types agree.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +43,14 @@ class ApiError(TrtQwenError):
         self.code = code
         self.param = param
         self.headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        if status == 401:
+            self.headers["WWW-Authenticate"] = "Bearer"
 
     @property
     def body(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, "type": "error"}
 
 
 def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:

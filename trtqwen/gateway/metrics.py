@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
+
+# Set before prometheus_client is imported, it makes all processes with the same value count together.
+SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
@@ -40,9 +46,21 @@ class Metrics:
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
 
+    def value(self, name: str) -> float:
+        """What a gauge says now."""
+        return self._everybody().get_sample_value(f"{_PREFIX}_{name}") or 0.0
+
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""
-        return generate_latest(self._registry)
+        return generate_latest(self._everybody())
+
+    def _everybody(self) -> CollectorRegistry:
+        """The metrics of all processes of this gateway."""
+        if SHARED_DIRECTORY not in os.environ:
+            return self._registry
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return registry
 
     def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(f"{_PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
@@ -51,4 +69,4 @@ class Metrics:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
     def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
+        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry, multiprocess_mode="mostrecent")

@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from google.protobuf import text_format
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from trtqwen.artifact import read_manifest
-from trtqwen.diagnostics import InputError, SourceError
+from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig, read_engine_config
 from trtqwen.gateway.errors import bad_request
+from trtqwen.hf.generation import GenerationDefaults, generation_defaults
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
 
-
-class GenerationDefaults(BaseModel):
-    """The sampling section of a model's generation_config.json; a missing file means sampling at temperature 1."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    do_sample: bool = True
-    temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
-    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    top_k: Annotated[int, Field(ge=0)] = 0
-    repetition_penalty: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+_EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
 
 
 @dataclass(frozen=True)
@@ -43,6 +31,8 @@ class ServedModel:
         kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
         copies: of the engine, which one Triton spreads its requests over.
         guided_decoding: whether the engine can be held to a JSON schema.
+        extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of the likeliest tokens and
+            of prompts) and `structural_tags`.
     """
 
     name: str
@@ -56,6 +46,7 @@ class ServedModel:
     kv_cache_tokens: int | None
     copies: int
     guided_decoding: bool
+    extensions: frozenset[str] = frozenset()
 
     def cache_tokens(self, configured: int | None) -> int:
         """Tokens that the KV cache of one copy of the engine holds.
@@ -66,8 +57,12 @@ class ServedModel:
         """
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
 
-    def encode(self, text: str, param: str) -> tuple[int, ...]:
+    def encode(self, text: str, param: str, *, mark: str = "", raw: bool = False) -> tuple[int, ...]:
         """Token ids of a text.
+
+        Args:
+            mark: a character that is no text; a special token that holds it is plain text.
+            raw: a prompt that no template rendered: with what the tokenizer puts around it, such as BOS.
 
         Raises:
             ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot.
@@ -77,7 +72,9 @@ class ServedModel:
         except UnicodeEncodeError as problem:
             what = f"{param}: character {problem.start} is half a surrogate pair"
             raise bad_request(f"{what}; send whole characters", param=param) from None
-        return tuple(self.tokenizer.encode(text))
+        if mark and mark in text:
+            return tuple(self.tokenizer.encode_marked(text, mark))
+        return tuple(self.tokenizer.encode_prompt(text) if raw else self.tokenizer.encode(text))
 
 
 def load_model(repository: Path, name: str | None = None) -> ServedModel:
@@ -104,22 +101,12 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         created=int(path.stat().st_mtime),
         fingerprint=f"fp_{manifest.key[:12]}",
         tokenizer=tokenizer,
-        defaults=_defaults(tokenizer.directory / "generation_config.json"),
+        defaults=generation_defaults(tokenizer.directory),
         limits=engine.build_config,
         vocab_size=engine.pretrained_config.vocab_size,
         tensors=frozenset(tensor.name for tensor in config.input),
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
         copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
+        extensions=_EXTENSIONS.get(engine.backend, frozenset()),
     )
-
-
-def _defaults(path: Path) -> GenerationDefaults:
-    if not path.is_file():
-        return GenerationDefaults()
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return GenerationDefaults.model_validate({key: value for key, value in content.items() if value is not None})
-    except ValidationError as problem:
-        field = ".".join(map(str, problem.errors()[0]["loc"]))
-        raise SourceError(f"{path}: field {field!r} is out of range", "correct it") from None

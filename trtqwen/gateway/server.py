@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import socket
 import time
@@ -11,12 +10,14 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from trtqwen.gateway.admission.broker import Link
 from trtqwen.gateway.admission.gate import stopping
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.front import RequestIds
 from trtqwen.gateway.listener import bind
+from trtqwen.gateway.protocol import protocol
 from trtqwen.gateway.state import Runtime
 
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
@@ -24,23 +25,30 @@ _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connection
 
 
 def serve(
-    config: GatewayConfig, listener: socket.socket | None = None, on_start: Callable[[], None] = lambda: None
+    config: GatewayConfig,
+    listener: socket.socket | None = None,
+    on_start: Callable[[], None] = lambda: None,
+    link: Link | None = None,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then refuse new requests, finish what runs, and return. For the main thread.
 
     Args:
         listener: a bound socket to serve on, instead of the config's address.
         on_start: called once clients are answered.
+        link: to the broker, in one of several workers.
 
     Raises:
         InputError: if the config cannot be used.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestIds())
+    form = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
+    logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
-    app = create_app(config)
+    app = create_app(config, link=link)
     settings = uvicorn.Config(
         app,
-        http=_protocol(config),
+        http=protocol(config),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -87,66 +95,3 @@ class _Server(uvicorn.Server):
             elif runtime.gate.idle:
                 self.should_exit = True
         return await super().on_tick(counter)
-
-
-def _protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
-    class Protocol(_LimitedProtocol):
-        max_header_bytes = config.max_header_bytes
-        header_seconds = config.body_seconds
-
-    return Protocol
-
-
-class _LimitedProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose headers are cut off when they do not end; the parser itself has no limit."""
-
-    max_header_bytes: int
-    header_seconds: float
-    _too_late: asyncio.TimerHandle
-
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        super().connection_made(transport)
-        self._expect_headers()
-
-    def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            self._header_bytes += len(data)
-        super().data_received(data)
-        if self._in_headers and self._header_bytes > self.max_header_bytes and not self.transport.is_closing():
-            self.transport.write(b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
-            self.transport.close()
-
-    def on_message_begin(self) -> None:
-        self._too_late.cancel()
-        self._expect_headers()
-        super().on_message_begin()
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        if self._in_headers:
-            super().on_header(name, value)
-            return
-        # A trailer, after a chunked body; nobody reads them.
-        self._header_bytes += len(name) + len(value)
-        if self._header_bytes > self.max_header_bytes:
-            self.transport.close()
-
-    def on_headers_complete(self) -> None:
-        self._too_late.cancel()
-        self._in_headers = False
-        super().on_headers_complete()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._too_late.cancel()
-        # uvicorn leaves it after a reset, and with it all of the connection until the time is over.
-        if self.timeout_keep_alive_task is not None:
-            self.timeout_keep_alive_task.cancel()
-        super().connection_lost(exc)
-
-    def _expect_headers(self) -> None:
-        self._header_bytes = 0
-        self._in_headers = True
-        self._too_late = self.loop.call_later(self.header_seconds, self._give_up)
-
-    def _give_up(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.close()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.broker import Link, SharedGate
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
@@ -17,6 +18,8 @@ from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
 
+_QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
+Connect = Callable[[str], Replica]  # makes the replica of an address
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 
 
@@ -40,20 +43,30 @@ def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
     cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
     capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
     replicas = len(config.triton)
+    requests, tokens = max(_QUEUED_REQUESTS, 2 * replicas * batch), max(_QUEUED_TOKENS, 2 * replicas * cache)
     queue = QueueLimits(
-        requests=2 * replicas * batch if config.max_queued_requests is None else config.max_queued_requests,
-        tokens=2 * replicas * cache if config.max_queued_tokens is None else config.max_queued_tokens,
+        requests=requests if config.max_queued_requests is None else config.max_queued_requests,
+        tokens=tokens if config.max_queued_tokens is None else config.max_queued_tokens,
     )
     return Admission(replicas, capacity, queue)
 
 
 @asynccontextmanager
 async def running(
-    config: GatewayConfig, model: ServedModel, template: ChatTemplate | None, metrics: Metrics
+    config: GatewayConfig,
+    model: ServedModel,
+    template: ChatTemplate | None,
+    metrics: Metrics,
+    connect: Connect = Replica,
+    link: Link | None = None,
 ) -> AsyncIterator[Runtime]:
-    """Connect to the replicas and watch them until the block ends."""
-    replicas = [Replica(address) for address in config.triton]
-    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds)
+    """Connect to the replicas and watch them until the block ends.
+
+    Args:
+        link: to the broker, in one of several workers.
+    """
+    replicas = [connect(address) for address in config.triton]
+    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds) if link is None else SharedGate(link)
     monitor = Monitor(
         replicas,
         gate,
@@ -63,12 +76,15 @@ async def running(
         prompt_tokens_per_second=config.prompt_tokens_per_second,
     )
     generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
-    watch = asyncio.create_task(monitor.watch())
+    tasks = [asyncio.create_task(monitor.watch())]
+    if isinstance(gate, SharedGate):
+        tasks.append(asyncio.create_task(gate.listen()))
     try:
         yield Runtime(config, model, template, metrics, gate, generator, monitor)
     finally:
-        watch.cancel()
-        with suppress(asyncio.CancelledError):
-            await watch
+        for task in tasks:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
         for replica in replicas:
             await replica.close()

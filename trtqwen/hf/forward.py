@@ -60,8 +60,7 @@ class LayerwiseModel:
         config = self._source.config
         gain = to_torch(self._source.tensor("model.norm.weight")).to(self._device, self._dtype)
         normed = rms_norm(hidden, gain, config.rms_norm_eps).to(self._compute)
-        tied = config.tie_word_embeddings or "lm_head.weight" not in self._source
-        head = self._source.tensor("model.embed_tokens.weight" if tied else "lm_head.weight")
+        head = self._source.tensor("model.embed_tokens.weight" if self._source.tied else "lm_head.weight")
         blocks = [
             F.linear(
                 normed, to_torch(head[start : start + _HEAD_ROWS]).to(self._device, self._dtype).to(self._compute)

@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from trtqwen.hf.config import ARCHITECTURE, HfConfig
+from trtqwen.hf.config import MODEL_TYPE, HfConfig
 
 _FACTS = Path(__file__).with_name("models.json")
 
@@ -23,7 +23,7 @@ def known_config(name: str) -> HfConfig:
     Raises:
         KeyError: if it is not one of `model_names`.
     """
-    common = {"architectures": [ARCHITECTURE], "model_type": "qwen2", "rms_norm_eps": 1e-6, "rope_theta": 1e6}
+    common = {"model_type": MODEL_TYPE, "rms_norm_eps": 1e-6, "rope_theta": 1e6}
     return HfConfig.model_validate({**common, "torch_dtype": "bfloat16", **_models()[name]})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from functools import cached_property
@@ -11,56 +10,61 @@ from pathlib import Path
 import numpy as np
 
 from trtqwen.artifact import digest_file
-from trtqwen.diagnostics import SourceError
+from trtqwen.diagnostics import Diagnostic, SourceError
+from trtqwen.hf.chat_template import template_files
 from trtqwen.hf.config import HfConfig, load_config, stretched
+from trtqwen.hf.names import EMBEDDING, LM_HEAD, check_names, check_specs, expected_tensors, stored_dtype
+from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
+from trtqwen.hf.weights import INDEX, open_weights, same_tensor
 from trtqwen.layout import CONFIG
 from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
 
-INDEX = "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
-
 
 class HfModel:
-    """An opened model directory. Opening reads headers only; every shard is checked for completeness.
+    """An opened model directory. Opening reads headers only; every tensor is there and has the shape of the config.
 
     Args:
         yarn_factor: stretch the context by YaRN, which config.json does not ask for.
 
+    Attributes:
+        findings: what is said of the directory: defaults that act, and what is not read.
+
     Raises:
-        SourceError: if the config or a shard is missing, cut short or damaged.
+        SourceError: if config or weights are missing, damaged, contradict each other or are of another kind of model.
     """
 
     def __init__(self, directory: Path, yarn_factor: float | None = None) -> None:
         self.directory = directory
         config = load_config(directory)
-        self.config: HfConfig = stretched(config, yarn_factor) if yarn_factor else config
-        self._files = _weight_files(directory)
-        self._readers = {path.name: SafetensorsReader(path, SourceError) for path in self._files}
-        self._owner = {name: reader for reader in self._readers.values() for name in reader}
+        weights = open_weights(directory)
+        self._readers, self._owner = weights.readers, weights.owner
+        ignored = check_names(directory, self._owner.keys(), config)
+        self._alias = {EMBEDDING: LM_HEAD} if EMBEDDING not in self._owner else {}
+        specs = {name: self.spec(name) for name in self._owner}
+        check_specs(directory, specs, config)
         self._examined: dict[str, tuple[str, float]] = {}
-        _check_index(directory, self._owner)
+        config, said = _with_dtype(directory, config, specs)
+        _check_tied(directory, config, self._owner)
+        self.findings: tuple[Diagnostic, ...] = (*config.findings, *weights.findings, *ignored, *said)
+        self.config: HfConfig = stretched(config, yarn_factor) if yarn_factor else config
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding."""
+        return self.config.tie_word_embeddings
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._owner)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._owner
+        return self._alias.get(name, name) in self._owner
 
     def spec(self, name: str) -> TensorSpec:
-        return self._reader(name).spec(name)
+        return self._reader(name).spec(self._alias.get(name, name))
 
     def tensor(self, name: str) -> Array:
         """A read-only view of the tensor, in the file's own dtype."""
-        return self._reader(name).tensor(name)
+        return self._reader(name).tensor(self._alias.get(name, name))
 
     def examine(self, name: str) -> float:
         """Read the tensor, take its digest, and return its largest magnitude.
@@ -69,7 +73,7 @@ class HfModel:
             SourceError: if it holds values that are not finite.
         """
         if name not in self._examined:
-            digest, largest = self._reader(name).examine(name)
+            digest, largest = self._reader(name).examine(self._alias.get(name, name))
             if not math.isfinite(largest):
                 count = self.count_beyond(name, math.inf)
                 raise SourceError(
@@ -85,61 +89,75 @@ class HfModel:
 
     def finish(self, name: str) -> None:
         """Give the tensor's memory back: call it when the tensor was used."""
-        self._reader(name).release(name)
+        self._reader(name).release(self._alias.get(name, name))
 
     def digests(self) -> dict[str, str]:
         """Content digest of every file that decides a conversion, by file name; reads what was not read yet."""
-        for name in self._owner:
+        small = {
+            str(path.relative_to(self.directory)): digest_file(path)
+            for path in [self.directory / CONFIG, *self.tokenizer_files]
+        }
+        return small | {
+            file: reader.file_digest(self._tensor_digests(reader)) for file, reader in self._readers.items()
+        }
+
+    def _tensor_digests(self, reader: SafetensorsReader) -> dict[str, str]:
+        digests, used = {}, expected_tensors(self.config)
+        for name in reader:
+            if self._owner[name] is not reader or name not in used:
+                digests[name] = reader.examine(name)[0]
+                reader.release(name)
+                continue
             if name not in self._examined:
                 self.examine(name)
                 self.finish(name)
-        digests = {name: digest for name, (digest, _) in self._examined.items()}
-        small = {path.name: digest_file(path) for path in [self.directory / CONFIG, *self.tokenizer_files]}
-        return small | {name: reader.file_digest(digests) for name, reader in self._readers.items()}
+            digests[name] = self._examined[name][0]
+        return digests
+
+    @property
+    def files(self) -> list[Path]:
+        """The files with the weights, and their index if there is one."""
+        index = self.directory / INDEX
+        return [*(reader.path for reader in self._readers.values()), *([index] if index.is_file() else [])]
 
     @cached_property
     def tokenizer_files(self) -> list[Path]:
         """Tokenizer, chat template and generation settings, as far as the directory has them."""
-        return [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()]
+        files = [self.directory / name for name in TOKENIZER_FILES if (self.directory / name).is_file()]
+        return files + template_files(self.directory)
 
     @property
     def num_values(self) -> int:
         """Parameters of the model."""
-        return sum(math.prod(self.spec(name).shape) for name in self)
+        return sum(math.prod(self.spec(name).shape) for name in self._owner)
 
     def _reader(self, name: str) -> SafetensorsReader:
-        try:
-            return self._owner[name]
-        except KeyError:
-            raise SourceError(
-                f"{self.directory}: tensor {name!r} is missing", "the model is incomplete, download it again"
-            ) from None
+        return self._owner[self._alias.get(name, name)]
 
 
-def _weight_files(directory: Path) -> list[Path]:
-    """All shards of the index, or every safetensors file of a directory without one (as TensorRT-LLM reads it)."""
-    index = directory / INDEX
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError):
-            raise SourceError(f"{index}: is not a safetensors index", "download the file again") from None
-        for name in names:
-            if not (directory / name).is_file():
-                raise SourceError(f"{directory / name}: this shard of the index is missing", "download it again")
-        return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
-    if not files:
-        raise SourceError(
-            f"{directory}: has no *.safetensors", "only safetensors are read (convert .bin files first)"
-        )
-    return files
+def _with_dtype(directory: Path, config: HfConfig, specs: dict[str, TensorSpec]) -> tuple[HfConfig, list[Diagnostic]]:
+    """The config with the dtype of the weights where it names none, as transformers' `auto` takes it."""
+    stored = stored_dtype(specs)
+    if config.torch_dtype is not None or stored is None:
+        return config, []
+    name = "float32" if stored.name == "float64" else stored.name
+    finding = Diagnostic(
+        f"{directory / CONFIG}: names no dtype: {name} is taken from the weights (NVIDIA's converter would take "
+        "float16)",
+        "",
+        "note",
+        "config",
+    )
+    return config.model_copy(update={"torch_dtype": name}), [finding]
 
 
-def _check_index(directory: Path, owner: dict[str, SafetensorsReader]) -> None:
-    index = directory / INDEX
-    if not index.is_file():
+def _check_tied(directory: Path, config: HfConfig, owner: dict[str, SafetensorsReader]) -> None:
+    """Refuse a head beside an embedding that it is said to be tied to, unless they are equal."""
+    if not config.tie_word_embeddings or LM_HEAD not in owner or EMBEDDING not in owner:
         return
-    for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
-        if name not in owner or owner[name].path.name != file:
-            raise SourceError(f"{index}: places tensor {name!r} in {file}, which does not hold it", "download again")
+    if not same_tensor(owner[EMBEDDING], EMBEDDING, owner[LM_HEAD], LM_HEAD):
+        raise SourceError(
+            f"{directory}: tie_word_embeddings is true, but {LM_HEAD} differs from the embedding; transformers 4 "
+            "drops it, transformers 5 keeps both",
+            "set tie_word_embeddings to false if the head was trained (as LoRA on both does), or remove the tensor",
+        )

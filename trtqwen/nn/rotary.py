@@ -1,4 +1,4 @@
-"""Rotary embedding: the rotation frequencies of a model, plain or stretched by YaRN."""
+"""Rotary embedding: the rotation frequencies of a model, plain, linearly stretched or stretched by YaRN."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ class Rotary:
 def make_rotary(base: float, head_size: int, scaling: Mapping[str, Any] | None, device: torch.device) -> Rotary:
     """The rotation of a config's base and scaling.
 
+    A linear scaling (Chen et al. 2023) divides every position by its factor.
+
     YaRN (Peng et al. 2023, as in transformers): dimensions that turn more than beta_fast times within the original
     context keep their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear
     ramp between; the sines are scaled by 0.1 ln(factor) + 1.
@@ -47,6 +49,8 @@ def make_rotary(base: float, head_size: int, scaling: Mapping[str, Any] | None, 
     kind = (scaling or {}).get("rope_type") or (scaling or {}).get("type") or "default"
     if scaling is None or kind == "default":
         return Rotary(frequencies, 1.0)
+    if kind == "linear":
+        return Rotary(frequencies / float(scaling["factor"]), 1.0)
     if kind != "yarn":
         raise InputError(
             f"rope_scaling type {kind} is not computed by the torch engine", "use the tensorrt_llm backend"

@@ -22,8 +22,9 @@ class Link(_Facts):
 
 
 class Links(_Facts):
-    """The two ends of what is thought possible."""
+    """What no link exceeds, and the two ends of what is thought likely."""
 
+    bound: Link
     fast: Link
     slow: Link
 
@@ -42,12 +43,21 @@ class Request(_Facts):
     answer_tokens: int
 
 
+class Share(_Facts):
+    """Measured speed by the bound, over the measured points of one kind: the lowest, the median and the highest."""
+
+    low: float
+    median: float
+    high: float
+    points: int
+
+
 class Assumptions(_Facts):
     """Everything assumed.
 
     Attributes:
         logits_buffers: buffers of max_batch_size x vocab_size values that engine and decoder hold.
-        compute_efficiency: share of the card's peak.
+        boost: by how much cards compute faster than their data sheets say.
         float32_rate: the peak in float32 by the peak in float16.
         typical_lengths: tokens of requests, prompt and answer together.
     """
@@ -56,7 +66,7 @@ class Assumptions(_Facts):
     context_gib: ContextMemory
     runtime_buffers_bytes: int
     logits_buffers: float
-    compute_efficiency: float
+    boost: float
     float32_rate: float
     links: Links
     request: Request

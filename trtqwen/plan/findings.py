@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 
 from trtqwen.checkpoint.config import Dtype
 from trtqwen.diagnostics import Diagnostic, InputError, Level
-from trtqwen.hf.config import TRAINED_CONTEXT, HfConfig
+from trtqwen.engine.limits import context_words, longer_context, needed_factor
+from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
 from trtqwen.plan.layouts import Layout
@@ -25,7 +25,6 @@ _SIZES = (
     "vocab_size",
     "tie_word_embeddings",
 )
-_LARGEST_FACTOR = 32  # of YaRN, in a recipe
 _MOST_TOKENS_A_STEP = 16384  # trtllm-build warns above; NVIDIA saw no gain from 8192 on
 _MOST_BUFFERS = 0.1  # share of the card
 _WORTH_SHARDING = 0.05  # share of the KV cache
@@ -115,25 +114,13 @@ def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Lay
 
 def _context(recipe: Recipe, config: HfConfig) -> Iterator[Diagnostic]:
     length, factor = recipe.engine.max_seq_len, recipe.checkpoint.yarn_factor
-    needed = max(1, math.ceil(length / TRAINED_CONTEXT))
-    stretch = f"lower engine.max_seq_len to {min(length, config.max_position_embeddings)}"
-    if 1 < needed <= _LARGEST_FACTOR and (config.rope_scaling is None or factor is not None):
-        stretch = f"set checkpoint.yarn_factor: {needed}.0"
-    if length > config.max_position_embeddings:
+    needed = needed_factor(recipe, config)
+    if length > config.context:
         yield Diagnostic(
-            f"engine.max_seq_len {length:,} exceeds the {config.max_position_embeddings:,} tokens that the model "
-            "carries; the build refuses it",
-            stretch,
+            f"engine.max_seq_len {length:,} exceeds {context_words(config)}; the build refuses it",
+            longer_context(recipe, config),
             "error",
             "context",
-        )
-    elif length > TRAINED_CONTEXT and config.rope_scaling is None:
-        yield Diagnostic(
-            f"engine.max_seq_len {length:,} is beyond the {TRAINED_CONTEXT:,} tokens that Qwen2.5 was trained on: "
-            "it reads more only with YaRN",
-            stretch,
-            "warning",
-            "yarn",
         )
     elif factor is not None and needed < factor:
         smallest = f"checkpoint.yarn_factor: {needed}.0" if needed > 1 else "no checkpoint.yarn_factor"
@@ -255,14 +242,14 @@ def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Diag
     low, high = sorted(_ratios(best, mine))
     if low < _CLEARLY_FASTER:
         return
-    merits = ["the latency of one stream"] if mine.one_stream.fast > best.one_stream.fast else []
+    merits = ["the latency of one stream"] if mine.one_stream.forecast.high > best.one_stream.forecast.high else []
     if mine.replicas * mine.full_length > best.replicas * best.full_length:
         merits.append("many long requests")
     keep = f"; {mine.name} is for {' and '.join(merits)}" if merits else ""
     yield Diagnostic(
-        f"{best.name} gives {low:.1f} to {high:.1f} times the throughput of {mine.name}, with {best.load} requests "
-        f"in flight instead of {mine.load}; one stream alone runs at {_span(best.one_stream)} tokens/s there, at "
-        f"{_span(mine.one_stream)} here",
+        f"{best.name} is likely to give {low:.1f} to {high:.1f} times the throughput of {mine.name}, with "
+        f"{best.load} requests in flight instead of {mine.load}; one stream alone runs at about "
+        f"{best.one_stream.forecast.typical:,.0f} tokens/s there, at {mine.one_stream.forecast.typical:,.0f} here",
         f"set checkpoint.tp_size: {best.tp_size}{', pp_size: 1' * (mine.pp_size > 1)} and serve.replicas: "
         f"{best.replicas}{keep}",
         "warning",
@@ -286,13 +273,10 @@ def _embedding(recipe: Recipe, memory: tuple[RankMemory, ...]) -> Iterator[Diagn
 
 
 def _ratios(layout: Layout, by: Layout) -> tuple[float, float]:
-    return layout.throughput.fast / by.throughput.fast, layout.throughput.slow / by.throughput.slow
+    """With the slow link and with the fast one; what measured points reach is the same for both layouts."""
+    one, other = layout.throughput.forecast, by.throughput.forecast
+    return one.low / other.low, one.high / other.high
 
 
 def _gib(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB"
-
-
-def _span(span: tuple[float, float]) -> str:
-    low, high = f"{min(span):,.0f}", f"{max(span):,.0f}"
-    return low if low == high else f"{low} to {high}"

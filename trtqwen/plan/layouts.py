@@ -10,8 +10,9 @@ from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import assumptions
-from trtqwen.plan.memory import concurrency, plan_memory
-from trtqwen.plan.speed import Roofline, Span
+from trtqwen.plan.measured import shares
+from trtqwen.plan.memory import RankMemory, concurrency, plan_memory
+from trtqwen.plan.speed import Rate, Roofline, recipe_rates
 from trtqwen.recipe import Recipe
 
 
@@ -33,8 +34,8 @@ class Layout:
     tokens: int
     full_length: int
     load: int
-    one_stream: Span
-    throughput: Span
+    one_stream: Rate
+    throughput: Rate
 
     @property
     def world_size(self) -> int:
@@ -68,15 +69,15 @@ def typical_request(recipe: Recipe) -> tuple[int, int]:
     return max(1, length - answer), answer
 
 
-def _throughput(recipe: Recipe, speed: Roofline, sequences: int) -> Span:
-    """Answer tokens per second of a replica that always has `sequences` typical requests and reads their prompts."""
-    prompt, answer = typical_request(recipe)
-    context, generation = speed.largest_step(prompt), speed.generation(sequences, prompt + answer // 2)
-    return Span(
-        *(
-            answer / (prompt / read + answer / written)
-            for read, written in zip(context.rate, generation.rate, strict=True)
-        )
+def recipe_roofline(recipe: Recipe, config: HfConfig, dtype: Dtype, memory: tuple[RankMemory, ...]) -> Roofline:
+    """The speed of one replica of a recipe for the backend tensorrt_llm."""
+    settings = recipe.checkpoint
+    return Roofline(
+        config,
+        RankMapping(settings.tp_size, settings.pp_size),
+        recipe_rates(recipe, dtype, memory),
+        shares(),
+        sharded=settings.embedding_sharding != "none",
     )
 
 
@@ -101,8 +102,7 @@ def _layout(
         return None
     prompt, answer = typical_request(recipe)
     sequences = concurrency(changed, memory[0].kv_blocks, prompt + answer).sequences
-    speed = Roofline(changed, config, dtype, memory)
-    throughput = _throughput(changed, speed, sequences)
+    speed = recipe_roofline(changed, config, dtype, memory)
     return Layout(
         tp_size=tp_size,
         pp_size=pp_size,
@@ -111,5 +111,5 @@ def _layout(
         full_length=full_length,
         load=replicas * sequences,
         one_stream=speed.generation(1, prompt + answer).rate,
-        throughput=Span(replicas * throughput.fast, replicas * throughput.slow),
+        throughput=speed.throughput(sequences, prompt, answer).rate.times(replicas),
     )

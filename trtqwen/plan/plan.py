@@ -15,15 +15,16 @@ from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.known import known_config
 from trtqwen.plan.assumptions import assumptions
 from trtqwen.plan.findings import find
-from trtqwen.plan.layouts import Layout, plan_layouts, typical_request
+from trtqwen.plan.layouts import Layout, plan_layouts, recipe_roofline, typical_request
+from trtqwen.plan.measured import shares
 from trtqwen.plan.memory import Concurrency, RankMemory, concurrency, plan_memory
-from trtqwen.plan.speed import Context, Generation, Roofline, Span, Step
+from trtqwen.plan.speed import Generation, Rate, Roofline, Work
 from trtqwen.recipe import Recipe
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Bounds of one replica.
+    """Bounds and forecasts of one replica.
 
     Attributes:
         step: the largest step of the context phase.
@@ -31,8 +32,8 @@ class Speed:
         generation: one stream, then as many as run at once, of the shortest and the longest length of the plan.
     """
 
-    step: Context
-    prompt: Context
+    step: Work
+    prompt: Work
     generation: tuple[Generation, ...]
 
 
@@ -75,7 +76,7 @@ class Plan:
         return min(self.memory, key=lambda rank: rank.unused)
 
     def as_json(self) -> dict[str, Any]:
-        """Bytes, seconds and tokens per second; spans are [fast link, slow link]."""
+        """Bytes, seconds and tokens per second; rates and times are a bound and a forecast."""
         recipe = self.recipe
         return {
             "recipe": recipe.name,
@@ -92,10 +93,14 @@ class Plan:
             "kv_tokens": self.kv_tokens,
             "concurrency": [asdict(at_once) for at_once in self.concurrency],
             "speed": None if self.speed is None else _speed_json(self.speed),
-            "layouts": [asdict(layout) for layout in self.layouts],
+            "layouts": [
+                {**asdict(layout), "one_stream": _rate(layout.one_stream), "throughput": _rate(layout.throughput)}
+                for layout in self.layouts
+            ],
             "command": list(self.command),
             "findings": [finding.as_json() for finding in self.findings],
             "assumptions": assumptions().model_dump(),
+            "shares": {kind: share.model_dump() for kind, share in vars(shares()).items()},
         }
 
 
@@ -123,7 +128,7 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
         home = Path("engines") / recipe.name
         command = tuple(build_command(recipe, home / "checkpoint", home / "engine"))
         if at_once[-1].sequences:
-            speed = _speed(recipe, Roofline(recipe, config, dtype, memory), at_once)
+            speed = _speed(recipe, recipe_roofline(recipe, config, dtype, memory), at_once)
     findings = find(recipe, config, dtype, memory, layouts, model)
     name = str(model) if model else str(recipe.model)
     return Plan(recipe, name, dtype, memory, at_once, speed, layouts, command, findings)
@@ -159,15 +164,22 @@ def _speed(recipe: Recipe, roofline: Roofline, at_once: tuple[Concurrency, ...])
 
 def _speed_json(speed: Speed) -> dict[str, Any]:
     return {
-        "context": [
-            _step_json(context.step, context.rate, tokens=context.tokens) for context in (speed.step, speed.prompt)
-        ],
+        "context": [_work_json(work, tokens=int(work.tokens)) for work in (speed.step, speed.prompt)],
         "generation": [
-            _step_json(point.step, point.rate, sequences=point.sequences, tokens=point.tokens)
-            for point in speed.generation
+            _work_json(point, sequences=point.sequences, tokens=point.length) for point in speed.generation
         ],
     }
 
 
-def _step_json(step: Step, rate: Span, **load: int) -> dict[str, Any]:
-    return {**load, **asdict(step), "seconds": step.seconds, "tokens_per_second": rate, "bound": step.bound}
+def _work_json(work: Work, **load: int) -> dict[str, Any]:
+    return {
+        **load,
+        **asdict(work.step),
+        "limit": work.step.bound,
+        "tokens_per_second": _rate(work.rate),
+        "seconds": _rate(work.seconds),
+    }
+
+
+def _rate(rate: Rate) -> dict[str, Any]:
+    return {"bound": rate.bound, "forecast": rate.forecast._asdict()}

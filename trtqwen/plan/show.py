@@ -12,10 +12,11 @@ from rich.text import Text
 
 from trtqwen.diagnostics import Level
 from trtqwen.facts.cards import card_facts
-from trtqwen.plan.assumptions import assumptions
+from trtqwen.plan.assumptions import Share, assumptions
+from trtqwen.plan.measured import measured, shares
 from trtqwen.plan.memory import GIB, RankMemory
 from trtqwen.plan.plan import Plan, Speed
-from trtqwen.plan.speed import Span
+from trtqwen.plan.speed import Forecast, Rate
 from trtqwen.recipe import Recipe
 
 # Name, colour, and what stands for the colour where there is none.
@@ -115,7 +116,7 @@ def _bar(rank: RankMemory, console: Console) -> Text:
     for index, ((name, colour, glyph), nbytes, ends) in enumerate(zip(_PARTS, sizes, pairwise(edges), strict=True)):
         cell = glyph if plain or not colour else "█"
         bar.append(cell * (ends[1] - ends[0]), style=colour)
-        legend.append("   " if index % in_row else "\n").append(cell, style=colour)
+        legend.append("  " if index % in_row else "\n").append(cell, style=colour)
         legend.append(f" {name} {nbytes / GIB:.2f}" if in_row == len(_PARTS) else f" {name:<11} {nbytes / GIB:5.2f}")
     if rank.unused < 0:
         legend.append(f"\nlacks {-rank.unused / GIB:.2f} GiB", style="bold red")
@@ -135,24 +136,25 @@ def _requests(plan: Plan) -> Table:
 
 
 def _speed(speed: Speed) -> Table:
-    table = _table("one replica at best", "tokens/s", "time", "bound")
-    for title, context in (("context, step", speed.step), ("context, prompt", speed.prompt)):
-        name = f"{title} of {context.tokens:,}"
-        table.add_row(name, _span(context.rate), _seconds(context.step.seconds), context.step.bound)
+    table = _table("one replica, tokens/s", "at most", "forecast", "time", "limit")
+    for title, work in (("context, step", speed.step), ("context, prompt", speed.prompt)):
+        name = f"{title} of {work.tokens:,}"
+        table.add_row(name, *_both(work.rate), _seconds(work.seconds.forecast), work.step.bound)
     for point in speed.generation:
-        name = f"generation, {point.sequences:,} x {point.tokens:,}"
-        table.add_row(name, _span(point.rate), _seconds(point.step.seconds), point.step.bound)
+        name = f"generation, {point.sequences:,} x {point.length:,}"
+        table.add_row(name, *_both(point.rate), _seconds(point.seconds.forecast), point.step.bound)
     return table
 
 
 def _layouts(plan: Plan) -> Table:
     full = f"of {plan.concurrency[-1].tokens:,}"
-    table = _table("layouts, tokens/s", "one stream", "throughput", "in flight", full)
+    table = _table("layouts, tokens/s", "one stream", "at most", "forecast", "in flight", full)
     for layout in plan.layouts:
         own = layout.name == layout_name(plan.recipe)
         long = f"{layout.replicas * layout.full_length:,}"
         name = f"{layout.name} (this recipe)" if own else layout.name
-        table.add_row(name, _span(layout.one_stream), _span(layout.throughput), f"{layout.load:,}", long)
+        one_stream, throughput = _span(layout.one_stream.forecast), _both(layout.throughput)
+        table.add_row(name, one_stream, *throughput, f"{layout.load:,}", long)
     return table
 
 
@@ -175,13 +177,24 @@ def _assumed(plan: Plan) -> str:
     if host is None:
         return "The torch engine computes in float32; there is no card to reckon its speed or activations with."
     card, links, request = card_facts(host.card), facts.links, facts.request
+    context, generation, mix = (vars(shares())[kind] for kind in ("context", "generation", "throughput"))
     return (
-        f"Assumed, not measured: {facts.compute_efficiency:.0%} of {card.float16_tflops:g} TFLOPS (INT8 "
-        f"{card.int8_tops:g}), all of {card.bandwidth_gb_per_s:g} GB/s (engines reach 75 to 90 %), all-reduce at "
-        f"{links.slow.bus_gb_per_s:g} to {links.fast.bus_gb_per_s:g} GB/s after {links.fast.latency_us:g} to "
-        f"{links.slow.latency_us:g} us, nothing else on the card. Throughput: prompts of {request.prompt_tokens:,} "
-        f"tokens with answers of {request.answer_tokens}, as many in flight as fit."
+        f"At most: all of {card.float16_tflops:g} TFLOPS (INT8 {card.int8_tops:g}, float16 sums twice that), of "
+        f"{card.bandwidth_gb_per_s:g} GB/s and of the link, the slowest of them alone. Forecast: compute and memory "
+        f"overlap, all-reduce follows at {links.slow.bus_gb_per_s:g} to {links.fast.bus_gb_per_s:g} GB/s after "
+        f"{links.fast.latency_us:g} to {links.slow.latency_us:g} us (assumed), times what {_similar()} public "
+        f"measurements reach: prompts {_percent(context)}, one stream {_percent(generation)}, mixed load "
+        f"{_percent(mix)}. Mixed load: prompts of {request.prompt_tokens:,} tokens with answers of "
+        f"{request.answer_tokens}, as many in flight as fit. None of them is of a 4090D with TensorRT-LLM."
     )
+
+
+def _similar() -> int:
+    return sum(point.similar for point in measured().points)
+
+
+def _percent(share: Share) -> str:
+    return f"{share.low:.0%} to {share.high:.0%}"
 
 
 def _figures(plan: Plan) -> dict[str, str]:
@@ -200,11 +213,11 @@ def _figures(plan: Plan) -> dict[str, str]:
     for at_once in plan.concurrency:
         rows[f"requests of {at_once.tokens:,}"] = f"{recipe.serve.replicas * at_once.sequences:,}"
     if plan.speed is not None:
-        rows[f"context step of {plan.speed.step.tokens:,}"] = _seconds(plan.speed.step.step.seconds)
-        rows["one stream, tokens/s"] = _span(plan.speed.generation[0].rate)
+        rows[f"context step of {plan.speed.step.tokens:,}"] = _seconds(plan.speed.step.seconds.forecast)
+        rows["one stream, at most"], rows["one stream, forecast"] = _both(plan.speed.generation[0].rate)
     own = next((layout for layout in plan.layouts if layout.name == layout_name(recipe)), None)
     if own is not None:
-        rows["throughput, tokens/s"] = _span(own.throughput)
+        rows["throughput, at most"], rows["throughput, forecast"] = _both(own.throughput)
     return rows
 
 
@@ -220,12 +233,16 @@ def _size(nbytes: int) -> str:
     return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB / 10 else f"{nbytes / 2**20:.1f} MiB"
 
 
-def _span(span: Span) -> str:
-    low, high = f"{min(span):,.0f}", f"{max(span):,.0f}"
+def _both(rate: Rate) -> tuple[str, str]:
+    return f"{rate.bound:,.0f}", _span(rate.forecast)
+
+
+def _span(forecast: Forecast) -> str:
+    low, high = f"{forecast.low:,.0f}", f"{forecast.high:,.0f}"
     return low if low == high else f"{low}-{high}"
 
 
-def _seconds(span: Span) -> str:
-    scale, unit = (1000, "ms") if max(span) < 1 else (1, "s")
-    low, high = (f"{scale * seconds:.3g}" for seconds in (min(span), max(span)))
+def _seconds(forecast: Forecast) -> str:
+    scale, unit = (1000, "ms") if forecast.high < 1 else (1, "s")
+    low, high = (f"{scale * seconds:.3g}" for seconds in (forecast.low, forecast.high))
     return f"{low} {unit}" if low == high else f"{low}-{high} {unit}"

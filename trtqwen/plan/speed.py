@@ -1,4 +1,8 @@
-"""How fast a replica can be at best: each step takes as long as its slowest resource, then the cards exchange."""
+"""How fast a replica can be, and how fast it is likely to be.
+
+A bound: each resource alone, at its peak, and the slowest of them decides; nothing is faster. A forecast: compute and
+memory overlap, the cards exchange after them, and the whole is multiplied by what measured points reach of it.
+"""
 
 from __future__ import annotations
 
@@ -9,121 +13,236 @@ from trtqwen.checkpoint.config import Dtype
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
-from trtqwen.plan.assumptions import Link, assumptions
+from trtqwen.plan.assumptions import Link, Share, assumptions
 from trtqwen.plan.memory import VALUE_BYTES, RankMemory, step_tokens
 from trtqwen.plan.weights import rank_matrices
 from trtqwen.recipe import Recipe
 
 
 class Span(NamedTuple):
-    """What the fast and the slow end of the assumed links make of a quantity."""
+    """The low and the high end of a quantity."""
 
-    fast: float
-    slow: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True)
 class Step:
-    """Seconds of one step of a replica; cards compute, read and exchange at the rates of `assumptions.json`.
+    """Seconds of some work of a replica at the data sheet's rates.
 
     Attributes:
         matrices: the products with weights.
         attention: the products of queries with keys and values.
-        bandwidth: reading weights and KV cache at the card's full rate.
-        exchange: all-reduces, the gather of the logits, and sends between pipeline stages.
+        bandwidth: reading weights and KV cache.
+        link: all-reduces, the gather of the logits and sends between stages, on a link that none exceeds.
+        exchange: the same on the fast and on the slow of the likely links.
+        headroom: by how much compute may be faster than the data sheet says.
     """
 
     matrices: float
     attention: float
     bandwidth: float
+    link: float
     exchange: Span
+    headroom: float
 
     @property
-    def seconds(self) -> Span:
+    def least(self) -> float:
+        """Seconds that it takes at least."""
+        return max((self.matrices + self.attention) / self.headroom, self.bandwidth, self.link)
+
+    @property
+    def nominal(self) -> Span:
+        """Seconds before the share that measured points reach: with the fast link, with the slow one."""
         card = max(self.matrices + self.attention, self.bandwidth)
-        return Span(card + self.exchange.fast, card + self.exchange.slow)
+        return Span(card + self.exchange.low, card + self.exchange.high)
 
     @property
     def bound(self) -> str:
-        """What takes longest, at either end."""
-        resources = {"compute": self.matrices + self.attention, "bandwidth": self.bandwidth}
-        ends = [
-            max({**resources, "all-reduce": exchange}.items(), key=lambda item: item[1]) for exchange in self.exchange
-        ]
-        return " or ".join(dict.fromkeys(name for name, _ in ends))
+        """The resource that takes longest."""
+        resources = {
+            "compute": (self.matrices + self.attention) / self.headroom,
+            "bandwidth": self.bandwidth,
+            "all-reduce": self.link,
+        }
+        return max(resources.items(), key=lambda item: item[1])[0]
+
+    def times(self, factor: float) -> Step:
+        """So much of this work."""
+        return Step(
+            self.matrices * factor,
+            self.attention * factor,
+            self.bandwidth * factor,
+            self.link * factor,
+            Span(self.exchange.low * factor, self.exchange.high * factor),
+            self.headroom,
+        )
+
+    def beside(self, other: Step) -> Step:
+        """Both, in flight together: context tokens ride on steps that read the weights for generation anyway."""
+        return Step(
+            self.matrices + other.matrices,
+            self.attention + other.attention,
+            max(self.bandwidth, other.bandwidth),
+            self.link + other.link,
+            Span(self.exchange.low + other.exchange.low, self.exchange.high + other.exchange.high),
+            self.headroom,
+        )
+
+
+class Forecast(NamedTuple):
+    """What is likely: the median of what is measured, between the lowest and the highest."""
+
+    low: float
+    typical: float
+    high: float
+
+
+class Rate(NamedTuple):
+    """Tokens per second: what nothing exceeds, and what is likely."""
+
+    bound: float
+    forecast: Forecast
+
+    def times(self, factor: float) -> Rate:
+        """Of so many replicas."""
+        return Rate(self.bound * factor, Forecast(*(factor * rate for rate in self.forecast)))
 
 
 @dataclass(frozen=True)
-class Generation:
+class Work:
+    """A step and the tokens that it makes or reads.
+
+    Attributes:
+        tokens: that count.
+        share: what measured points of this kind reach of the nominal speed.
+    """
+
+    tokens: float
+    step: Step
+    share: Share
+
+    @property
+    def rate(self) -> Rate:
+        """Tokens per second; the forecast spans measured shares and likely links, and stays below the bound."""
+        bound, (fast, slow) = self.tokens / self.step.least, self.step.nominal
+        forecast = (
+            self.tokens / slow * self.share.low,
+            self.tokens / (fast * slow) ** 0.5 * self.share.median,
+            self.tokens / fast * self.share.high,
+        )
+        return Rate(bound, Forecast(*(min(rate, bound) for rate in forecast)))
+
+    @property
+    def seconds(self) -> Rate:
+        """Seconds: at least, and likely, from the shortest to the longest."""
+        bound, forecast = self.rate
+        return Rate(self.tokens / bound, Forecast(*(self.tokens / rate for rate in reversed(forecast))))
+
+
+@dataclass(frozen=True)
+class Generation(Work):
     """One step of the generation phase: a token for each of these sequences.
 
     Attributes:
         sequences: on one replica.
-        tokens: length of each, whose keys and values are read.
-        rate: tokens per second, of one replica.
+        length: tokens of each, whose keys and values are read.
     """
 
     sequences: int
-    tokens: int
-    step: Step
-
-    @property
-    def rate(self) -> Span:
-        return Span(*(self.sequences / seconds for seconds in self.step.seconds))
+    length: int
 
 
 @dataclass(frozen=True)
-class Context:
-    """Reading prompts.
+class Shares:
+    """What measured points reach of the nominal speed, by kind of work."""
+
+    context: Share
+    generation: Share
+    throughput: Share
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a replica computes and reads with.
 
     Attributes:
-        tokens: prompt tokens.
-        rate: tokens per second, of one replica.
+        float_flops, matrix_flops: operations per second of one card: in attention and head, in the layers' matrices.
+        read: bytes per second of one card.
+        headroom: by how much compute may be faster.
+        weights: bytes that the stages of one rank read in each step, together.
+        kv_token: bytes of one token's keys and values, of all stages of one rank.
+        value_bytes: of one value of the hidden state.
+        step_tokens: tokens of the largest step.
     """
 
-    tokens: int
-    step: Step
+    float_flops: float
+    matrix_flops: float
+    read: float
+    headroom: float
+    weights: float
+    kv_token: float
+    value_bytes: int
+    step_tokens: int
 
-    @property
-    def rate(self) -> Span:
-        return Span(*(self.tokens / seconds for seconds in self.step.seconds))
+
+def recipe_rates(recipe: Recipe, dtype: Dtype, memory: tuple[RankMemory, ...]) -> Rates:
+    """The rates of a recipe for the backend tensorrt_llm."""
+    assert recipe.host is not None
+    card, facts = card_facts(recipe.host.card), assumptions()
+    flops = card.float16_tflops * 1e12 * (facts.float32_rate if dtype == "float32" else 1)
+    int8 = recipe.checkpoint.quant == "int8_sq"
+    # Engines may sum float16 products in float16, which GeForce does twice as fast; bfloat16 has no such mode.
+    sums = card.float16_sums if dtype == "float16" and not int8 else 1
+    return Rates(
+        float_flops=flops,
+        matrix_flops=card.int8_tops * 1e12 if int8 else flops,
+        read=card.bandwidth_gb_per_s * 1e9,
+        headroom=facts.boost * sums,
+        weights=sum(rank.weights.read for rank in memory),
+        kv_token=sum(rank.block for rank in memory) / recipe.engine.tokens_per_block,
+        value_bytes=VALUE_BYTES[dtype],
+        step_tokens=step_tokens(recipe),
+    )
 
 
 class Roofline:
-    """The speed of one replica of a recipe for the backend tensorrt_llm."""
+    """The speed of one replica.
 
-    def __init__(self, recipe: Recipe, config: HfConfig, dtype: Dtype, memory: tuple[RankMemory, ...]) -> None:
-        assert recipe.host is not None
-        self._config = config
-        self._mapping = RankMapping(recipe.checkpoint.tp_size, recipe.checkpoint.pp_size)
-        self._step_tokens = step_tokens(recipe)
-        self._value_bytes = VALUE_BYTES[dtype]
-        self._sharded = recipe.checkpoint.embedding_sharding != "none"
-        card, facts = card_facts(recipe.host.card), assumptions()
-        self._float_rate = card.float16_tflops * 1e12 * facts.compute_efficiency
-        if dtype == "float32":
-            self._float_rate *= facts.float32_rate
-        int8_rate = card.int8_tops * 1e12 * facts.compute_efficiency
-        self._matrix_rate = int8_rate if recipe.checkpoint.quant == "int8_sq" else self._float_rate
-        self._read_rate = card.bandwidth_gb_per_s * 1e9
-        self._weights = sum(rank.weights.read for rank in memory)
-        self._kv_token = sum(rank.block for rank in memory) / recipe.engine.tokens_per_block
+    Args:
+        sharded: whether the embedding is divided over the ranks, which costs an all-reduce more.
+    """
 
-    def generation(self, sequences: int, tokens: int) -> Generation:
-        """A step for `sequences` sequences of `tokens` tokens each."""
-        pairs = sequences * tokens
-        return Generation(sequences, tokens, self._step(sequences, pairs=pairs, rows=sequences, kv_tokens=pairs))
+    def __init__(
+        self, config: HfConfig, mapping: RankMapping, rates: Rates, shares: Shares, *, sharded: bool = False
+    ) -> None:
+        self._config, self._mapping, self._rates, self._shares = config, mapping, rates, shares
+        self._sharded = sharded
 
-    def largest_step(self, prompt: int) -> Context:
+    def generation(self, sequences: int, length: int) -> Generation:
+        """A step for `sequences` sequences of `length` tokens each."""
+        pairs = sequences * length
+        step = self._step(sequences, pairs=pairs, rows=sequences, kv_tokens=pairs)
+        return Generation(sequences, step, self._shares.generation, sequences, length)
+
+    def largest_step(self, prompt: int) -> Work:
         """One step of max_num_tokens tokens, of prompts of `prompt` tokens."""
-        tokens = self._step_tokens
+        tokens = self._rates.step_tokens
         prompt = min(prompt, tokens)
-        return Context(tokens, self._step(tokens, pairs=tokens * prompt / 2, rows=tokens // prompt))
+        step = self._step(tokens, pairs=tokens * prompt / 2, rows=tokens // prompt)
+        return Work(tokens, step, self._shares.context)
 
-    def prompt(self, tokens: int) -> Context:
+    def prompt(self, tokens: int) -> Work:
         """One whole prompt, in as many steps as it needs."""
-        steps = -(-tokens // self._step_tokens)
-        return Context(tokens, self._step(tokens, pairs=tokens**2 / 2, rows=1, steps=steps))
+        steps = -(-tokens // self._rates.step_tokens)
+        return Work(tokens, self._step(tokens, pairs=tokens**2 / 2, rows=1, steps=steps), self._shares.context)
+
+    def throughput(self, sequences: int, prompt: int, answer: int) -> Work:
+        """One request of many that are always in flight: its prompt is read and its answer written."""
+        context, generation = self.largest_step(prompt), self.generation(sequences, prompt + answer // 2)
+        reading = context.step.times(prompt / context.tokens)
+        writing = generation.step.times(answer / sequences)
+        return Work(answer, writing.beside(reading), self._shares.throughput)
 
     def _step(self, tokens: int, *, pairs: float, rows: int, kv_tokens: float = 0, steps: int = 1) -> Step:
         """Pipeline stages count one after the other.
@@ -132,16 +251,18 @@ class Roofline:
             pairs: of tokens with tokens they attend to.
             rows: tokens whose logits are computed.
         """
-        config, tp = self._config, self._mapping.tp_size
-        matrices = 2 * rank_matrices(config, tp).values * config.num_hidden_layers * tokens / self._matrix_rate
-        head = 2 * rows * config.vocab_size * config.hidden_size / tp / self._float_rate
+        config, tp, rates = self._config, self._mapping.tp_size, self._rates
+        matrices = 2 * rank_matrices(config, tp).values * config.num_hidden_layers * tokens / rates.matrix_flops
+        head = 2 * rows * config.vocab_size * config.hidden_size / tp / rates.float_flops
         width = config.num_attention_heads * config.head_size / tp
         links = assumptions().links
         return Step(
             matrices=matrices + head,
-            attention=4 * pairs * width * config.num_hidden_layers / self._float_rate,
-            bandwidth=(steps * self._weights + kv_tokens * self._kv_token) / self._read_rate,
+            attention=4 * pairs * width * config.num_hidden_layers / rates.float_flops,
+            bandwidth=(steps * rates.weights + kv_tokens * rates.kv_token) / rates.read,
+            link=self._exchange(links.bound, tokens, rows, steps),
             exchange=Span(*(self._exchange(link, tokens, rows, steps) for link in (links.fast, links.slow))),
+            headroom=rates.headroom,
         )
 
     def _exchange(self, link: Link, tokens: int, rows: int, steps: int) -> float:
@@ -149,8 +270,8 @@ class Roofline:
         tp, sends = self._mapping.tp_size, self._mapping.pp_size - 1
         reduces = 2 * self._config.num_hidden_layers + self._sharded if tp > 1 else 0
         collectives = reduces + 1 if tp > 1 else 0
-        hidden = tokens * self._config.hidden_size * self._value_bytes
+        hidden = tokens * self._config.hidden_size * self._rates.value_bytes
         share = (tp - 1) / tp
-        traffic = 2 * share * reduces * hidden + share * rows * self._config.vocab_size * self._value_bytes
+        traffic = 2 * share * reduces * hidden + share * rows * self._config.vocab_size * self._rates.value_bytes
         latency = steps * (collectives + sends) * link.latency_us * 1e-6
         return latency + (traffic + sends * hidden) / (link.bus_gb_per_s * 1e9)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from trtqwen.diagnostics import InputError
-from trtqwen.hf.tokenizer import Tokenizer, render_chat
+from trtqwen.hf.tokenizer import Tokenizer
 
 CALIBRATION = Path(__file__).parent.parent / "demo" / "calibration.jsonl"
 HELDOUT = Path(__file__).parent.parent / "demo" / "heldout.jsonl"
@@ -43,8 +43,10 @@ def tokenize(texts: list[str], tokenizer: Tokenizer, max_tokens: int, *, chat: b
     if chat:
         if tokenizer.chat_template is None:
             raise InputError(f"{tokenizer.directory}: has no chat template", "leave chat_template off")
-        texts = [render_chat(tokenizer.chat_template, [{"role": "user", "content": text}]) for text in texts]
-    return [ids[:max_tokens] for text in texts if (ids := tokenizer.encode(text))]
+        template = tokenizer.chat_template
+        texts = [template.render([{"role": "user", "content": text}]) for text in texts]
+    encode = tokenizer.encode if chat else tokenizer.encode_prompt
+    return [ids[:max_tokens] for text in texts if (ids := encode(text))]
 
 
 def _text_of(path: Path, number: int, line: str) -> str:

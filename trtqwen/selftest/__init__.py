@@ -1,1 +1,3 @@
 """Compare TensorRT-LLM with the embedded engine on the bundled model."""
+
+RESULT = "result.json"  # in the directory of the engines

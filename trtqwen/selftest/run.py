@@ -86,7 +86,7 @@ def run_selftest(
     Raises:
         EngineError: if this machine cannot build or run the engine.
     """
-    _check(host)
+    check_machine(host)
     tokenizer = Tokenizer(MODEL)
     assert tokenizer.chat_template is not None
     texts = [prompt.prompt for prompt in load_prompts()]
@@ -125,7 +125,12 @@ def judge(
     return PromptResult(text, same, "tie" if distance <= tie else "differs", distance)
 
 
-def _check(host: Host) -> None:
+def check_machine(host: Host) -> None:
+    """Refuse a machine without TensorRT-LLM or without a GPU.
+
+    Raises:
+        EngineError: naming what is missing.
+    """
     present = {"trtllm-build": host.trtllm_build, "a GPU": host.visible_gpus}
     missing = [name for name, found in present.items() if not found]
     if missing:
@@ -135,7 +140,7 @@ def _check(host: Host) -> None:
                 "selftest runs TensorRT-LLM beside the embedded engine, and this machine lacks "
                 f"{' and '.join(missing)}"
             ),
-            f"run it on a GPU host in {image}",
+            f"run `trtqwen selftest --in-container` on a GPU host, which takes {image}",
         )
 
 
@@ -181,9 +186,11 @@ def _run_tensorrt(host: Host, engine: Path, prompts: list[list[int]]) -> list[li
     except subprocess.TimeoutExpired:
         raise EngineError(f"{engine}: gave no answers within {_SECONDS} s", "look at nvidia-smi") from None
     if result.returncode != 0 or not answers.is_file():
-        findings = explain(result.stdout.splitlines())
-        why = f"{findings[0].cause}; {findings[0].hint}" if findings else result.stdout.strip()[-300:]
-        raise EngineError(f"{engine}: did not run (exit code {result.returncode}): {why}")
+        first = explain(result.stdout.splitlines()).first
+        why = first.cause if first else result.stdout.strip()[-300:]
+        raise EngineError(
+            f"{engine}: did not run (exit code {result.returncode}): {why}", first.hint if first else ""
+        )
     content: list[list[int]] = json.loads(answers.read_text(encoding="utf-8"))
     return content
 

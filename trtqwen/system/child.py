@@ -44,10 +44,11 @@ def run_logged(
         reaper.start()
         try:
             assert process.stdout is not None
-            for line in process.stdout:
-                file.write(line)
-                file.flush()
-                on_line(line.rstrip())
+            with process.stdout:
+                for line in process.stdout:
+                    file.write(line)
+                    file.flush()
+                    on_line(line.rstrip())
             reaper.join()
         except BaseException:
             kill_session(process.pid)

@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 IMAGE_VARIABLE = "TRTQWEN_IMAGE"  # set in the containers that trtqwen starts
+DIGEST_VARIABLE = "TRTQWEN_IMAGE_DIGEST"
 _TENSORRT_PACKAGES = ("tensorrt", "tensorrt_cu13", "tensorrt_cu12")
 _ASK = """
 import sys
@@ -46,6 +47,7 @@ class Host:
         python: the interpreter that trtllm-build runs in; the versions are those of its packages.
         driver: the NVIDIA driver's version.
         image: the container image this runs in, as far as it is known.
+        image_digest: the same by digest, `name@sha256:...`.
     """
 
     tensorrt_llm: str | None = None
@@ -54,6 +56,7 @@ class Host:
     driver: str | None = None
     gpus: tuple[Gpu, ...] = ()
     image: str | None = None
+    image_digest: str | None = None
     python: Path | None = None
 
     @property
@@ -83,6 +86,7 @@ def read_host() -> Host:
         driver=driver or _kernel_driver(),
         gpus=gpus,
         image=_image(),
+        image_digest=os.environ.get(DIGEST_VARIABLE),
         python=python,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import time
 from abc import ABC, abstractmethod
@@ -86,12 +87,22 @@ class Relay:
         source: its end of the pipe.
         target: file descriptor to write to; our standard error by default.
         keep_back: lines that begin so are not passed on.
+        remember: pattern whose first match in a line is kept, as its first group.
 
     Attributes:
+        remembered: that match; None without one.
         last_lines: the last few that were not empty, without white space around.
     """
 
-    def __init__(self, source: IO[str], target: int = 2, keep_back: str | None = None) -> None:
+    def __init__(
+        self,
+        source: IO[str],
+        target: int = 2,
+        keep_back: str | None = None,
+        remember: re.Pattern[str] | None = None,
+    ) -> None:
+        self.remembered: str | None = None
+        self._remember = remember
         self.last_lines = deque[str](maxlen=_LAST_LINES)
         self._source, self._target, self._keep_back = source, target, keep_back
         self._lines: Queue[str | None] = Queue(_LINES_WAITING)
@@ -109,6 +120,8 @@ class Relay:
             for line in self._source:
                 if line.strip():
                     self.last_lines.append(line.strip())
+                if self._remember is not None and self.remembered is None and (found := self._remember.search(line)):
+                    self.remembered = found[1]
                 if self._keep_back is None or not line.startswith(self._keep_back):
                     self._pass_on(line)
         self._pass_on(None)
@@ -186,3 +199,22 @@ def kill_session(session: int) -> None:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)
+
+
+def resident_bytes(pid: int) -> int:
+    """Memory of a process and all its descendants, in bytes; shared pages count for each of them."""
+    parents = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            with suppress(OSError):
+                parents[int(entry.name)] = int(_stat(int(entry.name))[_PARENT])
+    family = {pid}
+    found = {pid}
+    while found:
+        found = {child for child, parent in parents.items() if parent in family and child not in family}
+        family |= found
+    total = 0
+    for member in family:
+        with suppress(OSError, IndexError):
+            total += int(Path(f"/proc/{member}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return total

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from trtqwen.diagnostics import RequestError
+from trtqwen.hf.text_stream import StopStrings
 from trtqwen.triton.contract import step_maps
 from trtqwen.triton.service import Sender
 
@@ -51,35 +52,6 @@ class BlsSettings:
     llm: str
     accumulate_tokens: bool
     outputs: tuple[str, ...]
-
-
-class TextStream:
-    """The text of one sequence as it grows. It ends where a stop word is complete, also one that the model wrote in
-    other tokens than the tokenizer would.
-    """
-
-    def __init__(self, stop_words: Sequence[str]) -> None:
-        self._stop_words = stop_words
-        self.text = ""
-        self.ended = False
-
-    def push(self, piece: str, begin: int = 0) -> str:
-        """Take more text and return what of it belongs to the answer, its stop word included.
-
-        Args:
-            begin: stop words do not count before this character.
-        """
-        before = len(self.text)
-        self.text += piece
-        found = [
-            place + len(word)
-            for word in self._stop_words
-            if (place := self.text.find(word, max(begin, before - len(word) + 1))) >= 0
-        ]
-        if found:
-            self.text = self.text[: min(found)]
-            self.ended = True
-        return self.text[before:]
 
 
 def answer(models: Models, settings: BlsSettings, inputs: Mapping[str, Array], sender: Sender) -> None:
@@ -148,24 +120,27 @@ class _Texts:
         self._accumulate = accumulate and self._streaming
         returned = inputs["num_return_sequences"].reshape(-1) if "num_return_sequences" in inputs else np.ones(rows)
         self._count = int(np.maximum(returned, 1).sum())
-        self._streams: dict[Place, TextStream] = {}
+        self._stops: dict[Place, StopStrings] = {}
+        self._so_far: dict[Place, str] = {}
 
     def push(self, tensors: Mapping[str, Array], piece: str) -> Array:
         """`text_output` of one response."""
         row, _ = place = _place(tensors)
-        stream = self._streams.setdefault(place, TextStream(self._stop_words[row]))
-        # An unstreamed answer may begin with the prompt.
+        stops = self._stops.setdefault(place, StopStrings(self._stop_words[row], keep=True))
+        # An unstreamed answer may begin with the prompt, in which stop words do not count.
         prompt = self._prompts[row] if not self._streaming and piece.startswith(self._prompts[row]) else ""
-        text = stream.push(piece, begin=len(prompt))
-        return np.array([(stream.text if self._accumulate else text).encode()], np.object_)
+        text = prompt + stops.push(piece[len(prompt) :])
+        if self._accumulate:
+            text = self._so_far[place] = self._so_far.get(place, "") + text
+        return np.array([text.encode()], np.object_)
 
     def ended(self, tensors: Mapping[str, Array]) -> bool:
         """Whether the text that a response continues has ended."""
         place = _place(tensors)
-        return place in self._streams and self._streams[place].ended
+        return place in self._stops and self._stops[place].found is not None
 
     def all_ended(self) -> bool:
-        return sum(stream.ended for stream in self._streams.values()) == self._count
+        return sum(stops.found is not None for stops in self._stops.values()) == self._count
 
 
 def _mapped(tensors: Mapping[str, Array], names: Mapping[str, str]) -> dict[str, Array]:

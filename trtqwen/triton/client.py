@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from tritonclient.utils import (
 )
 
 from trtqwen.diagnostics import InputError, ServerError
-from trtqwen.hf.tokenizer import render_chat
+from trtqwen.hf.chat_template import DEFAULT, ChatTemplate
 from trtqwen.triton.contract import older_names
 
 Array = npt.NDArray[Any]
@@ -70,13 +70,13 @@ def stream(
 
     Args:
         url: host:port of Triton's gRPC endpoint.
-        chat: render the prompt as a user's message by the model's chat template, if it has one.
+        chat: render the prompt as a user's message by the model's chat template.
         request_id: unique on the server; made up if not given.
         timeout: seconds for the whole answer.
 
     Raises:
         ServerError: if the server cannot be reached, refuses the request or is not done in time.
-        InputError: if the prompt is not Unicode text, or the chat template refuses it.
+        InputError: if the prompt is not Unicode text, the chat template refuses it, or there is none.
     """
     request_id = request_id or uuid.uuid4().hex
     with grpc.insecure_channel(url) as channel:
@@ -106,7 +106,12 @@ def _rendered(stub: Any, prompt: str) -> str:
     request = service_pb2.ModelConfigRequest(name="preprocessing")
     config = stub.ModelConfig(request, timeout=_CONTROL_SECONDS).config
     template = config.parameters["chat_template"].string_value
-    return render_chat(template, [{"role": "user", "content": prompt}]) if template else prompt
+    if not template:
+        raise InputError(
+            "the model has no chat template, so a prompt cannot be rendered as a user's message",
+            "pass --raw to have the prompt completed as it is",
+        )
+    return ChatTemplate({DEFAULT: template}).render([{"role": "user", "content": prompt}])
 
 
 def _inputs(text: str, max_tokens: int, sampling: SamplingOptions) -> dict[str, Array]:
@@ -135,9 +140,15 @@ def _as_known(stub: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return {name: value for name, value in named.items() if name in known or name != "return_num_output_tokens"}
 
 
-def infer_request(model: str, request_id: str, inputs: Tensors) -> Any:
-    """A ModelInferRequest with these tensors in."""
+def infer_request(model: str, request_id: str, inputs: Tensors, outputs: Sequence[str] = ()) -> Any:
+    """A ModelInferRequest with these tensors in.
+
+    Args:
+        outputs: the tensors that the responses carry; empty asks for all that the model sends.
+    """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    for name in outputs:
+        request.outputs.add(name=name)
     for name, value in inputs.items():
         request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
         raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()

@@ -12,6 +12,8 @@ from typing import Any
 from google.protobuf import json_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
+# Parameter of a request: JSON, what it asks for beyond upstream's tensors; see docs/extensions.md.
+EXTENSIONS = "trtqwen"
 _FILE = Path(__file__).with_name("contract.json")
 
 

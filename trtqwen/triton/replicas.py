@@ -19,6 +19,7 @@ class TritonReplicas(Service):
 
     Args:
         ports: of the first replica; each further one takes ports that are higher by `PORT_STEP`.
+        verify: see `TritonServer`.
         log: of a single replica; several append their number, `triton-0.log` for `triton.log`.
 
     Raises:
@@ -33,6 +34,7 @@ class TritonReplicas(Service):
         host: str = "127.0.0.1",
         log: Path | None = None,
         drain_seconds: int = 30,
+        verify: bool = True,
     ) -> None:
         count = server_count(repository)
         self.servers = tuple(
@@ -43,6 +45,7 @@ class TritonReplicas(Service):
                 log=log.with_name(f"{log.stem}-{index}{log.suffix}") if log and count > 1 else log,
                 drain_seconds=drain_seconds,
                 replica=index,
+                verify=verify,
             )
             for index in range(count)
         )

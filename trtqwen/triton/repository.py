@@ -9,21 +9,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tokenizers
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from trtqwen.artifact import Manifest, finished_directory, read_manifest, stage_key, write_manifest
+from trtqwen.artifact import Manifest, read_manifest, stage_key
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.recipe import ServeRecipe
+from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
 _MODELS = Path(__file__).with_name("models")
-_BACKENDS: dict[Backend, str] = {"torch": "python", "tensorrt_llm": "tensorrtllm"}
+_BACKENDS: dict[Backend, str] = {
+    "torch": "python",
+    "vllm": "python",
+    "llmapi": "python",
+    "tensorrt_llm": "tensorrtllm",
+}
 
 # The repository carries its own copy of the tokenizer: building the engine again under a running server does not
 # change it, and the manifest accounts for it. Models find it relative to their directory, so a repository can move.
@@ -95,15 +100,44 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     return RepositoryPlan(engine, manifest.key, configs, python_models, guided)
 
 
-def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: bool = False) -> Manifest:
-    """Write the Triton model repository of a finished engine.
+@dataclass
+class RepositoryStage(Stage):
+    """The last stage of a build.
 
-    Raises:
-        InputError: if the engine is not finished or has no tokenizer.
-        OutputError: if `output` exists and `force` is not set.
+    Args:
+        engine: the engine's directory, which need not be there before `run`.
+        engine_key: its manifest key, by which the repository names it.
     """
-    plan = plan_repository(engine, serve, output)
-    with finished_directory(output, force=force) as directory:
+
+    name = "repository"
+    section = "serve"
+
+    engine: Path
+    engine_key: str
+    serve: ServeRecipe
+    directory: Path
+
+    @property
+    def sources(self) -> tuple[Path, ...]:
+        return (self.engine,)
+
+    def inputs(self) -> dict[str, str]:
+        return {"engine": self.engine_key}
+
+    def parameters(self) -> dict[str, Any]:
+        return _parameters(self.engine, self.serve)
+
+    def check(self, *, force: bool) -> None:
+        """Work out the configs.
+
+        Raises:
+            InputError: if the engine is not finished or has no tokenizer.
+        """
+        self._plan()
+
+    def run(self, directory: Path, events: BuildEvents) -> Mapping[str, str]:
+        """Write the models."""
+        plan = self._plan()
         for name, config in plan.configs.items():
             version = directory / name / "1"
             version.mkdir(parents=True)
@@ -116,7 +150,23 @@ def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: b
         shutil.copytree(plan.engine / TOKENIZER_DIRECTORY, tokenizer_directory(directory))
         if plan.guided:
             (directory / _TOKENIZER_INFO).write_text(_tokenizer_info(plan.engine), encoding="utf-8")
-        return write_manifest(directory, "repository", {"engine": plan.engine_key}, _parameters(engine, serve))
+        return {}
+
+    def _plan(self) -> RepositoryPlan:
+        plan = plan_repository(self.engine, self.serve, self.directory)
+        if plan.engine_key != self.engine_key:
+            raise InputError(f"{self.engine}: another process has replaced it", "run the command again")
+        return plan
+
+
+def write_repository(engine: Path, serve: ServeRecipe, output: Path, *, force: bool = False) -> Manifest:
+    """Write the Triton model repository of a finished engine.
+
+    Raises:
+        InputError: if the engine is not finished or has no tokenizer.
+        OutputError: if `output` exists and `force` is not set.
+    """
+    return RepositoryStage(engine, read_manifest(engine, "engine").key, serve, output).make(force=force)
 
 
 def config_text(config: ModelConfig) -> str:
@@ -147,18 +197,23 @@ class _Built:
 def _built(engine: Path) -> _Built:
     config = read_engine_config(engine)
     raw = json.loads((engine / CONFIG).read_text(encoding="utf-8"))
-    logits_dtype = raw["pretrained_config"].get("logits_dtype", "float32") if config.backend != "torch" else "float32"
+    logits_dtype = (
+        raw["pretrained_config"].get("logits_dtype", "float32") if config.backend == "tensorrt_llm" else "float32"
+    )
     return _Built(config.backend, config.version, logits_dtype, config.pretrained_config.mapping.world_size)
 
 
 def _preprocessing(config: ModelConfig, serve: ServeRecipe, engine: Path, tokenizer: Tokenizer) -> None:
     config.backend = "python"
     _set_parameters(
-        config, tokenizer_dir=str(_TOKENIZER_FROM_MODEL), add_special_tokens="False", gpt_model_path=str(engine)
+        config,
+        tokenizer_dir=str(_TOKENIZER_FROM_MODEL),
+        add_special_tokens=str(tokenizer.adds_tokens),
+        gpt_model_path=str(engine),
     )
     if tokenizer.chat_template is not None:
         # Beyond upstream: lets a client render a conversation with nothing but the server's address.
-        config.parameters["chat_template"].string_value = tokenizer.chat_template
+        config.parameters["chat_template"].string_value = tokenizer.chat_template.standalone()
     _set_instances(config, serve.preprocessing_instance_count)
     _set_batching(config, serve)
 
@@ -172,13 +227,14 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
         gpt_model_type="inflight_fused_batching",
         gpt_model_path=str(engine),
         max_tokens_in_paged_kv_cache="" if cap is None else str(cap),
-        batch_scheduler_policy=serve.batch_scheduler_policy,
+        # vLLM admits a request when its next chunk fits, and recomputes the youngest when blocks run out.
+        batch_scheduler_policy="max_utilization" if built.backend == "vllm" else serve.batch_scheduler_policy,
         kv_cache_free_gpu_mem_fraction=str(serve.kv_cache_free_gpu_mem_fraction),
         exclude_input_in_output=str(serve.exclude_input_in_output),
         enable_kv_cache_reuse=str(serve.enable_kv_cache_reuse),
         enable_chunked_context=str(serve.enable_chunked_context),
     )
-    if "tokenizer_dir" in config.parameters or built.backend == "torch":  # upstream has it from 0.19
+    if "tokenizer_dir" in config.parameters or built.backend != "tensorrt_llm":  # upstream has it from 0.19
         config.parameters["tokenizer_dir"].string_value = str(_TOKENIZER_FROM_MODEL)
     replicas = serve.replicas if serve.replica_mode == "orchestrator" else 1
     if built.backend == "tensorrt_llm":
@@ -203,7 +259,7 @@ def _tokenizer_info(engine: Path) -> str:
     With an entry for every row of the engine's vocabulary, which is padded: masks made of fewer are misplaced.
     """
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
-    backend = tokenizers.Tokenizer.from_file(str(engine / TOKENIZER_DIRECTORY / "tokenizer.json"))
+    backend = tokenizer.resolved.backend
     tokens = {token_id: token for token, token_id in backend.get_vocab(with_added_tokens=True).items()}
     vocab_size = read_engine_config(engine).pretrained_config.vocab_size
     info = {

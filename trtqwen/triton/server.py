@@ -20,16 +20,16 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 
-from trtqwen import __version__
-from trtqwen.artifact import read_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
+from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.processes import Service, die_with_parent, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
+from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment, server_devices
-from trtqwen.triton.parameters import ENGINE_DEATH
+from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED
 
 _SHARED_MEMORY = Path("/dev/shm")
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
@@ -59,6 +59,7 @@ class TritonServer(Service):
         log: file for the server's log; None keeps it in a temporary file while the server runs.
         drain_seconds: how long `stop` lets running requests finish.
         replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
+        verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
 
     Attributes:
         ports: the ports in use; a 0 has become the port picked.
@@ -79,13 +80,9 @@ class TritonServer(Service):
         log: Path | None = None,
         drain_seconds: int = 30,
         replica: int = 0,
+        verify: bool = True,
     ) -> None:
-        written_by = read_manifest(repository, "repository").tool_version
-        if written_by != __version__:
-            raise InputError(
-                f"{repository}: was written by trtqwen {written_by}, this is {__version__}",
-                "write it again with `trtqwen build` or `trtqwen repo --force`",
-            )
+        check_served_files(repository, digests=verify)
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
         self._machine: Host | None = None
@@ -169,7 +166,7 @@ class TritonServer(Service):
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
         self._engine_death = workspace / "engine-death"
-        environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death)}
+        environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1"}
         self._claims.close()
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
@@ -281,7 +278,9 @@ class TritonServer(Service):
         others = lines if without_error is None else [without_error]
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
-        return f"{message} ({self._advice})"
+        known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
+        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
+        return f"{message} ({self._advice}){cause}"
 
 
 class _Signalled(BaseException):

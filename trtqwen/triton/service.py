@@ -12,9 +12,9 @@ from typing import Any, Protocol
 import numpy.typing as npt
 
 from trtqwen.diagnostics import TrtQwenError
-from trtqwen.executor.executor import Executor
-from trtqwen.executor.request import FinishReason, Response
-from trtqwen.hf.tokenizer import CharacterStream
+from trtqwen.executor.request import FinishReason, PromptLogProbs, Response, TopLogProbs
+from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.triton.engines import Engine
 from trtqwen.triton.metrics import Gauges, gauges
 from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
 
@@ -43,6 +43,7 @@ class _Token:
     token_id: int
     log_prob: float | None
     logits: bytes | None
+    top: TopLogProbs | None
 
 
 class _Progress:
@@ -59,12 +60,14 @@ class _Progress:
         self._ready = 0
         self._cum_log_prob = 0.0
         self._context_logits: bytes | None = None
+        self._prompt_log_probs: PromptLogProbs | None = None
 
     def take(self, response: Response) -> None:
         self._tokens += _tokens(response)
         self.num_tokens += len(response.token_ids)
         self._ready += len(self._characters.push(response.token_ids))
         self._context_logits = response.context_logits or self._context_logits
+        self._prompt_log_probs = response.prompt_log_probs or self._prompt_log_probs
 
     def ready_part(self, response: Response) -> Part | None:
         """What can be sent of a stream: tokens up to a character's end, at the end of the answer all of them."""
@@ -83,6 +86,7 @@ class _Progress:
         log_probs = [token.log_prob for token in tokens if token.log_prob is not None]
         self._cum_log_prob += sum(log_probs)
         context_logits, self._context_logits = self._context_logits, None
+        prompt_log_probs, self._prompt_log_probs = self._prompt_log_probs, None
         return Part(
             token_ids=[*prompt, *(token.token_id for token in tokens)],
             num_generated=len(tokens),
@@ -90,6 +94,8 @@ class _Progress:
             cum_log_prob=self._cum_log_prob,
             context_logits=context_logits,
             generation_logits=b"".join(token.logits for token in tokens if token.logits is not None),
+            top_log_probs=[token.top for token in tokens if token.top is not None],
+            prompt_log_probs=prompt_log_probs,
             perf_metrics=response.perf_metrics,
         )
 
@@ -101,7 +107,15 @@ def _tokens(response: Response) -> list[_Token]:
     if response.generation_logits is not None:
         size = len(response.generation_logits) // count
         logits = [response.generation_logits[index * size : (index + 1) * size] for index in range(count)]
-    return [_Token(*token) for token in zip(response.token_ids, log_probs, logits, strict=True)]
+    tops = [None] * count if response.top_log_probs is None else _split(response.top_log_probs, count)
+    return [_Token(*token) for token in zip(response.token_ids, log_probs, logits, tops, strict=True)]
+
+
+def _split(top: TopLogProbs, count: int) -> list[TopLogProbs | None]:
+    """The likeliest tokens of several places, place by place."""
+    size = len(top.ids) // count
+    places = [slice(index * size, (index + 1) * size) for index in range(count)]
+    return [TopLogProbs(ids=top.ids[place], log_probs=top.log_probs[place]) for place in places]
 
 
 class Answer:
@@ -176,7 +190,7 @@ class EngineService:
 
     def __init__(
         self,
-        executor: Executor,
+        executor: Engine,
         limits: Limits,
         token_bytes: Sequence[bytes],
         *,
@@ -195,19 +209,26 @@ class EngineService:
         self._lock = threading.Lock()
 
     def handle(
-        self, request_id: str, inputs: Mapping[str, Array], sender: Sender, *, client_id: str | None = None
+        self,
+        request_id: str,
+        inputs: Mapping[str, Array],
+        sender: Sender,
+        *,
+        client_id: str | None = None,
+        extensions: str = "",
     ) -> None:
         """Serve one request; whatever is wrong with it is its own error.
 
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
                 can stop the request by it. What Triton loses of its errors, that model is told when it stops it.
+            extensions: JSON, as `tensors.read_generation` takes it.
         """
         try:
             if asks_to_stop(inputs):
                 self._stop(request_id, sender)
             else:
-                generation = read_generation(inputs, self._ids, self._limits)
+                generation = read_generation(inputs, self._ids, self._limits, extensions)
                 self._generate(request_id, client_id, generation, sender)
         except TrtQwenError as problem:
             sender.fail(str(problem))

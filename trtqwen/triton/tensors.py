@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.executor.request import GuidedDecodingParams, GuideType, OutputConfig, PerfMetrics, Request
+from trtqwen.executor.request import (
+    GuidedDecodingParams,
+    GuideType,
+    PerfMetrics,
+    PromptLogProbs,
+    Request,
+    TopLogProbs,
+)
+from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.words import unpack_words
 
 Array = npt.NDArray[Any]
@@ -106,6 +114,7 @@ class Part:
         log_probs: one for each of the answer's.
         cum_log_prob: their sum since the answer began.
         context_logits, generation_logits: float32 rows of vocab_size, or None.
+        top_log_probs: the likeliest tokens in place of each of the answer's.
     """
 
     token_ids: list[int]
@@ -115,14 +124,38 @@ class Part:
     context_logits: bytes | None = None
     generation_logits: bytes | None = None
     perf_metrics: PerfMetrics | None = None
+    top_log_probs: Sequence[TopLogProbs] = ()
+    prompt_log_probs: PromptLogProbs | None = None
 
 
-def read_generation(inputs: Mapping[str, Array], ids: Iterator[str], limits: Limits) -> Generation:
+class Extensions(BaseModel):
+    """What a request asks for beyond upstream's tensors.
+
+    Attributes:
+        min_p: sample from tokens at least so likely, relative to the likeliest one.
+        num_top_log_probs: tell so many of the likeliest tokens at each place. `output_log_probs` then has a row with
+            the log probabilities of the chosen tokens, as many with the ids of the likeliest ones, and as many with
+            their log probabilities.
+        return_prompt_log_probs: `context_logits` has such a column for each prompt token instead of logits; the first
+            token, which follows nothing, has NaN and ids of -1.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    min_p: float = 0.0
+    num_top_log_probs: int = 0
+    return_prompt_log_probs: bool = False
+
+
+def read_generation(
+    inputs: Mapping[str, Array], ids: Iterator[str], limits: Limits, extensions: str = ""
+) -> Generation:
     """Read a request.
 
     Args:
         inputs: tensors as the backend sees them: scalars [B], input_ids [B, n], word lists [B, 2, N].
         ids: gives each sequence's request an id.
+        extensions: `Extensions` as JSON; empty asks for none.
 
     Raises:
         RequestError: naming the tensor, if a value is out of range or asks for what the executor does not serve.
@@ -131,10 +164,13 @@ def read_generation(inputs: Mapping[str, Array], ids: Iterator[str], limits: Lim
     for name in ("input_ids", "input_lengths", "request_output_len"):
         if name not in inputs:
             raise RequestError(f"{name}: is missing", "send it with every request")
+    own = _extensions(extensions)
     requests: list[Request] = []
     places: list[Place] = []
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
+        fields["sampling"]["min_p"] = own.min_p
+        fields["output"] |= own.model_dump(exclude={"min_p"})
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
             places.append(Place(row, sequence))
@@ -182,10 +218,33 @@ def write_part(generation: Generation, index: int, part: Part) -> dict[str, Arra
     if part.generation_logits:
         rows = part.num_generated
         tensors["generation_logits"] = np.frombuffer(part.generation_logits, np.float32).reshape(1, 1, rows, -1)
+    if part.top_log_probs:
+        columns = [tensors["output_log_probs"].reshape(-1, 1), *_columns(part.top_log_probs, part.num_generated)]
+        tensors["output_log_probs"] = np.hstack(columns).T[None]
+    if part.prompt_log_probs is not None:
+        log_probs = np.frombuffer(part.prompt_log_probs.log_probs, np.float32).reshape(-1, 1)
+        top = () if part.prompt_log_probs.top is None else _columns((part.prompt_log_probs.top,), len(log_probs))
+        tensors["context_logits"] = np.hstack([log_probs, *top])[None]
     if part.perf_metrics is not None:
         for name, value in part.perf_metrics.model_dump().items():
             tensors[name] = np.array([[value]], np.int64 if name.endswith("_ns") else np.int32)
     return tensors
+
+
+def _columns(top: Sequence[TopLogProbs], places: int) -> tuple[Array, Array]:
+    """Ids and log probabilities of the likeliest tokens, float32 [places, count] each: enough for ids below 2**24."""
+    ids = np.frombuffer(b"".join(part.ids for part in top), np.int32).reshape(places, -1)
+    values = np.frombuffer(b"".join(part.log_probs for part in top), np.float32).reshape(places, -1)
+    return ids.astype(np.float32), values
+
+
+def _extensions(text: str) -> Extensions:
+    try:
+        return Extensions.model_validate_json(text) if text else Extensions()
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "its value"
+        raise RequestError(f"parameter {EXTENSIONS}: {name}: {first['msg'].lower()}", "correct it") from None
 
 
 def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:
@@ -218,9 +277,7 @@ def _fields(inputs: Mapping[str, Array], row: int, limits: Limits) -> dict[str, 
         "input_token_ids": inputs["input_ids"][row, :length].tolist(),
         "max_tokens": _scalar(inputs, "request_output_len", row),
         "sampling": {field: _scalar(inputs, name, row) for name, field in _SAMPLING.items() if name in inputs},
-        "output": OutputConfig(
-            **{field: bool(_scalar(inputs, name, row)) for name, field in _OUTPUT.items() if name in inputs}
-        ),
+        "output": {field: bool(_scalar(inputs, name, row)) for name, field in _OUTPUT.items() if name in inputs},
         "embedding_bias": _embedding_bias(inputs, row, limits.vocab_size),
         "guided_decoding": _guided_decoding(inputs, row),
     }
@@ -304,7 +361,7 @@ def _scalar(inputs: Mapping[str, Array], name: str, row: int) -> Any:
 
 def _first_problem(problem: ValidationError) -> str:
     first = problem.errors()[0]
-    field = str(first["loc"][1] if first["loc"][0] == "sampling" else first["loc"][0])
+    field = str(first["loc"][1] if first["loc"][0] in ("sampling", "output") else first["loc"][0])
     name = _FIELDS.get(field, field)
     text = first["msg"].removeprefix("Value error, ")
     return f"{name}: {text[0].lower()}{text[1:]} (got {first['input']!r}); correct the tensor"

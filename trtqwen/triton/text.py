@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.hf.tokenizer import CharacterStream, Tokenizer
+from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.words import Words, pack_words
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,7 @@ def encode_request(
     tokenizer: Tokenizer, inputs: Mapping[str, Array], vocab_size: Callable[[], int]
 ) -> dict[str, Array]:
     """The output tensors of `preprocessing` for its inputs, B rows each; prompts are taken as they are, without
-    a chat template.
+    a chat template, with what the tokenizer puts around a text (BOS, once).
 
     Every stop id of the model beyond the first becomes a stop word, because `end_id` can carry only one; a client
     that names its own END_ID decides alone.
@@ -43,7 +44,7 @@ def encode_request(
         RequestError: naming the tensor, if a text cannot be used or a feature is not served.
     """
     _refuse_unsupported(inputs)
-    prompts = [_encode(tokenizer, "QUERY", text) for text in inputs["QUERY"].reshape(-1)]
+    prompts = [_encode(tokenizer.encode_prompt, "QUERY", text) for text in inputs["QUERY"].reshape(-1)]
     if not all(prompts):
         raise RequestError("QUERY: the prompt is empty", "send at least one character")
     rows, width = len(prompts), max(map(len, prompts))
@@ -145,7 +146,8 @@ def _words(tokenizer: Tokenizer, inputs: Mapping[str, Array], name: str, rows: i
     if name not in inputs:
         return [()] * rows
     return [
-        tuple(tuple(_encode(tokenizer, name, text)) for text in row if text) for row in inputs[name].reshape(rows, -1)
+        tuple(tuple(_encode(tokenizer.encode, name, text)) for text in row if text)
+        for row in inputs[name].reshape(rows, -1)
     ]
 
 
@@ -164,12 +166,12 @@ def _embedding_bias(
     bias = np.zeros((rows, vocab_size()), np.float32)
     for row, row_words, row_weights in zip(bias, words, weights, strict=True):
         for word, weight in zip(row_words, row_weights, strict=True):
-            np.add.at(row, _encode(tokenizer, "EMBEDDING_BIAS_WORDS", word), weight)
+            np.add.at(row, _encode(tokenizer.encode, "EMBEDDING_BIAS_WORDS", word), weight)
     return bias
 
 
-def _encode(tokenizer: Tokenizer, name: str, text: bytes) -> list[int]:
+def _encode(encode: Callable[[str], list[int]], name: str, text: bytes) -> list[int]:
     try:
-        return tokenizer.encode(text.decode("utf-8"))
+        return encode(text.decode("utf-8"))
     except UnicodeDecodeError as problem:
         raise RequestError(f"{name}: byte {problem.start} is not UTF-8", "send the text as UTF-8") from None

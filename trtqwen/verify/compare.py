@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.checkpoint.convert import ConversionPlan
-from trtqwen.checkpoint.tensors import EMBEDDING as HF_EMBEDDING
-from trtqwen.checkpoint.tensors import LM_HEAD as HF_LM_HEAD
 from trtqwen.hf.forward import LayerwiseModel
+from trtqwen.hf.names import EMBEDDING as HF_EMBEDDING
+from trtqwen.hf.names import LM_HEAD as HF_LM_HEAD
 from trtqwen.nn.ops import rms_norm, to_torch
 from trtqwen.safetensors_io import Array
 from trtqwen.verify.head import ROWS, HeadComparison, LogitsComparer
@@ -173,8 +173,8 @@ def _compare_heads(
     ]
     targets = torch.tensor([token for sample in samples for token in sample[1:]], device=device)
     comparer = LogitsComparer(targets)
-    tied = config.tie_word_embeddings or HF_LM_HEAD not in source
-    head = source.tensor(HF_EMBEDDING if tied else HF_LM_HEAD)
+    head_name = HF_EMBEDDING if source.tied else HF_LM_HEAD
+    head = source.tensor(head_name)
 
     def rows_of(rows: Array) -> list[Array]:
         mine = checkpoint.head_rows(rows)
@@ -182,7 +182,7 @@ def _compare_heads(
         comparer.add(int(rows[0]), *(F.linear(hidden, table) for hidden, table in zip(normed, tables, strict=True)))
         return [mine]
 
-    stale = _differing_rows(plan, checkpoint, LM_HEAD, HF_EMBEDDING if tied else HF_LM_HEAD, rows_of)
+    stale = _differing_rows(plan, checkpoint, LM_HEAD, head_name, rows_of)
     return comparer.result(), stale
 
 

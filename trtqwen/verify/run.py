@@ -18,8 +18,16 @@ from trtqwen.recipe import Int8LayoutChoice
 from trtqwen.verify.compare import Comparison, Progress, compare
 from trtqwen.verify.plot import plot_comparison
 from trtqwen.verify.ranks import CheckpointRanks
+from trtqwen.verify.reference import TransformersReference, transformers_reference
 from trtqwen.verify.structure import config_problems, implied_recipe, stored_layout, tensor_problems
-from trtqwen.verify.verdict import FLOAT, Thresholds, problems, thresholds
+from trtqwen.verify.verdict import (
+    FLOAT,
+    Thresholds,
+    implausible,
+    plausible_perplexity,
+    problems,
+    thresholds,
+)
 
 REPORT, PLOT = "verify.json", "verify.png"
 
@@ -32,6 +40,7 @@ class Verification:
         precision: such as `W8A16 bfloat16, INT8 KV cache`.
         comparison: None if the files are not those of such a checkpoint at all.
         problems: what is not acceptable, one sentence each, the nearest to the cause first.
+        reference: what transformers says of the model, where it was asked.
     """
 
     checkpoint: Path
@@ -40,6 +49,7 @@ class Verification:
     thresholds: Thresholds
     comparison: Comparison | None
     problems: list[str]
+    reference: TransformersReference | None = None
 
     @property
     def sentence(self) -> str:
@@ -47,8 +57,15 @@ class Verification:
         if not self.problems:
             return f"{self.checkpoint}: agrees with {self.model}, as far as {self.precision} can"
         rest = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-        remedy = "" if self.precision in FLOAT else ", or in a higher precision"
-        return f"{self.checkpoint}: {self.problems[0]}{rest}; convert the model again{remedy}"
+        return f"{self.checkpoint}: {self.problems[0]}{rest}; {self._remedy}"
+
+    @property
+    def _remedy(self) -> str:
+        if self.reference is not None and self.reference.problems:
+            return "report it with the model's config.json and tokenizer files: trtqwen reads them otherwise"
+        if self.comparison is not None and implausible(self.comparison, self.thresholds):
+            return "take all files from one model, or pass --max-model-perplexity for a model that is not trained"
+        return "convert the model again" + ("" if self.precision in FLOAT else ", or in a higher precision")
 
     def as_json(self) -> dict[str, Any]:
         """For json.dumps."""
@@ -59,6 +76,7 @@ class Verification:
             "precision": self.precision,
             "problems": self.problems,
             "thresholds": asdict(self.thresholds),
+            "reference": None if self.reference is None else asdict(self.reference),
             **(self.comparison.as_json() if self.comparison else {}),
         }
 
@@ -70,6 +88,7 @@ def verify(
     *,
     int8_layout: Int8LayoutChoice | None = None,
     limits: dict[str, float] | None = None,
+    texts: Sequence[str] | None = None,
     progress: Progress = lambda layers: None,
 ) -> Verification:
     """Check names and shapes, then run the checkpoint beside the model. Uses CUDA if it is there.
@@ -78,6 +97,8 @@ def verify(
         samples: token ids, at least two each.
         int8_layout: of INT8 weight-only matrices; None takes the manifest's word.
         limits: thresholds to replace, by name.
+        texts: have transformers load the model too, whole, and compare its perplexity, the ids of these texts and
+            rendered chats; None leaves it out.
 
     Raises:
         InputError: if model or checkpoint cannot be read, or are not of a kind that trtqwen verifies.
@@ -85,7 +106,8 @@ def verify(
     config = read_checkpoint_config(checkpoint)
     layout = stored_layout(checkpoint, int8_layout)
     recipe = implied_recipe(config, layout, load_config(model))
-    allowed = Thresholds(**{**asdict(thresholds(recipe)), **(limits or {})})
+    plausible = {"model_perplexity": plausible_perplexity(samples, config.vocab_size)}
+    allowed = Thresholds(**{**asdict(thresholds(recipe)), **plausible, **(limits or {})})
     found, comparison = config_problems(config, HfModel(model, recipe.yarn_factor).config), None
     if not found:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -94,7 +116,11 @@ def verify(
         if not found:
             comparison = compare(plan, ranks, samples, device, progress)
             found = problems(comparison, allowed, float16=config.dtype == "float16")
-    return Verification(checkpoint, model, _precision(config), allowed, comparison, found)
+    theirs = None
+    if texts is not None and comparison is not None:
+        theirs = transformers_reference(model, samples, texts, comparison.head.model_perplexity)
+        found = [*theirs.problems, *found]
+    return Verification(checkpoint, model, _precision(config), allowed, comparison, found, theirs)
 
 
 def write_report(verification: Verification, directory: Path) -> None:

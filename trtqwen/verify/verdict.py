@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,6 +14,7 @@ if TYPE_CHECKING:  # the plots need the limits where PyTorch is not installed
     from trtqwen.verify.compare import Comparison, LayerComparison
 
 FLOAT16_MAX = 65504.0
+_FEW_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Thresholds:
         perplexity: relative increase.
         max_activation: largest magnitude in a float16 checkpoint: half of what float16 holds, because other texts
             go higher than the one at hand.
+        model_perplexity: of the model itself: above it the model predicts worse than the frequencies of the texts'
+            own tokens do, so its config or weights are not those it was trained with.
     """
 
     attention_error: float
@@ -33,6 +38,7 @@ class Thresholds:
     top1: float
     perplexity: float
     max_activation: float = FLOAT16_MAX / 2
+    model_perplexity: float = math.inf
 
 
 FLOAT = {
@@ -63,6 +69,18 @@ def thresholds(recipe: CheckpointRecipe) -> Thresholds:
     return base
 
 
+def plausible_perplexity(samples: Sequence[list[int]], vocab_size: int) -> float:
+    """The perplexity of the best unigram model of these tokens.
+
+    Of few tokens, which that model would know by heart, ten times the perplexity of drawing at random.
+    """
+    counts = Counter(token for sample in samples for token in sample[1:])
+    total = sum(counts.values())
+    if total < _FEW_TOKENS:
+        return 10.0 * vocab_size
+    return math.exp(-sum(count * math.log(count / total) for count in counts.values()) / total)
+
+
 def problems(comparison: Comparison, limits: Thresholds, *, float16: bool) -> list[str]:
     """What is not acceptable, the nearest to the cause first, one sentence each; NaN counts as too much.
 
@@ -71,6 +89,12 @@ def problems(comparison: Comparison, limits: Thresholds, *, float16: bool) -> li
     """
     head = comparison.head
     found = [f"tensor {name} holds infinities or NaNs" for name in comparison.non_finite]
+    if implausible(comparison, limits):
+        found.append(
+            f"the model itself has a perplexity of {head.model_perplexity:.4g}, more than the frequencies of the "
+            f"texts' tokens alone give ({limits.model_perplexity:.4g}): config.json or weights are not those that it "
+            "was trained with"
+        )
     found += [f"{rows} rows of {name} are not the model's" for name, rows in comparison.differing_rows.items()]
     found += _layer_problems(comparison.layers, limits)
     if not head.kl_mean <= limits.kl:
@@ -82,6 +106,11 @@ def problems(comparison: Comparison, limits: Thresholds, *, float16: bool) -> li
     if float16:
         found += _overflows(comparison.layers, limits)
     return found
+
+
+def implausible(comparison: Comparison, limits: Thresholds) -> bool:
+    """Whether the model predicts nothing, so that an agreement with it means nothing."""
+    return not comparison.head.model_perplexity <= limits.model_perplexity
 
 
 def _layer_problems(layers: tuple[LayerComparison, ...], limits: Thresholds) -> Iterator[str]:

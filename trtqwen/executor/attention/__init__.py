@@ -1,7 +1,6 @@
-"""Attention over the paged KV cache: one interface, a plain implementation and a fast one."""
+"""Attention over the paged KV cache: one interface, a plain implementation and fast ones (`cpu`, imported on use)."""
 
 from trtqwen.executor.attention.base import AttentionBackend, AttentionBatch, SequenceSpan
-from trtqwen.executor.attention.cpu import CpuAttention
 from trtqwen.executor.attention.plain import PlainAttention
 
-__all__ = ["AttentionBackend", "AttentionBatch", "CpuAttention", "PlainAttention", "SequenceSpan"]
+__all__ = ["AttentionBackend", "AttentionBatch", "PlainAttention", "SequenceSpan"]

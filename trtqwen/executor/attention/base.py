@@ -100,6 +100,15 @@ class GenerationBatch:
 class AttentionBackend(Protocol):
     """Computes attention of one layer for one rank's heads."""
 
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
+        """Put a step's keys and values into the layer's cache.
+
+        Args:
+            key, value: [tokens, kv_heads, head_size], in the cache's dtype.
+            keys, values: the layer's cache, as below.
+        """
+        ...
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
         """Causal attention of packed queries.
 

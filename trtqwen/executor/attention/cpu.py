@@ -1,45 +1,75 @@
-"""Attention on the CPU: context sequences one by one, all generation sequences in one padded call."""
+"""Attention on the CPU: a kernel that reads the KV cache's blocks where they lie."""
 
 from __future__ import annotations
 
+import numba
+import numpy as np
+import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from trtqwen.executor.attention.base import AttentionBatch, GenerationBatch, SequenceSpan
-from trtqwen.executor.attention.plain import causal_mask, gather
+from trtqwen.executor.attention.base import AttentionBatch
+from trtqwen.executor.cpu.attention import paged_attention, store
+
+_TILE = 32  # query vectors that go over a block of keys together
 
 
 class CpuAttention:
-    """Fused scaled-dot-product attention from PyTorch over gathered blocks."""
+    """Online softmax over tiles of query rows, in float32, for context and generation alike."""
+
+    def __init__(self) -> None:
+        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+        self._planned: tuple[AttentionBatch, int, _Plan] | None = None
+
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
+        store(_bits(key.contiguous()), _bits(value.contiguous()), batch.inputs.kv_slots, _bits(keys), _bits(values))
 
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
-        output = torch.empty_like(query)
-        for span in batch.context:
-            output[span.begin : span.end] = self._context(query[span.begin : span.end], keys, values, span)
-        if batch.generation is not None:
-            rows = batch.generation.rows
-            output[rows] = self._generation(query[rows], keys, values, batch.generation)
-        return output
-
-    def _context(self, query: Tensor, keys: Tensor, values: Tensor, span: SequenceSpan) -> Tensor:
-        whole = span.num_tokens == span.context_length
-        attended = F.scaled_dot_product_attention(
-            query.transpose(0, 1)[None],
-            gather(keys, span)[None],
-            gather(values, span)[None],
-            attn_mask=None if whole else causal_mask(span, query.device),
-            is_causal=whole,
-            enable_gqa=True,
+        group = query.shape[1] // keys.shape[1]
+        plan = self._plan(batch, group)
+        output = torch.empty(query.shape, dtype=torch.float32)
+        paged_attention(
+            query.float().contiguous().numpy(),
+            _bits(keys),
+            _bits(values),
+            plan.tiles,
+            plan.block_ids,
+            plan.block_begins,
+            np.float32(query.shape[-1] ** -0.5),
+            output.numpy(),
         )
-        return attended[0].transpose(0, 1)
+        return output.to(query.dtype)
 
-    def _generation(self, query: Tensor, keys: Tensor, values: Tensor, batch: GenerationBatch) -> Tensor:
-        size, heads, head_size = query.shape
-        kv_heads = keys.shape[1]
-        key, value = (cache[batch.block_ids].transpose(1, 2).flatten(2, 3) for cache in (keys, values))
-        mask = torch.arange(key.shape[2], device=query.device) < batch.lengths[:, None]
-        # The query heads that share a KV head stand where tokens usually do: keys are read once for all of them.
-        grouped = query.view(size, kv_heads, heads // kv_heads, head_size)
-        attended = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask[:, None, None])
-        return attended.reshape(size, heads, head_size)
+    def _plan(self, batch: AttentionBatch, group: int) -> _Plan:
+        """The same for every layer of a step."""
+        if self._planned is None or self._planned[:2] != (batch, group):
+            self._planned = (batch, group, _Plan(batch, max(1, _TILE // group)))
+        return self._planned[2]
+
+
+class _Plan:
+    """A step cut into tiles.
+
+    Attributes:
+        tiles: int64 [tiles, 4], as `paged_attention` takes them.
+        block_ids, block_begins: those of `StepInputs`.
+    """
+
+    def __init__(self, batch: AttentionBatch, rows: int) -> None:
+        inputs = batch.inputs
+        ends = inputs.query_begins[1:]
+        lengths = np.diff(inputs.query_begins)
+        tiles = -(-lengths // rows)
+        sequence = np.repeat(np.arange(len(lengths)), tiles)
+        number = np.arange(len(sequence)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        begin = inputs.query_begins[sequence] + number * rows
+        left = ends[sequence] - begin
+        position = inputs.context_lengths[sequence] - left
+        self.tiles = np.stack([sequence, begin, np.minimum(rows, left), position], axis=1).astype(np.int64)
+        self.block_ids = inputs.block_ids
+        self.block_begins = inputs.block_begins
+
+
+def _bits(cache: Tensor) -> npt.NDArray[np.generic]:
+    """A cache as numpy sees it: numpy has no bfloat16."""
+    return (cache.view(torch.uint16) if cache.dtype == torch.bfloat16 else cache).numpy()

@@ -11,6 +11,11 @@ from trtqwen.executor.attention.base import AttentionBatch, SequenceSpan
 class PlainAttention:
     """softmax(q k^T / sqrt(head_size)) v over each sequence's gathered blocks, in float32."""
 
+    def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
+        block, offset = batch.slots // keys.shape[2], batch.slots % keys.shape[2]
+        keys[block, :, offset] = key
+        values[block, :, offset] = value
+
     def __call__(self, query: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> Tensor:
         return torch.cat([self._sequence(query[s.begin : s.end], keys, values, s) for s in batch.spans])
 

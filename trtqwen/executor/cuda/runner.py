@@ -49,7 +49,7 @@ class CudaRunner:
         self._model = model
         self._device = device
         tiles = 2 * (max_num_tokens // TILE_ROWS + max_batch_size + 1)
-        size = 5 * max_num_tokens + 4 * max_batch_size + 8 + max_batch_size * max_blocks + tiles
+        size = 5 * max_num_tokens + 4 * max_batch_size + 64 + max_batch_size * max_blocks + tiles
         self._data = torch.zeros(size, dtype=torch.int32, device=device)
         self._stages = deque(_Stage(size) for _ in range(_STAGES))
         self._graphs: dict[int, _Graph] = {}

@@ -13,6 +13,7 @@ import torch
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig
+from trtqwen.executor.choose import Choice
 from trtqwen.executor.config import WorkerConfig
 from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.model import CudaModel
@@ -24,6 +25,7 @@ from trtqwen.executor.plain_runner import Started
 from trtqwen.executor.sampling import Sampler
 
 _GIB = 1 << 30
+_COMPILED_FOR = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use every kernel
 
 
 def keep_compiled_kernels() -> None:
@@ -136,25 +138,39 @@ def _warm_up(
     logits = runner.launch(_largest_step(engine), sampler.last_tokens)
     if logits is not None:
         logits.float()  # what a step that shows its logits needs
-        del logits
+        choice_of_all = torch.full((5, len(logits)), 0.5, device=choice.device)
+        for draws, filters in ((False, False), (True, False), (True, True)):
+            for values in (logits, logits.float()):
+                choose_fused(values, Choice(choice_of_all, draws, filters))
+        del logits, values
     torch.cuda.synchronize(choice.device)
     need = torch.cuda.max_memory_allocated(choice.device) - before
+    for length in _COMPILED_FOR:
+        for past in (0, build.tokens_per_block):
+            if length + past <= min(build.max_seq_len, build.max_num_tokens):
+                runner.launch(_prompts(1, length, past, build.tokens_per_block), sampler.last_tokens)
+    torch.cuda.synchronize(choice.device)
     torch.cuda.empty_cache()
     return need
 
 
 def _largest_step(engine: EngineConfig) -> StepInputs:
-    """As many prompts as a step takes, all in block 0, which nobody reads afterwards."""
+    """As many prompts as a step takes."""
     build = engine.build_config
     length = min(build.max_seq_len, build.max_num_tokens)
     sequences = min(build.max_batch_size, max(1, build.max_num_tokens // length))
-    blocks = -(-length // build.tokens_per_block)
+    return _prompts(sequences, length, 0, build.tokens_per_block)
+
+
+def _prompts(sequences: int, length: int, past: int, tokens_per_block: int) -> StepInputs:
+    """Chunks of prompts with `past` tokens before them. They read block 0 and write nothing."""
+    blocks = -(-(past + length) // tokens_per_block)
     counts = Counts(sequences * length, sequences, sequences if length == 1 else 0, sequences, sequences * blocks)
     inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
-    inputs.positions[:] = np.tile(np.arange(length), sequences)
+    inputs.positions[:] = np.tile(past + np.arange(length), sequences)
     inputs.kv_slots[:] = -1
     inputs.query_begins[:] = np.arange(sequences + 1) * length
-    inputs.context_lengths[:] = length
+    inputs.context_lengths[:] = past + length
     inputs.block_begins[:] = np.arange(sequences + 1) * blocks
     inputs.logit_rows[:] = inputs.query_begins[1:] - 1
     return inputs

@@ -26,9 +26,9 @@ class QueueLimits:
     tokens: int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Ticket:
-    """One sequence's claim; `tokens` are its prompt and the most it may answer."""
+    """One sequence's claim; `tokens` are its prompt and what is reserved for its answer."""
 
     tokens: int
 
@@ -132,6 +132,13 @@ class Admission:
             if ticket in replica.running:
                 del replica.running[ticket]
                 replica.tokens -= ticket.tokens
+
+    def grow(self, ticket: Ticket, tokens: int) -> None:
+        """Count more tokens for a ticket that runs; those that wait have room later."""
+        for replica in self._replicas:
+            if ticket in replica.running:
+                ticket.tokens += tokens
+                replica.tokens += tokens
 
     def set_up(self, number: int, up: bool) -> None:
         """Whether a replica takes requests."""

@@ -79,6 +79,11 @@ class Caller:
         """
         _charge(self.tokens, tokens, "tokens", now)
 
+    def take_tokens(self, tokens: int) -> None:
+        """Take tokens that were used already; a rate that they exceed fills up later."""
+        if self.tokens is not None:
+            self.tokens.take(tokens)
+
     def refund_tokens(self, tokens: int) -> None:
         """Give back what was taken for a request that the server then had no place for."""
         if self.tokens is not None:

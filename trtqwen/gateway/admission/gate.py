@@ -47,7 +47,7 @@ class Gate:
         """
         self._refuse_at_the_door()
         if 0 < self._admission.queue_limits.requests <= self._admission.queued:
-            raise self._too_busy("the queue is full", "queue_full")
+            raise self._too_busy(self._full(), "queue_full")
 
     @contextmanager
     def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
@@ -67,7 +67,7 @@ class Gate:
             yield tickets
         except QueueFull:
             if self._admission.has_room_when_idle(tickets):
-                raise self._too_busy("the queue is full", "queue_full") from None
+                raise self._too_busy(self._full(), "queue_full") from None
             raise bad_request(
                 f"{len(tickets)} answers of {sum(token_counts)} tokens, prompts included, are more than this server "
                 "runs and queues at once; ask for fewer answers or a lower max_tokens",
@@ -94,7 +94,9 @@ class Gate:
             # Not wait_for: before Python 3.12 it loses a cancellation that comes together with the turn.
             await asyncio.wait((turn,), timeout=min(self._queue_seconds, deadline - begun))
             if time.monotonic() < deadline and not any(other.done() for other in turns.values()):
-                raise self._too_busy(f"no turn came within {self._queue_seconds:g} s", "queue_timeout")
+                raise self._too_busy(
+                    f"no turn came within {self._queue_seconds:g} s (queue_seconds)", "queue_timeout"
+                )
             if not turn.done():
                 await asyncio.wait((turn,), timeout=deadline - time.monotonic())
             if not turn.done():
@@ -115,6 +117,11 @@ class Gate:
             self._service_seconds += 0.1 * (lasted - self._service_seconds)
         self._admission.leave(ticket)
         self._grant(self._admission.admit())
+
+    def grow(self, ticket: Ticket, tokens: int) -> None:
+        """Count more tokens for a running ticket, whose answer has got longer than was reserved."""
+        self._admission.grow(ticket, tokens)
+        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
 
     def set_up(self, replica: int, up: bool) -> None:
         """Whether a replica takes requests."""
@@ -146,6 +153,13 @@ class Gate:
             raise stopping()
         if not self._admission.any_up:
             raise down()
+
+    def _full(self) -> str:
+        limits, queued = self._admission.queue_limits, self._admission.queued
+        return (
+            f"the queue is full: {queued} requests of {self._admission.queued_tokens} tokens wait, and "
+            f"{limits.requests} (max_queued_requests) of {limits.tokens} (max_queued_tokens) may"
+        )
 
     def _too_busy(self, what: str, code: str) -> ApiError:
         rounds = (self._admission.queued + 1) / self._admission.slots

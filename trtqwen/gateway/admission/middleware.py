@@ -12,7 +12,7 @@ from trtqwen.gateway.admission.auth import Authenticator
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
-_PROTECTED = ("/v1/", "/generate")
+_PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
 class Guard:
@@ -47,8 +47,7 @@ class Guard:
         try:
             headers = dict(scope["headers"])
             self._check_size(scope)
-            authorization = headers.get(b"authorization")
-            caller = self._authenticator.authenticate(authorization and authorization.decode("latin-1"))
+            caller = self._authenticator.authenticate(_authorization(headers))
             if scope["method"] == "POST":
                 caller.charge_request(time.monotonic())
             body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
@@ -103,3 +102,10 @@ class Guard:
         headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(problem.body).encode()})
+
+
+def _authorization(headers: dict[bytes, bytes]) -> str | None:
+    """The `Authorization` header, or what `X-Api-Key`, the header of Anthropic's clients, amounts to."""
+    if b"authorization" in headers:
+        return headers[b"authorization"].decode("latin-1")
+    return f"Bearer {headers[b'x-api-key'].decode('latin-1')}" if b"x-api-key" in headers else None

@@ -10,21 +10,50 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from trtqwen.gateway.api.chat import ChatPlan
-from trtqwen.gateway.api.envelope import Envelope
+from trtqwen.gateway.api.envelope import Envelope, stop_reason
+from trtqwen.gateway.api.log_probs import chat_log_probs, prompt_log_probs
+from trtqwen.gateway.api.reasoning import Reasoning, ReasoningParser
 from trtqwen.gateway.api.sse import DONE
-from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, Event, ToolCallParser
+from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, ToolCallParser
+from trtqwen.gateway.api.tools import Event as AnswerEvent
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import Finish, Generator, Piece, TokenLogProb, Usage
 
+Event = AnswerEvent | Reasoning
+
 
 @dataclass(frozen=True)
-class _Step:
-    """What one piece adds to one choice."""
+class Step:
+    """What one piece adds to one choice.
+
+    Attributes:
+        matched: the stop string or stop token that ended it.
+        prompt: the prompt's tokens, if asked for.
+    """
 
     index: int
     events: Sequence[Event]
     log_probs: Sequence[TokenLogProb]
     finish: Finish | None
+    matched: str | int | None = None
+    prompt: Sequence[TokenLogProb] = ()
+
+
+async def chat_steps(plan: ChatPlan, generator: Generator, usage: Usage) -> AsyncGenerator[Step, None]:
+    """The answers of a chat as they come: text, what is thought and calls told apart.
+
+    Raises:
+        ApiError: if the request is refused or fails.
+    """
+    choices = [_Choice(plan, generator) for _ in plan.generation.prompts]
+    async with aclosing(generator.run(plan.generation, usage)) as pieces:
+        async for piece in pieces:
+            choice = choices[piece.index]
+            if choice.finish is None:
+                events = choice.take(piece)
+                yield Step(piece.index, events, piece.log_probs, choice.finish, piece.matched, piece.prompt)
+                if choice.finish is not None and all(other.finish for other in choices):
+                    break
 
 
 class ChatAnswers:
@@ -33,9 +62,16 @@ class ChatAnswers:
     def __init__(self, plan: ChatPlan, generator: Generator) -> None:
         self._plan = plan
         self._generator = generator
-        self._usage = Usage()
+        self._token_bytes = generator.model.tokenizer.token_bytes
+        self.usage = Usage()
         self._envelope = Envelope(
-            generator.model, plan.generation, "chat.completion", "chat.completion.chunk", plan.include_usage
+            generator.model,
+            plan.generation,
+            "chat.completion",
+            "chat.completion.chunk",
+            self.usage,
+            plan.include_usage,
+            plan.continuous_usage,
         )
 
     async def whole(self) -> dict[str, Any]:
@@ -44,13 +80,21 @@ class ChatAnswers:
         Raises:
             ApiError: if the request is refused or fails.
         """
-        choices = [_Collected() for _ in self._plan.generation.prompts]
-        async with aclosing(self._steps()) as steps:
+        choices = [CollectedChoice(self._plan.echo) for _ in self._plan.generation.prompts]
+        prompt: Sequence[TokenLogProb] = ()
+        async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
             async for step in steps:
                 choices[step.index].add(step)
-        log_probs = self._plan.generation.sampling.log_probs
-        objects = [choice.object(index, log_probs) for index, choice in enumerate(choices)]
-        return self._envelope.whole(objects, self._usage)
+                prompt = step.prompt or prompt
+        sampling = self._plan.generation.sampling
+        objects = [
+            choice.object(index, chat_log_probs(choice.log_probs, self._token_bytes) if sampling.log_probs else None)
+            for index, choice in enumerate(choices)
+        ]
+        asked = sampling.prompt_log_probs is not None
+        return self._envelope.whole(
+            objects, **({"prompt_logprobs": prompt_log_probs(prompt, self._token_bytes)} if asked else {})
+        )
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Events with `chat.completion.chunk` objects.
@@ -59,42 +103,36 @@ class ChatAnswers:
             ApiError: if the request is refused or fails.
         """
         frame, begun = self._envelope.frame, set()
-        async with aclosing(self._steps()) as steps:
+        async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
             async for step in steps:
                 if step.index not in begun:
                     begun.add(step.index)
                     yield frame(step.index, '"delta":{"role":"assistant","content":""},"logprobs":null', first=True)
-                log_probs = json.dumps(_log_probs(step.log_probs)) if step.log_probs else "null"
-                deltas = [_delta(event) for event in step.events]
+                    if self._plan.echo:
+                        yield frame(step.index, f'"delta":{delta_of(Content(self._plan.echo))},"logprobs":null')
+                log_probs = "null"
+                if step.log_probs:
+                    log_probs = json.dumps(chat_log_probs(step.log_probs, self._token_bytes))
+                deltas = [delta_of(event) for event in step.events]
                 if step.log_probs and not deltas:
                     deltas = ["{}"]
                 for delta in deltas:
                     yield frame(step.index, f'"delta":{delta},"logprobs":{log_probs}')
                     log_probs = "null"
                 if step.finish is not None:
-                    yield frame(step.index, '"delta":{},"logprobs":null', step.finish)
+                    yield frame(step.index, f'"delta":{{}},"logprobs":null{stop_reason(step.matched)}', step.finish)
         if self._plan.include_usage:
-            yield self._envelope.usage_frame(self._usage)
+            yield self._envelope.usage_frame()
         yield DONE
-
-    async def _steps(self) -> AsyncGenerator[_Step, None]:
-        choices = [_Choice(self._plan, self._generator) for _ in self._plan.generation.prompts]
-        async with aclosing(self._generator.run(self._plan.generation, self._usage)) as pieces:
-            async for piece in pieces:
-                choice = choices[piece.index]
-                if choice.finish is None:
-                    events = choice.take(piece)
-                    yield _Step(piece.index, events, piece.log_probs, choice.finish)
-                    if choice.finish is not None and all(other.finish for other in choices):
-                        break
 
 
 class _Choice:
     """Takes one answer apart into content and calls, and decides why it ended."""
 
     def __init__(self, plan: ChatPlan, generator: Generator) -> None:
+        self._plan = plan
+        self._reasoning = None if plan.reasoning is None else ReasoningParser(inside=plan.reasoning == "inside")
         self._parser = ToolCallParser(inside=plan.forced_call) if plan.parse_calls else None
-        self._one_call = plan.one_call
         self._guide = plan.generation.sampling.guide
         self._metrics = generator.metrics
         self._guided: list[str] = []
@@ -104,87 +142,114 @@ class _Choice:
         if self._guide is not None:
             self._guided.append(piece.text)
         self.finish = piece.finish
-        events: list[Event] = [Content(piece.text)] if piece.text else []
-        if self._parser is not None:
-            events = self._parser.push(piece.text)
+        if self._reasoning is None:
+            events = self._answer(piece.text, piece)
+        else:
+            thought, text = self._reasoning.push(piece.text)
             if piece.finish is not None:
-                events += self._parser.flush()
-            if self._one_call and self._parser.complete:
-                events = _first_call(events)
-                self.finish = "tool_calls"
-            elif piece.finish == "stop" and 0 < self._parser.calls == self._parser.complete:
-                self.finish = "tool_calls"
+                last = self._reasoning.flush()
+                thought, text = thought + last[0], text + last[1]
+            events = [Reasoning(thought)] if thought and self._plan.show_reasoning else []
+            events += self._answer(text, piece)
         if piece.finish == "stop" and piece.matched is None:
             self._check()
         if self.finish is not None:
             self._metrics.finished.labels(self.finish).inc()
         return events
 
+    def _answer(self, text: str, piece: Piece) -> list[Event]:
+        """What the text of the answer itself amounts to."""
+        parser = self._parser
+        if parser is None:
+            return [Content(text)] if text else []
+        events: list[Event] = [*parser.push(text)]
+        if piece.finish is not None:
+            events += parser.flush(cut=piece.finish == "length" or piece.matched is not None)
+        if self._plan.one_call and parser.complete:
+            events = _first_call(events)
+            self.finish = "stop" if self._plan.named_call else "tool_calls"
+        elif piece.finish == "stop" and 0 < parser.calls == parser.complete:
+            self.finish = "tool_calls"
+        return events
+
     def _check(self) -> None:
-        if self._guide is not None and not self._guide.allows("".join(self._guided)):
+        called = self._parser is not None and self._parser.calls and not self._plan.forced_call
+        if self._guide is not None and not called and not self._guide.allows("".join(self._guided)):
             self._metrics.guided_violations.inc()
             message = "the engine's answer breaks the JSON schema it was held to; report this"
             raise ApiError(500, message, "guided_decoding_violation")
 
 
-class _Collected:
-    """One choice of an unstreamed answer."""
+class CollectedChoice:
+    """One choice of an unstreamed answer.
 
-    def __init__(self) -> None:
-        self._content: list[str] = []
-        self._calls: list[dict[str, Any]] = []
-        self._log_probs: list[TokenLogProb] = []
-        self._finish: Finish | None = None
+    Args:
+        content: text in front of the answer.
 
-    def add(self, step: _Step) -> None:
+    Attributes:
+        calls: as `tool_calls` of a message has them.
+        thought: what the model thought.
+    """
+
+    def __init__(self, content: str = "") -> None:
+        self._content = [content] if content else []
+        self._thought: list[str] = []
+        self.calls: list[dict[str, Any]] = []
+        self.log_probs: list[TokenLogProb] = []
+        self.finish: Finish | None = None
+        self._matched: str | int | None = None
+
+    @property
+    def content(self) -> str:
+        return "".join(self._content)
+
+    @property
+    def thought(self) -> str:
+        return "".join(self._thought)
+
+    def add(self, step: Step) -> None:
         for event in step.events:
             if isinstance(event, Content):
                 self._content.append(event.text)
+            elif isinstance(event, Reasoning):
+                self._thought.append(event.text)
             elif isinstance(event, CallBegins):
                 function = {"name": event.name, "arguments": ""}
-                self._calls.append({"id": event.id, "type": "function", "function": function})
+                self.calls.append({"id": event.id, "type": "function", "function": function})
             else:
-                self._calls[event.index]["function"]["arguments"] += event.text
-        self._log_probs += step.log_probs
-        self._finish = step.finish
+                self.calls[event.index]["function"]["arguments"] += event.text
+        self.log_probs += step.log_probs
+        self.finish, self._matched = step.finish, step.matched
 
-    def object(self, index: int, log_probs: bool) -> dict[str, Any]:
-        content = "".join(self._content)
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-        if self._calls:
-            message |= {"content": content or None, "tool_calls": self._calls}
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": _log_probs(self._log_probs) if log_probs else None,
-            "finish_reason": self._finish,
-        }
+    def object(self, index: int, log_probs: dict[str, Any] | None) -> dict[str, Any]:
+        """The choice of a `chat.completion`."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.calls:
+            message |= {"content": self.content or None, "tool_calls": self.calls}
+        if self._thought:
+            message["reasoning_content"] = self.thought
+        choice = {"index": index, "message": message, "logprobs": log_probs, "finish_reason": self.finish}
+        return choice if self._matched is None else {**choice, "stop_reason": self._matched}
 
 
 def _first_call(events: Sequence[Event]) -> list[Event]:
     """Events up to the end of the first call."""
-    own = [number for number, event in enumerate(events) if not isinstance(event, Content) and event.index == 0]
+    own = [
+        number
+        for number, event in enumerate(events)
+        if isinstance(event, (CallBegins, CallArguments)) and event.index == 0
+    ]
     return list(events[: own[-1] + 1]) if own else []
 
 
-def _delta(event: Event) -> str:
+def delta_of(event: Event) -> str:
+    """A chunk's `delta`, as JSON."""
     if isinstance(event, Content):
         return f'{{"content":{quoted(event.text)}}}'
     if isinstance(event, CallArguments):
         return f'{{"tool_calls":[{{"index":{event.index},"function":{{"arguments":{quoted(event.text)}}}}}]}}'
+    if isinstance(event, Reasoning):
+        return f'{{"reasoning_content":{quoted(event.text)}}}'
     function = {"name": event.name, "arguments": ""}
     call = {"index": event.index, "id": event.id, "type": "function", "function": function}
     return json.dumps({"tool_calls": [call]})
-
-
-def _log_probs(entries: Sequence[TokenLogProb]) -> dict[str, Any]:
-    content = [
-        {
-            "token": entry.text.decode(errors="replace"),
-            "bytes": list(entry.text),
-            "logprob": entry.log_prob,
-            "top_logprobs": [],
-        }
-        for entry in entries
-    ]
-    return {"content": content, "refusal": None}

@@ -10,78 +10,119 @@ from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
-from trtqwen.gateway.api.envelope import Envelope, choice_count
-from trtqwen.gateway.api.schemas import CompletionRequest, refuse_unsupported
+from trtqwen.gateway.api.chat import truncated
+from trtqwen.gateway.api.envelope import Envelope, choice_count, stop_reason
+from trtqwen.gateway.api.fields import refuse_unsupported
+from trtqwen.gateway.api.log_probs import completion_log_probs, prompt_log_probs
+from trtqwen.gateway.api.response_format import plan_guide
+from trtqwen.gateway.api.sampling import check_ids, plan_sampling
+from trtqwen.gateway.api.schemas import CompletionRequest
 from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.errors import bad_request, unsupported
+from trtqwen.gateway.errors import bad_request
 from trtqwen.gateway.generation.generator import (
     Finish,
     GenerationPlan,
     Generator,
+    Piece,
     TokenLogProb,
     Usage,
-    fit_max_tokens,
+    fit_answer,
 )
-from trtqwen.gateway.generation.inputs import Sampling, draw_seed, plan_bias, plan_sampling
 from trtqwen.gateway.model import ServedModel
 
 
 @dataclass(frozen=True)
 class CompletionPlan:
-    """A completion request, worked out; `echoes` stand in front of the answers, one for each."""
+    """A completion request, worked out.
+
+    Attributes:
+        echoes: stand in front of the answers, one for each; their log probabilities go along if there are any.
+        log_probs: so many of the likeliest tokens go with each token; None tells no log probabilities.
+        no_answer: the prompts' log probabilities are all that is asked for.
+    """
 
     generation: GenerationPlan
     echoes: tuple[str, ...]
+    echo: bool = False
+    log_probs: int | None = None
+    no_answer: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
 
 
-def plan_completion(model: ServedModel, config: GatewayConfig, request: CompletionRequest) -> CompletionPlan:
-    """Tokenise and check a completion request.
+def plan_completion(
+    model: ServedModel, config: GatewayConfig, request: CompletionRequest, *, request_id: str = ""
+) -> CompletionPlan:
+    """Tokenize and check a completion request.
+
+    Args:
+        request_id: of the answer; empty draws one.
 
     Raises:
         ApiError: naming the field, if it cannot be served as asked.
     """
     refuse_unsupported(request)
-    if request.logprobs:
-        raise unsupported("logprobs", "the engine tells the chosen token's probability alone; set logprobs to 0")
-    if request.echo and request.logprobs is not None:
-        raise unsupported("echo", "probabilities of the prompt are not served; leave out echo or logprobs")
-    prompts = _prompts(model, request)
+    texts, prompts = _prompts(model, request)
     choices = choice_count(request.n, len(prompts), config.max_choices)
-    longest = max(map(len, prompts))
-    sampling = Sampling(
-        plan_sampling(request, model.defaults),
-        draw_seed() if request.seed is None else request.seed,
-        plan_bias(request, model.vocab_size),
-        log_probs=request.logprobs is not None,
-        ignore_eos=bool(request.ignore_eos),
-    )
+    no_answer = request.max_tokens == 0
+    if no_answer and not request.echo:
+        raise bad_request(
+            "max_tokens is 0, and without echo there is nothing to answer; ask for more", param="max_tokens"
+        )
+    room = fit_answer(model, config, max(map(len, prompts)), 1 if no_answer else request.max_tokens)
+    of_prompt = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        of_prompt = max(request.logprobs, of_prompt or 0)
     generation = GenerationPlan(
-        request_id=f"cmpl-{uuid.uuid4().hex}",
+        request_id=request_id or f"cmpl-{uuid.uuid4().hex}",
         prompts=tuple(prompt for prompt in prompts for _ in range(choices)),
         choices=choices,
-        max_tokens=fit_max_tokens(model, config, longest, request.max_tokens),
-        sampling=sampling,
+        max_tokens=room.max_tokens,
+        reserved=room.reserved,
+        sampling=plan_sampling(
+            model,
+            request,
+            log_probs=request.logprobs is not None,
+            top_log_probs=request.logprobs or 0,
+            prompt_log_probs=of_prompt,
+            guide=plan_guide(model, request),
+        ),
         stop=request.stop_strings,
+        keep_stop=bool(request.include_stop_str_in_output),
     )
-    echoes = tuple(model.tokenizer.decode(prompt) if request.echo else "" for prompt in generation.prompts)
-    return CompletionPlan(generation, echoes, request.include_usage)
+    return CompletionPlan(
+        generation,
+        tuple(text if request.echo else "" for text in texts for _ in range(choices)),
+        bool(request.echo),
+        request.logprobs,
+        no_answer,
+        request.include_usage,
+        request.continuous_usage,
+    )
 
 
-def _prompts(model: ServedModel, request: CompletionRequest) -> list[tuple[int, ...]]:
-    prompts = []
+def _prompts(model: ServedModel, request: CompletionRequest) -> tuple[list[str], list[tuple[int, ...]]]:
+    """The prompts as they were sent, and as token ids."""
+    texts, prompts = [], []
     for prompt in _listed(request.prompt):
-        ids = model.encode(prompt, "prompt") if isinstance(prompt, str) else tuple(prompt)
+        ids = (
+            model.encode(prompt, "prompt", raw=request.add_special_tokens is not False)
+            if isinstance(prompt, str)
+            else tuple(prompt)
+        )
         if not ids:
             raise bad_request("the prompt is empty; send at least one token", param="prompt")
-        if max(ids) >= model.vocab_size:
-            message = f"token id {max(ids)} is outside the vocabulary of {model.vocab_size}"
-            raise bad_request(f"{message}; use the model's own tokenizer", param="prompt")
+        check_ids(model, ids, "prompt")
+        if request.truncate_prompt_tokens is not None:
+            ids = truncated(model, ids, request.truncate_prompt_tokens)
+        as_sent = isinstance(prompt, str) and request.truncate_prompt_tokens is None
+        needed = request.echo and not as_sent
+        texts.append(str(prompt) if as_sent else model.tokenizer.decode(ids) if needed else "")
         prompts.append(ids)
     if not prompts:
         raise bad_request("there is no prompt; send one", param="prompt")
-    return prompts
+    return texts, prompts
 
 
 def _listed(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
@@ -98,9 +139,16 @@ class CompletionAnswers:
     def __init__(self, plan: CompletionPlan, generator: Generator) -> None:
         self._plan = plan
         self._generator = generator
-        self._usage = Usage()
+        self._token_bytes = generator.model.tokenizer.token_bytes
+        self.usage = Usage()
         self._envelope = Envelope(
-            generator.model, plan.generation, "text_completion", "text_completion", plan.include_usage
+            generator.model,
+            plan.generation,
+            "text_completion",
+            "text_completion",
+            self.usage,
+            plan.include_usage,
+            plan.continuous_usage,
         )
 
     async def whole(self) -> dict[str, Any]:
@@ -109,27 +157,36 @@ class CompletionAnswers:
         Raises:
             ApiError: if the request is refused or fails.
         """
-        texts = [[echo] for echo in self._plan.echoes]
+        plan = self._plan
+        texts = [[echo] for echo in plan.echoes]
         entries: list[list[TokenLogProb]] = [[] for _ in texts]
-        reasons: list[Finish | None] = [None] * len(texts)
-        async with aclosing(self._generator.run(self._plan.generation, self._usage)) as pieces:
+        prompts: list[Sequence[TokenLogProb]] = [() for _ in texts]
+        ends: list[Piece | None] = [None] * len(texts)
+        async with aclosing(self._generator.run(plan.generation, self.usage)) as pieces:
             async for piece in pieces:
-                texts[piece.index].append(piece.text)
-                entries[piece.index] += piece.log_probs
-                reasons[piece.index] = piece.finish
-        asked = self._plan.generation.sampling.log_probs
-        choices = [
-            {
+                prompts[piece.index] = piece.prompt or prompts[piece.index]
+                ends[piece.index] = piece
+                if not plan.no_answer:
+                    texts[piece.index].append(piece.text)
+                    entries[piece.index] += piece.log_probs
+        choices = []
+        for index, end in enumerate(ends):
+            finish: Finish | None = "length" if plan.no_answer or end is None else end.finish
+            choice: dict[str, Any] = {
                 "index": index,
                 "text": "".join(texts[index]),
-                "logprobs": _log_probs(entries[index]) if asked else None,
-                "finish_reason": reasons[index],
+                "logprobs": self._log_probs(index, entries[index], prompts[index]),
+                "finish_reason": finish,
             }
-            for index in range(len(texts))
-        ]
-        for reason in reasons:
-            self._generator.metrics.finished.labels(reason).inc()
-        return self._envelope.whole(choices, self._usage)
+            if end is not None and end.matched is not None:
+                choice["stop_reason"] = end.matched
+            if plan.generation.sampling.prompt_log_probs is not None:
+                choice["prompt_logprobs"] = prompt_log_probs(prompts[index], self._token_bytes)
+            choices.append(choice)
+            self._generator.metrics.finished.labels(finish).inc()
+        if plan.no_answer:
+            self.usage.output_tokens = 0
+        return self._envelope.whole(choices)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Events with parts of the `text_completion`.
@@ -138,27 +195,35 @@ class CompletionAnswers:
             ApiError: if the request is refused or fails.
         """
         frame, begun = self._envelope.frame, set()
-        async with aclosing(self._generator.run(self._plan.generation, self._usage)) as pieces:
+        async with aclosing(self._generator.run(self._plan.generation, self.usage)) as pieces:
             async for piece in pieces:
                 text, first = piece.text, piece.index not in begun
+                own: Sequence[TokenLogProb] = piece.log_probs
+                if self._plan.no_answer:
+                    text, own = "", ()
                 if first:
                     begun.add(piece.index)
                     text = self._plan.echoes[piece.index] + text
                 log_probs = "null"
-                if piece.log_probs:
-                    log_probs = json.dumps(_log_probs(piece.log_probs))
+                if own or (first and piece.prompt):
+                    log_probs = json.dumps(self._log_probs(piece.index, own, piece.prompt))
                 if piece.finish is not None:
                     self._generator.metrics.finished.labels(piece.finish).inc()
-                yield frame(piece.index, f'"text":{quoted(text)},"logprobs":{log_probs}', piece.finish, first=first)
+                body = f'"text":{quoted(text)},"logprobs":{log_probs}{stop_reason(piece.matched)}'
+                finish = "length" if piece.finish and self._plan.no_answer else piece.finish
+                yield frame(piece.index, body, finish, first=first)
         if self._plan.include_usage:
-            yield self._envelope.usage_frame(self._usage)
+            yield self._envelope.usage_frame()
         yield DONE
 
-
-def _log_probs(entries: Sequence[TokenLogProb]) -> dict[str, Any]:
-    return {
-        "tokens": [entry.text.decode(errors="replace") for entry in entries],
-        "token_logprobs": [entry.log_prob for entry in entries],
-        "top_logprobs": None,
-        "text_offset": [entry.start for entry in entries],
-    }
+    def _log_probs(
+        self, index: int, entries: Sequence[TokenLogProb], prompt: Sequence[TokenLogProb]
+    ) -> dict[str, Any] | None:
+        if self._plan.log_probs is None:
+            return None
+        count = self._plan.log_probs
+        own = completion_log_probs(entries, self._token_bytes, len(self._plan.echoes[index]), count)
+        if not self._plan.echo or not prompt:
+            return own
+        echoed = completion_log_probs(prompt, self._token_bytes, 0, count)
+        return {key: None if own[key] is None else echoed[key] + own[key] for key in own}

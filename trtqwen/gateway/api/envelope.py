@@ -26,11 +26,13 @@ def choice_count(n: int | None, prompts: int, most: int) -> int:
     return choices
 
 
-def usage_object(usage: Usage) -> dict[str, int]:
+def usage_object(usage: Usage) -> dict[str, Any]:
+    details = None if usage.cached_tokens is None else {"cached_tokens": usage.cached_tokens}
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.output_tokens,
         "total_tokens": usage.prompt_tokens + usage.output_tokens,
+        "prompt_tokens_details": details,
     }
 
 
@@ -42,25 +44,27 @@ class Envelope:
         kind: `object` of a whole answer.
         chunk_kind: `object` of a part of a stream.
         with_usage: the stream ends with the usage, and the chunks before say null.
+        continuous: they say the usage so far instead.
     """
 
     model: ServedModel
     plan: GenerationPlan
     kind: str
     chunk_kind: str
+    usage: Usage
     with_usage: bool = False
+    continuous: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
-        usage = ',"usage":null' if self.with_usage else ""
-        # A stream repeats all but the choice: one formatting a token instead of one JSON document.
+        # A stream repeats all but the choice: one formatting per token instead of one JSON document.
         self._head = f"data: {json.dumps(self._fields(self.chunk_kind))[:-1]}"
-        self._tail = f"{usage}}}\n\n"
+        self._tail = ',"usage":null}\n\n' if self.with_usage else "}\n\n"
 
-    def whole(self, choices: Sequence[dict[str, Any]], usage: Usage) -> dict[str, Any]:
+    def whole(self, choices: Sequence[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         """The object of an unstreamed answer."""
-        fields = {**self._fields(self.kind), "seed": self.plan.sampling.seed}
-        return {**fields, "choices": list(choices), "usage": usage_object(usage)}
+        own = {**self._fields(self.kind), "seed": self.plan.sampling.seed, **fields}
+        return {**own, "choices": list(choices), "usage": usage_object(self.usage)}
 
     def frame(self, index: int, body: str, finish: Finish | None = None, *, first: bool = False) -> bytes:
         """An event with part of one choice.
@@ -72,11 +76,12 @@ class Envelope:
         seed = f',"seed":{self.plan.sampling.seed}' if first else ""
         reason = f'"{finish}"' if finish else "null"
         choice = f'{{"index":{index},{body},"finish_reason":{reason}}}'
-        return f'{self._head}{seed},"choices":[{choice}]{self._tail}'.encode()
+        tail = f',"usage":{json.dumps(usage_object(self.usage))}}}\n\n' if self.continuous else self._tail
+        return f'{self._head}{seed},"choices":[{choice}]{tail}'.encode()
 
-    def usage_frame(self, usage: Usage) -> bytes:
+    def usage_frame(self) -> bytes:
         """The event with the token counts."""
-        return f'{self._head},"choices":[],"usage":{json.dumps(usage_object(usage))}}}\n\n'.encode()
+        return f'{self._head},"choices":[],"usage":{json.dumps(usage_object(self.usage))}}}\n\n'.encode()
 
     def _fields(self, kind: str) -> dict[str, Any]:
         return {
@@ -86,3 +91,8 @@ class Envelope:
             "model": self.model.name,
             "system_fingerprint": self.model.fingerprint,
         }
+
+
+def stop_reason(matched: str | int | None) -> str:
+    """vLLM's `stop_reason` of a streamed choice, as JSON behind other fields: what ended the answer, if anything."""
+    return "" if matched is None else f',"stop_reason":{json.dumps(matched)}'

@@ -13,13 +13,14 @@ from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
-from trtqwen.gateway.generation.text import StopStrings, TextStream
+from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engine_inputs
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
+from trtqwen.hf.text_stream import StopStrings, TextStream
 
 Finish = Literal["stop", "length", "tool_calls"]
+_RESERVED = 1024  # tokens of an answer without a limit of its own, at first
 _NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, for ever
 
 
@@ -29,14 +30,16 @@ class TokenLogProb:
 
     Attributes:
         text: as bytes; a character may take several tokens.
-        log_prob: natural logarithm of its probability.
+        log_prob: natural logarithm of its probability; None for the first token of a prompt, which follows nothing.
         start: characters of the answer before the one that it begins or belongs to.
+        top: ids and log probabilities of the likeliest tokens at its place, if asked for.
     """
 
     token_id: int
     text: bytes
-    log_prob: float
+    log_prob: float | None
     start: int
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ class Piece:
 
     Attributes:
         index: number of the answer.
-        matched: the stop string that ended it.
+        prompt: the prompt's tokens, with the first piece, if asked for.
+        matched: the stop string or the id of the stop token that ended it; None for the model's own end.
     """
 
     index: int
     text: str
     log_probs: tuple[TokenLogProb, ...] = ()
     finish: Finish | None = None
-    matched: str | None = None
+    matched: str | int | None = None
+    prompt: tuple[TokenLogProb, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,9 @@ class GenerationPlan:
         prompts: token ids, one tuple for each answer, answers of one prompt side by side.
         choices: answers of each prompt.
         max_tokens: of each answer.
+        reserved: tokens of each answer that are reserved when it begins; if it gets longer, more are.
         stop: strings that end an answer.
+        keep_stop: an answer ends with its stop string, not before it.
     """
 
     request_id: str
@@ -72,48 +79,67 @@ class GenerationPlan:
     choices: int
     max_tokens: int
     sampling: Sampling
+    reserved: int
     stop: tuple[str, ...] = ()
+    keep_stop: bool = False
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens of all prompts and answers that are reserved when the request begins."""
+        return sum(len(prompt) + self.reserved for prompt in self.prompts)
 
 
 @dataclass
 class Usage:
-    """Tokens so far; a prompt with several answers counts once."""
+    """Tokens so far; a prompt with several answers counts once.
+
+    Attributes:
+        cached_tokens: prompt tokens that the engine had read before; None until it says so.
+    """
 
     prompt_tokens: int = 0
     output_tokens: int = 0
+    cached_tokens: int | None = None
 
 
-def fit_max_tokens(model: ServedModel, config: GatewayConfig, prompt_tokens: int, asked: int | None) -> int:
-    """The answer's limit.
+@dataclass(frozen=True)
+class Room:
+    """How long an answer may get, and how much of that is reserved when it begins, in tokens."""
+
+    max_tokens: int
+    reserved: int
+
+
+def fit_answer(model: ServedModel, config: GatewayConfig, prompt_tokens: int, asked: int | None) -> Room:
+    """The limit of an answer: what was asked for, else what the context leaves.
 
     Raises:
-        ApiError: with the numbers, if the prompt leaves no room or the answer asked for does not fit.
+        ApiError: with the numbers, if the prompt leaves no room or the answer asked for does not fit. LiteLLM and
+            LangChain tell these errors by their words, and turn to a model with a longer context.
     """
     context, cache = model.limits.max_seq_len, model.cache_tokens(config.kv_cache_tokens)
-    limit, what, code = (
-        (context, "context", "context_length_exceeded")
-        if context <= cache
-        else (cache, "KV cache", "kv_cache_exceeded")
-    )
+    limit, code = (context, "context_length_exceeded") if context <= cache else (cache, "kv_cache_exceeded")
+    why = "" if context <= cache else ", as its KV cache holds no more"
     room = limit - prompt_tokens
     if room < 1:
         raise bad_request(
-            f"the prompt has {prompt_tokens} tokens; the {what} of {limit} leaves no room for an answer; shorten it "
-            f"to {limit - 1} tokens or fewer",
+            f"prompt is too long: {prompt_tokens} tokens; this model's maximum context length is {limit} tokens"
+            f"{why}; shorten the prompt to {limit - 1} tokens or fewer",
             code=code,
         )
     if asked is None:
-        return min(config.default_max_tokens, room, config.max_tokens or room)
+        most = min(room, config.default_max_tokens or room, config.max_tokens or room)
+        return Room(most, min(most, _RESERVED))
     if config.max_tokens is not None and asked > config.max_tokens:
         raise bad_request(f"max_tokens is {asked}; this server allows {config.max_tokens}", param="max_tokens")
     if asked > room:
         raise bad_request(
-            f"prompt ({prompt_tokens} tokens) and answer ({asked}) exceed the {what} of {limit} tokens; ask for "
-            f"{room} or fewer",
+            f"max_tokens is too large: {asked}; this model's maximum context length is {limit} tokens{why}, and the "
+            f"prompt has {prompt_tokens}; ask for {room} or fewer",
             param="max_tokens",
             code=code,
         )
-    return asked
+    return Room(asked, asked)
 
 
 @dataclass
@@ -150,7 +176,7 @@ class Generator:
         begun, first = time.monotonic(), True
         deadline = begun + self.request_seconds
         usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
-        with self.gate.places([len(prompt) + plan.max_tokens for prompt in plan.prompts]) as tickets:
+        with self.gate.places([len(prompt) + plan.reserved for prompt in plan.prompts]) as tickets:
             sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
             pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
             try:
@@ -168,14 +194,16 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
+        extensions = engine_extensions(self.model, plan.sampling)
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
         self.metrics.prompt_tokens.inc(len(prompt))
         self.metrics.request_prompt_tokens.observe(len(prompt))
         answer = _Answer(self.model, plan, index, self.stop_ids)
+        reserved = plan.reserved
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun)
+            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun, extensions)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
@@ -183,7 +211,14 @@ class Generator:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
                     usage.output_tokens += len(reply.token_ids)
+                    if reply.reused_blocks is not None and index % plan.choices == 0:
+                        cached = min(reply.reused_blocks * self.model.limits.tokens_per_block, len(prompt))
+                        usage.cached_tokens = (usage.cached_tokens or 0) + cached
                     piece = answer.take(reply)
+                    if answer.num_tokens > reserved:
+                        more = min(plan.max_tokens, 2 * reserved) - reserved
+                        self.gate.grow(ticket, more)
+                        reserved += more
                     if answer.finish is not None:
                         lasted = now - begun  # whoever reads it may leave with the last piece
                     if piece is not None:
@@ -209,16 +244,21 @@ class _Answer:
     """One sequence on its way from tokens to text."""
 
     def __init__(self, model: ServedModel, plan: GenerationPlan, index: int, stop_ids: frozenset[int]) -> None:
+        sampling = plan.sampling
         self._plan = plan
         self._index = index
-        self._stop_ids = frozenset() if plan.sampling.ignore_eos else stop_ids
+        own = stop_ids if sampling.end_id is None else frozenset((sampling.end_id,))
+        self._own_stop_ids = frozenset() if sampling.ignore_eos else own
+        self._stop_ids = self._own_stop_ids | sampling.stop_ids
         self._token_bytes = model.tokenizer.token_bytes
         self._text = TextStream(self._token_bytes)
-        self._stops = StopStrings(plan.stop)
+        self._stops = StopStrings(plan.stop, keep=plan.keep_stop)
         self._zeros = 0
-        self._wants_zeros = plan.sampling.bias.get(0, 0) > 0
+        self._wants_zeros = sampling.bias.get(0, 0) > 0 or 0 in sampling.allowed
         self._decoded = self._sent = 0  # characters
         self._entries: list[TokenLogProb] = []  # not sent yet
+        self._prompt: tuple[TokenLogProb, ...] = ()
+        self._stop_id: int | None = None
         self.num_tokens = 0
         self.finish: Finish | None = None
 
@@ -234,9 +274,11 @@ class _Answer:
         """
         ids = reply.token_ids
         self._guard(ids)
+        if reply.prompt:
+            self._prompt = self._prompt_entries(reply)
         kept = self._before_stop(ids)
         self.num_tokens += len(ids)
-        text = self._decode(kept, reply.log_probs)
+        text = self._decode(kept, reply)
         if self.finish is not None:
             text += self._text.flush()
         text = self._stops.push(text)
@@ -277,20 +319,33 @@ class _Answer:
         for count, token_id in enumerate(ids):
             if token_id in self._stop_ids and self.num_tokens + count >= self._plan.sampling.min_tokens:
                 self.finish = "stop"
+                self._stop_id = None if token_id in self._own_stop_ids else token_id
                 return ids[:count]
         return ids
 
-    def _decode(self, ids: Sequence[int], log_probs: Sequence[float]) -> str:
+    def _decode(self, ids: Sequence[int], reply: Reply) -> str:
         if not self._plan.sampling.log_probs:
             return self._text.push(ids)
         text = ""
-        for token_id, log_prob in zip(ids, log_probs, strict=False):
-            content = self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
-            self._entries.append(TokenLogProb(token_id, content, log_prob, self._decoded))
+        count = self._plan.sampling.top_log_probs
+        for place, (token_id, log_prob) in enumerate(zip(ids, reply.log_probs, strict=False)):
+            top = reply.top[place][:count] if reply.top else ()
+            self._entries.append(TokenLogProb(token_id, self._bytes(token_id), log_prob, self._decoded, top))
             new = self._text.push((token_id,))
             self._decoded += len(new)
             text += new
         return text
+
+    def _prompt_entries(self, reply: Reply) -> tuple[TokenLogProb, ...]:
+        stream, decoded, entries = TextStream(self._token_bytes), 0, []
+        count = self._plan.sampling.prompt_log_probs or 0
+        for token_id, (log_prob, top) in zip(self._plan.prompts[self._index], reply.prompt, strict=True):
+            entries.append(TokenLogProb(token_id, self._bytes(token_id), log_prob, decoded, top[:count]))
+            decoded += len(stream.push((token_id,)))
+        return tuple(entries)
+
+    def _bytes(self, token_id: int) -> bytes:
+        return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def _piece(self, text: str) -> Piece | None:
         self._sent += len(text)
@@ -298,8 +353,9 @@ class _Answer:
         all_sent = self.finish is not None and self._stops.found is None
         ready = [entry for entry in self._entries if all_sent or entry.start < self._sent]
         del self._entries[: len(ready)]
-        if text or ready or self.finish is not None:
-            return Piece(self._index, text, tuple(ready), self.finish, self._stops.found)
+        if text or ready or self.finish is not None or self._prompt:
+            prompt, self._prompt = self._prompt, ()
+            return Piece(self._index, text, tuple(ready), self.finish, self._stops.found or self._stop_id, prompt)
         return None
 
 

@@ -14,15 +14,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote
 
 Schema = Any  # an object or a boolean, of JSON
 
-_ANNOTATIONS = {
-    *("title", "description", "default", "example", "examples", "deprecated", "readOnly", "writeOnly"),
-    *("$schema", "$comment", "discriminator", "nullable"),
-    *("contentEncoding", "contentMediaType", "contentSchema"),
+# Keywords of JSON Schema that restrict values and are not enforced. Any other one that is not known is an annotation:
+# JSON Schema 2020-12, core, 4.3.1.
+_RESTRICTIONS = {
+    *("uniqueItems", "multipleOf", "additionalItems", "contains", "minContains", "maxContains"),
+    *("patternProperties", "propertyNames", "dependencies", "dependentRequired", "dependentSchemas"),
+    *("not", "if", "then", "else", "$dynamicRef", "$recursiveRef", "disallow", "divisibleBy", "extends"),
 }
 _TYPES: dict[str, Callable[[Any], bool]] = {
     "object": lambda value: isinstance(value, dict),
@@ -92,7 +96,15 @@ _MOST_STEPS = 50_000  # a tenth of a second or so; an answer of 8000 tokens take
 
 
 class Unenforceable(Exception):
-    """What of a schema the engine would not enforce, as a sentence."""
+    """What of a schema the engine would not enforce, as a sentence.
+
+    Attributes:
+        keyword: which, without which the rest may be enforced; none if it is not a single one.
+    """
+
+    def __init__(self, text: str, keyword: str = "") -> None:
+        super().__init__(text)
+        self.keyword = keyword
 
 
 def check_schema(schema: Schema) -> None:
@@ -127,6 +139,53 @@ def check_schema(schema: Schema) -> None:
                 f"oneOf at {place} cannot be enforced: the engine takes it for anyOf, and its members are told apart "
                 "neither by type nor by the constant of a required property; use anyOf"
             )
+
+
+def loosened(schema: Schema) -> Schema:
+    """The schema without what the grammar cannot hold an answer to, nor what is no JSON schema."""
+    loose = _loosened(schema, "#", is_root=True)
+    try:
+        check_schema(loose)
+    except (Unenforceable, ValueError, RecursionError):
+        return {"type": "object"}
+    return loose
+
+
+def _loosened(schema: Schema, place: str, *, is_root: bool = False) -> Schema:
+    if not isinstance(schema, dict):
+        return schema if isinstance(schema, bool) else {}
+    part: dict[str, Any] = {}
+    for name, value in schema.items():
+        keyword = "prefixItems" if name == "items" and isinstance(value, list) else name
+        if keyword not in _KEYWORDS or not _KEYWORDS[keyword](value):
+            continue
+        if keyword in _WITH_SCHEMA:
+            part[keyword] = _loosened(value, place)
+        elif keyword in _WITH_SCHEMAS:
+            part["anyOf" if keyword == "oneOf" else keyword] = [_loosened(inner, place) for inner in value]
+        elif keyword in _WITH_NAMED_SCHEMAS:
+            part[keyword] = {key: _loosened(inner, place) for key, inner in value.items()}
+        else:
+            part[keyword] = value
+    if not _is_local(part.get("$ref", "#")):
+        del part["$ref"]
+    further = part.get("additionalProperties", part.get("unevaluatedProperties", True))
+    if "required" in part and further is not False and ("type" in part or "properties" in part):
+        named = part.get("properties", {})
+        part["properties"] = {**{name: {} for name in part["required"]}, **named}
+    while True:
+        try:
+            _check_part(part, place, is_root=is_root)
+        except Unenforceable as problem:
+            if problem.keyword not in part:
+                return {}
+            del part[problem.keyword]
+        else:
+            return part
+
+
+def _is_local(reference: str) -> bool:
+    return reference.startswith("#") and "~" not in reference and unquote(reference) == reference
 
 
 def keeps_to(schema: Schema, value: Any) -> bool:
@@ -240,11 +299,15 @@ def _parts(schema: Schema, place: str) -> Iterator[tuple[str, Schema]]:
 
 
 def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
-    annotations = {keyword for keyword in part if keyword in _ANNOTATIONS or keyword.startswith("x-")}
-    keywords = set(part) - annotations - {"$defs", "definitions"} - ({"$id"} if is_root else set())
+    keywords = {keyword for keyword in part if keyword in _KEYWORDS and not _says_nothing(keyword, part)}
+    keywords -= {"$defs", "definitions"}
     for keyword in part:
-        if keyword in keywords and keyword not in _KEYWORDS:
-            raise Unenforceable(f"the engine cannot enforce {keyword!r} at {place} of the JSON schema; leave it out")
+        if similar := _misspelt(keyword):
+            text = f"{keyword!r} at {place} of the JSON schema is no keyword; did you mean {similar!r}?"
+            raise Unenforceable(text, keyword)
+        if (keyword in _RESTRICTIONS and not _says_nothing(keyword, part)) or (keyword == "$id" and not is_root):
+            text = f"the engine cannot enforce {keyword!r} at {place} of the JSON schema; leave it out"
+            raise Unenforceable(text, keyword)
     decider = next((keyword for keyword in _DECIDERS if keyword in part), None)
     if decider is None:
         _check_typed(part, keywords, place)
@@ -254,11 +317,32 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
         beside -= {"type", "enum"}
         _check_constants(part, place)
     if beside:
-        raise Unenforceable(
-            f"the engine cannot enforce {min(beside)!r} beside {decider!r} at {place}; leave one of them out"
-        )
+        text = f"the engine cannot enforce {min(beside)!r} beside {decider!r} at {place}; leave one of them out"
+        typed = decider in ("anyOf", "oneOf", "allOf") and beside & {"type", "properties"}
+        raise Unenforceable(text, decider if typed else min(beside))
     if decider == "allOf" and len(part["allOf"]) > 1:
-        raise Unenforceable(f"the engine cannot enforce 'allOf' of several schemas at {place}; merge them into one")
+        text = f"the engine cannot enforce 'allOf' of several schemas at {place}; merge them into one"
+        raise Unenforceable(text, decider)
+
+
+@lru_cache(1024)
+def _misspelt(keyword: str) -> str:
+    """The keyword that is meant, if one is all but spelled out."""
+    known = {*_KEYWORDS, *_RESTRICTIONS}
+    similar = [] if keyword in known or keyword.startswith("x-") else get_close_matches(keyword, known, 1, 0.88)
+    return similar[0] if similar else ""
+
+
+def _says_nothing(keyword: str, part: Mapping[str, Any]) -> bool:
+    """Whether a keyword's value restricts nothing."""
+    value = part[keyword]
+    if keyword == "multipleOf":
+        return value == 1 and part.get("type") == "integer"
+    if keyword == "additionalItems":
+        return not isinstance(part.get("items"), list)
+    if keyword in ("minLength", "minItems", "minProperties"):
+        return value == 0 and not isinstance(value, bool)
+    return keyword == "uniqueItems" and value is False
 
 
 def _check_constants(part: Mapping[str, Any], place: str) -> None:
@@ -266,7 +350,8 @@ def _check_constants(part: Mapping[str, Any], place: str) -> None:
         typed = "type" not in part or any(_TYPES[name](value) for name in _types(part))
         listed = "enum" not in part or "const" not in part or _frozen(value) in map(_frozen, part["enum"])
         if not typed or not listed:
-            raise Unenforceable(f"a constant at {place} of the JSON schema contradicts type or enum; leave it out")
+            text = f"a constant at {place} of the JSON schema contradicts type or enum; leave it out"
+            raise Unenforceable(text, "type" if "type" in part else "const")
 
 
 def _check_typed(part: Mapping[str, Any], keywords: set[str], place: str) -> None:
@@ -274,26 +359,31 @@ def _check_typed(part: Mapping[str, Any], keywords: set[str], place: str) -> Non
         told = next((kind for kind, telling in _TELLING.items() if telling & keywords), None)
         untold = keywords - (_BESIDE[told] if told else set())
         if untold:
-            raise Unenforceable(f"the engine cannot enforce {min(untold)!r} at {place} without a type; add it")
+            text = f"the engine cannot enforce {min(untold)!r} at {place} without a type; add it"
+            raise Unenforceable(text, min(untold))
     undescribed = [name for name in part.get("required", ()) if name not in part.get("properties", {})]
     if undescribed:
         raise Unenforceable(
             f"the engine cannot enforce 'required' at {place} for {undescribed[0]!r}, which is not among the "
-            "properties; add it there"
+            "properties; add it there",
+            "required",
         )
     further = part.get("additionalProperties", part.get("unevaluatedProperties", False))
-    if "minProperties" in part and further is not False:  # a key may come twice, and counts once
+    if "minProperties" in keywords and further is not False:  # a key may come twice, and counts once
         raise Unenforceable(
-            f"the engine cannot enforce 'minProperties' at {place} beside additional properties; leave out one"
+            f"the engine cannot enforce 'minProperties' at {place} beside additional properties; leave out one",
+            "minProperties",
         )
     rival = "format" if part.get("format") in _FORMATS else "pattern"
     for keyword in ("pattern", "minLength", "maxLength"):
-        if rival in part and keyword in part and keyword != rival:
-            raise Unenforceable(f"the engine cannot enforce {keyword!r} beside {rival!r} at {place}; leave out one")
+        if rival in part and keyword in keywords and keyword != rival:
+            text = f"the engine cannot enforce {keyword!r} beside {rival!r} at {place}; leave out one"
+            raise Unenforceable(text, keyword)
     if "pattern" in part and not _is_followed(part["pattern"]):
         raise Unenforceable(
             f"the engine cannot enforce 'pattern' at {place}: lookaround, anchors inside, quotation marks, "
-            "backslashes and escapes beyond \\d, \\w, \\s and \\uXXXX are not followed; write it without"
+            "backslashes and escapes beyond \\d, \\w, \\s and \\uXXXX are not followed; write it without",
+            "pattern",
         )
 
 

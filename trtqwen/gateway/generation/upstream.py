@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
+from math import isnan
+from types import MappingProxyType
 from typing import Any
 
 import grpc
+import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
 from trtqwen.triton.client import infer_request
+from trtqwen.triton.contract import EXTENSIONS
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
+# Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
+_OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
 _CHANNEL_OPTIONS = (
     ("grpc.max_receive_message_length", -1),
     ("grpc.use_local_subchannel_pool", 1),
@@ -25,16 +32,25 @@ _CHANNEL_OPTIONS = (
 )
 
 
+Top = tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Reply:
     """New tokens of a sequence.
 
     Attributes:
         log_probs: one for each token; empty unless asked for.
+        top: for each token, ids and log probabilities of the likeliest at its place; empty unless asked for.
+        prompt: for each prompt token its log probability, None for the first, and the likeliest at its place; once.
+        reused_blocks: KV cache blocks of the prompt that were computed before, with the last tokens.
     """
 
     token_ids: tuple[int, ...]
     log_probs: tuple[float, ...] = ()
+    top: tuple[Top, ...] = ()
+    prompt: tuple[tuple[float | None, Top], ...] = ()
+    reused_blocks: int | None = None
 
 
 class _Call:
@@ -59,30 +75,43 @@ class _Call:
 class Replica:
     """One Triton server.
 
+    Args:
+        stub: what to call in place of the server at the address.
+
     Attributes:
         heard: when it last sent a token, in seconds of the monotonic clock.
     """
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, stub: Any = None) -> None:
         self.address = address
         self.heard = float("-inf")
-        self._channel = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
-        self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._channel = None if stub else grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+        self._stub = stub or service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._calls: set[_Call] = set()
 
     async def generate(
-        self, request_id: str, inputs: Mapping[str, Array], timeout: float
+        self,
+        request_id: str,
+        inputs: Mapping[str, Array],
+        timeout: float,
+        extensions: Mapping[str, Any] = MappingProxyType({}),
     ) -> AsyncGenerator[Reply, None]:
         """Yield a sequence's tokens as they come. Leaving the iterator early cancels the sequence in the engine.
 
         Args:
             inputs: tensors of `tensorrt_llm`.
             timeout: seconds for the whole answer.
+            extensions: what is asked for beyond them.
 
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
         """
-        request = infer_request(MODEL, request_id, inputs)
+        outputs = ["output_ids", *(output for name, output in _OUTPUTS.items() if name in inputs)]
+        if "return_prompt_log_probs" in extensions:
+            outputs.append("context_logits")
+        request = infer_request(MODEL, request_id, inputs, outputs)
+        if extensions:
+            request.parameters[EXTENSIONS].string_param = json.dumps(extensions)
         call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
@@ -130,7 +159,8 @@ class Replica:
                 call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
 
     async def close(self) -> None:
-        await self._channel.close()
+        if self._channel is not None:
+            await self._channel.close()
 
 
 async def _once(request: Any) -> AsyncIterator[Any]:
@@ -140,11 +170,38 @@ async def _once(request: Any) -> AsyncIterator[Any]:
 def _reply(response: Any, received: int) -> Reply:
     ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
+    top: tuple[Top, ...] = ()
+    prompt: tuple[tuple[float | None, Top], ...] = ()
+    reused: int | None = None
     for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
         if output.name == "output_ids":
             ids = tuple(memoryview(raw).cast("i"))
         elif output.name == "output_log_probs":
-            log_probs = tuple(memoryview(raw).cast("f"))
+            if len(output.shape) == 3 and output.shape[1] > 1:
+                table = _table(raw, output.shape[1:]).T
+                log_probs, top = tuple(table[:, 0].tolist()), _likeliest(table)
+            else:
+                log_probs = tuple(memoryview(raw).cast("f"))
+        elif output.name == "context_logits":  # asked for as log probabilities
+            table = _table(raw, output.shape[1:])
+            own = (None if isnan(value) else value for value in table[:, 0].tolist())
+            prompt = tuple(zip(own, _likeliest(table), strict=True))
+        elif output.name == "kv_cache_reused_blocks":
+            reused = int(memoryview(raw).cast("i")[0])
     if len(log_probs) > len(ids):  # an engine may repeat those of the tokens before
         log_probs = log_probs[received : received + len(ids)]
-    return Reply(ids, log_probs)
+    return Reply(ids, log_probs, top, prompt, reused)
+
+
+def _table(raw: bytes, shape: Any) -> Array:
+    return np.frombuffer(raw, np.float32).reshape(tuple(shape))
+
+
+def _likeliest(table: Array) -> tuple[Top, ...]:
+    """Of rows with a log probability, ids, and as many log probabilities: the ids with theirs."""
+    count = (table.shape[1] - 1) // 2
+    ids, values = table[:, 1 : 1 + count].astype(np.int64).tolist(), table[:, 1 + count :].tolist()
+    return tuple(
+        tuple((token_id, value) for token_id, value in zip(*row, strict=True) if token_id >= 0)
+        for row in zip(ids, values, strict=True)
+    )

@@ -1,4 +1,4 @@
-"""Triton model `tensorrt_llm` on the embedded engine: token ids in, token ids out as they come."""
+"""Triton model `tensorrt_llm` on an engine that trtqwen runs: token ids in, token ids out as they come."""
 
 import json
 import os
@@ -11,10 +11,11 @@ import numpy.typing as npt
 import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import EngineError
-from trtqwen.executor.executor import Executor
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.contract import EXTENSIONS
+from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import ENGINE_DEATH, FROM_PROGRAM, engine_parameters
+from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, engine_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 
@@ -26,7 +27,8 @@ class TritonPythonModel:
         parameters = engine_parameters(args)
         token_bytes = Tokenizer(parameters.tokenizer).token_bytes
         self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
-        self._executor = Executor(parameters.engine, parameters.executor)
+        verify = FILES_VERIFIED not in os.environ
+        self._executor = open_engine(parameters.engine, parameters.executor, verify=verify)
         config = self._executor.engine_config
         limits = Limits(config.pretrained_config.vocab_size, config.build_config.max_batch_size)
         self._service = EngineService(
@@ -45,9 +47,11 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            client_id = json.loads(request.parameters() or "{}").get(FROM_PROGRAM)
+            own = json.loads(request.parameters() or "{}")
+            client_id = own.get(FROM_PROGRAM)
             sender = _Sender(request.get_response_sender(), from_program=client_id is not None)
-            self._service.handle(request.request_id(), inputs, sender, client_id=client_id)
+            extensions = own.get(EXTENSIONS, "")
+            self._service.handle(request.request_id(), inputs, sender, client_id=client_id, extensions=extensions)
 
     def is_ready(self) -> bool:
         """Asked by Tritons newer than 2.51, which has no way to say no."""

@@ -58,7 +58,7 @@ def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, BLOCK: tl.c
     return tl.maximum(low, tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-37)), low))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _choose(logits, values, out, rows, vocab_size, DRAWS: tl.constexpr, FILTERS: tl.constexpr, BLOCK: tl.constexpr):
     program = tl.program_id(0)
     row = logits + program.to(tl.int64) * vocab_size

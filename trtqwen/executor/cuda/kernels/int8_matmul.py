@@ -19,7 +19,7 @@ from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide, wide_tile
 MOST_FUSED_ROWS = 384
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _w8a8(
     codes,
     weight,

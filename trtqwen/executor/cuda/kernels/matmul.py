@@ -14,7 +14,7 @@ from trtqwen.executor.cuda.kernels.gemv import gemv
 FEW_ROWS = 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _few_rows(
     hidden,
     weight,

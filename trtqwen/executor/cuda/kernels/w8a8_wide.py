@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _w8a8_wide(
     codes,
     weight,

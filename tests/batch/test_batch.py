@@ -1,0 +1,167 @@
+"""Batches on the embedded engine: three input formats, order, errors of lines, and a run after a kill."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.waiting import wait_for
+from trtqwen.batch.lines import Defaults, Line, read_lines, result
+from trtqwen.batch.run import run_batch
+from trtqwen.demo import MODEL
+from trtqwen.diagnostics import EngineError, InputError, OutputError
+from trtqwen.executor.executor import Executor
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.recipe import ServeRecipe
+
+DEFAULTS = Defaults(chat=False, fields={"max_tokens": 8, "temperature": 0})
+
+
+def written(path: Path, *entries: Any) -> Path:
+    path.write_text("\n".join(entry if isinstance(entry, str) else json.dumps(entry) for entry in entries))
+    return path
+
+
+def results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_formats_and_errors_in_order(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    chat = {"messages": [{"role": "user", "content": "你好"}], "max_tokens": 12, "temperature": 0}
+    file = written(
+        tmp_path / "in.jsonl",
+        {"prompt": "Hello", "max_tokens": 5},
+        "{broken",
+        {"token_ids": [5, 6, 7]},
+        {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {"model": "gpt", **chat}},
+        {"custom_id": "b", "method": "POST", "url": "/v1/embeddings", "body": {}},
+        chat,
+        {"prompt": "x", "no_such_field": 1},
+        {"prompt": "Once", "n": 2, "logprobs": 0},
+        7,
+    )
+    lines = read_lines(file, DEFAULTS)
+    done = run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out.jsonl")
+    out = results(tmp_path / "out.jsonl")
+    assert [entry.get("index") for entry in out] == [0, 1, 2, None, None, 5, 6, 7, 8]
+    assert (done.lines, done.failed, done.reused) == (9, 4, 0)
+    assert out[0]["usage"] == {"prompt_tokens": len(Tokenizer(MODEL).encode("Hello")), "completion_tokens": 5}
+    assert out[1]["error"]["message"].startswith("line 2 is not JSON")
+    assert out[2]["usage"]["prompt_tokens"] == 3
+    response = out[3]["response"]
+    assert (out[3]["custom_id"], response["status_code"], out[3]["error"]) == ("a", 200, None)
+    assert response["body"]["choices"][0]["message"]["content"] == out[5]["text"]
+    assert out[4]["response"] is None
+    assert "/v1/embeddings" in out[4]["error"]["message"]
+    assert "no_such_field" in out[6]["error"]["message"]
+    assert len(out[7]["choices"]) == 2
+    assert out[7]["logprobs"]["token_logprobs"]
+    with pytest.raises(OutputError, match="exists"):
+        run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out.jsonl")
+
+
+def test_a_prompt_is_a_message_where_it_is_to_be_one(tmp_path: Path) -> None:
+    file = tmp_path / "in.json"
+    file.write_text(json.dumps(["Hello", {"prompt": "raw", "max_tokens": 3}]))
+    chat = read_lines(file, Defaults(chat=True, fields={"max_tokens": 9}))
+    assert [dict(line.body) for line in chat] == [
+        {"max_tokens": 9, "messages": [{"role": "user", "content": "Hello"}]},
+        {"max_tokens": 3, "messages": [{"role": "user", "content": "raw"}]},
+    ]
+    with pytest.raises(InputError, match="holds no request"):
+        read_lines(written(tmp_path / "empty.jsonl", ""), DEFAULTS)
+    with pytest.raises(InputError, match="cannot be read"):
+        read_lines(tmp_path / "missing", DEFAULTS)
+
+
+def test_a_killed_batch_goes_on(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    """Killed in the middle: the second run takes what is there, and the output is that of one run."""
+    file = written(
+        tmp_path / "in.jsonl", *({"prompt": f"Tell me {number}", "max_tokens": 60} for number in range(60))
+    )
+    output, journal = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.part"
+    command = [sys.executable, "-m", "trtqwen", "batch", str(bundled_engine()), "--input-file", str(file)]
+    command += ["--output", str(output), "--no-chat", "--temperature", "0"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        assert wait_for(lambda: journal.exists() and journal.read_text().count("\n") > 5, 100)
+        process.send_signal(signal.SIGKILL)
+    assert not output.exists()
+    with journal.open("a") as part:
+        part.write('{"line": 59, "resu')  # cut off
+    lines = read_lines(file, Defaults(chat=False, fields={"max_tokens": 256, "temperature": 0.0}))
+    done = run_batch(bundled_engine(), ServeRecipe(), lines, output)
+    assert 5 <= done.reused < 60
+    assert not journal.exists()
+    whole = tmp_path / "whole.jsonl"
+    run_batch(bundled_engine(), ServeRecipe(), lines, whole)
+    assert results(output) == results(whole)
+
+
+def test_the_journal_of_another_batch_is_kept(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / ".out.part").write_text('{"digest": "other"}\n')
+    lines = read_lines(written(tmp_path / "in.jsonl", {"prompt": "Hello"}), DEFAULTS)
+    with pytest.raises(OutputError, match="journal of a batch with another input"):
+        run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out")
+    run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out", force=True)
+    assert len(results(tmp_path / "out")) == 1
+
+
+def test_an_engine_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    file = written(tmp_path / "in.jsonl", {"prompt": "Hello"})
+    words = [
+        "batch",
+        "cpu-demo",
+        "--input-file",
+        str(file),
+        "--output",
+        str(tmp_path / "out"),
+        "--engines",
+        "nowhere",
+    ]
+    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+def test_an_engine_that_dies_keeps_what_is_done(
+    bundled_engine: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Executor] = []
+    before = Executor.__init__
+
+    def note(self: Executor, *words: Any, **names: Any) -> None:
+        before(self, *words, **names)
+        started.append(self)
+
+    monkeypatch.setattr(Executor, "__init__", note)
+    lines = read_lines(
+        written(tmp_path / "in.jsonl", *({"prompt": f"Say {number}", "max_tokens": 100} for number in range(80))),
+        DEFAULTS,
+    )
+    finished = 0
+
+    def kill_after_ten(count: int, tokens: int) -> None:
+        nonlocal finished
+        finished += count
+        if finished == 10:
+            started[0]._processes[0].kill()
+
+    with pytest.raises(EngineError, match="the engine has died"):
+        run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out", on_progress=kill_after_ten)
+    kept = (tmp_path / ".out.part").read_text().splitlines()
+    assert 10 <= len(kept) - 1 < 80
+    done = run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out")
+    assert done.failed == 0
+    assert done.reused >= 10
+
+
+def test_results_of_failed_requests() -> None:
+    told = result(Line(3), 400, {"error": {"message": "no", "param": "n"}})
+    assert told == {"index": 3, "error": {"message": "no", "param": "n"}}

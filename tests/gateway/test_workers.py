@@ -1,0 +1,129 @@
+"""Several workers behind one port: limits, rates, metrics and the stop are those of one gateway."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.conftest import Running, quick_gateway
+from tests.waiting import wait_for
+from trtqwen.diagnostics import ServerError
+from trtqwen.system.processes import runs
+from trtqwen.triton.server import TritonServer
+
+pytestmark = pytest.mark.triton
+ALICE, BOB = "sk-alice-0123456789", "sk-bob-01234567890"
+KEYS = f"keys:\n  - {{name: alice, key: {ALICE}}}\n  - {{name: bob, key: {BOB}, requests_per_minute: 5}}\n"
+WORKERS = 3
+
+
+@pytest.fixture(scope="module")
+def shared(
+    stand_in_repository: Path, stand_in_triton: TritonServer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Running]:
+    keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
+    keys.write_text(KEYS)
+    limits = {"kv_cache_tokens": 470, "max_tokens": 460, "max_queued_requests": 1, "queue_seconds": 1.5}
+    settings = {"api_keys": keys, "workers": WORKERS, **limits}
+    with quick_gateway(stand_in_triton, stand_in_repository, **settings) as running:
+        yield replace(running, key=ALICE)
+
+
+def workers(running: Running) -> list[int]:
+    """Process ids of the gateway's workers."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            continue
+        if parent == running.gateway.pid:
+            found.append(int(entry.name))
+    return found
+
+
+def together(count: int, ask: Callable[[int], Any]) -> list[Any]:
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(ask, range(count)))
+
+
+def test_a_rate_is_one_over_all_workers(shared: Running) -> None:
+    bob = replace(shared, key=BOB)
+    statuses = together(12, lambda _: bob.ask("hello", max_tokens=2)[0])
+    assert Counter(statuses) == {200: 5, 429: 7}
+    assert bob.ask("hello", max_tokens=2)[2]["error"]["code"] == "rate_limit_exceeded"
+
+
+def test_the_queue_is_one_over_all_workers(shared: Running) -> None:
+    """One answer takes up nearly the whole cache and one may wait, whichever workers they come to."""
+    codes = Counter(together(9, lambda _: hang(shared)))
+    assert codes == {"queue_full": 7, "queue_timeout": 1, "hangs": 1}
+    assert wait_for(lambda: shared.metric("trtqwen_gateway_in_flight") == 0)
+
+
+def hang(running: Running) -> str:
+    """Why a request that hangs ended: refused, or given up by the client after three seconds."""
+    body = {"model": "qwen", "messages": [{"role": "user", "content": "/hang"}], "max_tokens": 440}
+    content = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\n"
+    head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    with running.connect() as connection:
+        connection.settimeout(4)
+        connection.sendall(head.encode() + content)
+        answer = b""
+        try:
+            while part := connection.recv(65536):
+                answer += part
+        except TimeoutError:
+            return "hangs"
+    return str(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"])
+
+
+def test_metrics_are_one_over_all_workers(shared: Running) -> None:
+    before = shared.metric("trtqwen_gateway_request_seconds_count")
+    assert together(12, lambda _: shared.ask("hello", max_tokens=2)[0]) == [200] * 12
+    assert {shared.metric("trtqwen_gateway_request_seconds_count") for _ in range(9)} == {before + 12}
+    assert shared.metric("trtqwen_gateway_replica_up") == 1
+
+
+def test_every_worker_serves(shared: Running) -> None:
+    assert len(workers(shared)) == WORKERS
+
+
+def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None:
+    running = another_gateway(workers=2)
+
+    def ask(number: int) -> int:
+        return int(running.ask("hello", max_tokens=400)[0])
+
+    with ThreadPoolExecutor(6) as pool:
+        answers = [pool.submit(ask, number) for number in range(6)]
+        assert wait_for(lambda: running.metric("trtqwen_gateway_in_flight") == 6 or all(a.done() for a in answers))
+        assert running.gateway.stop() == 0
+        assert [answer.result() for answer in answers] == [200] * 6
+    assert workers(running) == []
+
+
+def test_the_end_of_a_worker_ends_the_gateway(another_gateway: Any) -> None:
+    running = another_gateway(workers=2)
+    pids = workers(running)
+    os.kill(pids[0], signal.SIGKILL)
+    with pytest.raises(ServerError, match="a gateway worker ended with code -9"):
+        wait_for(running.gateway.check)
+    assert not any(map(runs, pids))
+
+
+def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:
+    running = another_gateway(workers=2)
+    pids = workers(running)
+    os.kill(running.gateway.pid, signal.SIGKILL)
+    assert wait_for(lambda: not any(map(runs, pids)))

@@ -1,0 +1,142 @@
+"""An engine in this process behind the calls that the gateway makes to Triton."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import numpy.typing as npt
+from google.protobuf import json_format, text_format
+from tritonclient.grpc import service_pb2
+from tritonclient.grpc.model_config_pb2 import ModelConfig
+from tritonclient.utils import (
+    deserialize_bytes_tensor,
+    np_to_triton_dtype,
+    serialize_byte_tensor,
+    triton_to_np_dtype,
+)
+
+from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.layout import MODEL_CONFIG
+from trtqwen.triton.engines import Engine, open_engine
+from trtqwen.triton.parameters import engine_parameters
+from trtqwen.triton.service import EngineService
+from trtqwen.triton.tensors import Limits
+
+Array = npt.NDArray[Any]
+
+
+class LocalTriton:
+    """Answers `ModelStreamInfer` of the model `tensorrt_llm` from an engine in this process.
+
+    Attributes:
+        tokens: sent so far, of all answers.
+    """
+
+    def __init__(self, service: EngineService) -> None:
+        self.tokens = 0
+        self._service = service
+
+    def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float) -> _Call:
+        """A call, as grpc's stub makes it."""
+        return _Call(self, self._service, requests)
+
+    def check(self) -> None:
+        """Raise an EngineError if the engine has died."""
+        self._service.gauges()
+
+
+class _Call:
+    """A stream of responses; `service.Sender` of its request."""
+
+    def __init__(self, triton: LocalTriton, service: EngineService, requests: AsyncIterator[Any]) -> None:
+        self._triton = triton
+        self._service = service
+        self._requests = requests
+        self._loop = asyncio.get_running_loop()
+        self._messages: asyncio.Queue[Any] = asyncio.Queue()
+        self._begun = self._ended = self._cancelled = False
+
+    async def read(self) -> Any:
+        if not self._begun:
+            self._begun = True
+            async for request in self._requests:
+                self._service.handle(request.id, _inputs(request), self)
+        if self._ended and self._messages.empty():
+            return grpc.aio.EOF
+        message = await self._messages.get()
+        return grpc.aio.EOF if message is None else message
+
+    def cancel(self) -> None:
+        if not self._ended and not self._cancelled:
+            self._cancelled = True
+            self._service.cancel_abandoned()
+
+    def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
+        if "output_ids" in tensors:
+            self._triton.tokens += tensors["output_ids"].size
+        message = service_pb2.ModelStreamInferResponse()
+        for name, value in tensors.items():
+            message.infer_response.outputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
+            raw = serialize_byte_tensor(value).item() if value.dtype == object else value.tobytes()
+            message.infer_response.raw_output_contents.append(raw)
+        self._put(message)
+        if final:
+            self._put(None)
+
+    def fail(self, error: str) -> None:
+        self._put(service_pb2.ModelStreamInferResponse(error_message=error))
+        self._put(None)
+
+    def abandoned(self) -> bool:
+        return self._cancelled
+
+    def _put(self, message: Any) -> None:
+        def put() -> None:
+            self._ended = self._ended or message is None
+            self._messages.put_nowait(message)
+
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(put)
+
+
+@contextmanager
+def local_triton(repository: Path) -> Iterator[LocalTriton]:
+    """Start the engine of a model repository in this process.
+
+    Raises:
+        InputError: if the repository or its engine cannot be used.
+        EngineError: if the engine does not start.
+    """
+    directory = repository / "tensorrt_llm"
+    config = text_format.Parse((directory / MODEL_CONFIG).read_text(encoding="utf-8"), ModelConfig())
+    content = json_format.MessageToDict(
+        config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    parameters = engine_parameters({"model_config": json.dumps(content), "model_repository": str(directory)})
+    engine: Engine = open_engine(parameters.engine, parameters.executor)
+    try:
+        sizes = engine.engine_config
+        limits = Limits(sizes.pretrained_config.vocab_size, sizes.build_config.max_batch_size)
+        token_bytes = Tokenizer(parameters.tokenizer).token_bytes
+        yield LocalTriton(EngineService(engine, limits, token_bytes, exclude_input=True))
+    finally:
+        engine.shutdown()
+
+
+def _inputs(request: Any) -> dict[str, Array]:
+    inputs = {}
+    for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
+        flat = (
+            deserialize_bytes_tensor(raw)
+            if tensor.datatype == "BYTES"
+            else np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))
+        )
+        inputs[tensor.name] = flat.reshape(tuple(tensor.shape))
+    return inputs

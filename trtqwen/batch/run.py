@@ -1,0 +1,273 @@
+"""Runs a batch: the gateway's own routes, called in this process, in front of an engine in this process.
+
+A line gets the answer that the server would give, by the same code. A journal keeps results as they come. When all
+are there, they are written in order of the input. A batch that was killed goes on where its journal ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from trtqwen.artifact import MANIFEST, load_manifest
+from trtqwen.batch.lines import Line, result
+from trtqwen.batch.local import LocalTriton, local_triton
+from trtqwen.diagnostics import InputError, OutputError
+from trtqwen.gateway.app import create_app
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.generation.upstream import Replica
+from trtqwen.recipe import ServeRecipe, load_recipe
+from trtqwen.triton.repository import write_repository
+
+OnProgress = Callable[[int, int], None]
+_FOREVER = 30 * 86400.0
+_MOST_WAITING = 1 << 40
+_PROGRESS_PERIOD = 0.2
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of a batch.
+
+    Attributes:
+        reused: results that an earlier run had written.
+        failed: lines whose result is an error.
+    """
+
+    lines: int
+    reused: int
+    failed: int
+    output_tokens: int
+
+
+def find_engine(engine_or_recipe: str, engines: Path) -> tuple[Path, ServeRecipe]:
+    """The engine directory, and how it is served: a directory, or the engine that `trtqwen build RECIPE` made.
+
+    Raises:
+        InputError: if there is none.
+    """
+    directory = Path(engine_or_recipe)
+    if (directory / MANIFEST).is_file():
+        return directory, ServeRecipe()
+    recipe = load_recipe(engine_or_recipe)
+    directory = engines / recipe.name / "engine"
+    if not (directory / MANIFEST).is_file():
+        raise InputError(f"{directory}: holds no engine", f"run `trtqwen build {engine_or_recipe} --model MODEL`")
+    return directory, recipe.serve
+
+
+def run_batch(
+    engine: Path,
+    serve: ServeRecipe,
+    lines: Sequence[Line],
+    output: Path,
+    *,
+    force: bool = False,
+    on_progress: OnProgress = lambda lines, tokens: None,
+) -> BatchResult:
+    """Answer the lines and write the results, one JSON object a line, in order of the input.
+
+    Args:
+        force: replace an output that exists, and forget the journal of another batch.
+        on_progress: called with the lines done and the tokens generated since the call before.
+
+    Raises:
+        OutputError: if the output exists, or a journal of another batch, and `force` is not set.
+        EngineError: if the engine does not start, or dies; what is done is kept.
+    """
+    if output.exists() and not force:
+        raise OutputError(f"{output}: exists", "pass --force to replace it or choose another file")
+    journal = _Journal(output, _digest(engine, lines), force=force)
+    reused = len(journal.results)
+    on_progress(reused, 0)
+    todo = [line for line in lines if line.index not in journal.results]
+    tokens = 0
+    for line in [line for line in todo if line.error is not None]:
+        journal.add(line.index, result(line, 0, {}))
+        on_progress(1, 0)
+    todo = [line for line in todo if line.error is None]
+    if todo:
+        with _repository(engine, serve) as repository, local_triton(repository) as triton:
+            asyncio.run(_answer_all(repository, triton, todo, journal, on_progress))
+            tokens = triton.tokens
+    results = journal.finish(len(lines))
+    return BatchResult(len(lines), reused, sum(map(_failed, results)), tokens)
+
+
+@contextmanager
+def _repository(engine: Path, serve: ServeRecipe) -> Iterator[Path]:
+    """A model repository of the engine for as long as the block runs: it tells the gateway all about the model."""
+    with TemporaryDirectory(prefix="trtqwen-batch-") as home:
+        repository = Path(home) / "repository"
+        write_repository(engine, serve.model_copy(update={"replicas": 1, "max_queue_size": 0}), repository)
+        yield repository
+
+
+async def _answer_all(
+    repository: Path, triton: LocalTriton, lines: Sequence[Line], journal: _Journal, on_progress: OnProgress
+) -> None:
+    config = GatewayConfig(
+        repository=repository,
+        model_name="batch",
+        queue_seconds=_FOREVER,
+        request_seconds=_FOREVER,
+        stall_seconds=_FOREVER,
+        probe_seconds=60,
+        max_queued_requests=_MOST_WAITING,
+        max_queued_tokens=_MOST_WAITING,
+        unknown_fields="refuse",
+        max_body_bytes=1 << 40,
+    )
+    app = create_app(config, lambda address: Replica(address, triton))
+    waiting = iter(lines)
+    told = 0
+
+    async def worker() -> None:
+        for line in waiting:
+            body = {"model": "batch", **line.body}
+            if body.pop("stream", False):
+                body["stream"] = False
+            if line.custom_id is not None:
+                body["model"] = "batch"
+            status, answer = await _post(app, line.url, body)
+            if status >= 500:
+                triton.check()
+            journal.add(line.index, result(line, status, answer))
+            on_progress(1, 0)
+
+    async def report() -> None:
+        nonlocal told
+        while True:
+            await asyncio.sleep(_PROGRESS_PERIOD)
+            on_progress(0, triton.tokens - told)
+            told = triton.tokens
+
+    async with app.router.lifespan_context(app):
+        model, monitor = app.state.runtime.model, app.state.runtime.monitor
+        while not monitor.ready:
+            triton.check()
+            await asyncio.sleep(0.01)
+        reporter = asyncio.create_task(report())
+        try:
+            # A window twice the batch keeps the engine full.
+            await asyncio.gather(*(worker() for _ in range(min(len(lines), 2 * model.limits.max_batch_size))))
+        finally:
+            reporter.cancel()
+
+
+async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
+    """Call a route of an ASGI application; its status and JSON."""
+    content = json.dumps(body).encode()
+    scope = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": path,
+        "raw_path": path.encode(),
+        "root_path": "",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json"), (b"content-length", str(len(content)).encode())],
+        "client": ("127.0.0.1", 0),
+        "server": ("127.0.0.1", 0),
+        "state": {},
+    }
+    status, parts, sent = 500, [], False
+
+    async def receive() -> dict[str, Any]:
+        nonlocal sent
+        if sent:
+            await asyncio.Event().wait()  # a client that stays
+        sent = True
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: dict[str, Any]) -> None:
+        nonlocal status
+        if message["type"] == "http.response.start":
+            status = message["status"]
+        elif message["type"] == "http.response.body":
+            parts.append(message.get("body", b""))
+
+    await app(scope, receive, send)
+    answer = json.loads(b"".join(parts))
+    return status, answer if isinstance(answer, dict) else {}
+
+
+class _Journal:
+    """Results as they come, in a file beside the output, so that nothing is computed twice."""
+
+    def __init__(self, output: Path, digest: str, *, force: bool) -> None:
+        self._output = output
+        self._path = output.with_name(f".{output.name}.part")
+        self.results: dict[int, dict[str, Any]] = {}
+        if self._path.exists():
+            known = self._read(digest)
+            if not known and not force:
+                raise OutputError(
+                    f"{self._path}: is the journal of a batch with another input or engine",
+                    "pass --force to drop it, or finish that batch first",
+                )
+            if not known:
+                self._path.unlink()
+                self.results = {}
+        try:
+            self._file = self._path.open("a", encoding="utf-8")
+        except OSError as problem:
+            raise OutputError(f"{output}: cannot be written ({problem.strerror})", "choose another place") from None
+        if not self.results and self._file.tell() == 0:
+            self._write({"digest": digest})
+
+    def add(self, index: int, content: dict[str, Any]) -> None:
+        self.results[index] = content
+        self._write({"line": index, "result": content})
+
+    def finish(self, count: int) -> list[dict[str, Any]]:
+        """Write the output and drop the journal; returns the results."""
+        results = [self.results[index] for index in range(count)]
+        text = "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in results)
+        temporary = self._output.with_name(f".{self._output.name}.new")
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self._output)
+        self._file.close()
+        self._path.unlink()
+        return results
+
+    def _read(self, digest: str) -> bool:
+        """Take in what an earlier run wrote; whether it was for this batch. Its last line may be cut off."""
+        first, *others = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
+        with_ends = others[:-1]
+        try:
+            if json.loads(first).get("digest") != digest:
+                return False
+        except ValueError:
+            return False
+        for line in with_ends:
+            entry = json.loads(line)
+            self.results[int(entry["line"])] = entry["result"]
+        kept = [first, *with_ends]
+        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        return True
+
+    def _write(self, content: dict[str, Any]) -> None:
+        self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+
+def _failed(content: Mapping[str, Any]) -> bool:
+    response = content.get("response")
+    return bool(content.get("error")) or (response is not None and response["status_code"] != 200)
+
+
+def _digest(engine: Path, lines: Sequence[Line]) -> str:
+    rows = [[line.url, line.body, line.custom_id, line.error] for line in lines]
+    key = load_manifest(engine, "engine").key
+    return hashlib.sha256(json.dumps([key, rows], sort_keys=True).encode()).hexdigest()

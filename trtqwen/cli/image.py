@@ -1,0 +1,82 @@
+"""`trtqwen image`: NVIDIA's images with TensorRT-LLM, and one built on them with trtqwen in it."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Column, Table
+
+from trtqwen.cli.output import HELP, DryRun, Force, Json, print_json, stdout
+from trtqwen.diagnostics import InputError
+from trtqwen.facts.releases import images, known_release, last_engine_release
+from trtqwen.images import build_image, plan_image
+
+command = typer.Typer(
+    add_completion=False,
+    context_settings=HELP,
+    help="List NVIDIA's images; build one with trtqwen in it.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+
+@command.command("list")
+def list_images(json: Json = False) -> None:
+    """List the known images: TensorRT-LLM, TensorRT, CUDA, and the oldest driver that runs each."""
+    if json:
+        print_json({"images": [{**image.model_dump(), "oldest_driver": image.oldest_driver} for image in images()]})
+        return
+    table = Table(
+        Column("tag of nvcr.io/nvidia/tritonserver", no_wrap=True),
+        "TensorRT-LLM",
+        "TensorRT",
+        "CUDA",
+        "driver from",
+        "built with",
+    )
+    for image in images():
+        table.add_row(
+            image.image.partition(":")[2],
+            image.tensorrt_llm,
+            image.tensorrt,
+            image.cuda,
+            image.oldest_driver,
+            image.driver,
+        )
+    stdout.print(table)
+
+
+@command.command("build")
+def build(
+    output: Annotated[Path, typer.Option(help="Directory for the Dockerfile and what it copies.")] = Path("image"),
+    release: Annotated[str, typer.Option(help="TensorRT-LLM release that the image holds.")] = last_engine_release(),
+    base: Annotated[str | None, typer.Option(help="Base image. [default: the newest with the release]")] = None,
+    tag: Annotated[str | None, typer.Option(help="Name of the image. [default: trtqwen:RELEASE]")] = None,
+    force: Force = False,
+    dry_run: DryRun = False,
+    json: Json = False,
+) -> None:
+    """Build an image on NVIDIA's, pinned by digest, with trtqwen and all that it needs; writes its Dockerfile.
+
+    Pass it to the other commands as --in-container --image TAG: they then start in seconds and need no package index.
+    """
+    known = known_release(release)
+    if known is None:
+        raise InputError(f"--release {release}: is not a known release", "choose one of `trtqwen image list`")
+    plan = plan_image(known, tag, output, base)
+    if dry_run:
+        if json:
+            print_json({"tag": plan.tag, "dockerfile": plan.dockerfile(None), "commands": plan.commands})
+        else:
+            stdout.print(plan.dockerfile(None), markup=False, highlight=False, soft_wrap=True)
+            for line in plan.commands:
+                stdout.print(shlex.join(line), markup=False, highlight=False, soft_wrap=True)
+        return
+    digest = build_image(plan, force=force)
+    if json:
+        print_json({"tag": plan.tag, "base": digest or plan.base, "context": str(plan.context)})
+    else:
+        stdout.print(f"ready: trtqwen build RECIPE --model DIR --in-container --image {plan.tag}", highlight=False)

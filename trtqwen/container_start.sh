@@ -1,0 +1,28 @@
+# Runs trtqwen in NVIDIA's image, in a virtual environment that adds what the image lacks. Arguments: trtqwen's.
+#
+# The image's packages may lie in a virtual environment of their own, first on PATH. One made from it would see the
+# packages of the base Python instead, so the new one is told where python3 finds its own.
+set -f
+for home in /opt/trtqwen-venv "${TRTQWEN_CACHE:-/var/cache/trtqwen}"; do
+  [ "$(cat "$home/ready" 2>/dev/null)" = "$TRTQWEN_REQUIRES" ] && break
+done
+if [ "$(cat "$home/ready" 2>/dev/null)" != "$TRTQWEN_REQUIRES" ]; then
+  mkdir -p "$home" || exit
+  (
+    flock 9 || exit
+    [ "$(cat "$home/ready" 2>/dev/null)" = "$TRTQWEN_REQUIRES" ] && exit
+    echo "preparing trtqwen's environment in this image; the next start takes it as it is" >&2
+    rm -rf "$home/venv" "$home/ready"
+    python3 -m venv --without-pip "$home/venv" || exit
+    site=$("$home/venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || exit
+    python3 -c '
+import sys
+for path in sys.path:
+    if path.endswith(("site-packages", "dist-packages")):
+        print(f"import site; site.addsitedir({path!r})")
+' >"$site/image.pth" || exit
+    python3 -m pip --python "$home/venv/bin/python" install --quiet $TRTQWEN_REQUIRES >&2 || exit
+    echo "$TRTQWEN_REQUIRES" >"$home/ready"
+  ) 9>"$home/lock" || exit
+fi
+exec "$home/venv/bin/python" -m trtqwen "$@"

@@ -1,0 +1,41 @@
+"""How the CPU kernels are compiled: once for each machine, kept on disk where a directory can be written to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numba
+import numpy as np
+from numba import njit
+from numba.extending import overload
+
+_FAST = {"reassoc", "contract", "arcp", "nsz"}  # infinities and NaN keep their meaning: a broken model must show
+
+
+def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """A decorator that compiles a function at its first call. Sums may be reordered."""
+
+    def decorate(function: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, fastmath=_FAST, **options)(function)
+        except RuntimeError:  # neither the package's directory nor the user's can be written to
+            return njit(fastmath=_FAST, **options)(function)
+
+    return decorate
+
+
+def widen(value: Any) -> Any:
+    """An element as float32: a float32, an int8, or the bits of a bfloat16 as uint16. Only for compiled code."""
+    raise NotImplementedError
+
+
+@overload(widen, inline="always")
+def _widen(value):  # type: ignore[no-untyped-def]  # Numba compares the signatures, annotations included
+    if value == numba.types.float32:
+        return lambda value: value
+    if value == numba.types.int8:
+        return lambda value: np.float32(value)
+    if value == numba.types.uint16:
+        return lambda value: np.uint32(np.uint32(value) << np.uint32(16)).view(np.float32)
+    return None

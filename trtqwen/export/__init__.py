@@ -1,0 +1,1 @@
+"""From a TensorRT-LLM checkpoint back to a Hugging Face directory."""

@@ -1,0 +1,63 @@
+"""Facts about vLLM releases, read from `vllm.json`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from trtqwen.facts.names import VllmRelease
+from trtqwen.facts.releases import version
+
+_FACTS = Path(__file__).with_name("vllm.json")
+
+
+@dataclass(frozen=True)
+class VllmFacts:
+    """What the API server of a release understands.
+
+    Attributes:
+        release: the known release; newer ones are read as the newest known.
+        flags: its options, without dashes.
+        request_fields: of `/v1/completions`.
+    """
+
+    release: VllmRelease
+    flags: frozenset[str]
+    request_fields: frozenset[str]
+
+    def near(self, flag: str) -> str | None:
+        """The option that a misspelled one may stand for."""
+        match = get_close_matches(flag, self.flags, n=1)
+        return match[0] if match else None
+
+
+@cache
+def vllm_facts(release: str) -> VllmFacts:
+    """The facts of the newest known release that is not newer than `release`, or of the oldest known one."""
+    content = _content()
+    known: list[VllmRelease] = sorted(content["releases"], key=version)
+    older = [name for name in known if version(name) <= version(release)]
+    name = older[-1] if older else known[0]
+    more = content["releases"][name]
+    return VllmFacts(
+        name,
+        frozenset([*content["flags"], *more["more_flags"]]),
+        frozenset([*content["request_fields"], *more["more_request_fields"]]),
+    )
+
+
+def vllm_image(release: str) -> str:
+    """Triton's newest image whose vLLM is not newer than `release`, or its oldest known one."""
+    images: list[dict[str, str]] = _content()["images"]
+    fitting = [image for image in images if version(image["vllm"]) <= version(release)]
+    return (fitting[-1] if fitting else images[0])["image"]
+
+
+@cache
+def _content() -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(_FACTS.read_text(encoding="utf-8"))
+    return content

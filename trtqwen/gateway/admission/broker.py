@@ -1,0 +1,309 @@
+"""One admission for several gateway workers: the process that owns the gate and the keys' rates answers theirs.
+
+A worker has two sockets to the broker. On `calls` it asks and waits for the answer, one JSON object a line each: this
+takes a tenth of a millisecond, and the gate's interface stays that of a single process. On `news` the broker tells it
+when a ticket's turn has come.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from trtqwen.gateway.admission.admission import Ticket
+from trtqwen.gateway.admission.auth import Authenticator, Caller
+from trtqwen.gateway.admission.gate import Gate, stopping
+from trtqwen.gateway.errors import ApiError
+
+
+class Broker:
+    """Answers the workers out of one gate and one set of callers.
+
+    Args:
+        replicas: Triton servers behind the gate.
+    """
+
+    def __init__(self, gate: Gate, authenticator: Authenticator, replicas: int) -> None:
+        self._gate = gate
+        self._callers = {digest.hex(): caller for digest, caller in authenticator.callers.items()}
+        self._up: list[set[int]] = [set() for _ in range(replicas)]  # the workers for whom each replica works
+
+    async def serve(self, worker: int, calls: socket.socket, news: socket.socket) -> None:
+        """Answer one worker until it ends; then all that it holds is given back."""
+        reader, writer = await asyncio.open_connection(sock=calls)
+        _, teller = await asyncio.open_connection(sock=news)
+        session = _Session(self._gate, teller)
+        try:
+            while line := await reader.readline():
+                method, *arguments = json.loads(line)
+                try:
+                    answer = {"value": self._answer(worker, session, method, arguments)}
+                except ApiError as problem:
+                    answer = {"error": _packed(problem)}
+                writer.write(json.dumps(answer).encode() + b"\n")
+        except ConnectionError:
+            pass
+        finally:
+            session.end()
+            for number, workers in enumerate(self._up):
+                workers.discard(worker)
+                self._gate.set_up(number, bool(workers))
+            writer.close()
+            teller.close()
+
+    def _answer(self, worker: int, session: _Session, method: str, arguments: Sequence[Any]) -> Any:
+        if method == "set_up":
+            replica, up = arguments
+            (self._up[replica].add if up else self._up[replica].discard)(worker)
+            return self._gate.set_up(replica, bool(self._up[replica]))
+        if method == "check_room":
+            return self._gate.check_room()
+        if method == "charge":
+            digest, what, tokens = arguments
+            caller, now = self._callers[digest], time.monotonic()
+            if what == "request":
+                return caller.charge_request(now)
+            if what == "tokens":
+                return caller.charge_tokens(tokens, now)
+            return caller.take_tokens(tokens)
+        handlers: dict[str, Callable[..., None]] = {
+            "arrive": session.arrive,
+            "turn": session.turn,
+            "give_back": session.give_back,
+            "grow": session.grow,
+        }
+        return handlers[method](*arguments)
+
+
+@dataclass
+class _Held:
+    """A worker's ticket in the gate.
+
+    Attributes:
+        places: what all tickets that came together hold.
+        left: how many of them are not given back yet.
+        waiting: tells the worker when the turn has come.
+    """
+
+    ticket: Ticket
+    places: AbstractContextManager[list[Ticket]]
+    left: list[int]
+    waiting: asyncio.Task[None] | None = None
+
+
+class _Session:
+    """What one worker holds."""
+
+    def __init__(self, gate: Gate, news: asyncio.StreamWriter) -> None:
+        self._gate = gate
+        self._news = news
+        self._held: dict[int, _Held] = {}
+
+    def arrive(self, numbers: Sequence[int], token_counts: Sequence[int]) -> None:
+        places = self._gate.places(token_counts)
+        tickets = places.__enter__()
+        left = [len(tickets)]
+        for number, ticket in zip(numbers, tickets, strict=True):
+            self._held[number] = _Held(ticket, places, left)
+
+    def turn(self, number: int, deadline: float) -> None:
+        held = self._held[number]
+
+        async def wait() -> None:
+            try:
+                news: dict[str, Any] = {"replica": await self._gate.turn(held.ticket, deadline)}
+            except ApiError as problem:
+                news = {"error": _packed(problem)}
+            self._news.write(json.dumps({"ticket": number, **news}).encode() + b"\n")
+
+        held.waiting = asyncio.create_task(wait())
+
+    def give_back(self, number: int, lasted: float | None = None) -> None:
+        held = self._held.pop(number, None)
+        if held is None:
+            return
+        if held.waiting is not None:
+            held.waiting.cancel()
+        self._gate.give_back(held.ticket, lasted)
+        held.left[0] -= 1
+        if held.left[0] == 0:
+            held.places.__exit__(None, None, None)
+
+    def grow(self, number: int, tokens: int) -> None:
+        if number in self._held:
+            self._gate.grow(self._held[number].ticket, tokens)
+
+    def end(self) -> None:
+        for number in tuple(self._held):
+            self.give_back(number)
+
+
+class Link:
+    """A worker's end.
+
+    Raises:
+        ConnectionError: by every call, if the broker has ended.
+    """
+
+    def __init__(self, calls: socket.socket, news: socket.socket) -> None:
+        self._calls = calls.makefile("rwb")
+        self._news = news
+
+    def call(self, method: str, *arguments: Any) -> Any:
+        """Ask the broker and wait for its answer.
+
+        Raises:
+            ApiError: what the broker's gate or caller raised.
+        """
+        self._calls.write(json.dumps([method, *arguments]).encode() + b"\n")
+        self._calls.flush()
+        line = self._calls.readline()
+        if not line:
+            raise ConnectionError("the gateway's first process has ended")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise _unpacked(answer["error"])
+        return answer["value"]
+
+    async def news(self, tell: Callable[[dict[str, Any]], None]) -> None:
+        """Pass on what the broker tells until it ends."""
+        reader, _ = await asyncio.open_connection(sock=self._news)
+        while line := await reader.readline():
+            tell(json.loads(line))
+        os.kill(os.getpid(), signal.SIGTERM)  # without the broker nobody is served
+
+
+class SharedGate(Gate):
+    """A worker's view of the broker's gate."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._draining = False
+        self._numbers: dict[Ticket, int] = {}
+        self._futures: dict[int, asyncio.Future[int]] = {}
+        self._next = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self._numbers
+
+    async def listen(self) -> None:
+        """Take in the broker's news until it ends."""
+        await self._link.news(self._told)
+
+    def check_room(self) -> None:
+        if self._draining:
+            raise stopping()
+        self._link.call("check_room")
+
+    @contextmanager
+    def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
+        if self._draining:
+            raise stopping()
+        tickets = [Ticket(count) for count in token_counts]
+        numbers = range(self._next, self._next + len(tickets))
+        self._next += len(tickets)
+        self._link.call("arrive", list(numbers), list(token_counts))
+        try:
+            loop = asyncio.get_running_loop()
+            self._numbers |= zip(tickets, numbers, strict=True)
+            self._futures |= {number: loop.create_future() for number in numbers}
+            yield tickets
+        finally:
+            for ticket in tickets:
+                self.give_back(ticket)
+
+    async def turn(self, ticket: Ticket, deadline: float) -> int:
+        number = self._numbers[ticket]
+        future = self._futures[number]
+        if not future.done():
+            self._link.call("turn", number, deadline)
+        return await future
+
+    def give_back(self, ticket: Ticket, lasted: float | None = None) -> None:
+        number = self._numbers.pop(ticket, None)
+        if number is not None:
+            self._futures.pop(number).cancel()
+            self._link.call("give_back", number, lasted)
+
+    def grow(self, ticket: Ticket, tokens: int) -> None:
+        if ticket in self._numbers:
+            self._link.call("grow", self._numbers[ticket], tokens)
+
+    def set_up(self, replica: int, up: bool) -> None:
+        self._link.call("set_up", replica, up)
+
+    def send_away(self, failure: ApiError) -> None:
+        for future in self._futures.values():
+            if not future.done():
+                future.set_exception(failure)
+                future.exception()  # its request may not wait for it yet
+
+    def _told(self, news: dict[str, Any]) -> None:
+        future = self._futures.get(news["ticket"])
+        if future is None or future.done():
+            return
+        if "error" in news:
+            future.set_exception(_unpacked(news["error"]))
+        else:
+            future.set_result(news["replica"])
+
+
+class SharedCaller(Caller):
+    """A worker's view of a caller, whose rates the broker keeps."""
+
+    def __init__(self, name: str, digest: bytes, link: Link) -> None:
+        super().__init__(name)
+        self._digest = digest.hex()
+        self._link = link
+
+    def charge_request(self, now: float) -> None:
+        self._link.call("charge", self._digest, "request", 1)
+
+    def charge_tokens(self, tokens: int, now: float) -> None:
+        self._link.call("charge", self._digest, "tokens", tokens)
+
+    def take_tokens(self, tokens: int) -> None:
+        if tokens:
+            self._link.call("charge", self._digest, "take", tokens)
+
+    def refund_tokens(self, tokens: int) -> None:
+        self.take_tokens(-tokens)
+
+
+def shared_authenticator(own: Authenticator, link: Link) -> Authenticator:
+    """The same keys, with rates that the broker keeps; callers without a rate need not ask it."""
+    callers: dict[bytes, Caller] = {}
+    for digest, caller in own.callers.items():
+        limited = caller.requests is not None or caller.tokens is not None
+        callers[digest] = SharedCaller(caller.name, digest, link) if limited else caller
+    return Authenticator(callers)
+
+
+def _packed(problem: ApiError) -> dict[str, Any]:
+    retry = problem.headers.get("Retry-After")
+    return {
+        "status": problem.status,
+        "message": problem.message,
+        "code": problem.code,
+        "param": problem.param,
+        "retry_after": None if retry is None else int(retry),
+    }
+
+
+def _unpacked(fields: dict[str, Any]) -> ApiError:
+    return ApiError(
+        fields["status"],
+        fields["message"],
+        fields["code"],
+        param=fields["param"],
+        retry_after=fields["retry_after"],
+    )

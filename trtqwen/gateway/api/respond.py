@@ -1,0 +1,184 @@
+"""What all routes that make tokens do: check who asks, work the request out, answer whole or as a stream."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from typing import Any, Protocol, TypeVar
+from urllib.parse import quote
+
+from fastapi import Request
+from fastapi.responses import Response
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+
+from trtqwen.gateway.admission.auth import Caller
+from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
+from trtqwen.gateway.api.fields import missing_model, refuse_unknown, unknown_fields
+from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.generation.generator import GenerationPlan, Usage
+from trtqwen.gateway.state import Runtime
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_LONG_BODY = 16 << 10  # bytes, tokenized in some milliseconds
+_IGNORED = "x-trtqwen-ignored"
+_MOST_WARNINGS = 1000  # names of fields that the log has seen
+_warned: set[str] = set()
+
+
+class Answers(Protocol):
+    """The answers of one request; one of the two is made once."""
+
+    usage: Usage
+
+    async def whole(self) -> dict[str, Any]: ...
+
+    def frames(self) -> AsyncGenerator[bytes, None]: ...
+
+
+class Route(APIRoute):
+    """A route whose body is JSON in UTF-8, and says where it is not."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler = super().get_route_handler()
+
+        async def handle(request: Request) -> Response:
+            return await handler(_Utf8Request(request.scope, request.receive))
+
+        return handle
+
+
+class _Utf8Request(Request):
+    async def json(self) -> Any:
+        try:
+            return await super().json()
+        except UnicodeDecodeError as problem:
+            raise json.JSONDecodeError(f"byte {problem.start} is not UTF-8", "", problem.start) from None
+        except RecursionError:
+            raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
+
+
+async def work_out(request: Request, body: BaseModel, plan: Callable[[], T]) -> T:
+    """Work a request out, if it may come in; a long one in a thread: every stream would wait for its tokenizer.
+
+    Raises:
+        ApiError: if there is no room, the model is another, or the plan refuses it.
+    """
+    runtime = runtime_of(request)
+    check_model(runtime, getattr(body, "model", None))
+    note_unknown(request, body)
+    runtime.gate.check_room()
+    length = request.headers.get("content-length", "")
+    return plan() if length.isdigit() and int(length) < _LONG_BODY else await asyncio.to_thread(plan)
+
+
+async def respond(
+    request: Request,
+    plan: GenerationPlan,
+    answers: Answers,
+    *,
+    stream: bool | None,
+    failed: Callable[[ApiError], bytes] = lambda error: frame(json.dumps(error.body)),
+) -> Response:
+    """Answer with one object or with events; errors before the first token have their own status either way.
+
+    Args:
+        failed: the event that ends a stream with an error.
+    """
+    caller: Caller = request.state.caller
+    headers = {_IGNORED: request.state.ignored} if hasattr(request.state, "ignored") else {}
+    caller.charge_tokens(plan.reserved_tokens, time.monotonic())
+    try:
+        if not stream:
+            whole = await unless_gone(request.receive, answers.whole)
+            settle(caller, plan, answers.usage)
+            return Json(whole, headers=headers)
+        frames = answers.frames()
+        try:
+            first = await unless_gone(request.receive, lambda: anext(frames))
+        except BaseException:
+            await frames.aclose()
+            raise
+    except ApiError as problem:
+        if problem.status in (400, 429, 503):  # nothing was done for it
+            caller.refund_tokens(plan.reserved_tokens)
+        raise
+    return EventStream(_frames(request, plan, answers, first, frames, failed), headers)
+
+
+def settle(caller: Caller, plan: GenerationPlan, usage: Usage) -> None:
+    """Charge what answers without a limit of their own have taken beyond what was reserved for them."""
+    caller.take_tokens(max(0, usage.output_tokens - plan.reserved * len(plan.prompts)))
+
+
+async def _frames(
+    request: Request,
+    plan: GenerationPlan,
+    answers: Answers,
+    first: bytes,
+    rest: AsyncGenerator[bytes, None],
+    failed: Callable[[ApiError], bytes],
+) -> AsyncGenerator[bytes, None]:
+    """All events; an error in mid-stream is the last one."""
+    refused = runtime_of(request).metrics.refused
+    async with aclosing(rest):
+        try:
+            yield first
+            async for event in rest:
+                yield event
+        except (GeneratorExit, asyncio.CancelledError):
+            refused.labels("499", "client_gone").inc()
+            raise
+        except Exception as problem:
+            error = problem if isinstance(problem, ApiError) else OUR_FAULT
+            if error is OUR_FAULT:
+                _log.error("a stream failed", exc_info=problem)
+            refused.labels(str(error.status), error.code).inc()
+            yield failed(error)
+        finally:
+            settle(request.state.caller, plan, answers.usage)
+
+
+def answer_id(request: Request, kind: str) -> str:
+    """A new id for an answer, which goes with it to the engine and into Triton's traces.
+
+    It holds the client's `X-Request-Id`, if there is one that fits.
+    """
+    given = request.headers.get("x-request-id", "")
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given):
+        return f"{kind}-{given}-{uuid.uuid4().hex[:12]}"
+    return f"{kind}-{uuid.uuid4().hex}"
+
+
+def check_model(runtime: Runtime, name: str | None) -> None:
+    """Raise an ApiError if a request names another model; without a name, it is the one there is."""
+    if name is not None and name != runtime.model.name:
+        raise missing_model(name, runtime.model.name)
+
+
+def note_unknown(request: Request, body: BaseModel) -> None:
+    """Do with unknown fields what the setting `unknown_fields` says.
+
+    Raises:
+        ApiError: if they are refused.
+    """
+    names = unknown_fields(body)
+    if not names:
+        return
+    setting = runtime_of(request).config.unknown_fields
+    if setting == "refuse":
+        refuse_unknown(body, names)
+    if setting == "warn":
+        request.state.ignored = ", ".join(quote(name, safe=".[]$:@") for name in names[:20])
+        for name in names:
+            if name not in _warned and len(_warned) < _MOST_WARNINGS:
+                _warned.add(name)
+                _log.warning("requests have the unknown field %r, which is ignored", name)

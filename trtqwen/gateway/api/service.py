@@ -1,0 +1,145 @@
+"""The routes that make no tokens: the page, the model, health, metrics, and the tokenizer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from trtqwen import __version__
+from trtqwen.gateway.api.failures import Json, runtime_of
+from trtqwen.gateway.api.fields import refuse_unsupported
+from trtqwen.gateway.api.prompt import Conversation
+from trtqwen.gateway.api.respond import Route, check_model, work_out
+from trtqwen.gateway.api.schemas import DetokenizeRequest, TokenizeRequest
+from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.gateway.state import Runtime
+
+router = APIRouter(route_class=Route)
+_PAGE = Path(__file__).with_name("chat.html").read_bytes()
+_POLICY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
+)
+
+
+@router.get("/", include_in_schema=False)
+async def chat_page() -> Response:
+    """The page for people."""
+    return Response(_PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _POLICY})
+
+
+@router.get("/v1/models")
+async def models(request: Request) -> Response:
+    """The one model."""
+    return Json({"object": "list", "data": [_model(runtime_of(request))]})
+
+
+@router.get("/v1/models/{name:path}")
+async def model(request: Request, name: str) -> Response:
+    """The one model, by its name."""
+    runtime = runtime_of(request)
+    check_model(runtime, name)
+    return Json(_model(runtime))
+
+
+@router.get("/health")
+async def health() -> Response:
+    """Whether this process lives."""
+    return Json({"status": "alive"})
+
+
+@router.get("/ready")
+@router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
+async def ready(request: Request) -> Response:
+    """Whether new requests are taken and the engine makes tokens."""
+    runtime = runtime_of(request)
+    if runtime.gate.draining:
+        return Json({"status": "stopping"}, 503)
+    return Json({"status": "ready"}) if runtime.monitor.ready else Json({"status": "the engine does not answer"}, 503)
+
+
+@router.get("/version")
+async def version() -> Response:
+    """The version of trtqwen."""
+    return Json({"version": __version__})
+
+
+@router.get("/load")
+async def load(request: Request) -> Response:
+    """How many answers are being made and waited for."""
+    metrics = runtime_of(request).metrics
+    running, waiting = metrics.value("in_flight"), metrics.value("queued")
+    return Json({"server_load": running + waiting, "running": running, "waiting": waiting})
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """The gateway's metrics for Prometheus; the engine's are at Triton's own endpoint."""
+    return Response(runtime_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+@router.post("/tokenize")
+@router.post("/v1/tokenize", include_in_schema=False)
+async def tokenize(request: Request, body: TokenizeRequest) -> Response:
+    """Token ids of a prompt, or of a chat as the model reads it."""
+    runtime = runtime_of(request)
+    ids = await work_out(request, body, lambda: _ids(runtime, body))
+    content: dict[str, Any] = {"count": len(ids), "max_model_len": runtime.model.limits.max_seq_len, "tokens": ids}
+    tokenizer = runtime.model.tokenizer
+    strings = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+    return Json({**content, "token_strs": strings if body.return_token_strs else None})
+
+
+@router.post("/detokenize")
+@router.post("/v1/detokenize", include_in_schema=False)
+async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
+    """The text of token ids."""
+    tokenizer = runtime_of(request).model.tokenizer
+    skip = bool(body.skip_special_tokens)
+    text = await work_out(request, body, lambda: tokenizer.decode(body.tokens, skip_special_tokens=skip))
+    return Json({"prompt": text, "text": text})
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> Response:
+    """What tokenizer_config.json says, chat template and special tokens among it."""
+    runtime = runtime_of(request)
+    path = runtime.model.tokenizer.directory / "tokenizer_config.json"
+    if not path.is_file():
+        raise ApiError(404, "the model has no tokenizer_config.json", "no_tokenizer_config")
+    return Json(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
+    refuse_unsupported(body)
+    if (body.prompt is None) == (body.messages is None):
+        raise bad_request("send either a prompt or messages", param="prompt")
+    if body.prompt is not None:
+        return runtime.model.encode(body.prompt, "prompt", raw=body.add_special_tokens is not False)
+    conversation = Conversation(
+        runtime.model,
+        runtime.template,
+        runtime.config,
+        body.messages or [],
+        body.tools or [],
+        add_generation_prompt=body.add_generation_prompt,
+        continue_final=bool(body.continue_final_message),
+        variables=body.chat_template_kwargs,
+    )
+    return conversation.ids()
+
+
+def _model(runtime: Runtime) -> dict[str, Any]:
+    model = runtime.model
+    return {
+        "id": model.name,
+        "object": "model",
+        "created": model.created,
+        "owned_by": "trtqwen",
+        "root": model.name,
+        "parent": None,
+        "max_model_len": model.limits.max_seq_len,
+    }

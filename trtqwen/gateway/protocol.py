@@ -1,0 +1,172 @@
+"""HTTP/1 as clients speak it: uvicorn's protocol with limits, and with what it leaves out.
+
+- An `Upgrade` header for anything but a WebSocket is ignored (RFC 9110, 7.8). Every Java HttpClient sends `h2c`.
+- Answers to HTTP/1.0 have no chunk sizes (RFC 9112, 6.1); they end with the connection.
+- A client that closes its sending half is answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import httptools
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+from trtqwen.gateway.config import GatewayConfig
+
+_FIRST_PROBE, _LONGEST_PAUSE = 0.2, 5.0  # seconds
+_PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"  # clients must skip 1xx answers: RFC 9110, 15.2
+
+
+def protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
+    """The protocol class with the limits of a config."""
+
+    class Configured(_Protocol):
+        max_header_bytes = config.max_header_bytes
+        header_seconds = config.body_seconds
+
+    return Configured
+
+
+class _Protocol(HttpToolsProtocol):
+    """Cuts off headers that do not end; the parser itself has no limit."""
+
+    max_header_bytes: int
+    header_seconds: float
+    _too_late: asyncio.TimerHandle
+    _probe: asyncio.TimerHandle | None = None
+    _ignores_upgrade = False
+    _method = _version = b""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._expect_headers()
+
+    def data_received(self, data: bytes) -> None:
+        if self._in_headers:
+            self._header_bytes += len(data)
+        self._unset_keepalive_if_required()
+        self._feed(data)
+        if self._in_headers and self._header_bytes > self.max_header_bytes and not self.transport.is_closing():
+            self.transport.write(b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+            self.transport.close()
+
+    def eof_received(self) -> bool | None:  # type: ignore[override]
+        """Keep the connection of a client that still waits for its answer.
+
+        A client that has gone looks the same, but does not take another packet: `_ask` sends some.
+        """
+        if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
+            return None
+        self._probe = self.loop.call_later(_FIRST_PROBE, self._ask, _FIRST_PROBE)
+        return True
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self._probe is not None and self.cycle.response_complete:
+            self.transport.close()
+
+    def on_message_begin(self) -> None:
+        self._too_late.cancel()
+        self._expect_headers()
+        super().on_message_begin()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._in_headers:
+            super().on_header(name, value)
+            return
+        # A trailer after a chunked body: ignored, but counted.
+        self._header_bytes += len(name) + len(value)
+        if self._header_bytes > self.max_header_bytes:
+            self.transport.close()
+
+    def on_headers_complete(self) -> None:
+        self._ignores_upgrade = self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
+        if self._ignores_upgrade and not (self._should_upgrade() and self.parser.get_method() == b"GET"):
+            self._method, self._version = self.parser.get_method(), self.parser.get_http_version().encode()
+            return  # the parser skips the body of such a request: `_feed` starts it again
+        self._ignores_upgrade = False
+        self._too_late.cancel()
+        self._in_headers = False
+        super().on_headers_complete()
+        if self.scope["http_version"] == "1.0" and self.cycle is not None:
+            _send_without_chunks(self.cycle)
+
+    def on_message_complete(self) -> None:
+        if not self._ignores_upgrade:
+            super().on_message_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._too_late.cancel()
+        if self._probe is not None:
+            self._probe.cancel()
+        # uvicorn leaves it after a reset, and with it all of the connection until the time is over.
+        if self.timeout_keep_alive_task is not None:
+            self.timeout_keep_alive_task.cancel()
+        super().connection_lost(exc)
+
+    def _feed(self, data: bytes) -> None:
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            if self._ignores_upgrade:
+                self.parser = httptools.HttpRequestParser(self)
+                self._feed(self._head_without_upgrade() + data[upgrade.args[0] :])
+            elif self._should_upgrade():
+                self.handle_websocket_upgrade()
+            else:  # CONNECT
+                self.send_400_response("Invalid HTTP request received.")
+        except httptools.HttpParserError:
+            self.send_400_response("Invalid HTTP request received.")
+
+    def _head_without_upgrade(self) -> bytes:
+        lines = [
+            b"%s %s HTTP/%s" % (self._method, self.url, self._version),
+            *(b"%s: %s" % header for header in self.headers if header[0] not in (b"upgrade", b"connection")),
+        ]
+        options = {
+            option.strip().lower()
+            for name, value in self.headers
+            if name == b"connection"
+            for option in value.split(b",")
+        }
+        if kept := options & {b"close", b"keep-alive"}:
+            lines.append(b"connection: " + b", ".join(sorted(kept)))
+        return b"\r\n".join([*lines, b"", b""])
+
+    def _ask(self, pause: float) -> None:
+        """Send an interim answer to a half-closed connection: one that is closed whole resets it at the next."""
+        if self.transport.is_closing() or self.cycle.response_complete:
+            return
+        if not self.cycle.response_started and not self.pipeline and self.cycle.scope["http_version"] == "1.1":
+            self.transport.write(_PROCESSING)
+        self._probe = self.loop.call_later(pause, self._ask, min(2 * pause, _LONGEST_PAUSE))
+
+    def _expect_headers(self) -> None:
+        self._header_bytes = 0
+        self._in_headers = True
+        self._too_late = self.loop.call_later(self.header_seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        if not self.transport.is_closing():
+            self.transport.close()
+
+
+def _send_without_chunks(cycle: RequestResponseCycle) -> None:
+    """Have a cycle send bodies of unknown length as they are."""
+    send: Callable[[Any], Any] = cycle.send
+    framed = True
+
+    async def send_plain(message: Any) -> None:
+        nonlocal framed
+        if message["type"] == "http.response.start":
+            framed = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not framed:
+                cycle.chunked_encoding = False
+        elif not framed:
+            cycle.expected_content_length = len(message.get("body", b""))
+        await send(message)
+
+    cycle.send = send_plain  # type: ignore[method-assign]

@@ -1,0 +1,273 @@
+"""The chat templates of a model, run as transformers' `apply_chat_template` runs them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Template, TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from trtqwen.diagnostics import InputError, SourceError
+from trtqwen.hf.files import shown
+
+TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_templates"
+DEFAULT, TOOL_USE = "default", "tool_use"
+Messages = Sequence[Mapping[str, Any]]
+_CUT = "CONTINUE_FINAL_MESSAGE_TAG "
+_PROBES: tuple[Messages, ...] = (
+    ({"role": "user", "content": "Hello"},),
+    ({"role": "system", "content": "You are terse."}, {"role": "user", "content": "Hello"}),
+)
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """Turns conversations into prompts.
+
+    Attributes:
+        texts: Jinja sources by name; `default` is among them.
+        special_tokens: variables of every template, such as `bos_token`.
+    """
+
+    texts: Mapping[str, str]
+    special_tokens: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether there is a place for tools."""
+        return TOOL_USE in self.texts or "tools" in self.texts[DEFAULT]
+
+    def render(
+        self,
+        messages: Messages,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        **arguments: Any,
+    ) -> str:
+        """The prompt of a conversation.
+
+        Args:
+            tools: JSON schemas; with them the template `tool_use` is taken where there is one.
+            add_generation_prompt: end with the beginning of the assistant's turn.
+            continue_final_message: end inside the last message, which the model goes on with; needs
+                `add_generation_prompt` off.
+            arguments: further variables, such as `enable_thinking`; they replace special tokens of the same name.
+
+        Raises:
+            InputError: if the template is broken or refuses the messages.
+        """
+        if continue_final_message and add_generation_prompt:
+            raise InputError(
+                "continue_final_message and add_generation_prompt exclude each other", "leave one of the two out"
+            )
+        name = TOOL_USE if tools is not None and TOOL_USE in self.texts else DEFAULT
+        shown_messages = _marked(messages) if continue_final_message else messages
+        try:
+            text = _compiled(self.texts[name]).render(
+                **{**self.special_tokens, **arguments},
+                messages=shown_messages,
+                tools=tools,
+                documents=documents,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as problem:  # a template is a stranger's program: it can fail in any way
+            raise InputError(
+                f"the chat template refuses these messages: {_words(problem)}",
+                "send messages of the roles and fields that the template expects",
+            ) from None
+        return _cut(text, messages) if continue_final_message else text
+
+    def check(self, where: Path) -> None:
+        """Compile every template, and render a short conversation.
+
+        Raises:
+            SourceError: if one is no template, or the default renders no conversation at all.
+        """
+        for name, text in self.texts.items():
+            try:
+                _compiled(text)
+            except TemplateError as problem:
+                raise SourceError(
+                    f"{where}: the chat template {name!r} is broken ({_words(problem)})", "correct the template"
+                ) from None
+        problems = []
+        for probe in _PROBES:
+            try:
+                self.render(probe)
+                return
+            except InputError as problem:
+                problems.append(problem.what)
+        raise SourceError(f"{where}: the chat template cannot run ({problems[0]})", "correct the template")
+
+    def standalone(self) -> str:
+        """The default template with the special tokens that it reads set in it: it renders alike without them."""
+        text = self.texts[DEFAULT]
+        read = meta.find_undeclared_variables(_environment().parse(text))
+        lines = [
+            f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n"
+            for name, value in self.special_tokens.items()
+            if name in read
+        ]
+        return "".join(lines) + text
+
+    def configured(self) -> str | list[dict[str, str]]:
+        """As tokenizer_config.json has it: a template, or a list of named ones."""
+        if self.texts.keys() == {DEFAULT}:
+            return self.texts[DEFAULT]
+        return [{"name": name, "template": text} for name, text in self.texts.items()]
+
+
+def read_chat_template(
+    directory: Path, configured: Any, special_tokens: Mapping[str, str | Sequence[str]]
+) -> ChatTemplate | None:
+    """The templates of a directory: files first, as transformers reads them; None if there are none.
+
+    Args:
+        configured: `chat_template` of tokenizer_config.json: a template, or a list of named ones.
+
+    Raises:
+        SourceError: if there are several and none is named `default`.
+    """
+    texts = {}
+    if (path := directory / TEMPLATE_FILE).is_file():
+        texts[DEFAULT] = _read(path)
+    for path in template_files(directory):
+        texts[path.stem] = _read(path)
+    if not texts and configured:
+        texts = _configured(directory, configured)
+    if not texts:
+        return None
+    if DEFAULT not in texts:
+        raise SourceError(
+            f"{directory}: has chat templates {', '.join(sorted(texts))}, and none named {DEFAULT!r}",
+            f"name the one that chats use {DEFAULT!r}",
+        )
+    return ChatTemplate(texts, special_tokens)
+
+
+def template_files(directory: Path) -> list[Path]:
+    """Named templates beside the default one."""
+    return sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
+
+
+def _configured(directory: Path, configured: Any) -> dict[str, str]:
+    if isinstance(configured, str):
+        return {DEFAULT: configured}
+    named = (
+        [{"name": name, "template": text} for name, text in configured.items()]
+        if isinstance(configured, dict)
+        else configured
+    )
+    try:
+        texts = {item["name"]: item["template"] for item in named}
+    except (TypeError, KeyError):
+        texts = {}
+    if not texts or not all(isinstance(part, str) for item in texts.items() for part in item):
+        raise SourceError(
+            f"{directory}: chat_template of tokenizer_config.json is {shown(configured)}, neither a template nor a "
+            "list of named ones",
+            "correct it",
+        )
+    return texts
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise SourceError(f"{path}: is not UTF-8", "download the file again") from None
+
+
+def _marked(messages: Messages) -> Messages:
+    """A copy whose last text ends in a mark, at which the rendered text is cut."""
+    if not messages:
+        raise InputError("continue_final_message: there is no message", "send one")
+    copy: list[Any] = deepcopy(list(messages))
+    content = copy[-1].get("content")
+    if isinstance(content, list):
+        for block in reversed(content):
+            if "text" in block:
+                block["text"] += _CUT
+                return copy
+    if not isinstance(content, str):
+        raise InputError("continue_final_message: the last message has no text", "give it a content to go on with")
+    copy[-1]["content"] = content + _CUT
+    return copy
+
+
+def _cut(text: str, messages: Messages) -> str:
+    content = messages[-1]["content"]
+    if not isinstance(content, str):
+        content = next(block["text"] for block in reversed(content) if "text" in block)
+    mark = _CUT.strip()
+    if content.strip() not in text or mark not in text:
+        raise InputError(
+            "continue_final_message: the chat template does not show the last message's text",
+            "send the text as the template keeps it",
+        )
+    at = text.rindex(mark)
+    # A template that strips contents has dropped the mark's trailing space, and means no space before it either.
+    return text[:at] if text[at : at + len(_CUT)] == _CUT else text[:at].rstrip()
+
+
+def _words(problem: Exception) -> str:
+    words = " ".join(str(problem).split())
+    return words if isinstance(problem, TemplateError) and words else f"{type(problem).__name__}: {words}"
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant said, for training; a prompt shows its content."""
+
+    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
+
+    def _content(self, caller: Any) -> str:
+        return str(caller())
+
+
+@cache
+def _compiled(text: str) -> Template:
+    return _environment().from_string(text)
+
+
+@cache
+def _environment() -> ImmutableSandboxedEnvironment:
+    """jinja2's sandbox, because a template is data from a model directory."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes what HTML needs, which a prompt does not.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

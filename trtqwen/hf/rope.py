@@ -1,0 +1,220 @@
+"""The rotary embedding that a `config.json` asks for, whichever release of transformers wrote it.
+
+transformers 4 writes `rope_theta` and `rope_scaling`; transformers 5 joins them in `rope_parameters`. Each reads the
+other's files with defaults of its own where a field is absent, so a file that says two things is refused here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trtqwen.diagnostics import Diagnostic, SourceError
+from trtqwen.hf.files import shown
+
+DEFAULT_THETA = 10000.0  # transformers' for Qwen2; NVIDIA's converter takes 100000
+KEYS = ("rope_theta", "rope_scaling", "rope_parameters")
+_LAYER_TYPE = "full_attention"
+_COMMON = {"factor", "original_max_position_embeddings"}
+_FIELDS = {  # what each type reads, besides its name
+    "default": set[str](),
+    "linear": {"factor"},
+    "dynamic": {"factor", "original_max_position_embeddings"},
+    "yarn": _COMMON | {"beta_fast", "beta_slow"},
+    "longrope": _COMMON | {"short_factor", "long_factor", "attention_factor"},
+    "llama3": _COMMON | {"low_freq_factor", "high_freq_factor"},
+}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """A model's rotary embedding.
+
+    Attributes:
+        scaling: as a TensorRT-LLM checkpoint has it, with `type` and `rope_type`; None for plain rotations.
+        context: tokens that the scaling reaches; None without YaRN.
+        findings: defaults that act here.
+    """
+
+    theta: float
+    scaling: dict[str, Any] | None
+    context: int | None
+    findings: tuple[Diagnostic, ...] = ()
+
+
+def read_rope(data: Mapping[str, Any], path: Path) -> Rope:
+    """Read the rotary fields of a config.
+
+    Args:
+        data: config.json without its nulls.
+
+    Raises:
+        SourceError: if two fields contradict each other, or one asks for what is not computed.
+    """
+    sources = {key: _flat(data[key], key, path) for key in KEYS[1:] if data.get(key)}
+    theta, findings = _theta(data, sources, path)
+    kinds = {key: _kind(fields, key, path) for key, fields in sources.items()}
+    scalings = {
+        key: _scaling(kind, sources[key], key, data, path) for key, kind in kinds.items() if kind != "default"
+    }
+    if (len(kinds) == 2 and len(scalings) < 2 and scalings) or (len(scalings) == 2 and not _alike(scalings)):
+        raise SourceError(
+            f"{path}: rope_scaling {shown(data['rope_scaling'])} and rope_parameters "
+            f"{shown(data['rope_parameters'])} differ; transformers takes rope_scaling",
+            "remove the one that the model was not trained with",
+        )
+    if not scalings:
+        return Rope(theta, None, None, tuple(findings))
+    key, scaling = next(iter(scalings.items()))
+    context = None
+    if scaling["type"] == "yarn":
+        if "original_max_position_embeddings" not in sources[key]:
+            findings.append(
+                Diagnostic(
+                    f"{path}: {key} names no original_max_position_embeddings: "
+                    f"{scaling['original_max_position_embeddings']} is used, as transformers does "
+                    "(TensorRT-LLM would take 4096)",
+                    "add it to the file, as the model's card has it",
+                    "warning",
+                    "config",
+                )
+            )
+        context = math.floor(scaling["original_max_position_embeddings"] * scaling["factor"])
+    return Rope(theta, scaling, context, tuple(findings))
+
+
+def _flat(fields: Any, key: str, path: Path) -> dict[str, Any]:
+    """The fields without nulls; those of the only layer type where they are given for each."""
+    if not isinstance(fields, dict):
+        raise SourceError(f"{path}: {key} is {shown(fields)}, not an object", "correct it")
+    if _LAYER_TYPE in fields:
+        others = sorted(name for name, value in fields.items() if name != _LAYER_TYPE and value is not None)
+        if others:
+            raise SourceError(
+                f"{path}: {key} has rotations of several kinds of layers ({', '.join(others)})",
+                "trtqwen computes Qwen2, whose layers all turn alike",
+            )
+        return _flat(fields[_LAYER_TYPE], key, path)
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _theta(
+    data: Mapping[str, Any], sources: Mapping[str, Mapping[str, Any]], path: Path
+) -> tuple[float, list[Diagnostic]]:
+    said = {"rope_theta": data.get("rope_theta")}
+    said |= {f"{key}.rope_theta": fields.get("rope_theta") for key, fields in sources.items()}
+    given = {name: value for name, value in said.items() if value is not None}
+    for name, value in given.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise SourceError(f"{path}: {name} is {shown(value)}, not a positive number", "correct it")
+    if len(set(given.values())) > 1:
+        words = " and ".join(f"{name} {value:g}" for name, value in given.items())
+        raise SourceError(
+            f"{path}: {words} contradict each other; transformers 4 takes the first, transformers 5 the last",
+            "keep the one that the model was trained with",
+        )
+    if given:
+        return float(next(iter(given.values()))), []
+    return DEFAULT_THETA, [
+        Diagnostic(
+            f"{path}: names no rope_theta: {DEFAULT_THETA:g} is used, as transformers does (NVIDIA's converter would "
+            "take 100000)",
+            "add the model's own to the file: 1000000 for Qwen2.5, 10000 for Qwen2.5-Math and its descendants",
+            "warning",
+            "config",
+        )
+    ]
+
+
+def _kind(fields: Mapping[str, Any], key: str, path: Path) -> str:
+    named = {name: fields[name] for name in ("rope_type", "type") if name in fields}
+    if len(set(map(str, named.values()))) > 1:
+        raise SourceError(
+            f"{path}: {key} has rope_type {shown(named['rope_type'])} and type {shown(named['type'])}; "
+            "transformers 4 takes type, transformers 5 rope_type",
+            "remove one of the two",
+        )
+    kind = str(next(iter(named.values()), "default"))
+    if kind not in _FIELDS:
+        raise SourceError(
+            f"{path}: {key} is of type {kind!r}, which dense Qwen2 models do not have",
+            f"trtqwen knows {', '.join(_FIELDS)}",
+        )
+    return kind
+
+
+def _scaling(kind: str, fields: Mapping[str, Any], key: str, data: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a scaling that act, checked."""
+    plain = {
+        name: value for name, value in fields.items() if name not in ("type", "rope_type", "rope_theta", "finetuned")
+    }
+    if plain.pop("partial_rotary_factor", 1) != 1:
+        raise SourceError(
+            f"{path}: {key}.partial_rotary_factor turns a part of each head only", "trtqwen turns whole heads"
+        )
+    if kind == "yarn":
+        plain["original_max_position_embeddings"] = _original(plain, key, data, path)
+    if "factor" not in plain:
+        raise SourceError(f"{path}: {key} of type {kind} lacks 'factor'", "add it, as the model's card has it")
+    for name in (_COMMON | {"beta_fast", "beta_slow"}) & plain.keys():
+        value = plain[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise SourceError(f"{path}: {key}.{name} is {shown(value)}, not a positive number", "correct it")
+    if kind == "yarn":
+        for name in _not_computed(plain, path, key):
+            del plain[name]
+    if unknown := sorted(plain.keys() - _FIELDS[kind]):
+        words = ", ".join(f"{name} {shown(plain[name])}" for name in unknown)
+        raise SourceError(
+            f"{path}: {key} of type {kind} has {words}, which trtqwen does not compute",
+            "remove it if the model was not trained with it",
+        )
+    return {"rope_type": kind, **plain, "type": kind}
+
+
+def _original(plain: Mapping[str, Any], key: str, data: Mapping[str, Any], path: Path) -> Any:
+    outer, inner = data.get("original_max_position_embeddings"), plain.get("original_max_position_embeddings")
+    if outer is not None and outer != (inner or data.get("max_position_embeddings")):
+        raise SourceError(
+            f"{path}: original_max_position_embeddings {shown(outer)} contradicts "
+            f"{f'{key}.original_max_position_embeddings' if inner else 'max_position_embeddings'} "
+            f"{shown(inner or data.get('max_position_embeddings'))}",
+            f"give it once, inside {key}",
+        )
+    return inner or data.get("max_position_embeddings")
+
+
+def _not_computed(plain: Mapping[str, Any], path: Path, key: str) -> Iterator[str]:
+    """Fields of YaRN that say what is computed anyway; others are refused."""
+    usual = attention_factor(plain["factor"])
+    given = plain.get("attention_factor")
+    if given is None and plain.get("mscale") and plain.get("mscale_all_dim"):
+        given = attention_factor(plain["factor"], plain["mscale"]) / attention_factor(
+            plain["factor"], plain["mscale_all_dim"]
+        )
+    fields = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if name in plain]
+    if given is not None and not math.isclose(given, usual, rel_tol=1e-6):
+        words = ", ".join(f"{name} {shown(plain[name])}" for name in fields)
+        raise SourceError(
+            f"{path}: {key} scales attention by {given:g} ({words}), where TensorRT-LLM's YaRN has {usual:g}",
+            f"remove {' and '.join(fields)} if the model was not trained with it",
+        )
+    if plain.get("truncate", True) is not True:
+        raise SourceError(
+            f"{path}: {key}.truncate is {shown(plain['truncate'])}, and TensorRT-LLM's YaRN truncates",
+            "remove it if the model was not trained with it",
+        )
+    yield from (name for name in (*fields, "truncate") if name in plain)
+
+
+def attention_factor(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's factor on sines and cosines (Peng et al. 2023), as transformers computes it."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def _alike(scalings: Mapping[str, Any]) -> bool:
+    first, second = scalings.values()
+    return bool(first == second)

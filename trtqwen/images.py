@@ -1,0 +1,114 @@
+"""An image with trtqwen in it: NVIDIA's image by digest, and what that lacks already installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from trtqwen import __version__
+from trtqwen.artifact import finished_directory
+from trtqwen.containers import HOME, PACKAGE, START, check_docker, image_digest, requirements
+from trtqwen.diagnostics import ContainerError, InputError
+from trtqwen.facts.names import Release
+from trtqwen.facts.releases import newest_image
+from trtqwen.recipe import BUNDLED, CHECKOUT
+from trtqwen.system.host import DIGEST_VARIABLE, IMAGE_VARIABLE
+
+_IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc")
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """An image to build.
+
+    Attributes:
+        base: NVIDIA's image, by tag.
+        tag: name of the image that is built.
+        context: directory for the Dockerfile and what it copies.
+    """
+
+    base: str
+    tag: str
+    context: Path
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """What is run, in order: the base is pulled first, so that its digest is known."""
+        return [["docker", "pull", self.base], ["docker", "build", f"--tag={self.tag}", str(self.context)]]
+
+    def dockerfile(self, digest: str | None) -> str:
+        """The Dockerfile.
+
+        Args:
+            digest: the base by digest; its tag where None.
+        """
+        start = f"{HOME}/{PACKAGE.name}/{START.name}"
+        return f"""\
+# Written by trtqwen {__version__}.
+FROM {digest or self.base}
+ENV {IMAGE_VARIABLE}="{self.base}" {DIGEST_VARIABLE}="{digest or ""}" PYTHONPATH="{HOME}" PIP_CONSTRAINT=""
+ENV TRTQWEN_REQUIRES="{" ".join(requirements())}"
+COPY trtqwen {HOME}/trtqwen
+COPY recipes {HOME}/recipes
+RUN TRTQWEN_CACHE=/opt/trtqwen-venv bash {start} --version && chmod -R a+rX /opt/trtqwen-venv {HOME}
+ENTRYPOINT ["bash", "{start}"]
+"""
+
+
+def plan_image(release: Release, tag: str | None, context: Path, base: str | None = None) -> ImagePlan:
+    """The image for a release.
+
+    Args:
+        base: in place of the newest image with the release.
+
+    Raises:
+        InputError: if no image with the release is known.
+    """
+    try:
+        base = base or newest_image(release).image
+    except KeyError:
+        raise InputError(f"no known image holds TensorRT-LLM {release}", "name one with --base") from None
+    return ImagePlan(base, tag or f"trtqwen:{release}", context)
+
+
+def write_context(plan: ImagePlan, digest: str | None, *, force: bool = False) -> None:
+    """Write the Dockerfile with trtqwen and its recipes beside it.
+
+    Raises:
+        OutputError: if the directory exists and `force` is not set.
+    """
+    recipes = CHECKOUT if CHECKOUT.is_dir() else BUNDLED
+    with finished_directory(plan.context, force=force) as directory:
+        (directory / "Dockerfile").write_text(plan.dockerfile(digest), encoding="utf-8")
+        shutil.copytree(PACKAGE, directory / "trtqwen", ignore=_IGNORED)
+        shutil.copytree(recipes, directory / "recipes", ignore=_IGNORED)
+
+
+def build_image(plan: ImagePlan, *, force: bool = False) -> str | None:
+    """Pull the base, write the context and build; docker's output is shown as it comes.
+
+    Returns:
+        The base by digest.
+
+    Raises:
+        ContainerError: if docker does not answer, or one of its commands fails.
+        OutputError: as `write_context`.
+    """
+    check_docker()
+    pull, build = plan.commands
+    _run(pull)
+    digest = image_digest(plan.base)
+    write_context(plan, digest, force=force)
+    _run(build)
+    return digest
+
+
+def _run(command: list[str]) -> None:
+    code = subprocess.run(command, stdin=subprocess.DEVNULL).returncode
+    if code:
+        raise ContainerError(
+            f"`{' '.join(command)}` failed with exit code {code}",
+            "read docker's message above, or `trtqwen explain` it",
+        )

@@ -1,0 +1,31 @@
+"""Whether what is to be served is what was built: every byte of a repository and its engine, and that they match."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trtqwen import __version__
+from trtqwen.artifact import REMEDIES, Manifest, read_manifest
+from trtqwen.diagnostics import InputError
+
+
+def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
+    """Check a repository and the engine that it serves; returns the repository's manifest.
+
+    Args:
+        digests: read every file and compare its digest; otherwise only its size.
+
+    Raises:
+        InputError: if one of them is not finished, a file is not as it was written, the repository was written for
+            another engine, or by another version of trtqwen.
+    """
+    manifest = read_manifest(repository, "repository", digests=digests)
+    if manifest.tool_version != __version__:
+        what = f"{repository}: was written by trtqwen {manifest.tool_version}, this is {__version__}"
+        raise InputError(what, REMEDIES["repository"])
+    engine = Path(str(manifest.parameters.get("engine", "")))
+    built = read_manifest(engine, "engine", digests=digests)
+    if manifest.inputs.get("engine") != built.key:
+        what = f"{repository}: was written for another engine than the one that is in {engine} now"
+        raise InputError(what, REMEDIES["repository"])
+    return manifest

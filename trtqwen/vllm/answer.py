@@ -1,0 +1,86 @@
+"""The answer of one request: where it ends, which the engine behind does not decide alone, and its account."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from trtqwen.executor.request import FinishReason, PerfMetrics, Request, Response
+
+
+class Answer:
+    """Turns an engine's pieces into responses by the executor's rules.
+
+    The end id is not part of the answer, stop words are; both count only after `min_tokens` tokens.
+
+    Args:
+        end_id: ends the answer.
+        tokens_per_block: of the KV cache.
+
+    Attributes:
+        reused_tokens: prompt tokens that the engine found computed, as far as it has told.
+    """
+
+    def __init__(self, request: Request, end_id: int | None, tokens_per_block: int) -> None:
+        self.reused_tokens = 0
+        self._request = request
+        self._end_id = end_id
+        self._tokens_per_block = tokens_per_block
+        self._token_ids: list[int] = []
+        self._arrival = time.monotonic_ns()
+        self._first = self._last = 0
+
+    def take(self, token_ids: Sequence[int], log_probs: Sequence[float], finish: str | None) -> Response | None:
+        """The response for new tokens; None if there is nothing to tell.
+
+        Args:
+            finish: vLLM's finish reason, with the last piece.
+        """
+        request, kept = self._request, 0
+        reason = None
+        for token_id in token_ids:
+            may_end = len(self._token_ids) >= request.sampling.min_tokens
+            if may_end and token_id == self._end_id:
+                reason = FinishReason.END_ID
+                break
+            self._token_ids.append(token_id)
+            kept += 1
+            if may_end and any(self._ends_with(word) for word in request.stop_words):
+                reason = FinishReason.STOP_WORDS
+                break
+        if reason is None and finish is not None:
+            reason = FinishReason.LENGTH if finish == "length" else FinishReason.STOP_WORDS
+        self._last = time.monotonic_ns()
+        self._first = self._first or self._last
+        if not kept and reason is None:
+            return None
+        return Response(
+            request_id=request.id,
+            token_ids=tuple(token_ids[:kept]),
+            log_probs=tuple(log_probs[:kept]) if request.output.return_log_probs else (),
+            finish_reason=reason,
+        )
+
+    def with_metrics(self, response: Response) -> Response:
+        """The last response with times and blocks, if the request asks for them.
+
+        Times are those of this process. The engine does not tell when it scheduled the request: that is the arrival.
+        """
+        if not self._request.output.return_perf_metrics:
+            return response
+        tokens = len(self._request.input_token_ids) + len(self._token_ids)
+        total = -(-tokens // self._tokens_per_block)
+        reused = min(total, self.reused_tokens // self._tokens_per_block)
+        metrics = PerfMetrics(
+            arrival_time_ns=self._arrival,
+            first_scheduled_time_ns=self._arrival,
+            first_token_time_ns=self._first,
+            last_token_time_ns=self._last,
+            kv_cache_alloc_total_blocks=total,
+            kv_cache_alloc_new_blocks=total - reused,
+            kv_cache_reused_blocks=reused,
+        )
+        return response.model_copy(update={"perf_metrics": metrics})
+
+    def _ends_with(self, word: Sequence[int]) -> bool:
+        return len(word) <= len(self._token_ids) and self._token_ids[-len(word) :] == list(word)
