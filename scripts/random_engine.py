@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trtqwen.artifact import write_manifest
-from trtqwen.checkpoint.config import checkpoint_config
+from trtqwen.checkpoint.config import Dtype, checkpoint_config
 from trtqwen.checkpoint.convert import NUMPY_DTYPES
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision
@@ -44,7 +44,7 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
     mapping = RankMapping(tp_size, 1)
     smooth = SmoothQuantMode(settings.per_channel, settings.per_token) if settings.quant == "int8_sq" else None
     layout = settings.int8_layout if settings.quant == "int8_wo" and settings.int8_layout != "plain" else None
-    dtype = "bfloat16" if settings.dtype == "bfloat16" else "float16"
+    dtype: Dtype = "bfloat16" if settings.dtype == "bfloat16" else "float16"
     parts = Precision(
         dtype=NUMPY_DTYPES[dtype],
         int8_layout=layout,

@@ -16,7 +16,7 @@ from trtqwen.demo import HELDOUT, MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
-from trtqwen.executor.request import OutputConfig, Request, Response, SamplingConfig
+from trtqwen.executor.request import GuidedDecodingParams, OutputConfig, Request, Response, SamplingConfig
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe
 
@@ -169,7 +169,7 @@ def test_guided_answers_have_their_form(
     make_engine: MakeEngine, prompts: list[tuple[int, ...]], overlap: bool
 ) -> None:
     pytest.importorskip("xgrammar")
-    guide: dict[str, Any] = {"guide_type": "regex", "guide": "[0-9]{3}-[0-9]{4}"}
+    guide = GuidedDecodingParams(guide_type="regex", guide="[0-9]{3}-[0-9]{4}")
     with Executor(make_engine(), ExecutorConfig(device="cuda", overlap=overlap)) as executor:
         answers = executor.generate([*ask(prompts[:4]), Request(
             id="guided", input_token_ids=prompts[5], max_tokens=20, guided_decoding=guide

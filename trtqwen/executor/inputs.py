@@ -1,7 +1,8 @@
 """A step as numbers: what the ranks need to compute it, packed into one array that crosses to them and to the device.
 
 All sections are int32 and lie one behind the other, so that one copy moves a step; each begins at 16 bytes, because
-kernels are compiled for the alignment of their arguments. Their offsets depend on the counts alone: a step padded to a fixed batch size always has its sections in the same places, as a CUDA graph needs.
+kernels are compiled for the alignment of their arguments. Their offsets depend on the counts alone: a step padded to
+a fixed batch size always has its sections in the same places, as a CUDA graph needs.
 """
 
 from __future__ import annotations

@@ -71,10 +71,7 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What every rank computes next, in the order of the packed tokens.
-
-    Sequences with one token come first, then those that begin at position 0, then the other chunks of prompts.
-    """
+    """What every rank computes next, in the order of the packed tokens: sequences with one token come first."""
 
     chunks: tuple[Chunk, ...]
 
@@ -99,12 +96,6 @@ class Generated(NamedTuple):
         """The same as a client's response."""
         token_ids = () if self.token_id is None else (self.token_id,)
         return Response(request_id=self.request_id, token_ids=token_ids, finish_reason=self.finish_reason)
-
-
-def _rank_in_step(chunk: Chunk) -> int:
-    if len(chunk.token_ids) == 1:
-        return 0
-    return 2 if chunk.start else 1
 
 
 def placeholder(slot: int) -> int:
@@ -274,7 +265,7 @@ class Scheduler:
         if not chunks:
             return None
         self._count(chunks, generation, paused)
-        chunks.sort(key=_rank_in_step)
+        chunks.sort(key=lambda chunk: len(chunk.token_ids) > 1)
         return Step(tuple(chunks))
 
     def is_live(self, chunk: Chunk) -> bool:

@@ -78,7 +78,7 @@ def test_silu_mul_and_quantize(device: torch.device, mode: int | None) -> None:
 def test_rotary_and_store(device: torch.device, kv_step: float | None) -> None:
     heads, kv_heads, size, tokens = 6, 2, 16, 5
     qkv = random(tokens, (heads + 2 * kv_heads) * size, device=device)
-    query, key, value = qkv.clone().view(tokens, -1, size).split([heads, kv_heads, kv_heads], dim=1)
+    query, key, value = qkv.clone().view(tokens, -1, size).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
     rotary = make_rotary(10000.0, size, None, device)
     positions = torch.tensor([0, 1, 9, 30, 4], device=device)
     slots = torch.tensor([3, 8, 9, 31, -1], device=device)

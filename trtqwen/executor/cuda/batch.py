@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from trtqwen.executor.cuda.kernels.flash import WholePrompts
 from trtqwen.executor.inputs import Int32, StepInputs
 
 TILE_ROWS = 128  # queries of a program of the attention of prompts
@@ -20,8 +19,6 @@ class CudaBatch:
     Attributes:
         generation: sequences with one token, which come first.
         tiles: of the others' attention, see `context_tiles`; None without others.
-        part_tiles: of those among them that do not begin at position 0.
-        whole: those among them that do.
         all_rows: whether every row's logits are needed, in order.
     """
 
@@ -35,8 +32,6 @@ class CudaBatch:
     logit_rows: Tensor
     generation: int
     tiles: Tensor | None
-    part_tiles: Tensor | None
-    whole: WholePrompts | None
     all_rows: bool
 
     @classmethod
@@ -50,14 +45,6 @@ class CudaBatch:
         counts = inputs.counts
         views = {name: data[place] for name, place in counts.sections.items()}
         recorded = counts.blocks == 0
-        whole, parts = None, tiles
-        count = num_whole(inputs)
-        if count:
-            lengths = inputs.context_lengths[counts.generation : counts.generation + count]
-            parts = tiles - int((-(-lengths // TILE_ROWS)).sum())
-            begins = views["query_begins"][counts.generation : counts.generation + count + 1]
-            end = counts.generation + int(lengths.sum())
-            whole = WholePrompts(counts.generation, end, begins - counts.generation, int(lengths.max()))
         return cls(
             token_ids=views["token_ids"],
             positions=views["positions"],
@@ -69,29 +56,20 @@ class CudaBatch:
             logit_rows=views["logit_rows"],
             generation=counts.generation,
             tiles=data[counts.total : counts.total + 2 * tiles].view(-1, 2) if tiles else None,
-            part_tiles=data[counts.total : counts.total + 2 * parts].view(-1, 2) if parts else None,
-            whole=whole,
             all_rows=counts.logits == counts.tokens,
         )
-
-
-def num_whole(inputs: StepInputs) -> int:
-    """Prompts that begin at position 0; they come right after the sequences with one token."""
-    generation = inputs.counts.generation
-    lengths = np.diff(inputs.query_begins)[generation:]
-    return int((lengths == inputs.context_lengths[generation:]).sum())
 
 
 def context_tiles(inputs: StepInputs) -> Int32:
     """(sequence, its first query) of every program, [tiles, 2].
 
-    The tiles of whole prompts come last; among the others, and among them, those that read most of the cache first.
+    Those that read most of the cache come first.
     """
     begins = inputs.query_begins
-    tiles: list[tuple[bool, int, int, int]] = []
+    tiles: list[tuple[int, int, int]] = []
     for sequence in range(inputs.counts.generation, inputs.counts.sequences):
         queries = int(begins[sequence + 1] - begins[sequence])
         before = int(inputs.context_lengths[sequence]) - queries
-        tiles += [(before == 0, -(before + first), sequence, first) for first in range(0, queries, TILE_ROWS)]
+        tiles += [(-(before + first), sequence, first) for first in range(0, queries, TILE_ROWS)]
     tiles.sort()
-    return np.array([tile[2:] for tile in tiles], np.int32).reshape(-1, 2)
+    return np.array([tile[1:] for tile in tiles], np.int32).reshape(-1, 2)

@@ -34,11 +34,12 @@ class Norm:
 class Linear(Protocol):
     """One rank's share of a linear layer, or of several that share their input.
 
-    Attributes:
-        quantization: how it wants its input; None is as it comes.
     """
 
-    quantization: Quantization | None
+    @property
+    def quantization(self) -> Quantization | None:
+        """How it wants its input; None is as it comes."""
+        ...
 
     def __call__(self, hidden: Activation) -> Tensor:
         """[tokens, in] to [tokens, out]."""

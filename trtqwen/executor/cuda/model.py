@@ -19,7 +19,6 @@ from trtqwen.executor.cuda.kernels.activation import silu_mul
 from trtqwen.executor.cuda.kernels.context_attention import context_attention
 from trtqwen.executor.cuda.kernels.decode_attention import DecodeWorkspace, decode_attention
 from trtqwen.executor.cuda.kernels.embed import embed
-from trtqwen.executor.cuda.kernels.flash import flash_attention
 from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.matmul import matmul
 from trtqwen.executor.cuda.kernels.norm import add_norm
@@ -102,13 +101,6 @@ class CudaModel:
         heads, kv_heads = config.local_heads, config.local_kv_heads
         self._workspace = DecodeWorkspace(max_batch_size, heads, kv_heads, config.head_size, device)
         self._cache = torch.empty(0)
-        # PyTorch's flash attention reads whole prompts in 16 bits, and no INT8 cache.
-        self._flash = (
-            device.type == "cuda"
-            and dtype != torch.float32
-            and config.quantization.kv_cache_quant_algo is None
-            and torch.cuda.get_device_capability(device) >= (8, 0)
-        )
         self._singles = self._find_singles()
 
     def kv_block_bytes(self, tokens_per_block: int, kv_dtype: torch.dtype) -> int:
@@ -187,8 +179,7 @@ class CudaModel:
         """From packed queries, keys and values to what attention gives, [tokens, heads * head_size]."""
         keys, values = self._cache[index]
         kv_step = self._layers[index].kv_step
-        flash = batch.whole is not None and self._flash
-        rotary_store(qkv, self._rotary, batch.positions, batch.kv_slots, keys, values, kv_step, keep=flash)
+        rotary_store(qkv, self._rotary, batch.positions, batch.kv_slots, keys, values, kv_step)
         width = self._config.local_heads * self._config.head_size
         attended = torch.empty((len(qkv), width), dtype=qkv.dtype, device=self._device)
         if batch.generation:
@@ -204,15 +195,12 @@ class CudaModel:
                 longest=self._max_seq_len,
                 kv_step=kv_step,
             )
-        if batch.whole is not None and flash:
-            flash_attention(qkv, keys.shape[1], keys.shape[3], batch.whole, attended)
-        tiles = batch.part_tiles if flash else batch.tiles
-        if tiles is not None:
+        if batch.tiles is not None:
             context_attention(
                 qkv,
                 keys,
                 values,
-                tiles,
+                batch.tiles,
                 batch.block_ids,
                 batch.block_begins,
                 batch.query_begins,

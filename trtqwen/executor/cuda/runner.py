@@ -83,7 +83,7 @@ class CudaRunner:
             self._model.forward(batch, sampled)  # compiles what this size needs
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]
                 logits = self._model.forward(batch, sampled)
             self._pool = graph.pool()
             self._graphs[size] = _Graph(graph, logits)

@@ -59,7 +59,7 @@ class Uploader:
             buffer, stream = self._free.pop()
         except IndexError:
             buffer = torch.empty(_BUFFER, dtype=torch.uint8, pin_memory=True)
-            stream = torch.cuda.Stream(self._device)
+            stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         buffer.numpy()[: len(piece)] = piece
         with torch.cuda.stream(stream):
             target[begin : begin + len(piece)].copy_(buffer[: len(piece)], non_blocking=True)

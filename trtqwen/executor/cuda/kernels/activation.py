@@ -66,12 +66,12 @@ def _silu_mul_row(
     for start in range(0, width, BLOCK):
         values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
         largest = tl.maximum(largest, tl.max(tl.abs(values), axis=0))
-    step = tl.maximum(largest, 1e-12) / 127.0
-    tl.store(steps + row, step)
+    largest = tl.maximum(largest, 1e-12)
+    tl.store(steps + row, largest / 127.0)
     for start in range(0, width, BLOCK):  # a second time, from the cache
         columns = start + tl.arange(0, BLOCK)
         values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
-        tl.store(out + row * width + columns, round_to_int8(values / step), mask=columns < width)
+        tl.store(out + row * width + columns, round_to_int8(values * (127.0 / largest)), mask=columns < width)
 
 
 def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Quantized:

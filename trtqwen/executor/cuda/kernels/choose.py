@@ -120,6 +120,7 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
     rows, vocab_size = logits.shape
     logits = logits.contiguous()
     out = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    few = rows <= 64  # each has a processor for itself
     _choose[(rows,)](
         logits,
         choice.values,
@@ -128,7 +129,7 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
         vocab_size,
         DRAWS=choice.draws,
         FILTERS=choice.filters,
-        BLOCK=4096,
-        num_warps=8,
+        BLOCK=16384 if few else 4096,
+        num_warps=16 if few else 8,
     )
     return out

@@ -128,6 +128,6 @@ def context_attention(
         ROWS=TILE_ROWS,
         BLOCK=32 if full else 64,
         PRECISION="ieee" if full else "tf32",
-        num_warps=8,
-        num_stages=2 if full else 3,
+        num_warps=8 if full else 4,
+        num_stages=2,
     )

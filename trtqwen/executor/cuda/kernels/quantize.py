@@ -60,9 +60,9 @@ def round_to_int8(values):
 def quantize_row(values, place, inside, step_place, to_int, MODE: tl.constexpr):
     """Quantize a whole row that one program holds, float32; masked values are 0."""
     if MODE == 1:
-        step = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12) / 127.0
-        tl.store(step_place, step)
-        codes = round_to_int8(values / step)
+        largest = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12)
+        tl.store(step_place, largest / 127.0)
+        codes = round_to_int8(values * (127.0 / largest))
     else:
         codes = round_to_int8(values * to_int)
     tl.store(place, codes, mask=inside)

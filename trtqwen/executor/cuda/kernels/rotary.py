@@ -34,7 +34,6 @@ def _rotary_store(
     HEADS_PADDED: tl.constexpr,
     KV_PADDED: tl.constexpr,
     INT8: tl.constexpr,
-    KEEP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     begin(CHAINED)
@@ -60,10 +59,6 @@ def _rotary_store(
     row += HEADS * 2 * HALF
     first, second = _rotate(row, head, half, stored, cos, sin, HALF)
     first, second = first.to(kind), second.to(kind)
-    if KEEP:
-        place = row + head[:, None] * 2 * HALF + half[None, :]
-        tl.store(place, first, mask=stored)
-        tl.store(place + HALF, second, mask=stored)
     place = row + KV_HEADS * 2 * HALF + head[:, None] * 2 * HALF + half[None, :]
     left = tl.load(place, mask=stored, other=0.0)
     right = tl.load(place + HALF, mask=stored, other=0.0)
@@ -87,8 +82,6 @@ def rotary_store(
     keys: Tensor,
     values: Tensor,
     kv_step: float | None,
-    *,
-    keep: bool = False,
 ) -> None:
     """Rotate the queries of packed `qkv` in place; put rotated keys, and values, where `slots` says.
 
@@ -99,7 +92,6 @@ def rotary_store(
         table: float32 [positions, 2, head_size / 2], cosines and sines.
         positions, slots: int32 [tokens]; a slot of -1 stores nothing.
         keys, values: [blocks, kv_heads, tokens_per_block, head_size].
-        keep: rotate the keys in `qkv` too, for attention that reads them there.
     """
     _, kv_heads, tokens_per_block, head_size = keys.shape
     heads = qkv.shape[1] // head_size - 2 * kv_heads
@@ -118,7 +110,6 @@ def rotary_store(
         HEADS_PADDED=triton.next_power_of_2(heads),
         KV_PADDED=triton.next_power_of_2(kv_heads),
         INT8=kv_step is not None,
-        KEEP=keep,
         num_warps=4,
         **chained(len(qkv)),
     )
