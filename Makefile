@@ -4,13 +4,24 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test check format docs lock clean
+.PHONY: demo test test-vllm check format docs lock clean
 
 demo: .venv/user
 	$(BIN)/trtqwen demo
 
 test: .venv/developer .venv/transformers5
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+
+# A real vLLM, in an environment of its own: its own tests, then the client tests of the serving layer on it.
+VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
+test-vllm: .venv/developer .venv-vllm/installed
+	$(VLLM) $(BIN)/pytest --numprocesses=0 tests/vllm/test_real.py
+	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --numprocesses=2 --dist=loadfile --timeout=300 \
+		tests/triton/test_serving.py tests/gateway/test_openai.py
+
+.venv-vllm/installed: scripts/install_vllm.py
+	$(PYTHON) scripts/install_vllm.py .venv-vllm
+	touch $@
 
 check: .venv/developer
 	$(BIN)/ruff check
@@ -50,4 +61,4 @@ lock:
 		--output-file constraints.txt pyproject.toml
 
 clean:
-	rm -rf .venv site
+	rm -rf .venv .venv-vllm site

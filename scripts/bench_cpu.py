@@ -22,7 +22,6 @@ from peers import Server, trtqwen_server, vllm_server
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
-from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.repository import write_repository
 
@@ -92,9 +91,9 @@ def random_model(directory: Path) -> Path:
 
         torch.manual_seed(0)
         Qwen2ForCausalLM(Qwen2Config(**SHAPE)).to(torch.bfloat16).save_pretrained(directory)
-        for name in {*TOKENIZER_FILES, "generation_config.json"}:
-            if (MODEL / name).exists():
-                shutil.copy(MODEL / name, directory / name)
+        for path in MODEL.iterdir():
+            if path.suffix in (".json", ".txt", ".jinja") and path.name != "config.json":
+                shutil.copy(path, directory / path.name)
     return directory
 
 
@@ -213,8 +212,9 @@ def machine() -> str:
 
 
 def commit() -> str:
+    """The checkout's commit, or the one that the environment names where there is no checkout."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip()
+    return done.stdout.strip() or os.environ.get("TRTQWEN_COMMIT", "")
 
 
 def main() -> None:

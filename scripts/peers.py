@@ -131,12 +131,14 @@ def trtqwen_server(repository: Path, name: str, log: Path, gateway: dict[str, ob
     return Server(command, f"http://127.0.0.1:{port}", "/ready", log)
 
 
-def vllm_server(python: str, model: Path, name: str, log: Path, flags: Sequence[str]) -> Server:
+def vllm_server(
+    python: str, model: Path, name: str, log: Path, flags: Sequence[str], environment: dict[str, str] | None = None
+) -> Server:
     """vLLM's OpenAI server, in its own environment."""
     port = free_port()
     command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--served-model-name", name]
     command += ["--host", "127.0.0.1", "--port", str(port), *flags]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", **(environment or {})}
     return Server(command, f"http://127.0.0.1:{port}", "/health", log, environment)
 
 

@@ -25,6 +25,7 @@ ORDER = (
     "nn",
     "hf",
     "recipe",
+    "migrate",
     "quantize",
     "checkpoint",
     "export",
@@ -43,7 +44,9 @@ ORDER = (
     "images",
     "demo",
     "selftest",
+    "report",
     "bench",
+    "deploy",
     "cli",
     "__main__",
 )

@@ -260,6 +260,11 @@ def requirements() -> list[str]:
 
 
 def _recipe_work(recipe: Recipe, arguments: Sequence[str], *, gpus: int) -> _Work:
+    if recipe.engine.backend == "vllm":
+        raise InputError(
+            f"{recipe.name}: vLLM has an environment of its own, which --in-container does not start",
+            "set engine.vllm.image to run vLLM in a container, and serve without --in-container",
+        )
     if recipe.engine.backend == "torch":
         return _Work(arguments, recipe.checkpoint.release, gpus=0)
     peer_to_peer = recipe.host is None or card_facts(recipe.host.card).peer_to_peer

@@ -36,7 +36,7 @@ _VLLM_OWN = (
     *("model", "tokenizer", "served-model-name", "dtype", "host", "port", "uds", "generation-config"),
     *("max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "num-gpu-blocks-override"),
     *("tensor-parallel-size", "pipeline-parallel-size", "gpu-memory-utilization", "logprobs-mode"),
-    "enable-prompt-tokens-details",
+    *("enable-prompt-tokens-details", "structured-outputs-config"),
     *("enable-prefix-caching", "no-enable-prefix-caching", "enable-chunked-prefill", "no-enable-chunked-prefill"),
 )
 
@@ -353,8 +353,12 @@ class Recipe(_Section):
                 self._vllm_can()
             if self.engine.backend == "llmapi":
                 self._llmapi_can()
+            if self.serve.replica_mode == "orchestrator" and self.serve.replicas > 1:
+                raise ValueError("serve.replica_mode orchestrator is a setting of backend: tensorrt_llm; use servers")
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
+                if name == "replicas" and self.engine.backend != "torch":
+                    continue
                 if getattr(self.serve, name) != getattr(plain, name):
                     raise ValueError(f"serve.{name} is a setting of backend: tensorrt_llm")
             return self

@@ -84,7 +84,7 @@ def test_a_dry_run_of_any_recipe_tells_and_writes_nothing(
 ) -> None:
     model = Path(shutil.copytree(MODEL, tmp_path / "model"))
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 32768}))
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40960}))
     monkeypatch.chdir(tmp_path)
     before = tree(tmp_path)
     run = ["build", name, "--model", str(model), "--in-container"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -174,3 +176,15 @@ def test_layouts_are_told_apart() -> None:
         checkpoint = Checkpoint(case)
         checkpoint.weight_only(0, "mlp.fc", Split.COLUMN)
         assert checkpoint._int8_layout == ("sm90" if case.name.endswith("sm90") else "sm80")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    words = ["export", str(GOLDEN / "g07_int8wo_fp16_tp2" / "expected"), "--output", str(tmp_path / "out")]
+    words += ["--activations", "int8", "--json"]
+    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    notes = {note["code"] or note["level"] for note in json.loads(done.stdout)["notes"]}
+    assert notes == {"requantized", "warning"}  # tensor-parallel rows, and no tokenizer
+    again = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    assert again.returncode == 2
+    assert "exists" in again.stderr

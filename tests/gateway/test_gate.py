@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
-from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.admission.gate import Gate, RecentMean
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
@@ -103,3 +103,32 @@ def test_what_never_fits_is_refused_for_good() -> None:
         assert (caught.value.status, caught.value.code, turns.idle) == (400, "too_much", True)
 
     run(test)
+
+
+def test_nobody_waits_while_requests_take_too_long() -> None:
+    async def test() -> None:
+        admission = Admission(1, Capacity(1, 100), QueueLimits(10, 1000))
+        turns, began = Gate(admission, Metrics(), 60, (), 0.05), list[str]()
+        quick = asyncio.create_task(hold(turns, 1, began, "a", 0.01))
+        await asyncio.gather(quick, hold(turns, 1, began, "b", 0.01))  # the mean is low: it may wait
+        await hold(turns, 1, began, "c", 0.5)
+        running = asyncio.create_task(hold(turns, 1, began, "d", 0.2))  # it need not wait
+        await asyncio.sleep(0.05)
+        with pytest.raises(ApiError, match="throttle_seconds") as refused:
+            await hold(turns, 1, began, "e", 0)
+        assert (refused.value.status, refused.value.code) == (429, "throttled")
+        await running
+        assert began == ["a", "b", "c", "d"]
+        assert turns.idle
+
+    run(test)
+
+
+def test_a_mean_forgets() -> None:
+    recent = RecentMean(60)
+    assert recent.value(0) == 0
+    recent.add(1, 10)
+    recent.add(3, 20)
+    assert recent.value(69) == 2
+    assert recent.value(71) == 3
+    assert recent.value(81) == 0

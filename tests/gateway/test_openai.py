@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import BACKEND
 from tests.gateway.conftest import Running
 from tests.gateway.deaths import check_death, process
 from tests.waiting import wait_for
@@ -360,5 +361,6 @@ def test_health_readiness_and_metrics(live: Running) -> None:
 
 def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
     """The last test with this engine."""
-    rank = process(live.triton.pid, "trtqwen.executor.worker")
+    module = {"torch": "trtqwen.executor.worker", "vllm": "vllm.entrypoints.openai.api_server"}[BACKEND]
+    rank = process(live.triton.pid, module)
     check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

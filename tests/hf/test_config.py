@@ -106,3 +106,51 @@ def test_missing_and_broken_files(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(SourceError, match="is not a JSON object"):
         load_config(tmp_path)
+
+
+def test_a_null_is_what_transformers_takes_it_for(tmp_path: Path) -> None:
+    nulls = ("head_dim", "rope_scaling", "sliding_window", "quantization_config", "layer_types", "eos_token_id")
+    assert load_config(write(tmp_path, **dict.fromkeys(nulls))) == load_config(write(tmp_path))
+    assert load_config(write(tmp_path, num_key_value_heads=None)).num_key_value_heads == GOOD["num_attention_heads"]
+    assert load_config(write(tmp_path, eos_token_id=[7, None])).eos_token_ids == (7,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"rope_theta": 1e6, "rope_theta": 1e4}', "gives 'rope_theta' twice"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "Git LFS pointer"),
+        ("<!DOCTYPE html><html>", "is a web page"),
+        ("", "is empty"),
+    ],
+)
+def test_what_is_no_config(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SourceError, match=message):
+        load_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        (("adapter_config.json",), "LoRA adapter", "merge_and_unload"),
+        (("model.gguf",), "GGUF", "safetensors"),
+        (("snapshots/abc/config.json",), "cache entry", "snapshots/abc"),
+        (("checkpoint-500/config.json",), "checkpoint-500 in it has", "checkpoint-500"),
+        (("a/config.json", "b/config.json"), "several models", "one of them"),
+        (("zero_to_fp32.py",), "ZeRO", "zero_to_fp32"),
+        (("__0_0.distcp",), "FSDP", "accelerate merge-weights"),
+        (("quantize_config.json", "config.json"), "quantized already", "16-bit"),
+        (("adapter_config.json", "model.safetensors", "config.json"), "beside a model's weights", "move"),
+    ],
+)
+def test_directories_of_another_kind_are_named(
+    tmp_path: Path, files: tuple[str, ...], message: str, hint: str
+) -> None:
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(SourceError) as caught:
+        load_config(tmp_path)
+    assert message in caught.value.what
+    assert hint in caught.value.hint

@@ -13,7 +13,8 @@ from trtqwen.recipe import CHECKOUT, load_recipe, recipe_names
 
 # What a comment may name beside figures that are worked out: names of things, and published losses.
 NAMES = (
-    r"\b(Qwen2(\.5)?|\d+(\.\d+)?[bB]|TP\d|PP\d|RTX|4090D?|INT8|W8A8|W8A16|float\d\d|bfloat16|sm80|FP16|bf16|fp16)\b"
+    r"\b(Qwen2(\.5)?|R1|\d+(\.\d+)?[bB]|TP\d|PP\d|RTX|4090D?|INT8|W8A8|W8A16|float\d\d|bfloat16|sm80"
+    r"|FP16|bf16|fp16)\b"
 )
 RECIPE_NAMES = r"\bqwen2[\w.]*(-[\w.]+)+"
 FIELDS = r"\w+\.\w+: \d+(\.\d+)?"

@@ -503,6 +503,7 @@ def older_server(
         yield running
 
 
+@pytest.mark.embedded("needs a second server, and is about Triton's text models")
 def test_an_older_releases_names_are_served(server: TritonServer, older_server: TritonServer) -> None:
     sampling = SamplingOptions(top_p=1.0, temperature=2.0, seed=7, min_tokens=9)
     pieces, expected = (
@@ -518,6 +519,7 @@ def test_an_older_releases_names_are_served(server: TritonServer, older_server: 
     assert "unexpected inference input 'seed'" in refused.error
 
 
+@pytest.mark.embedded("needs a second server, and is about Triton's text models")
 def test_pieces_stay_in_order_with_four_processes_for_text(older_server: TritonServer) -> None:
     """All prompts begin alike, so that the engine computes the beginning once."""
     prompts = [f"{'The same beginning. ' * 12} Now tell me about {number}." for number in range(16)]

@@ -218,10 +218,12 @@ def find_losses(sides: Sequence[Side]) -> tuple[Loss, ...]:
             return
         best = (min if lower else max)(values, key=lambda name: values[name][0])
         best_value, best_noise = values[best]
+        if best_value <= 0:
+            return
         for name, (value, noise) in values.items():
             apart = abs(value - best_value) > (noise or 0) + (best_noise or 0)
             worse = value / best_value if lower else best_value / value if value else float("inf")
-            if name != best and best_value and apart and worse > 1 + _MARGIN:
+            if name != best and apart and worse > 1 + _MARGIN:
                 losses.append(Loss(name, best, where, metric, value, best_value, worse))
 
     for workload in sides[0].figures:

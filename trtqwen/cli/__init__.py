@@ -27,6 +27,7 @@ COMMANDS = {
     "export": "Write a TensorRT-LLM checkpoint as a Hugging Face directory.",
     "verify": "Compare a checkpoint with the model that it was made from.",
     "recipe": "List, show, copy and check recipes.",
+    "migrate": "Write a recipe for another engine, and tell what is lost.",
     "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",
     "build": "Build the checkpoint, engine and model repository of a recipe.",
     "image": "List NVIDIA's images; build one with trtqwen in it.",
@@ -37,9 +38,12 @@ COMMANDS = {
     "infer": "Stream one answer from a running server.",
     "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",
+    "top": "Show a running service at a glance.",
+    "deploy": "Write files for Prometheus, Grafana, Docker Compose and Kubernetes.",
     "compare": "Compare servers under the same load, and their answers.",
     "doctor": "Check this host, and what you built, for known problems.",
     "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",
+    "report": "Write one file about this host and what went wrong, without secrets.",
 }
 # Errors of the system that mean a wrong path, which is bad input. The others are failures.
 _WRONG_PATH = {

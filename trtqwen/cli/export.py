@@ -20,7 +20,7 @@ def command(
     activations: Annotated[
         Activations,
         typer.Option(
-            help="Export INT8 weight-only for 16-bit inputs (W8A16), or for INT8 ones (W8A8, for CPUs too).",
+            help="Export INT8 weight-only for 16-bit inputs (W8A16), or for INT8 ones (W8A8, for CPUs too)."
         ),
     ] = "16bit",
     force: Force = False,

@@ -31,10 +31,14 @@ def command(
 ) -> None:
     """Serve the OpenAI routes and the chat page in front of running Triton servers until Ctrl-C or SIGTERM.
 
-    A request goes to the replica with the fewest outstanding tokens. A failed replica gets none until it answers.
+    A request goes to the replica with the fewest outstanding tokens. With enable_kv_cache_reuse, it goes to the
+    replica that has read the beginning of its prompt, unless that one is loaded. A failed replica gets none until it
+    answers.
     The gateway reads config, tokenizer and engine limits from the repository.
 
-    Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous;
+    Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous, workers;
+    allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning; prefix_routing,
+    throttle_seconds;
     max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
     max_body_bytes, max_header_bytes; queue_seconds, request_seconds, stall_seconds, body_seconds, drain_seconds,
     probe_seconds, prompt_tokens_per_second.

@@ -79,7 +79,7 @@ def command(
     gateway` runs a gateway alone, in front of several Triton servers.
 
     A repository with serve.replicas gets a Triton for each replica, on GPUs of its own and on ports that are higher
-    by 10 each; the gateway sends a request to the replica with the fewest outstanding tokens.
+    by 10 each; `trtqwen gateway --help` says which replica a request goes to.
 
     With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
     elsewhere. `trtqwen build --help` says what else a container needs.
@@ -165,6 +165,10 @@ def _choose(recipe: str | None, repo: Path | None) -> Path:
         return DEFAULT / load_recipe(recipe).name
     built = sorted(path.parent for path in DEFAULT.glob(f"*/{MANIFEST}"))
     if len(built) != 1:
-        names = ", ".join(path.name for path in built) or "none"
+        if not built:
+            raise InputError(
+                f"{DEFAULT}: holds no repository", "build a recipe first: `trtqwen build RECIPE --model DIR`"
+            )
+        names = ", ".join(path.name for path in built)
         raise InputError(f"{DEFAULT}: holds {len(built)} repositories ({names})", "name a recipe or pass --repo")
     return built[0]

@@ -18,7 +18,7 @@ _GB = 10**9
 class ContainerToolkit(Check):
     id = "D35"
     level = "error"
-    title = "docker starts containers with GPUs"
+    title = "docker and GPU containers"
     place = "host"
 
     def run(self, subject: Subject) -> Result:
@@ -63,7 +63,7 @@ class ImageDigest(Check):
 
     id = "D40"
     level = "warning"
-    title = "the image is the one that built the engine"
+    title = "image that built the engine"
     place = "host"
 
     def run(self, subject: Subject) -> Result:

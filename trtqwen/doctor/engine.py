@@ -25,13 +25,15 @@ _REBUILD = "build the engine again with `trtqwen build`"
 class EngineProvenance(Check):
     id = "D01"
     level = "error"
-    title = "the engine was built for this host"
+    title = "engine and host"
 
     def run(self, subject: Subject) -> Result:
         engine = subject.named_engine
         config = read_engine_config(engine)
         if config.backend == "torch":
             return Result("ok", "a torch engine: runs wherever PyTorch does")
+        if config.backend in ("vllm", "llmapi"):
+            return Result("ok", f"a model directory for {config.backend}: runs wherever that does")
         if subject.host.tensorrt_llm is None and not subject.host.gpus:
             raise Skip(f"no TensorRT-LLM and no GPU here; the engine is of {config.version}")
         problems = check_provenance(engine, subject.host)
@@ -43,7 +45,7 @@ class CheckpointRelease(Check):
 
     id = "D04"
     level = "error"
-    title = "the checkpoint is for this release"
+    title = "checkpoint and release"
 
     def run(self, subject: Subject) -> Result:
         if subject.checkpoint is None:
@@ -100,7 +102,7 @@ class _Context:
 class LongContext(Check):
     id = "D17"
     level = "error"
-    title = "long context has its YaRN"
+    title = "context length and YaRN"
 
     def run(self, subject: Subject) -> Result:
         problems, seen = [], []
@@ -147,12 +149,12 @@ class Conflicts(Check):
 
     id = "D18"
     level = "error"
-    title = "serving settings that the engine can honour"
+    title = "serving settings and engine"
 
     def run(self, subject: Subject) -> Result:
         config, build = subject.engine_config, subject.engine_config.build_config
         kv_algorithm = config.pretrained_config.quantization.kv_cache_quant_algo
-        torch = config.backend == "torch"
+        torch = config.backend != "tensorrt_llm"
         paged = torch or bool(subject.plugin_config.get("use_paged_context_fmha"))
         problems = []
         if subject.recipe is not None and subject.recipe.engine.use_paged_context_fmha and not paged:

@@ -15,7 +15,7 @@ from trtqwen.triton.integrity import check_served_files
 class Files(Check):
     id = "D25"
     level = "error"
-    title = "files are as they were written"
+    title = "file digests"
 
     def run(self, subject: Subject) -> Result:
         named = {"checkpoint": subject.checkpoint, "engine": subject.engine, "repository": subject.repository}

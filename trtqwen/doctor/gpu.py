@@ -17,7 +17,7 @@ _SHOWN_MIB = 100
 class AllReduce(Check):
     id = "D26"
     level = "error"
-    title = "the cards add up right"
+    title = "all-reduce"
 
     def run(self, subject: Subject) -> Result:
         count = len(subject.host.gpus)
@@ -60,7 +60,7 @@ def _first_problem(sizes: list[int], *, peer_access: bool) -> str | None:
 class ForeignMemory(Check):
     id = "D27"
     level = "warning"
-    title = "nobody else holds GPU memory"
+    title = "other users of GPU memory"
 
     def run(self, subject: Subject) -> Result:
         if not subject.host.gpus:

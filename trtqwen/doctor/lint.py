@@ -11,6 +11,7 @@ from tritonclient.grpc.model_config_pb2 import DataType
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.doctor.configs import ModelFile, Placeholder
 from trtqwen.engine.config import EngineConfig, read_engine_config
+from trtqwen.layout import CONFIG, HF_MODEL
 
 Models = Mapping[str, ModelFile]
 _TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}
@@ -157,6 +158,10 @@ def _engine(models: Models) -> Iterator[Diagnostic]:
         config = read_engine_config(engine)
     except InputError as problem:
         yield problem.diagnostic
+        return
+    if config.backend in ("vllm", "llmapi"):
+        if not (engine / HF_MODEL / CONFIG).is_file():
+            yield Diagnostic(f"{engine / HF_MODEL}: holds no model", "build the engine again, or copy all of it")
         return
     ranks = config.pretrained_config.layout.world_size
     suffix = "safetensors" if config.backend == "torch" else "engine"

@@ -48,7 +48,7 @@ class LiveCheck(Check):
 class Sanity(LiveCheck):
     id = "D29"
     level = "error"
-    title = "answers are words, and end"
+    title = "sanity of answers"
     reports_silence = True
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
@@ -73,7 +73,7 @@ class Sanity(LiveCheck):
 class InFlightBatching(LiveCheck):
     id = "D30"
     level = "warning"
-    title = "requests are batched in flight"
+    title = "in-flight batching"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         def answer(seed: int) -> list[float]:
@@ -98,7 +98,7 @@ class InFlightBatching(LiveCheck):
 class Cancellation(LiveCheck):
     id = "D31"
     level = "error"
-    title = "a client that leaves frees its blocks"
+    title = "cancellation"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         try:
@@ -128,7 +128,7 @@ class Cancellation(LiveCheck):
 class Wedge(LiveCheck):
     id = "D32"
     level = "error"
-    title = "an over-long prompt is refused, the next request served"
+    title = "prompt length limit"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         prompt, end_id = endpoint.encode("Hello")
@@ -153,7 +153,7 @@ class Wedge(LiveCheck):
 class Characters(LiveCheck):
     id = "D33"
     level = "error"
-    title = "streams carry whole characters"
+    title = "characters in streams"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         prompts = [chat_prompt("请把“聪明”这个词说五十遍。"), "聪明，聪明，聪明，聪明，"]
@@ -170,7 +170,7 @@ class Seeds(LiveCheck):
 
     id = "D34"
     level = "warning"
-    title = "seeds are obeyed"
+    title = "seeds"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         def sample(**seed: int) -> str:

@@ -122,7 +122,7 @@ def _stale_segments(system: System) -> list[str]:
 class ConversionRoom(Check):
     id = "D09"
     level = "error"
-    title = "memory and disk for the conversion"
+    title = "memory and disk"
 
     def run(self, subject: Subject) -> Result:
         source, system = subject.source, subject.system

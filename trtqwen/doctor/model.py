@@ -22,7 +22,7 @@ _CONVERSATION = ({"role": "user", "content": "2+2?"},)
 class Family(Check):
     id = "D10"
     level = "error"
-    title = "the model is a dense Qwen2 or Qwen2.5, complete"
+    title = "model architecture and files"
 
     def run(self, subject: Subject) -> Result:
         source = HfModel(subject.named_model)
@@ -34,7 +34,7 @@ class Family(Check):
 class Divisible(Check):
     id = "D11"
     level = "error"
-    title = "the model divides over the ranks"
+    title = "tensor-parallel and pipeline-parallel sizes"
 
     def run(self, subject: Subject) -> Result:
         config = subject.hf_config
@@ -60,7 +60,7 @@ class StopIds(Check):
 
     id = "D12"
     level = "error"
-    title = "answers end"
+    title = "end ids"
 
     def run(self, subject: Subject) -> Result:
         tokenizer = Tokenizer(subject.named_model)
@@ -75,7 +75,7 @@ class StopIds(Check):
 class ChatTemplate(Check):
     id = "D13"
     level = "error"
-    title = "the chat template renders, and its marks are tokens"
+    title = "chat template"
 
     def run(self, subject: Subject) -> Result:
         tokenizer = subject.tokenizer
@@ -91,7 +91,7 @@ class ChatTemplate(Check):
 class KeyBias(Check):
     id = "D14"
     level = "error"
-    title = "the KV cache keeps what k_proj's bias makes"
+    title = "INT8 KV cache and k_proj bias"
 
     def run(self, subject: Subject) -> Result:
         norms = np.array(bias_norms(subject.source))
@@ -119,7 +119,7 @@ def _quantised_kv_cache(subject: Subject) -> str | None:
 class Overflow(Check):
     id = "D15"
     level = "warning"
-    title = "activations fit the dtype"
+    title = "activation range of the dtype"
 
     def run(self, subject: Subject) -> Result:
         recipe, trained = subject.named_recipe, subject.hf_config.torch_dtype or "unknown dtype"
@@ -136,7 +136,7 @@ class Overflow(Check):
 class Vocabulary(Check):
     id = "D16"
     level = "error"
-    title = "embedding, lm_head and tokenizer agree"
+    title = "embedding, lm_head and tokenizer sizes"
 
     def run(self, subject: Subject) -> Result:
         config = subject.source.config

@@ -22,7 +22,7 @@ _LEAST = 0.9  # share of tokens
 class TokenParity(LiveCheck):
     id = "D28"
     level = "error"
-    title = "greedy tokens are the model's, alone and in a batch of four"
+    title = "greedy tokens"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         source = subject.source

@@ -8,7 +8,11 @@ from trtqwen.diagnostics import TrtQwenError
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
 from trtqwen.engine.flags import build_command, check_against_help, check_command
+from trtqwen.facts.llmapi import llm_arguments, llmapi_release
+from trtqwen.facts.vllm import vllm_facts
 from trtqwen.plan.plan import Plan, plan_recipe
+from trtqwen.recipe import LlmApiSettings, Recipe, VllmSettings
+from trtqwen.vllm.server import find_python, installed_version
 
 _GIB = 2**30
 _CAPACITY = ("memory", "kv-cache")  # the findings of `trtqwen plan` that speak of it
@@ -17,7 +21,7 @@ _CAPACITY = ("memory", "kv-cache")  # the findings of `trtqwen plan` that speak 
 class MemoryPlan(Check):
     id = "D19"
     level = "error"
-    title = "weights and one whole request fit the card"
+    title = "GPU memory"
 
     def run(self, subject: Subject) -> Result:
         plan = _plan(subject)
@@ -32,7 +36,7 @@ class MemoryPlan(Check):
 class Concurrent(Check):
     id = "D20"
     level = "warning"
-    title = "requests of full length run at once"
+    title = "concurrency at full length"
 
     def run(self, subject: Subject) -> Result:
         full = _plan(subject).concurrency[-1]
@@ -56,12 +60,16 @@ def _plan(subject: Subject) -> Plan:
 class BuildFlags(Check):
     id = "D21"
     level = "error"
-    title = "trtllm-build knows every flag"
+    title = "options of the engine's program"
 
     def run(self, subject: Subject) -> Result:
         recipe = subject.named_recipe
         if recipe.engine.backend == "torch":
             raise Skip("the torch backend has no flags")
+        if recipe.engine.backend == "vllm":
+            return self._vllm(recipe)
+        if recipe.engine.backend == "llmapi":
+            return self._llmapi(subject, recipe)
         command = build_command(recipe, Path("checkpoint"), Path("engine"))
         release = recipe.checkpoint.release
         check_command(command, release)
@@ -72,6 +80,34 @@ class BuildFlags(Check):
             return self.found("trtllm-build --help fails here", "run it by hand and look", "warning")
         check_against_help(command, text)
         return Result("ok", f"{len(command) - 1} flags, by the installed --help")
+
+    def _vllm(self, recipe: Recipe) -> Result:
+        """The recipe's options against the vLLM that is installed; the recipe itself holds to its release's table."""
+        settings = recipe.engine.vllm or VllmSettings()
+        if settings.address is not None or settings.image is not None:
+            return Result("ok", f"{len(settings.arguments)} options, by the table of {settings.release}")
+        try:
+            version = installed_version(find_python(settings))
+        except TrtQwenError as problem:
+            return self.found(problem.what, problem.hint)
+        unknown = sorted(settings.arguments.keys() - vllm_facts(version).flags)
+        if unknown:
+            return self.found(f"vLLM {version} has no option --{unknown[0]}", "correct engine.vllm.arguments")
+        if vllm_facts(version).release != settings.release:
+            text = f"vLLM {version} is installed, the recipe is for {settings.release}"
+            return self.found(text, f"set engine.vllm.release to {vllm_facts(version).release}", "warning")
+        return Result("ok", f"vLLM {version}, {len(settings.arguments)} options of the recipe")
+
+    def _llmapi(self, subject: Subject, recipe: Recipe) -> Result:
+        settings = recipe.engine.llmapi or LlmApiSettings()
+        version = subject.host.tensorrt_llm
+        if version is None:
+            return Result("ok", f"{len(settings.arguments)} arguments, by the table of {settings.release}")
+        unknown = sorted(settings.arguments.keys() - llm_arguments(llmapi_release(version)))
+        if unknown:
+            text = f"LLM of TensorRT-LLM {version} has no argument {unknown[0]!r}"
+            return self.found(text, "correct engine.llmapi.arguments")
+        return Result("ok", f"TensorRT-LLM {version}, {len(settings.arguments)} arguments of the recipe")
 
 
 CHECKS: tuple[Check, ...] = (MemoryPlan(), Concurrent(), BuildFlags())

@@ -17,7 +17,7 @@ from trtqwen.doctor.subject import Skip, Subject
 class RepositoryLint(Check):
     id = "D22"
     level = "error"
-    title = "the model repository loads"
+    title = "model repository"
 
     def run(self, subject: Subject) -> Result:
         models = subject.model_files
@@ -27,7 +27,7 @@ class RepositoryLint(Check):
 class Queue(Check):
     id = "D23"
     level = "warning"
-    title = "nothing waits where it need not, and not for ever"
+    title = "queue delay and size"
 
     def run(self, subject: Subject) -> Result:
         models = subject.model_files
@@ -69,7 +69,7 @@ def _bls_instances(subject: Subject) -> Iterator[Diagnostic]:
 class GuidedDecoding(Check):
     id = "D24"
     level = "warning"
-    title = "guided decoding is on as a whole or off"
+    title = "guided decoding"
 
     def run(self, subject: Subject) -> Result:
         engine = subject.model_files.get("tensorrt_llm")

@@ -27,7 +27,7 @@ _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so"
 class EnginePath(Check):
     id = "D02"
     level = "error"
-    title = "TensorRT-LLM builds and serves engines"
+    title = "TensorRT-LLM installation"
 
     def run(self, subject: Subject) -> Result:
         host, system = subject.host, subject.system
@@ -65,7 +65,7 @@ def _build_config_is_gone() -> bool:
 class TensorRtVersion(Check):
     id = "D03"
     level = "error"
-    title = "TensorRT is the one TensorRT-LLM was made with"
+    title = "TensorRT version"
 
     def run(self, subject: Subject) -> Result:
         installed, llm = subject.host.tensorrt, subject.host.tensorrt_llm
@@ -85,7 +85,7 @@ class TensorRtVersion(Check):
 class Driver(Check):
     id = "D05"
     level = "error"
-    title = "the driver runs the image"
+    title = "NVIDIA driver"
 
     def run(self, subject: Subject) -> Result:
         driver = subject.host.driver

@@ -155,7 +155,7 @@ class Subject:
     @cached_property
     def plugin_config(self) -> Mapping[str, Any]:
         """What trtllm-build set, with all it changed itself; empty for a torch engine."""
-        if self.engine_config.backend == "torch" or self.engine is None:
+        if self.engine_config.backend != "tensorrt_llm" or self.engine is None:
             return {}
         content = json.loads((self.engine / CONFIG).read_text(encoding="utf-8"))
         plugins = content["build_config"].get("plugin_config")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -27,6 +27,8 @@ _CHUNK, _OVERLAP = 4000, 12  # lines searched at a time, and lines that a match 
 _REACH = 240  # characters, without white space, that `.*` spans at most
 _LONGEST = 400  # characters of a line that is shown
 _TELLING = 5  # lines shown of a log that is not understood
+_GAP = 3  # empty lines and table borders that a match may run over
+_REPEATS = 20  # lines that are searched of those that differ in numbers alone; the others are counted
 
 _ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)")
 _PREFIX = re.compile(
@@ -36,6 +38,7 @@ _PREFIX = re.compile(
 _BORDER = re.compile(r"^[+|][-=+]+[+|]?$")
 _ESCAPED = re.compile(r'\\+(?:[ntr]|(?=["\']))')
 _SPACE = re.compile(r"\s+")
+_NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 
 # Lines that tell of an error in a log that is not understood, the most telling first.
 _SIGNS = tuple(
@@ -101,7 +104,7 @@ class Explanation:
     """What a log tells.
 
     Attributes:
-        findings: causes first, each kind in the order of the log; without causes the symptoms, then what follows.
+        findings: causes first, in the order of the log; then symptoms, the specific ones first, then what follows.
         telling: lines that speak of errors, with their numbers; for a log without a known cause.
     """
 
@@ -117,41 +120,48 @@ class Explanation:
 def explain(lines: Iterable[str]) -> Explanation:
     """Search a log for known failures."""
     searches = [_Search(failure) for failure in failures()]
-    telling = _Telling()
-    last = 0
-    for chunk in _chunks(lines, telling):
-        last = chunk.numbers[-1] if chunk.numbers else last
+    log = _Log(lines)
+    for chunk in log.chunks():
         for search in searches:
             search.see(chunk)
     taken: set[int] = set()
     found: list[tuple[int, _Search, _Hit]] = []
     for search in searches:  # the entries stand from the specific to the general
-        hits = [hit for hit in search.hits if not search.failure.last or hit.numbers[-1] == last]
+        hits = [hit for hit in search.hits if not search.failure.last or hit.numbers[-1] == log.last]
         first = next((hit for hit in hits if not taken.intersection(hit.numbers)), None)
         if first is not None:
             found.append((first.numbers[0], search, first))
             for hit in hits:
                 taken.update(hit.numbers)
-    found.sort(key=lambda entry: (_ROLES.index(entry[1].failure.role), entry[0]))
+    # Causes in the order of the log; the others stay in that of the file, from the specific to the general.
+    found.sort(key=lambda entry: (_ROLES.index(entry[1].failure.role), entry[0] * (entry[1].failure.role == "cause")))
     findings = tuple(
         Finding(
             search.failure.id,
             search.failure.role,
             number,
             hit.text,
-            search.times,
+            max(search.times, sum(log.counts[key] for key in {_key(hit.first) for hit in search.hits})),
             _filled(search.failure.cause, hit.groups),
             _filled(search.failure.hint, hit.groups),
         )
         for number, search, hit in found
     )
     known = bool(findings) and findings[0].role == "cause"
-    return Explanation(findings, () if known else telling.lines())
+    return Explanation(findings, () if known else log.telling.lines())
 
 
 @dataclass(frozen=True)
 class _Hit:
+    """Lines that match.
+
+    Attributes:
+        first: the first of them.
+        text: all of them, for people.
+    """
+
     numbers: tuple[int, ...]
+    first: str
     text: str
     groups: dict[str, str]
 
@@ -202,7 +212,8 @@ class _Search:
             self.times += 1
             if len(self.hits) < 100 or self.failure.last:
                 groups = {name: text for name, text in match.groupdict().items() if text}
-                hit = _Hit(tuple(chunk.numbers[lines]), _shown(chunk.lines[lines], match[0]), groups)
+                found = chunk.lines[lines]
+                hit = _Hit(tuple(chunk.numbers[lines]), found[0], _shown(found, match[0]), groups)
                 self.hits = [hit] if self.failure.last else [*self.hits, hit]
 
     def _matches(self, chunk: _Chunk) -> Iterator[tuple[slice, re.Match[str]]]:
@@ -242,36 +253,70 @@ class _Telling:
         return tuple((number, _cut(line)) for number, line in sorted(chosen))
 
 
-def _chunks(lines: Iterable[str], telling: _Telling) -> Iterator[_Chunk]:
-    """The log in pieces, which overlap so that a match may run over their border."""
-    waiting: deque[tuple[int, str]] = deque()
-    for number, raw in enumerate(lines, 1):
-        line = _clean(raw)
-        if line:
+class _Log:
+    """A log that is read once, in pieces.
+
+    Attributes:
+        counts: how often each line occurs, numbers in it aside.
+        last: number of the last line that is not empty.
+    """
+
+    def __init__(self, lines: Iterable[str]) -> None:
+        self._lines = lines
+        self.counts: Counter[str] = Counter()
+        self.telling = _Telling()
+        self.last = 0
+
+    def chunks(self) -> Iterator[_Chunk]:
+        """The pieces overlap, so that a match may run over their border."""
+        waiting: deque[tuple[int, str]] = deque()
+        repeated: tuple[int, str] | None = None
+        for number, raw in enumerate(self._lines, 1):
+            line = _clean(raw)
+            if not line:
+                continue
+            self.last, key, repeated = number, _key(line), None
+            self.counts[key] += 1
+            if self.counts[key] > _REPEATS:
+                repeated = number, line
+                continue
             waiting.append((number, line))
-            telling.see(number, line)
+            self.telling.see(number, line)
             if len(waiting) == _CHUNK + _OVERLAP:
                 yield _chunk(waiting, _CHUNK)
                 for _ in range(_CHUNK):
                     waiting.popleft()
-    if waiting:
-        yield _chunk(waiting, len(waiting))
+        if repeated is not None:
+            waiting.append(repeated)  # the last line may tell of a hang
+        if waiting:
+            yield _chunk(waiting, len(waiting))
 
 
 def _chunk(entries: Iterable[tuple[int, str]], count: int) -> _Chunk:
     """A chunk in which matches begin in the first `count` lines."""
-    chunk, length, texts = _Chunk(), 0, []
+    chunk, length, texts, expected = _Chunk(), 0, [], 0
     for index, (number, line) in enumerate(entries):
         if index == count:
             chunk.end = length
+        text = _squeezed(line)
+        if (
+            expected and number > expected + _GAP
+        ):  # `.` does not match a line's end: matches stay where lines are near
+            texts.append("\n")
+            length += 1
+        expected = number + 1
         chunk.numbers.append(number)
         chunk.lines.append(line)
         chunk.starts.append(length)
-        texts.append(_squeezed(line))
-        length += len(texts[-1])
+        texts.append(text)
+        length += len(text)
     chunk.squeezed = "".join(texts)
     chunk.end = chunk.end or max(1, length)
     return chunk
+
+
+def _key(line: str) -> str:
+    return _NUMBER.sub("#", line)
 
 
 def _clean(raw: str) -> str:

@@ -89,7 +89,7 @@ def check_provenance(engine: Path, host: Host) -> list[Diagnostic]:
         EngineError: if its provenance cannot be read.
     """
     config = read_engine_config(engine)
-    if config.backend == "torch":
+    if config.backend != "tensorrt_llm":
         return []
     record = read_provenance(engine)
     built_by = record.tensorrt_llm if record else config.version

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import sys
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from trtqwen.executor.loop import Runner
 from trtqwen.executor.model import Qwen2Model
 from trtqwen.executor.parallel import Communicator
 from trtqwen.executor.sampling import Sampler
+from trtqwen.layout import rank_weights
+
+_LARGE_BYTES = 1 << 27  # of a rank file: below it, float32 costs little, and answers are those of the reference
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,8 @@ def make_runner(
     config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, communicator: Communicator
 ) -> Started:
     """Load a rank's share of the model."""
+    choice = _with_precision(choice, config, engine, communicator)
+    print(f"rank {config.rank} computes on {choice}", file=sys.stderr)
     num_blocks = kv_cache_blocks(engine, config.executor)
     model = Qwen2Model(
         engine.pretrained_config,
@@ -64,6 +70,29 @@ def make_runner(
     )
     sampler = Sampler(engine.build_config.max_batch_size, choice.device)
     return Started(PlainRunner(model, choice.device), num_blocks, sampler)
+
+
+def _with_precision(
+    choice: DeviceChoice, config: WorkerConfig, engine: EngineConfig, communicator: Communicator
+) -> DeviceChoice:
+    """A large bfloat16 checkpoint stays in 16 bits where the CPU multiplies them faster: rank 0 tries it for all.
+
+    float16 becomes float32: its range overflows without float32 sums, and the attention kernel does not read it.
+    """
+    dtype = torch.bfloat16
+    size = (config.engine / rank_weights(0)).stat().st_size
+    wanted = engine.pretrained_config.dtype == "bfloat16" and size >= _LARGE_BYTES
+    if choice.device.type != "cpu" or choice.kernels == "plain" or not wanted:
+        return choice
+    told = None
+    if config.rank == 0:
+        from trtqwen.executor.cpu.precision import try_precision
+
+        trial = try_precision(dtype, packed=torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        print(trial, file=sys.stderr)
+        told = bytes([trial.pays])
+    pays = communicator.broadcast(told) == b"\x01"
+    return replace(choice, dtype=dtype, kv_dtype=dtype) if pays else choice
 
 
 def _attention(choice: DeviceChoice) -> AttentionBackend:

@@ -45,7 +45,7 @@ class GatewayConfig(BaseModel):
 
     Attributes:
         repository: the model repository that Triton serves; tokenizer and engine limits are read from it.
-        triton: host:port of each replica's gRPC endpoint; a request goes to the one with the fewest tokens to do.
+        triton: host:port of each replica's gRPC endpoint; `prefix_routing` says which one a request goes to.
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None asks for no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
@@ -68,6 +68,10 @@ class GatewayConfig(BaseModel):
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
         max_queued_requests, max_queued_tokens: what waits in front of the engine before requests are refused; None
             is twice what the replicas run at once, and at least 1024 requests and 2**21 tokens.
+        prefix_routing: send a request to the replica that has read the beginning of its prompt, unless that one is
+            loaded; None does so if there are several replicas and their engines reuse KV cache blocks.
+        throttle_seconds: while requests of the last minute took longer than this on average, a request that would
+            have to wait is refused with status 429; None refuses none.
         queue_seconds: how long a request may wait for its turn.
         request_seconds: how long a request may take in all.
         stall_seconds: an answer without a new token for so long is ended; one that has none yet waits on as long as
@@ -103,6 +107,8 @@ class GatewayConfig(BaseModel):
     kv_cache_tokens: Count | None = None
     max_queued_requests: Annotated[int, Field(ge=0)] | None = None
     max_queued_tokens: Annotated[int, Field(ge=0)] | None = None
+    prefix_routing: bool | None = None
+    throttle_seconds: Positive | None = None
     queue_seconds: Positive = 30
     request_seconds: Positive = 600
     stall_seconds: Positive = 60

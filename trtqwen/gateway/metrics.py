@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
@@ -10,6 +11,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 # Set before prometheus_client is imported, it makes all processes with the same value count together.
 SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
+_Mode = Literal["mostrecent", "livesum"]  # how the values of several processes become one
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
@@ -44,7 +46,30 @@ class Metrics:
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
+        self.queue_since = self._gauge(
+            "queue_since_timestamp_seconds",
+            "When the sequence arrived that waits longest, in Unix time; 0 if none waits",
+        )
+        self.ready = self._gauge("ready", "Whether new requests are taken and a replica answers")
         self.replica_up = self._gauge("replica_up", "Whether a replica answers", "replica")
+        self.replica_in_flight = self._gauge("replica_in_flight", "Sequences on a replica", "replica")
+        self.replica_in_flight_tokens = self._gauge(
+            "replica_in_flight_tokens", "Tokens of the sequences on a replica, at most", "replica"
+        )
+        self.replica_sequences = self._counter("replica_sequences", "Sequences sent to a replica", "replica")
+        self.cached_prompt_tokens = self._counter(
+            "cached_prompt_tokens", "Prompt tokens that a replica found in its KV cache", "replica"
+        )
+        self.resident_bytes = self._gauge(
+            "resident_memory_bytes", "Resident memory of the gateway's processes", mode="livesum"
+        )
+        self.cpu_seconds = self._counter("cpu_seconds", "CPU time of the gateway's processes")
+        # The names that the endpoint picker of the Gateway API inference extension reads by default.
+        self.picker_waiting = self._gauge("vllm:num_requests_waiting", "Sequences that wait", prefix="")
+        self.picker_running = self._gauge("vllm:num_requests_running", "Sequences on the engine", prefix="")
+        self.picker_cache = self._gauge(
+            "vllm:kv_cache_usage_perc", "Share of the KV cache that is reserved, 0 to 1", prefix=""
+        )
 
     def value(self, name: str) -> float:
         """What a gauge says now."""
@@ -68,5 +93,7 @@ class Metrics:
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)
 
-    def _gauge(self, name: str, text: str, *labels: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", text, labels, registry=self._registry, multiprocess_mode="mostrecent")
+    def _gauge(
+        self, name: str, text: str, *labels: str, prefix: str = f"{_PREFIX}_", mode: _Mode = "mostrecent"
+    ) -> Gauge:
+        return Gauge(f"{prefix}{name}", text, labels, registry=self._registry, multiprocess_mode=mode)

@@ -30,6 +30,7 @@ class ServedModel:
         tensors: names of the inputs of `tensorrt_llm`; they differ between releases of TensorRT-LLM.
         kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
         copies: of the engine, which one Triton spreads its requests over.
+        reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
         extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of the likeliest tokens and
             of prompts) and `structural_tags`.
@@ -47,6 +48,7 @@ class ServedModel:
     copies: int
     guided_decoding: bool
     extensions: frozenset[str] = frozenset()
+    reuses_kv_cache: bool = False
 
     def cache_tokens(self, configured: int | None) -> int:
         """Tokens that the KV cache of one copy of the engine holds.
@@ -109,4 +111,5 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         copies=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
         extensions=_EXTENSIONS.get(engine.backend, frozenset()),
+        reuses_kv_cache=parameters.get("enable_kv_cache_reuse", "").lower() == "true",
     )

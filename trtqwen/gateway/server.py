@@ -88,6 +88,7 @@ class _Server(uvicorn.Server):
         if self._asked_at is not None and not self.should_exit:
             runtime: Runtime = self._app.state.runtime
             runtime.gate.drain()
+            runtime.metrics.ready.set(0)
             if time.monotonic() - self._asked_at > self._drain_seconds:
                 runtime.gate.send_away(stopping())
                 runtime.generator.abort_all(stopping())

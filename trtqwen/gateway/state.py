@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.broker import Link, SharedGate
@@ -20,6 +23,7 @@ from trtqwen.gateway.model import ServedModel
 
 _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
 Connect = Callable[[str], Replica]  # makes the replica of an address
+_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 
 
@@ -66,7 +70,7 @@ async def running(
         link: to the broker, in one of several workers.
     """
     replicas = [connect(address) for address in config.triton]
-    gate = Gate(plan_admission(config, model), metrics, config.queue_seconds) if link is None else SharedGate(link)
+    gate = own_gate(config, model, metrics) if link is None else SharedGate(link)
     monitor = Monitor(
         replicas,
         gate,
@@ -75,8 +79,14 @@ async def running(
         stall_seconds=config.stall_seconds,
         prompt_tokens_per_second=config.prompt_tokens_per_second,
     )
-    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect)
-    tasks = [asyncio.create_task(monitor.watch())]
+    for replica in replicas:  # a counter that nobody has counted is missing, not 0
+        metrics.replica_sequences.labels(replica.address)
+        metrics.cached_prompt_tokens.labels(replica.address)
+    by_prefix = (
+        model.reuses_kv_cache and len(replicas) > 1 if config.prefix_routing is None else config.prefix_routing
+    )
+    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix)
+    tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
     if isinstance(gate, SharedGate):
         tasks.append(asyncio.create_task(gate.listen()))
     try:
@@ -88,3 +98,21 @@ async def running(
                 await task
         for replica in replicas:
             await replica.close()
+
+
+def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics) -> Gate:
+    """The gate of a gateway's only process, or of the one that its workers ask."""
+    admission = plan_admission(config, model)
+    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds)
+
+
+async def _watch_process(metrics: Metrics) -> None:
+    """Tell this process's memory and CPU time until cancelled."""
+    counted = 0.0
+    while True:
+        used = time.process_time()
+        metrics.cpu_seconds.inc(used - counted)
+        counted = used
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
+        await asyncio.sleep(_PROCESS_SECONDS)

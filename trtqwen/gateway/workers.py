@@ -36,13 +36,11 @@ def run_workers(config: GatewayConfig, listener: socket.socket, count: int) -> N
 async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> None:
     from trtqwen.gateway.admission.auth import read_keys
     from trtqwen.gateway.admission.broker import Broker
-    from trtqwen.gateway.admission.gate import Gate
     from trtqwen.gateway.metrics import Metrics
     from trtqwen.gateway.model import load_model
-    from trtqwen.gateway.state import plan_admission
+    from trtqwen.gateway.state import own_gate
 
-    admission = plan_admission(config, load_model(config.repository, config.model_name))
-    gate = Gate(admission, Metrics(), config.queue_seconds)
+    gate = own_gate(config, load_model(config.repository, config.model_name), Metrics())
     broker = Broker(gate, read_keys(config.api_keys), len(config.triton))
     workers: list[Process] = []
     asked = False

@@ -133,13 +133,16 @@ def load_config(directory: Path) -> HfConfig:
     _check_family(data, path)
     _check_quantization(data, path)
     rotary = rope.read_rope(data, path)
-    findings = [*rotary.findings, *_check_keys(data, path), *_check_window(data, path)]
+    findings = [*rotary.findings, *_check_keys(data, path)]
+    _check_window(raw, path)
     if data.get("hidden_act", "silu") not in _SILU:
         raise SourceError(
             f"{path}: hidden_act is {shown(data['hidden_act'])}",
             "trtqwen computes silu, which every published Qwen2 has",
         )
     dense, said = _dense_context(data, path)
+    if raw.get("num_key_value_heads", 0) is None:
+        data["num_key_value_heads"] = data.get("num_attention_heads")  # as transformers takes a null
     fields = data | {
         "rope_theta": rotary.theta,
         "rope_scaling": rotary.scaling,
@@ -243,12 +246,16 @@ def _check_keys(data: dict[str, Any], path: Path) -> list[Diagnostic]:
     return findings
 
 
-def _check_window(data: dict[str, Any], path: Path) -> list[Diagnostic]:
-    """Refuse a sliding window that acts: TensorRT-LLM's Qwen2 attends to the whole context."""
-    layers, types = data.get("num_hidden_layers"), data.get("layer_types")
-    window = data.get("sliding_window", 4096) if data.get("use_sliding_window") else None
+def _check_window(raw: dict[str, Any], path: Path) -> None:
+    """Refuse a sliding window that acts: TensorRT-LLM's Qwen2 attends to the whole context.
+
+    Args:
+        raw: config.json with its nulls: a null is no window, an absent one 4,096 tokens.
+    """
+    layers, types = raw.get("num_hidden_layers"), raw.get("layer_types")
+    window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     if types is None:
-        first = data.get("max_window_layers", 28)
+        first = raw.get("max_window_layers", 28)
         slide = window is not None and isinstance(layers, int) and isinstance(first, int) and first < layers
         sliding = layers - first if slide and isinstance(layers, int) else 0
     else:
@@ -262,15 +269,15 @@ def _check_window(data: dict[str, Any], path: Path) -> list[Diagnostic]:
             raise SourceError(f"{path}: layer_types has {', '.join(others)}", "trtqwen computes full attention")
         sliding = types.count("sliding_attention")
     if not sliding:
-        return []
+        return
     if window is None:
         raise SourceError(
             f"{path}: layer_types has sliding_attention, but there is no sliding window (use_sliding_window is "
-            f"{shown(data.get('use_sliding_window', False))})",
+            f"{shown(raw.get('use_sliding_window', False))})",
             "list full_attention for every layer, if the model was trained so",
         )
-    if data.get("max_position_embeddings", math.inf) <= window:
-        return []  # no context reaches beyond the window
+    if isinstance(positions := raw.get("max_position_embeddings"), int) and positions <= window:
+        return  # no context reaches beyond the window
     raise SourceError(
         f"{path}: {sliding} of {layers} layers attend through a sliding window of {shown(window)} tokens "
         "(use_sliding_window), which TensorRT-LLM's Qwen2 does not compute",

@@ -18,6 +18,7 @@ from trtqwen.plan.findings import find
 from trtqwen.plan.layouts import Layout, plan_layouts, recipe_roofline, typical_request
 from trtqwen.plan.measured import shares
 from trtqwen.plan.memory import Concurrency, RankMemory, concurrency, plan_memory
+from trtqwen.plan.other_engines import serving_command
 from trtqwen.plan.speed import Generation, Rate, Roofline, Work
 from trtqwen.recipe import Recipe
 
@@ -47,7 +48,7 @@ class Plan:
         concurrency: requests at once on one replica, by length; the last is max_seq_len.
         speed: None for the torch backend, and where nothing fits.
         layouts: the recipe's own among them; empty for the torch backend.
-        command: the trtllm-build call; empty for the torch backend.
+        command: the trtllm-build call, vLLM's command line or the LLM API's arguments; empty for the torch backend.
     """
 
     recipe: Recipe
@@ -126,9 +127,11 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
     if recipe.host is not None:
         layouts = plan_layouts(recipe, config, dtype)
         home = Path("engines") / recipe.name
-        command = tuple(build_command(recipe, home / "checkpoint", home / "engine"))
+        if recipe.engine.backend == "tensorrt_llm":
+            command = tuple(build_command(recipe, home / "checkpoint", home / "engine"))
         if at_once[-1].sequences:
             speed = _speed(recipe, recipe_roofline(recipe, config, dtype, memory), at_once)
+    command = command or serving_command(recipe, config, dtype, memory)
     findings = find(recipe, config, dtype, memory, layouts, model)
     name = str(model) if model else str(recipe.model)
     return Plan(recipe, name, dtype, memory, at_once, speed, layouts, command, findings)

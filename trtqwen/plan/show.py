@@ -83,7 +83,9 @@ def precision_name(recipe: Recipe) -> str:
 
 def _subject(plan: Plan) -> str:
     recipe, host = plan.recipe, plan.recipe.host
-    where = "the embedded torch engine, on the host"
+    where = {"vllm": "vLLM, on the host", "llmapi": "the LLM API, on a card that is not named"}.get(
+        recipe.engine.backend, "the embedded torch engine, on the host"
+    )
     if host is not None:
         where = f"{recipe.world_size * recipe.serve.replicas} of {host.gpus} {card_facts(host.card).title}"
     return f"{plan.model}, {precision_name(recipe)}, {layout_name(recipe)} on {where}"

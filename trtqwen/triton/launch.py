@@ -49,12 +49,14 @@ class Deployment:
         replicas: copies of the engine that one tritonserver orchestrates.
         engine: the engine directory of a TensorRT engine; None for the embedded one, which starts its own ranks.
         servers: tritonservers side by side, each with all this on GPUs of its own.
+        own_ranks: GPUs that an engine behind the python backend takes for its own ranks.
     """
 
     world_size: int = 1
     replicas: int = 1
     engine: Path | None = None
     servers: int = 1
+    own_ranks: int = 1
 
     @property
     def mode(self) -> Mode:
@@ -65,7 +67,7 @@ class Deployment:
     @property
     def gpus(self) -> int:
         """GPUs that each server needs."""
-        return self.world_size * self.replicas
+        return self.world_size * self.replicas * self.own_ranks
 
 
 @dataclass(frozen=True)
@@ -108,13 +110,19 @@ def read_deployment(repository: Path) -> Deployment:
     except (OSError, UnicodeDecodeError, text_format.ParseError):
         raise InputError(f"{path}: is missing or no model config", "write it again with `trtqwen repo`") from None
     if config.backend != _CPP_BACKEND:
-        return Deployment()
+        servers = server_count(repository)
+        return Deployment(servers=servers, own_ranks=_own_ranks(config) if servers > 1 else 1)
     engine = Path(config.parameters["gpt_model_path"].string_value)
     world_size = read_engine_config(engine).pretrained_config.mapping.world_size
     missing = [rank for rank in range(world_size) if not (engine / rank_engine(rank)).is_file()]
     if missing:
         raise InputError(f"{engine}: rank{missing[0]}.engine is missing", "build the engine again")
     return Deployment(world_size, replica_count(config), engine, server_count(repository))
+
+
+def _own_ranks(config: ModelConfig) -> int:
+    engine = Path(config.parameters["gpt_model_path"].string_value)
+    return read_engine_config(engine).pretrained_config.mapping.world_size
 
 
 def replica_count(config: ModelConfig) -> int:
@@ -140,14 +148,15 @@ def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str,
         InputError: if fewer GPUs are visible than the servers need.
     """
     needed = deployment.servers * deployment.gpus
-    if deployment.engine is None or host is None:
+    python_backend = deployment.engine is None
+    if host is None or (python_backend and (deployment.servers == 1 or not host.gpus)):
         return [()] * deployment.servers
     visible = len(host.visible_gpus)
     if visible < needed:
         replicas = deployment.servers * deployment.replicas
         raise InputError(
-            f"{deployment.engine}: needs {needed} GPUs (replicas: {replicas}, ranks of each: "
-            f"{deployment.world_size}), and {visible} are visible",
+            f"{deployment.engine or 'the engine'}: needs {needed} GPUs (replicas: {replicas}, ranks of each: "
+            f"{deployment.world_size * deployment.own_ranks}), and {visible} are visible",
             "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
         )
     if deployment.servers == 1:

@@ -86,8 +86,9 @@ class TritonServer(Service):
         self._repository = repository.resolve()
         self._deployment = read_deployment(self._repository)
         self._machine: Host | None = None
-        if self._deployment.engine is not None:
+        if self._deployment.engine is not None or self._deployment.servers > 1:
             self._machine = read_host()
+        if self._deployment.engine is not None and self._machine is not None:
             _check_engine(self._deployment.engine, self._machine)
         self._devices = server_devices(self._deployment, self._machine)[replica]
         if ":" in host:

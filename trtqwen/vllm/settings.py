@@ -45,6 +45,8 @@ def server_options(
         "generation-config": "vllm",
         "logprobs-mode": "raw_logprobs",
         "enable-prompt-tokens-details": True,
+        # A guide that lets white space through lets a model write it for ever.
+        "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }
     blocks = kv_cache_blocks(config, executor)
     if gpu_bytes is None and build.tokens_per_block % _CPU_BLOCK:

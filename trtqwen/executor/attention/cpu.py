@@ -72,4 +72,4 @@ class _Plan:
 
 def _bits(cache: Tensor) -> npt.NDArray[np.generic]:
     """A cache as numpy sees it: numpy has no bfloat16."""
-    return (cache.view(torch.uint16) if cache.dtype == torch.bfloat16 else cache).numpy()
+    return cache.view(torch.int16).numpy().view(np.uint16) if cache.dtype == torch.bfloat16 else cache.numpy()

@@ -32,9 +32,7 @@ class Norm:
 
 
 class Linear(Protocol):
-    """One rank's share of a linear layer, or of several that share their input.
-
-    """
+    """One rank's share of a linear layer, or of several that share their input."""
 
     @property
     def quantization(self) -> Quantization | None:

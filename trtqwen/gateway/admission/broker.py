@@ -20,7 +20,7 @@ from typing import Any
 
 from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.auth import Authenticator, Caller
-from trtqwen.gateway.admission.gate import Gate, stopping
+from trtqwen.gateway.admission.gate import Gate, Prefixes, stopping
 from trtqwen.gateway.errors import ApiError
 
 
@@ -107,8 +107,8 @@ class _Session:
         self._news = news
         self._held: dict[int, _Held] = {}
 
-    def arrive(self, numbers: Sequence[int], token_counts: Sequence[int]) -> None:
-        places = self._gate.places(token_counts)
+    def arrive(self, numbers: Sequence[int], token_counts: Sequence[int], prefixes: Sequence[Prefixes]) -> None:
+        places = self._gate.places(token_counts, prefixes)
         tickets = places.__enter__()
         left = [len(tickets)]
         for number, ticket in zip(numbers, tickets, strict=True):
@@ -205,13 +205,13 @@ class SharedGate(Gate):
         self._link.call("check_room")
 
     @contextmanager
-    def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
+    def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
         if self._draining:
             raise stopping()
         tickets = [Ticket(count) for count in token_counts]
         numbers = range(self._next, self._next + len(tickets))
         self._next += len(tickets)
-        self._link.call("arrive", list(numbers), list(token_counts))
+        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes))
         try:
             loop = asyncio.get_running_loop()
             self._numbers |= zip(tickets, numbers, strict=True)

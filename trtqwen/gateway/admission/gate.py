@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from trtqwen.gateway.admission.admission import Admission, QueueFull, Ticket
 from trtqwen.gateway.errors import ApiError, bad_request, late
 from trtqwen.gateway.metrics import Metrics
 
+_RECENT_SECONDS = 60.0  # that the mean time of requests covers
 _LONGEST_ADVICE = 60  # seconds of Retry-After
+Prefixes = Sequence[int]
 _Turns = dict[Ticket, asyncio.Future[int]]
 
 
@@ -21,12 +24,27 @@ class Gate:
 
     Args:
         queue_seconds: how long a ticket may wait.
+        replicas: names of the replicas in the metrics.
+        throttle_seconds: mean time of a request beyond which none may wait; None is no limit.
     """
 
-    def __init__(self, admission: Admission, metrics: Metrics, queue_seconds: float) -> None:
+    def __init__(
+        self,
+        admission: Admission,
+        metrics: Metrics,
+        queue_seconds: float,
+        replicas: Sequence[str] = (),
+        throttle_seconds: float | None = None,
+    ) -> None:
         self._admission = admission
         self._metrics = metrics
+        self._replicas = [
+            (metrics.replica_in_flight.labels(name), metrics.replica_in_flight_tokens.labels(name))
+            for name in replicas
+        ]
         self._queue_seconds = queue_seconds
+        self._throttle_seconds = throttle_seconds
+        self._recent = RecentMean(_RECENT_SECONDS)
         self._turns: dict[Ticket, _Turns] = {}  # for each ticket, those of all that came with it, its own among them
         self._draining = False
         self._service_seconds = 1.0  # how long a turn lasts, averaged over the recent ones
@@ -50,20 +68,26 @@ class Gate:
             raise self._too_busy(self._full(), "queue_full")
 
     @contextmanager
-    def places(self, token_counts: Sequence[int]) -> Iterator[list[Ticket]]:
+    def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
         """Queue one ticket for each count, all or none; whatever is still held afterwards is given back.
 
+        Args:
+            prefixes: the beginnings of each ticket's prompt; none sends it to the replica with the fewest tokens.
+
         Raises:
-            ApiError: 429 if the queue is full, 503 if the gateway stops or no replica is up, 400 if the counts are
-                more than can run and wait at any time.
+            ApiError: 429 if the queue is full or requests take too long, 503 if the gateway stops or no replica is
+                up, 400 if the counts are more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        tickets = [Ticket(count) for count in token_counts]
+        now = time.monotonic()
+        beginnings = prefixes or [()] * len(token_counts)
+        tickets = [Ticket(count, now, tuple(begun)) for count, begun in zip(token_counts, beginnings, strict=True)]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
             self._turns |= dict.fromkeys(tickets, turns)
             self._grant(self._admission.arrive(tickets))
+            self._throttle(turns.values(), now)
             yield tickets
         except QueueFull:
             if self._admission.has_room_when_idle(tickets):
@@ -115,13 +139,15 @@ class Gate:
             return
         if lasted is not None:
             self._service_seconds += 0.1 * (lasted - self._service_seconds)
+            now = time.monotonic()
+            self._recent.add(now - ticket.arrived, now)
         self._admission.leave(ticket)
         self._grant(self._admission.admit())
 
     def grow(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens for a running ticket, whose answer has got longer than was reserved."""
         self._admission.grow(ticket, tokens)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
+        self._show()
 
     def set_up(self, replica: int, up: bool) -> None:
         """Whether a replica takes requests."""
@@ -143,16 +169,37 @@ class Gate:
             turn = self._turns[ticket][ticket]
             if not turn.done():
                 turn.set_result(replica)
-        self._metrics.in_flight.set(self._admission.in_flight)
-        self._metrics.in_flight_tokens.set(self._admission.in_flight_tokens)
-        self._metrics.queued.set(self._admission.queued)
-        self._metrics.queued_tokens.set(self._admission.queued_tokens)
+        self._show()
+
+    def _show(self) -> None:
+        admission, metrics = self._admission, self._metrics
+        metrics.in_flight.set(admission.in_flight)
+        metrics.in_flight_tokens.set(admission.in_flight_tokens)
+        metrics.queued.set(admission.queued)
+        metrics.queued_tokens.set(admission.queued_tokens)
+        oldest = admission.oldest
+        metrics.queue_since.set(0 if oldest is None else time.time() - (time.monotonic() - oldest.arrived))
+        for number, (requests, tokens) in enumerate(self._replicas):
+            running, reserved = admission.running(number)
+            requests.set(running)
+            tokens.set(reserved)
+        metrics.picker_waiting.set(admission.queued)
+        metrics.picker_running.set(admission.in_flight)
+        metrics.picker_cache.set(admission.in_flight_tokens / (admission.capacity.tokens * admission.replicas))
 
     def _refuse_at_the_door(self) -> None:
         if self._draining:
             raise stopping()
         if not self._admission.any_up:
             raise down()
+
+    def _throttle(self, turns: Iterable[asyncio.Future[int]], now: float) -> None:
+        limit = self._throttle_seconds
+        if limit is None or all(turn.done() for turn in turns):
+            return
+        if (mean := self._recent.value(now)) > limit:
+            what = f"requests take {mean:.1f} s on average, and {limit:g} s are allowed (throttle_seconds)"
+            raise self._too_busy(what, "throttled")
 
     def _full(self) -> str:
         limits, queued = self._admission.queue_limits, self._admission.queued
@@ -165,6 +212,28 @@ class Gate:
         rounds = (self._admission.queued + 1) / self._admission.slots
         seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+class RecentMean:
+    """The mean of what was measured in the last seconds; 0 if nothing was."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._values: deque[tuple[float, float]] = deque()
+        self._sum = 0.0
+
+    def add(self, value: float, now: float) -> None:
+        self._values.append((now, value))
+        self._sum += value
+        self._forget(now)
+
+    def value(self, now: float) -> float:
+        self._forget(now)
+        return self._sum / len(self._values) if self._values else 0.0
+
+    def _forget(self, now: float) -> None:
+        while self._values and self._values[0][0] <= now - self._seconds:
+            self._sum -= self._values.popleft()[1]
 
 
 def stopping() -> ApiError:

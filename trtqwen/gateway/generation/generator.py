@@ -11,6 +11,7 @@ from typing import Literal
 
 from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.admission.prefix import prefixes
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engine_inputs
@@ -149,6 +150,7 @@ class Generator:
     Args:
         request_seconds: how long a request may take in all.
         suspect: is told of a replica that does not answer.
+        prefix_routing: whether a request goes to the replica that has read its beginning.
     """
 
     model: ServedModel
@@ -157,6 +159,7 @@ class Generator:
     metrics: Metrics
     request_seconds: float
     suspect: Callable[[Replica], None]
+    prefix_routing: bool = False
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -176,7 +179,8 @@ class Generator:
         begun, first = time.monotonic(), True
         deadline = begun + self.request_seconds
         usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
-        with self.gate.places([len(prompt) + plan.reserved for prompt in plan.prompts]) as tickets:
+        counts = [len(prompt) + plan.reserved for prompt in plan.prompts]
+        with self.gate.places(counts, self._prefixes(plan)) as tickets:
             sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
             pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
             try:
@@ -189,6 +193,12 @@ class Generator:
             finally:
                 self.metrics.request_seconds.observe(time.monotonic() - begun)
 
+    def _prefixes(self, plan: GenerationPlan) -> list[tuple[int, ...]]:
+        if not self.prefix_routing:
+            return []
+        known = {prompt: prefixes(prompt, self.model.limits.tokens_per_block) for prompt in set(plan.prompts)}
+        return [known[prompt] for prompt in plan.prompts]
+
     async def _sequence(
         self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage, deadline: float
     ) -> AsyncGenerator[Piece, None]:
@@ -198,6 +208,7 @@ class Generator:
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
+        self.metrics.replica_sequences.labels(replica.address).inc()
         self.metrics.prompt_tokens.inc(len(prompt))
         self.metrics.request_prompt_tokens.observe(len(prompt))
         answer = _Answer(self.model, plan, index, self.stop_ids)
@@ -211,9 +222,11 @@ class Generator:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
                     usage.output_tokens += len(reply.token_ids)
-                    if reply.reused_blocks is not None and index % plan.choices == 0:
+                    if reply.reused_blocks is not None:
                         cached = min(reply.reused_blocks * self.model.limits.tokens_per_block, len(prompt))
-                        usage.cached_tokens = (usage.cached_tokens or 0) + cached
+                        self.metrics.cached_prompt_tokens.labels(replica.address).inc(cached)
+                        if index % plan.choices == 0:
+                            usage.cached_tokens = (usage.cached_tokens or 0) + cached
                     piece = answer.take(reply)
                     if answer.num_tokens > reserved:
                         more = min(plan.max_tokens, 2 * reserved) - reserved

@@ -130,3 +130,4 @@ class Monitor:
         self._up[number] = up
         self._gate.set_up(number, up)
         self._metrics.replica_up.labels(self._replicas[number].address).set(up)
+        self._metrics.ready.set(self.ready and not self._gate.draining)

@@ -1,0 +1,1 @@
+"""Files for the programs around a server: Prometheus, Grafana, Docker Compose, Kubernetes."""

@@ -1,0 +1,67 @@
+"""Whether this host multiplies 16-bit matrices faster than float32 ones; measured, since no flag tells it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trtqwen.executor.linear import FloatLinear, Linear, PackedLinear
+
+_WIDTH, _MATRICES = 2048, 4  # 64 MiB in float32: a core's caches hold none of it
+_ROWS = (1, 64)
+_REPEATS = 5
+_PAYS = 1.2  # times as fast, for every number of rows: less is not worth rounding for
+
+
+@dataclass(frozen=True)
+class PrecisionTrial:
+    """How fast matrices of a 16-bit dtype are multiplied here.
+
+    Attributes:
+        speedups: over float32, by the number of rows.
+    """
+
+    dtype: torch.dtype
+    speedups: dict[int, float]
+
+    @property
+    def pays(self) -> bool:
+        """Whether weights and KV cache are held in this dtype."""
+        return min(self.speedups.values()) >= _PAYS
+
+    def __str__(self) -> str:
+        name = str(self.dtype).removeprefix("torch.")
+        speeds = ", ".join(f"{speedup:.2f} times float32 for {rows} rows" for rows, speedup in self.speedups.items())
+        return f"{name} matrices run at {speeds}: computing in {name if self.pays else 'float32'}"
+
+
+@torch.inference_mode()
+def try_precision(dtype: torch.dtype, *, packed: bool) -> PrecisionTrial:
+    """Time products of a few rows with matrices that no cache holds; takes a tenth of a second or two.
+
+    Args:
+        packed: matrices are packed for oneDNN, as the engine will have them.
+    """
+    kind: type[PackedLinear] | type[FloatLinear] = PackedLinear if packed else FloatLinear
+    layers: dict[torch.dtype, list[Linear]] = {
+        kept: [kind(torch.randn(_WIDTH, _WIDTH).to(kept), None) for _ in range(_MATRICES)]
+        for kept in (torch.float32, dtype)
+    }
+    seconds = {
+        (kept, rows): _seconds(layers[kept], torch.randn(rows, _WIDTH).to(kept)) for kept in layers for rows in _ROWS
+    }
+    return PrecisionTrial(dtype, {rows: seconds[torch.float32, rows] / seconds[dtype, rows] for rows in _ROWS})
+
+
+def _seconds(layers: list[Linear], hidden: Tensor) -> float:
+    """The shortest time of several: what else runs on the machine only adds to it."""
+    best = float("inf")
+    for _ in range(_REPEATS):
+        begun = time.perf_counter()
+        for layer in layers:
+            layer(hidden)
+        best = min(best, time.perf_counter() - begun)
+    return best
