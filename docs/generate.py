@@ -22,6 +22,7 @@ from typer.core import TyperGroup
 from trtqwen.cli import COMMANDS, app
 from trtqwen.doctor.run import CHECKS
 from trtqwen.engine import explain
+from trtqwen.gateway.api.compatibility import SCHEMAS, support
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.recipe import SECTIONS, Recipe, load_recipe, recipe_names
 
@@ -114,7 +115,31 @@ def failures_page() -> Iterator[str]:
         yield f"Hint: {failure.hint}."
 
 
+def compatibility_page() -> Iterator[str]:
+    """Every field of every API."""
+    yield "# API compatibility"
+    yield (
+        "The gateway speaks OpenAI's chat, completions and responses, Anthropic's messages, and Triton's generate. "
+        "Each table lists the fields of one request body. *honored*: the field does what its API says. *no effect*: "
+        "the field is accepted and changes nothing. *refused*: a value that asks for something ends in 400; null, "
+        "false, 0 and empty values are accepted."
+    )
+    yield (
+        "The setting `unknown_fields` decides about fields that are in no table: `warn` (the default) logs each name "
+        "once and lists the names in the response header `x-trtqwen-ignored`, `ignore` says nothing, and `refuse` "
+        "answers with 400."
+    )
+    for title, schema in SCHEMAS.items():
+        yield f"## {title}"
+        lines = ["| field | | |", "| --- | --- | --- |"]
+        for name, field in schema.model_fields.items():
+            kind, why = support(field)
+            lines.append(f"| `{field.alias or name}` | {kind} | {_cell(why)} |")
+        yield "\n".join(lines)
+
+
 PAGES = {
+    "compatibility.md": compatibility_page,
     "cli.md": cli_page,
     "recipe.md": recipe_page,
     "gateway-settings.md": gateway_page,

@@ -10,6 +10,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from trtqwen.gateway.api.sse import ClientGone
 from trtqwen.gateway.errors import ApiError, bad_request
@@ -95,10 +96,10 @@ async def _on_http_error(request: Request, problem: Exception) -> Response:
 def _allowed(request: Request) -> set[str]:
     """The methods that a path takes: several routes may have it, of which Starlette names the first one's."""
     methods = {"OPTIONS"}
-    for route in request.app.routes:
-        pattern = getattr(route, "path_regex", None)
-        if pattern is not None and pattern.match(request.scope["path"]):
-            methods |= getattr(route, "methods", None) or set()
+    for method in ("GET", "POST"):
+        scope = {**request.scope, "method": method}
+        if any(route.matches(scope)[0] is Match.FULL for route in request.app.routes):
+            methods.add(method)
     return methods | ({"HEAD"} if "GET" in methods else set())
 
 

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Serve the bundled model and run benchmark and evaluation clients against it, each unmodified.
+# usage: scripts/clients.sh [DIRECTORY]   the clients are installed into DIRECTORY/venv (default: build/clients)
+set -u
+ROOT=$(cd "$(dirname "$0")/.." && pwd)
+HOME_=$(mkdir -p "${1:-$ROOT/build/clients}" && cd "${1:-$ROOT/build/clients}" && pwd)
+PINS="guidellm==0.8.1 aiperf==0.13.0 lm-eval==0.4.13 tenacity"
+PYTHON=$ROOT/.venv/bin/python
+CLIENT=$HOME_/venv/bin
+WORK=$(mktemp -d)
+[ -x "$CLIENT/pip" ] || "$PYTHON" -m venv "$HOME_/venv"
+"$CLIENT/pip" install --quiet $PINS || exit 1
+
+cp -r "$ROOT/trtqwen/demo/model" "$WORK/model"
+cat > "$WORK/clients.yaml" <<'Y'
+description: client runs
+checkpoint: {dtype: float32}
+engine: {backend: torch, max_batch_size: 16, max_num_tokens: 1024, max_seq_len: 1024, tokens_per_block: 16}
+serve: {max_tokens_in_paged_kv_cache: 8192, max_queue_size: 256, triton_max_batch_size: 16}
+Y
+"$ROOT/.venv/bin/trtqwen" build "$WORK/clients.yaml" --model "$WORK/model" --engines "$WORK/engines" --repo "$WORK/tiny" > "$WORK/build.log" 2>&1 ||
+    { tail -3 "$WORK/build.log"; exit 1; }
+port() { "$PYTHON" -c "import socket; s = socket.socket(); s.bind(('127.0.0.1', 0)); print(s.getsockname()[1])"; }
+GATEWAY=$(port)
+"$ROOT/.venv/bin/trtqwen" serve --repo "$WORK/tiny" --http-port "$(port)" --grpc-port "$(port)" --metrics-port "$(port)" \
+    --gateway-port "$GATEWAY" > "$WORK/serve.log" 2>&1 &
+SERVER=$!
+trap 'kill $SERVER 2>/dev/null; wait $SERVER 2>/dev/null; rm -rf "$WORK"' EXIT
+URL=http://127.0.0.1:$GATEWAY
+for _ in $(seq 240); do curl -sf -o /dev/null "$URL/ready" && break; sleep 0.5; done
+cat > "$WORK/task.yaml" <<Y
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {data_files: {test: $WORK/task.jsonl}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: 0
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
+Y
+cat > "$WORK/task.jsonl" <<'J'
+{"question": "The sky is", "choices": [" blue", " loud"]}
+{"question": "Two and two are", "choices": [" four", " red"]}
+J
+
+FAILED=0
+run() { # NAME COMMAND...: prints a line of the table; what the client says goes to a log
+    local name=$1 log=$HOME_/$1.log
+    shift
+    if timeout 300 "$@" > "$log" 2>&1; then echo "| $name | ok |"; else echo "| $name | failed, see $log |"; FAILED=1; fi
+}
+export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+echo "| client | result |"
+echo "| --- | --- |"
+run guidellm "$CLIENT/guidellm" benchmark --target "$URL" --model tiny --processor "$WORK/model" --rate-type synchronous \
+    --max-requests 4 --data "prompt_tokens=32,output_tokens=8" --output-path "$WORK/guidellm.json"
+run aiperf "$CLIENT/aiperf" profile --model tiny --url "$URL" --endpoint-type chat --streaming --request-count 6 \
+    --concurrency 2 --tokenizer "$WORK/model" --synthetic-input-tokens-mean 32 --output-tokens-mean 8 \
+    --artifact-dir "$WORK/aiperf" --ui none
+run lm-eval "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice --include_path "$WORK" \
+    --model_args "model=tiny,base_url=$URL/v1/completions,tokenizer=$WORK/model,num_concurrent=2"
+run lm-eval-remote-tokenizer "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice --include_path "$WORK" \
+    --model_args "model=tiny,base_url=$URL/v1/completions,tokenizer_backend=remote,num_concurrent=2"
+exit $FAILED
