@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import TypeAdapter
 
 from trtqwen.executor.request import Event, FinishReason, Response, TopLogProbs
+from trtqwen.executor.scheduler import Generated
 
 _HEADER = 5
 _TOKENS, _JSON, _NAMES = b"T", b"J", b"N"
@@ -29,8 +30,8 @@ class EventEncoder:
         self._numbers: dict[str, int] = {}
         self._next = 0
 
-    def encode(self, events: Iterable[Event]) -> bytes:
-        """The frames of some events, in their order."""
+    def encode(self, events: Iterable[Event | Generated]) -> bytes:
+        """The frames of some events and tokens, in their order."""
         frames: list[bytes] = []
         tokens, others, names = array("i"), list[Event](), dict[int, str]()
 
@@ -45,6 +46,18 @@ class EventEncoder:
             names.clear()
 
         for event in events:
+            if isinstance(event, Generated):
+                if others:
+                    close()
+                sequence, token_id, reason = event
+                name = sequence.request.id
+                number = self._numbers.get(name)
+                if number is None:
+                    number = self._number(name, names)
+                tokens.extend((number, _NO_TOKEN if token_id is None else token_id, _REASONS.index(reason)))
+                if reason is not None:
+                    del self._numbers[name]
+                continue
             response = event.response
             if response is not None and _is_plain(response):
                 if others:

@@ -17,7 +17,7 @@ from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
-from trtqwen.recipe import ServeRecipe
+from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
@@ -246,7 +246,10 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
         )
         # Upstream documents it and its template lacks it; without it the thread that receives requests never sleeps.
         config.parameters["recv_poll_period_ms"].string_value = str(_RECV_POLL_MS)
-    elif "guided_decoding_backend" in config.parameters:  # from 0.19
+    if built.backend == "torch":  # beyond upstream
+        for name in TORCH_SERVING:
+            config.parameters[name].string_value = str(getattr(serve, name))
+    if built.backend != "tensorrt_llm" and "guided_decoding_backend" in config.parameters:  # from 0.19
         _set_parameters(config, guided_decoding_backend="xgrammar")
     config.model_transaction_policy.decoupled = True
     _set_instances(config, replicas)
