@@ -41,11 +41,14 @@ class Guard:
         self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not scope["path"].startswith(_PROTECTED):
+        if scope["type"] == "lifespan" or not scope["path"].startswith(_PROTECTED):
             await self._app(scope, receive, send)
             return
+        headers = dict(scope["headers"])
+        if scope["type"] == "websocket":
+            await self._open(scope, headers, receive, send)
+            return
         try:
-            headers = dict(scope["headers"])
             self._check_size(scope)
             caller = self._authenticator.authenticate(_authorization(headers))
             if scope["method"] == "POST":
@@ -69,6 +72,19 @@ class Guard:
             return await receive()
 
         await self._app(scope, replay, send)
+
+    async def _open(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
+        """Let a WebSocket in by its key; its messages are charged one by one."""
+        try:
+            self._check_size(scope)
+            caller = self._authenticator.authenticate(_authorization(headers))
+        except ApiError as problem:
+            self._metrics.refused.labels(str(problem.status), problem.code).inc()
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": problem.message[:100]})
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        await self._app(scope, receive, send)
 
     def _check_size(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])
