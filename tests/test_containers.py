@@ -355,12 +355,16 @@ def test_selftest_and_doctor_have_containers_of_their_own(tmp_path: Path) -> Non
 
 
 @pytest.mark.skipif(shutil.which("docker") is None, reason="no docker command here")
-@pytest.mark.parametrize("recipe", [TP4, TINY], ids=["gpus", "no gpu"])
-def test_dockers_own_command_line_takes_the_options(recipe: Recipe, tmp_path: Path) -> None:
+def test_dockers_own_command_line_takes_every_recipes_options(tmp_path: Path) -> None:
     def docker(*command: str) -> str:
         environment = {**os.environ, "DOCKER_HOST": f"unix://{tmp_path}/nobody", "DOCKER_CONFIG": str(tmp_path)}
         return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
 
-    command = build_plan(recipe, tmp_path / "a, b").command
-    assert "annot connect to the Docker daemon" in docker(*command)
+    plans = [build_plan(load_recipe(name), tmp_path / "a, b") for name in recipe_names()]
+    plans.append(containers.plan_selftest_container("1.2.1", tmp_path / "engines", False, ContainerOptions()))
+    plans.append(containers.plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions()))
+    options = {plan.options: plan.command for plan in plans}
+    for command in options.values():
+        assert "annot connect to the Docker daemon" in docker(*command), command
+    command = plans[0].command
     assert "annot connect to the Docker daemon" not in docker(*command[:2], "--no-such-option", *command[2:])

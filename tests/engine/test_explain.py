@@ -190,3 +190,46 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
 )
 def test_a_healthy_log_has_no_findings(healthy: str) -> None:
     assert explain([healthy, "[TRT-LLM] [I] done"]).findings == ()
+
+
+HEALTHY = """\
+=============================
+== Triton Inference Server ==
+=============================
+NVIDIA Release 26.07 (build 1)
+[TRT-LLM] [I] Set fp8_rowwise_gemm_plugin to None.
+[TRT-LLM] [I] max_seq_len is not specified, using deduced value 32768
+[TRT-LLM] [W] remove_input_padding is enabled, while opt_num_tokens is not set, setting to max_batch_size*max_beam_width.
+[TRT-LLM] [W] Specifying a `max_num_tokens` larger than 16384 is usually not recommended, we do not expect perf gain with that
+[TRT] [I] Global timing cache in use. Profiling results in this builder pass will be stored.
+[TRT] [I] Detected 14 inputs and 1 output network tensors.
+[TRT] [I] Engine generation completed in 41.3 seconds. It took too long? See trtexec.
+[TensorRT-LLM][WARNING] gpu_device_ids is not specified, will be automatically set
+[TensorRT-LLM][WARNING] participant_ids is not specified, will be automatically set
+[TensorRT-LLM][WARNING] max_attention_window_size is not specified, will use default
+[TensorRT-LLM][WARNING] kv_cache_free_gpu_mem_fraction is not specified, will use default value of 0.9
+[TensorRT-LLM][INFO] recv_poll_period_ms is not set, will use busy loop
+[TensorRT-LLM][WARNING] Don't setup 'skip_special_tokens' correctly (set value is ${skip_special_tokens}). Set it as True.
+[TensorRT-LLM][WARNING] Using an engine plan file across different models of devices is not recommended and is likely to affect performance or even cause errors.
+[TensorRT-LLM][INFO] Engine version 1.2.1 found in the config file, assuming engine(s) built by new builder API.
+[TensorRT-LLM][INFO] Initializing MPI with thread mode 3
+[TensorRT-LLM][INFO] Initialized MPI
+[TensorRT-LLM][INFO] MPI size: 4, MPI local size: 4, rank: 0
+[TensorRT-LLM][INFO] Rank 0 is using GPU 0, which is not the http port 8000 of the engine
+[TensorRT-LLM][INFO] TRTGptModel maxNumSequences: 64
+[TensorRT-LLM][INFO] TRTGptModel maxInputLen: 8191  = min(maxSequenceLen - 1, maxNumTokens) since context FMHA and usePackedInput are enabled
+[TensorRT-LLM][INFO] Max KV cache pages per sequence: 1024
+[TensorRT-LLM][INFO] Number of tokens per block: 32.
+n1:42:42 [0] NCCL INFO ncclCommInitRank comm 0x1 rank 0 nranks 4 - Init COMPLETE
+n1:42:42 [0] NCCL INFO P2P is disabled between connected GPUs 1 and 0.
+I0725 09:40:15.126434 1 model_lifecycle.cc:849] "successfully loaded 'tensorrt_llm'"
+| tensorrt_llm | 1 | READY |
+I0725 09:40:15.500000 1 grpc_server.cc:2560] "Started GRPCInferenceService at 0.0.0.0:8001"
+I0725 09:40:15.500001 1 http_server.cc:4755] "Started HTTPService at 0.0.0.0:8000"
+I0725 09:40:15.500002 1 http_server.cc:358] "Started Metrics Service at 0.0.0.0:8002"
+"""  # noqa: E501
+
+
+def test_a_server_that_starts_well_has_no_findings() -> None:
+    """What Triton and TensorRT-LLM print on their way up, warnings that look like failures among it."""
+    assert [finding.id for finding in explain(HEALTHY.splitlines()).findings] == []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from trtqwen.gateway.admission.admission import Admission, Capacity, QueueFull, QueueLimits, Ticket
+from trtqwen.gateway.admission.admission import Admission, Capacity, Owner, QueueFull, QueueLimits, Ticket
 
 REQUESTS, TOKENS, LARGEST = 3, 100, 80
 QUEUE = QueueLimits(requests=5, tokens=150)
@@ -92,6 +95,56 @@ class AdmissionMachine(RuleBasedStateMachine):
 
 
 TestAdmission = AdmissionMachine.TestCase
+
+
+def tickets(owner: str, *sizes: int, **limits: int) -> list[Ticket]:
+    return [Ticket(size, Owner(owner, **limits)) for size in sizes]
+
+
+def turns(admission: Admission, running: list[Ticket]) -> Iterator[Ticket]:
+    """End what runs, one after the other, and say who comes next."""
+    while running:
+        admission.leave(running.pop(0))
+        for ticket, _ in admission.admit():
+            running.append(ticket)
+            yield ticket
+
+
+def test_owners_get_the_same_tokens_however_many_requests_they_send() -> None:
+    admission = Admission(1, Capacity(1, 1000), QueueLimits(1000, 100_000))
+    [(first, _)] = admission.arrive(tickets("flood", *[100] * 200))
+    admission.arrive(tickets("other", *[50] * 20))
+    tokens = Counter[str]()
+    for ticket in turns(admission, [first]):
+        tokens[ticket.owner.name] += ticket.tokens
+        if tokens["other"] == 1000:
+            break
+    assert tokens["flood"] <= 1000 + 100 + 1000 // 32
+
+
+def test_an_arrival_takes_the_place_of_the_newest_of_who_has_most() -> None:
+    admission = Admission(1, Capacity(1, 100), QueueLimits(4, 1000))
+    flood = tickets("flood", 10, 10, 10, 10, 10)
+    admission.arrive(flood)
+    assert admission.would_refuse(Owner("flood"))
+    assert not admission.would_refuse(Owner("other"))
+    with pytest.raises(QueueFull):
+        admission.arrive(tickets("flood", 1))
+    mine = tickets("other", 10)
+    assert admission.arrive(mine) == []
+    assert admission.pushed_out == [flood[-1]]
+    assert (admission.queued, admission.queued_tokens) == (4, 40)
+
+
+def test_a_key_s_own_limits_hold() -> None:
+    admission = Admission(1, Capacity(10, 1000), QueueLimits(100, 10_000))
+    mine = tickets("a", 1, 1, 1, most_in_flight=2, most_queued=1)
+    assert len(admission.arrive(mine)) == 2
+    with pytest.raises(QueueFull):
+        admission.arrive(tickets("a", 1, most_in_flight=2, most_queued=1))
+    assert len(admission.arrive(tickets("b", 1))) == 1  # not behind who waits for its own
+    admission.leave(mine[0])
+    assert [ticket for ticket, _ in admission.admit()] == [mine[2]]
 
 
 def test_a_ticket_goes_to_the_replica_with_the_fewest_tokens_to_do() -> None:

@@ -88,6 +88,25 @@ def test_tools_reach_the_prompt_or_are_refused(served: tuple[Path, Running]) -> 
     assert usage["prompt_tokens"] == len(ids)
 
 
+def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> None:
+    """Qwen's templates take a call's arguments as an object, DeepSeek's as text."""
+    directory, running = served
+    theirs = AutoTokenizer.from_pretrained(directory)
+    as_text = "tools" not in theirs.chat_template
+    function: dict[str, Any] = {"name": "f", "arguments": '{"a": 1}'}
+    call = {"id": "call_1", "type": "function", "function": function}
+    turns: list[dict[str, Any]] = [
+        QUESTION,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
+    shown = {"type": "function", "function": function if as_text else function | {"arguments": {"a": 1}}}
+    turn = {"role": "assistant", "content": None if as_text else "", "tool_calls": [shown]}
+    ids = theirs.apply_chat_template([QUESTION, turn, turns[2]], add_generation_prompt=True)
+    turns[2] = turns[2] | {"tool_call_id": "call_1"}
+    assert streamed(running, {"messages": turns, "max_tokens": 2})[2]["prompt_tokens"] == len(ids)
+
+
 def test_raw_prompts_begin_as_the_tokenizer_begins_them(served: tuple[Path, Running]) -> None:
     directory, running = served
     wanted = len(AutoTokenizer.from_pretrained(directory)("The cat")["input_ids"])

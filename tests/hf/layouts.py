@@ -256,6 +256,13 @@ def index_beside(directory: Path) -> None:
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
 
 
+def index_and_single(directory: Path) -> None:
+    """`model.safetensors` beside complete shards that differ from it."""
+    found = load_file(MODEL / "model.safetensors")
+    found["model.norm.weight"] = found["model.norm.weight"] + 1
+    save(found, directory / "model.safetensors")
+
+
 def other_file(shift: float) -> Change:
     def change(directory: Path) -> None:
         found = load_file(directory / "model.safetensors")
@@ -555,6 +562,8 @@ LAYOUTS = (
     Layout("two-values", sharded(_doubled(1.0)), refused="both hold tensor"),
     Layout("shards-in-a-folder", sharded(folder="w/"), weights=True),
     Layout("old-index", index_beside, weights=True, warns="not read"),
+    Layout("nested", _prefixed("model."), refused="begin with 'model.model.'"),
+    Layout("index-and-other-single", both(sharded(), index_and_single), refused="both hold tensor"),
     Layout("stale-file", other_file(1.0), refused="both hold tensor"),
     Layout("equal-file", other_file(0.0), weights=True, warns="old.safetensors not read"),
 )

@@ -136,6 +136,7 @@ def test_what_is_no_config(tmp_path: Path, text: str, message: str) -> None:
         (("adapter_config.json",), "LoRA adapter", "merge_and_unload"),
         (("model.gguf",), "GGUF", "safetensors"),
         (("snapshots/abc/config.json",), "cache entry", "snapshots/abc"),
+        (("models--a--b/snapshots/c/config.json",), "Hugging Face cache", "models--a--b/snapshots"),
         (("checkpoint-500/config.json",), "checkpoint-500 in it has", "checkpoint-500"),
         (("a/config.json", "b/config.json"), "several models", "one of them"),
         (("zero_to_fp32.py",), "ZeRO", "zero_to_fp32"),

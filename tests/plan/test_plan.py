@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from trtqwen.checkpoint.checks import check_settings
 from trtqwen.checkpoint.convert import plan_conversion
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import Diagnostic, InputError, TrtQwenError
+from trtqwen.diagnostics import Diagnostic, InputError, SourceError, TrtQwenError
 from trtqwen.hf.config import stretched
 from trtqwen.hf.known import known_config, model_names
 from trtqwen.plan.plan import plan_recipe
@@ -322,6 +323,18 @@ def _shapes(layers: int) -> list[tuple[str, tuple[int, ...]]]:
 
 def test_every_known_model_has_a_plan_on_one_card_or_four() -> None:
     for model in model_names():
-        tp_size = 4 if model in ("qwen2.5-32b", "qwen2.5-72b", "qwen2.5-14b") else 1
+        tp_size = 4 if known_config(model).hidden_size >= 5120 else 1  # 14B and more
         plan = plan_recipe(make_recipe(model, checkpoint={"tp_size": tp_size}, engine={"max_seq_len": 2048}))
         assert plan.fits == (model != "qwen2.5-72b")
+
+
+def test_a_plan_says_what_a_build_would_say(tmp_path: Path) -> None:
+    """One reader for all: what is warned of, and what is refused."""
+    model = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"warp_factor": 9}))
+    recipe = load_recipe("qwen2-tiny-cpu")
+    assert any("warp_factor 9" in finding.what for finding in plan_recipe(recipe, model).findings)
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": "{% if x %}"}))
+    with pytest.raises(SourceError, match="chat template 'default' is broken"):
+        plan_recipe(recipe, model)

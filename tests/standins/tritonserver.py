@@ -33,6 +33,8 @@ FLAGS = (
     "allow-http",
     "allow-grpc",
     "allow-metrics",
+    "http-restricted-api",
+    "grpc-restricted-protocol",
     "pinned-memory-pool-byte-size",
     "enable-peer-access",
     "cuda-memory-pool-byte-size",

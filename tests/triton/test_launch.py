@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from trtqwen.triton.launch import (
 )
 from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.supervisor import Supervisor
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)
 REAL_MPIRUN = pytest.mark.skipif(
@@ -222,9 +224,10 @@ def test_two_replicas_run_side_by_side(trt_repository: Callable[..., Path], stan
     assert found.engine is not None
     replicas = TritonReplicas(found.engine.with_name("repository"), ports=Ports(0, 0, 0), drain_seconds=2)
     assert len({*replicas.grpc_urls, *(server.http_url for server in replicas.servers)}) == 4
-    with replicas:
+    with ExitStack() as running:
+        for server in replicas.servers:
+            running.enter_context(server)
         sessions = [server.pid for server in replicas.servers]
-        replicas.check()
         deadline = time.monotonic() + 60
         while len(ranks := records(standins)) < 4 and time.monotonic() < deadline:
             time.sleep(0.02)
@@ -233,7 +236,8 @@ def test_two_replicas_run_side_by_side(trt_repository: Callable[..., Path], stan
         os.kill(next(rank["pid"] for rank in ranks if rank["gpus"] == "2,3"), signal.SIGKILL)
         with pytest.raises(ServerError):
             while time.monotonic() < deadline:
-                replicas.check()
+                for server in replicas.servers:
+                    server.check()
                 time.sleep(0.05)
     assert not [pid for session in sessions for pid in living(session)]
 
@@ -244,8 +248,8 @@ def test_a_replica_that_does_not_start_is_told_at_once(
     monkeypatch.setenv("STANDIN_BROKEN_GPU", "1")
     trt_repository(1, 2)
     replicas = TritonReplicas(standins.with_name("repository"), ports=Ports(0, 0, 0), drain_seconds=2)
-    with pytest.raises(ServerError, match="ended with code 1"), replicas:
-        pass
+    with pytest.raises(ServerError, match="ended with code 1"):
+        Supervisor(replicas.servers).run()
 
 
 @REAL_MPIRUN

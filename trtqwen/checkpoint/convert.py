@@ -25,10 +25,9 @@ from trtqwen.checkpoint.rule import Precision, Ranges, Rule
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.checkpoint.tensors import RuleBook
 from trtqwen.diagnostics import CheckpointError, Diagnostic, OutputError
-from trtqwen.hf.checks import check_model
+from trtqwen.hf.checks import check_model, has_tokenizer
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
 from trtqwen.quantize.outliers import check_int8_kv_cache
@@ -113,8 +112,7 @@ def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> Co
     """
     settings = settings or CheckpointRecipe()
     source = HfModel(model, settings.yarn_factor)
-    has_tokenizer = any((model / name).is_file() for name in (TOKENIZER, TOKENIZER_CONFIG, "vocab.json"))
-    tokenizer, findings = check_model(source) if has_tokenizer else (None, source.findings)
+    tokenizer, findings = check_model(source) if has_tokenizer(model) else (None, source.findings)
     config, mapping = source.config, RankMapping(settings.tp_size, settings.pp_size)
     check_settings(config, mapping, settings)
     dtype = resolved_dtype(settings.dtype, config)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from trtqwen.build import BuildPlan, check_build, plan_build, run_build
-from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector
+from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector, read_quality
 from trtqwen.cli.output import (
     Bars,
     Changes,
@@ -106,6 +106,10 @@ def command(
         }
         print_json(content | {"changed_by_builder": [change.model_dump() for change in made]})
     else:
+        quality = read_quality(plan.checkpoint.directory)
+        if quality and quality["not_measured"]:
+            why = quality["not_measured"]
+            stderr.print(f"quality report: not measured, {why}", style="yellow", markup=False, highlight=False)
         for change in made:
             stdout.print(f"trtllm-build changed {change}", style="yellow", markup=False, highlight=False)
         stdout.print(f"ready: trtqwen serve --repo {plan.repository.directory}", highlight=False)

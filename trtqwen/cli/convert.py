@@ -133,8 +133,8 @@ def command(
                 inspect=inspect,
             )
         summary["seconds"] = round(time.perf_counter() - start, 3)
-        if (output / QUALITY).is_file():
-            summary["quality"] = _quality(output / QUALITY)
+        if quality := read_quality(output):
+            summary["quality"] = quality
     if json:
         print_json(summary)
     else:
@@ -157,6 +157,11 @@ def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
             quality_report(plan, directory, ranges, layers)
 
     return inspect
+
+
+def read_quality(checkpoint: Path) -> dict[str, Any] | None:
+    """Read the summary of a checkpoint's quality report; None if it has none."""
+    return _quality(checkpoint / QUALITY) if (checkpoint / QUALITY).is_file() else None
 
 
 def _quality(path: Path) -> dict[str, Any]:

@@ -31,8 +31,10 @@ from trtqwen.gateway.config import gateway_config as plan_gateway
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
+from trtqwen.system.limits import raise_file_limit
 from trtqwen.triton.replicas import TritonReplicas
-from trtqwen.triton.server import Ports, serve_until_signal
+from trtqwen.triton.server import Ports
+from trtqwen.triton.supervisor import Supervisor
 
 DEFAULT = Path("triton_repo")
 LOOPBACK = "127.0.0.1"
@@ -46,8 +48,9 @@ def command(
         str, typer.Option(help="Set Triton's listen address. Triton has no authentication and no rate limits.")
     ] = LOOPBACK,
     http_port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Set Triton's HTTP port; 0 picks a free one.")
-    ] = 8000,
+        int | None,
+        typer.Option(min=0, max=65535, help="Open Triton's HTTP endpoint on this port; 0 picks a free one."),
+    ] = None,
     grpc_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Set Triton's gRPC port; 0 picks a free one.")
     ] = 8001,
@@ -61,6 +64,13 @@ def command(
     gateway_config: GatewaySettings = None,
     model_name: ModelName = None,
     no_verify: NoVerify = False,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Start the engine or the gateway again when it ends or hangs.")
+    ] = False,
+    watchdog: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds without a finished step after which an engine hangs; 0 never."),
+    ] = 20,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[
         Path | None,
@@ -98,12 +108,13 @@ def command(
         served = repo or DEFAULT / loaded.name
         settings = gateway_settings(served, (f"{triton_host}:{grpc_port}",))
         flags = [f"--host={host}", f"--triton-host={triton_host}"]
-        flags += [f"--http-port={http_port}", f"--grpc-port={grpc_port}"]
+        flags += [f"--http-port={http_port}"] if http_port is not None else []
+        flags += [f"--grpc-port={grpc_port}", f"--watchdog={watchdog:g}"]
         flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
         flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
         flags += [f"--model-name={model_name}"] if model_name else []
-        given_flags = {"no-verify": no_verify, "no-gateway": no_gateway, "json": json}
+        given_flags = {"restart": restart, "no-verify": no_verify, "no-gateway": no_gateway, "json": json}
         flags += [f"--{name}" for name, given in given_flags.items() if given]
         files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
         options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
@@ -115,38 +126,56 @@ def command(
         return
     repository = _choose(recipe, repo)
     ports = Ports(http_port, grpc_port, metrics_port)
-    server = TritonReplicas(repository, ports=ports, host=triton_host, log=log, verify=not no_verify)
+    server = TritonReplicas(
+        repository, ports=ports, host=triton_host, log=log, verify=not no_verify, watchdog_seconds=watchdog
+    )
     if dry_run:
         launches = server.launches()
         commands = [{"command": launch.command, "environment": dict(launch.environment)} for launch in launches]
         content = {"repository": str(repository), **commands[0], "servers": commands}
         _print_dry_run(content, "\n".join(launch.shell() for launch in launches), json)
         return
-    gateway = None if no_gateway else GatewayProcess(gateway_settings(repository, server.grpc_urls))
-    with serve_until_signal(server, *([gateway] if gateway else [])):
-        stderr.print(f"starting Triton on {repository} ...", highlight=False)
-        server.wait_until_ready()
-        replicas = [
-            {"http": one.http_url, "grpc": one.grpc_url, "metrics": f"{one.metrics_url}/metrics"}
-            for one in server.servers
-        ]
-        endpoints, several = dict(replicas[0]), {"servers": replicas} if replicas[1:] else {}
+    raise_file_limit()
+    gateway = None
+    if not no_gateway:
+        gateway = GatewayProcess(gateway_settings(repository, server.grpc_urls), frozen_seconds=watchdog)
+    stderr.print(f"starting Triton on {repository} ...", highlight=False)
+    supervisor = Supervisor(
+        server.servers,
+        gateway,
+        restart=restart,
+        on_ready=lambda: _announce(repository, server, gateway, json),
+        on_change=gateway.tell if gateway else lambda state: None,
+        say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+    )
+    try:
+        supervisor.run()
+    finally:
         if gateway:
-            gateway.start()
-            gateway.wait_until_ready(behind=server)
-            endpoints["gateway"] = gateway.url
-        if json:
-            print_json({"repository": str(repository), **endpoints, **several})
-        else:
-            ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
-            stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
-            for number, replica in enumerate(replicas[1:], 1):
-                places = ", ".join(f"{name} {url}" for name, url in replica.items())
-                stdout.print(f"       replica {number}: {places}", highlight=False, soft_wrap=True)
-            stdout.print(f'try:   trtqwen infer "Hello" --url {endpoints["grpc"]}', highlight=False)
-            if gateway:
-                stdout.print(f"       or chat at {gateway.url}", highlight=False)
+            gateway.close()
     stderr.print("stopped", highlight=False)
+
+
+def _announce(repository: Path, server: TritonReplicas, gateway: GatewayProcess | None, json: bool) -> None:
+    replicas = [
+        ({"http": one.http_url} if one.ports.http is not None else {})
+        | {"grpc": one.grpc_url, "metrics": f"{one.metrics_url}/metrics"}
+        for one in server.servers
+    ]
+    endpoints, several = dict(replicas[0]), {"servers": replicas} if replicas[1:] else {}
+    if gateway:
+        endpoints["gateway"] = gateway.url
+    if json:
+        print_json({"repository": str(repository), **endpoints, **several})
+        return
+    ready = ", ".join(f"{name} {url}" for name, url in endpoints.items())
+    stdout.print(f"ready: {ready}", highlight=False, soft_wrap=True)
+    for number, replica in enumerate(replicas[1:], 1):
+        places = ", ".join(f"{name} {url}" for name, url in replica.items())
+        stdout.print(f"       replica {number}: {places}", highlight=False, soft_wrap=True)
+    stdout.print(f'try:   trtqwen infer "Hello" --url {endpoints["grpc"]}', highlight=False)
+    if gateway:
+        stdout.print(f"       or chat at {gateway.url}", highlight=False)
 
 
 def _print_dry_run(content: dict[str, Any], text: str, json: bool) -> None:

@@ -14,6 +14,8 @@ from trtqwen.triton.server import Ports
 
 DRAIN_SECONDS = 60
 _EXIT_SECONDS = 20  # from the end of the last request to the end of the process
+_HTTP_PORT = 8000  # of Triton, for the health check: not published, and `serve` opens it only if asked to
+_LISTEN = ("--triton-host=0.0.0.0", f"--http-port={_HTTP_PORT}")
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,13 @@ def _content(plan: Compose) -> dict[str, Any]:
     }
     triton: dict[str, Any] = {
         **common,
-        "command": ["serve", f"--repo={repository}", "--no-gateway", "--triton-host=0.0.0.0"],
+        "command": [
+            "serve",
+            f"--repo={repository}",
+            "--no-gateway",
+            "--triton-host=0.0.0.0",
+            f"--http-port={_HTTP_PORT}",
+        ],
         "init": True,
         "ipc": "host",  # ranks and Triton's python models share memory
         "ulimits": {"memlock": -1, "stack": 67108864},
@@ -72,7 +80,7 @@ def _content(plan: Compose) -> dict[str, Any]:
             str(port + PORT_STEP * number) for number in range(servers) for port in (ports.grpc, ports.metrics)
         ],
         "healthcheck": {
-            "test": ["CMD-SHELL", " && ".join(_ready(ports.http + PORT_STEP * number) for number in range(servers))],
+            "test": ["CMD-SHELL", " && ".join(_ready(_HTTP_PORT + PORT_STEP * number) for number in range(servers))],
             "interval": "10s",
             "timeout": "10s",
             "start_period": "30m",  # an engine of tens of gigabytes comes from a slow disk

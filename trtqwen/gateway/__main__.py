@@ -3,8 +3,8 @@
 With several workers this process is the first one, and starts each worker with two descriptors more: its sockets to
 the broker.
 
-`trtqwen serve` starts it with the file descriptor of a bound socket. Then the gateway stops as by SIGTERM when its
-standard input closes: a parent that dies leaves no gateway behind.
+`trtqwen serve` starts it with the file descriptor of a bound socket, under a guardian that stops it when `serve`
+ends.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 
 from pydantic import ValidationError
 
@@ -35,8 +34,6 @@ def main() -> int:
     if len(sys.argv) > 2:
         listener = socket.socket(fileno=int(sys.argv[2]))
     worker = len(sys.argv) > 4
-    if listener is not None and not worker:
-        threading.Thread(target=_stop_with_parent, daemon=True).start()
     try:
         if worker:
             _serve_as_worker(config, listener)
@@ -61,12 +58,6 @@ def _serve_as_worker(config: GatewayConfig, listener: socket.socket | None) -> N
 
     calls, news = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[3:5])
     serve(config, listener, link=Link(calls, news))
-
-
-def _stop_with_parent() -> None:
-    while os.read(0, 4096):  # unbuffered: sys.stdin's lock would abort the interpreter's end
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         chat = None if template is None else ChatTemplate(template)
-        async with running(config, model, chat, metrics, connect, link) as runtime:
+        keys = len(authenticator.callers)
+        async with running(config, model, chat, metrics, connect, link, keys=keys) as runtime:
             app.state.runtime = runtime
             yield
 

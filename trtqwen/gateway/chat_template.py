@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 from trtqwen.diagnostics import InputError
@@ -33,7 +35,22 @@ class ChatTemplate:
         Raises:
             ApiError: if the template refuses the messages.
         """
+        if self._template.calls_as_text:
+            messages = _calls_as_text(messages)
         try:
             return self._template.render(messages, tools=tools or None, **options)
         except InputError as problem:
             raise bad_request(problem.what, param="messages") from None
+
+
+def _calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Messages as DeepSeek's template takes calls: arguments in JSON, and a null where there is no content."""
+    copy = deepcopy(list(messages))
+    for message in copy:
+        for call in message.get("tool_calls") or ():
+            function = call["function"]
+            if not isinstance(function["arguments"], str):
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        if message.get("tool_calls"):
+            message["content"] = message.get("content") or None
+    return copy

@@ -70,6 +70,7 @@ class GatewayConfig(BaseModel):
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
         max_queued_requests, max_queued_tokens: what waits in front of the engine before requests are refused; None
             is twice what the replicas run at once, and at least 1024 requests and 2**21 tokens.
+        key_share: of the engines that one API key may use at a time where there are several keys.
         prefix_routing: send a request to the replica that has read the beginning of its prompt, unless that one is
             loaded; None does so if there are several replicas and their engines reuse KV cache blocks.
         throttle_seconds: while requests of the last minute took longer than this on average, a request that would
@@ -83,6 +84,9 @@ class GatewayConfig(BaseModel):
         probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
             Triton needs a second to notice that its python backend was killed: with less than 1.5, such an engine
             counts as silent, and its answers end only when they are stalled.
+        max_connections_per_address: None is half of the files that the gateway may open. Behind a proxy, all
+            connections come from its address.
+        supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
         prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
 
@@ -112,12 +116,15 @@ class GatewayConfig(BaseModel):
     prefix_routing: bool | None = None
     throttle_seconds: Positive | None = None
     queue_seconds: Positive = 30
+    key_share: Annotated[float, Field(gt=0, le=1)] = 0.75
     request_seconds: Positive = 600
     stall_seconds: Positive = 60
     body_seconds: Positive = 30
     drain_seconds: Positive = 30
     probe_seconds: Positive = 2
     prompt_tokens_per_second: Positive = 1000
+    max_connections_per_address: Count | None = None
+    supervisor: Path | None = None
 
     @property
     def num_workers(self) -> int:

@@ -8,6 +8,8 @@ from typing import Literal
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from trtqwen.gateway.supervision import Supervision
+
 # Set before prometheus_client is imported, it makes all processes with the same value count together.
 SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
@@ -46,6 +48,8 @@ class Metrics:
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")
         self.queued_tokens = self._gauge("queued_tokens", "Tokens of the sequences that wait, at most")
+        self.restarts = self._gauge("restarts", "How often `trtqwen serve` has started an engine or gateway again")
+        self.restarting = self._gauge("restarting", "Whether `trtqwen serve` is starting an engine again")
         self.queue_since = self._gauge(
             "queue_since_timestamp_seconds",
             "When the sequence arrived that waits longest, in Unix time; 0 if none waits",
@@ -74,6 +78,11 @@ class Metrics:
     def value(self, name: str) -> float:
         """What a gauge says now."""
         return self._everybody().get_sample_value(f"{_PREFIX}_{name}") or 0.0
+
+    def set_supervision(self, supervision: Supervision) -> None:
+        """Take over what the supervisor says."""
+        self.restarts.set(supervision.restarts)
+        self.restarting.set(supervision.state == "restarting")
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format."""

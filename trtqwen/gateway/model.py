@@ -17,6 +17,8 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
 
+_PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
+_CUT_TOKENS = 16
 _EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
 
 
@@ -59,24 +61,44 @@ class ServedModel:
         """
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
 
-    def encode(self, text: str, param: str, *, mark: str = "", raw: bool = False) -> tuple[int, ...]:
+    def encode(
+        self, text: str, param: str, *, mark: str = "", raw: bool = False, bounded: bool = True
+    ) -> tuple[int, ...]:
         """Token ids of a text.
 
         Args:
             mark: a character that is no text; a special token that holds it is plain text.
             raw: a prompt that no template rendered: with what the tokenizer puts around it, such as BOS.
+            bounded: refuse a text that is certainly longer than the context before all of it is tokenized.
 
         Raises:
-            ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot.
+            ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot, or
+                exceeds the context.
         """
         try:
             text.encode()
         except UnicodeEncodeError as problem:
             what = f"{param}: character {problem.start} is half a surrogate pair"
             raise bad_request(f"{what}; send whole characters", param=param) from None
+        if bounded and len(text) > _PIECE:
+            self._check_length(text, param)
         if mark and mark in text:
             return tuple(self.tokenizer.encode_marked(text, mark))
         return tuple(self.tokenizer.encode_prompt(text) if raw else self.tokenizer.encode(text))
+
+    def _check_length(self, text: str, param: str) -> None:
+        """Refuse a text whose beginning alone exceeds the context: a megabyte of digits is a million tokens."""
+        context, tokens = self.limits.max_seq_len, 0
+        for start in range(0, len(text), _PIECE):
+            # A cut may change the tokens around it.
+            tokens += max(0, len(self.tokenizer.encode(text[start : start + _PIECE])) - _CUT_TOKENS)
+            if tokens > context:
+                raise bad_request(
+                    f"{param}: has {len(text)} characters, of which the first {start + _PIECE} alone exceed the "
+                    f"context of {context} tokens; shorten it",
+                    param=param,
+                    code="context_length_exceeded",
+                )
 
 
 def load_model(repository: Path, name: str | None = None) -> ServedModel:

@@ -3,23 +3,37 @@
 from __future__ import annotations
 
 import http.client
+import json
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack, suppress
+from pathlib import Path
 
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
-from trtqwen.system.processes import Relay, Service
+from trtqwen.system.guarded import Farewell, python_environment, start_guarded
+from trtqwen.system.leftovers import workspace
+from trtqwen.system.processes import Relay, Service, child, ending, kill_session, living, stopped
 
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
-_GRACE_SECONDS = 10  # beyond the gateway's own time to drain
+_GRACE_SECONDS = 8  # beyond the gateway's own time to drain
+_SIGNAL_SECONDS = 0.2
+# A long prompt takes much memory for a moment. Few arenas, and large blocks of their own, give it back afterwards.
+_ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
 
 class GatewayProcess(Service):
     """A running gateway; use as a context manager or call `start` and `stop`. It ends with this process.
 
     What it logs comes out at this process's standard error.
+
+    Args:
+        frozen_seconds: how long it may be stopped (SIGSTOP) before that counts as its end; 0 is for ever.
 
     Attributes:
         config: its port is the one in use.
@@ -28,10 +42,20 @@ class GatewayProcess(Service):
         InputError: if its address cannot be listened on or its keys file not be used.
     """
 
-    def __init__(self, config: GatewayConfig) -> None:
+    name = "the gateway"
+    start_seconds = 60
+
+    def __init__(self, config: GatewayConfig, *, frozen_seconds: float = 0) -> None:
         read_keys(config.api_keys)  # a mistake in the file is told now, not when the engine is loaded
         self._listener = bind(config)
-        self.config = config.model_copy(update={"port": self._listener.getsockname()[1]})
+        update: dict[str, object] = {"port": self._listener.getsockname()[1]}
+        update |= {"repository": config.repository.absolute()}  # it runs in another directory
+        update |= {"api_keys": config.api_keys and config.api_keys.absolute()}
+        self.config = config.model_copy(update=update)
+        self.stop_seconds = config.drain_seconds
+        self._frozen_seconds = frozen_seconds
+        self._cleanup = ExitStack()
+        self._frozen_since: float | None = None
         self._process: subprocess.Popen[str] | None = None
         self._relay: Relay | None = None
 
@@ -41,64 +65,88 @@ class GatewayProcess(Service):
 
     @property
     def pid(self) -> int:
-        return self._running.pid
+        """Process id of the gateway itself, not of its guardian."""
+        return child(self._running.pid)
 
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
+        if self._listener.fileno() < 0:  # it was started before
+            self._listener = bind(self.config)
+        if self.config.supervisor is None:
+            state = self._cleanup.enter_context(workspace()) / "supervisor.json"
+            self.config = self.config.model_copy(update={"supervisor": state})
+        self._frozen_since = None
         descriptor = self._listener.fileno()
-        self._process = subprocess.Popen(
+        self._process = start_guarded(
             [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
-            stdin=subprocess.PIPE,  # its end is the end of this process
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
+            python_environment() | _ALLOCATOR,
+            Path("/"),  # Python looks for modules in the working directory
+            output=subprocess.PIPE,
             pass_fds=(descriptor,),
-            start_new_session=True,  # Ctrl-C in the terminal is for us alone
+            # The first asks it to finish what runs, the second to end that with an error.
+            farewell=Farewell(((signal.SIGTERM, 0.2), (signal.SIGTERM, _GRACE_SECONDS)), self._places),
         )
         self._listener.close()
         assert self._process.stdout is not None
         self._relay = Relay(self._process.stdout, keep_back=_REASON)
 
-    def wait_until_ready(self, timeout: float = 60, behind: Service | None = None) -> None:
-        """Return when the engine answers through the gateway; at once with an error when the gateway ends instead.
-
-        Args:
-            timeout: seconds.
-            behind: the server that it asks; its end is an error too.
-
-        Raises:
-            ServerError: with the last line that the gateway wrote.
-        """
-        self._wait(
-            self._answers,
-            timeout,
-            lambda: f"the gateway was not ready within {timeout:g} s: {self._last_line()}",
-            behind,
-        )
+    def late(self) -> str:
+        return f"{super().late()}: {self._last_line()}"
 
     def check(self) -> None:
-        """Raise a ServerError if the gateway has ended by itself."""
+        """Raise a ServerError if the gateway has ended by itself, or is stopped (SIGSTOP)."""
         code = self._running.poll()
         if code is not None:
-            raise ServerError(f"the gateway ended with code {code}: {self._last_line()}")
+            raise ServerError(f"the gateway {ending(code)}: {self._last_line()}")
+        now = time.monotonic()
+        if not any(stopped(pid) for pid in living(self._running.pid)):
+            self._frozen_since = None
+        elif self._frozen_since is None:
+            self._frozen_since = now
+        elif self._frozen_seconds and now - self._frozen_since > self._frozen_seconds:
+            raise ServerError(f"the gateway has been stopped (SIGSTOP) for {now - self._frozen_since:.0f} s")
 
-    def stop(self) -> int:
+    def stop(self, *, drain: bool = True) -> int:
         """Let running requests finish and end the process; returns its exit code. May be called again."""
         self._listener.close()
         process = self._process
         if process is None:
             return 0
+        seconds = self.config.drain_seconds if drain else 0
         process.terminate()
+        if not drain:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_SIGNAL_SECONDS)  # two signals that come together are one
+            process.terminate()
         try:
-            process.wait(self.config.drain_seconds + _GRACE_SECONDS)
+            process.wait(seconds + _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            process.kill()
+            kill_session(process.pid)
         if process.stdin is not None:
             process.stdin.close()
         if self._relay is not None:
             self._relay.join()
         return process.wait()
+
+    def close(self) -> None:
+        """Remove what it has kept between two starts."""
+        self._cleanup.close()
+
+    def tell(self, state: Mapping[str, object]) -> None:
+        """Say what the supervisor does, for `/ready` and the metrics."""
+        if (path := self.config.supervisor) is not None:
+            with suppress(OSError):  # a full disk must not end a server
+                partial = path.with_suffix(".new")
+                partial.write_text(json.dumps(state), encoding="utf-8")
+                partial.replace(path)
+
+    @property
+    def _places(self) -> tuple[Path, ...]:
+        return (self.config.supervisor.parent,) if self.config.supervisor is not None else ()
+
+    def kill(self) -> None:
+        if (process := self._process) is not None:
+            kill_session(process.pid)
 
     @property
     def _running(self) -> subprocess.Popen[str]:
@@ -106,7 +154,8 @@ class GatewayProcess(Service):
             raise ServerError("the gateway is not running", "call start() first")
         return self._process
 
-    def _answers(self) -> bool:
+    def answers(self) -> bool:
+        """Whether the engine answers through the gateway."""
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=2)
         try:
             connection.request("GET", "/ready")

@@ -3,6 +3,7 @@
 - An `Upgrade` header for anything but a WebSocket is ignored (RFC 9110, 7.8). Every Java HttpClient sends `h2c`.
 - Answers to HTTP/1.0 have no chunk sizes (RFC 9112, 6.1); they end with the connection.
 - A client that closes its sending half is answered.
+- Pipelined requests, unread answers and connections are bounded, in all and for each address.
 """
 
 from __future__ import annotations
@@ -15,17 +16,23 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.connections import Connections, connection_limits
 
 _FIRST_PROBE, _LONGEST_PAUSE = 0.2, 5.0  # seconds
+_MOST_PIPELINED = 16  # requests that wait behind one of the same connection
+_UNREAD_SECONDS = 60
 _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"  # clients must skip 1xx answers: RFC 9110, 15.2
 
 
 def protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
     """The protocol class with the limits of a config."""
 
+    limits = connection_limits(config.max_connections_per_address)
+
     class Configured(_Protocol):
         max_header_bytes = config.max_header_bytes
         header_seconds = config.body_seconds
+        connection_limits = limits
 
     return Configured
 
@@ -35,7 +42,10 @@ class _Protocol(HttpToolsProtocol):
 
     max_header_bytes: int
     header_seconds: float
+    connection_limits: Connections
     _too_late: asyncio.TimerHandle
+    _unread: asyncio.TimerHandle | None = None
+    _counted = False
     _probe: asyncio.TimerHandle | None = None
     _ignores_upgrade = False
     _method = _version = b""
@@ -43,6 +53,25 @@ class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_headers()
+        self._counted = self.connection_limits.enter(self._address)
+        if not self._counted:
+            transport.abort()
+
+    @property
+    def _address(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def pause_writing(self) -> None:
+        """Give a client that does not read what it has asked for so long, and no longer."""
+        super().pause_writing()
+        if self._unread is None:
+            self._unread = self.loop.call_later(_UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
     def data_received(self, data: bytes) -> None:
         if self._in_headers:
@@ -69,6 +98,9 @@ class _Protocol(HttpToolsProtocol):
             self.transport.close()
 
     def on_message_begin(self) -> None:
+        if len(self.pipeline) >= _MOST_PIPELINED:
+            self.transport.abort()
+            raise ConnectionAbortedError  # the parser stops here
         self._too_late.cancel()
         self._expect_headers()
         super().on_message_begin()
@@ -100,6 +132,11 @@ class _Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._too_late.cancel()
+        if self._counted:
+            self.connection_limits.leave(self._address)
+        if self._unread is not None:
+            self._unread.cancel()
+        self.pipeline.clear()
         if self._probe is not None:
             self._probe.cancel()
         # uvicorn leaves it after a reset, and with it all of the connection until the time is over.
@@ -119,7 +156,8 @@ class _Protocol(HttpToolsProtocol):
             else:  # CONNECT
                 self.send_400_response("Invalid HTTP request received.")
         except httptools.HttpParserError:
-            self.send_400_response("Invalid HTTP request received.")
+            if not self.transport.is_closing():
+                self.send_400_response("Invalid HTTP request received.")
 
     def _head_without_upgrade(self) -> bytes:
         lines = [

@@ -19,6 +19,7 @@ from trtqwen.gateway.front import RequestIds
 from trtqwen.gateway.listener import bind
 from trtqwen.gateway.protocol import protocol
 from trtqwen.gateway.state import Runtime
+from trtqwen.system.limits import raise_file_limit
 
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
 _KEEP_ALIVE_SECONDS = 75  # longer than clients and proxies keep idle connections: who closes first loses no request
@@ -45,6 +46,7 @@ def serve(
     form = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
+    raise_file_limit()
     app = create_app(config, link=link)
     settings = uvicorn.Config(
         app,
@@ -66,7 +68,10 @@ def serve(
 
 
 class _Server(uvicorn.Server):
-    """A server for which a signal is a request to drain; a second one ends it at once."""
+    """A server for which a signal is a request to drain; a second one ends running requests with an error.
+
+    A third one does not wait until clients have that error.
+    """
 
     def __init__(
         self, settings: uvicorn.Config, app: FastAPI, drain_seconds: float, on_start: Callable[[], None]
@@ -84,6 +89,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._asked_at is None:
             self._asked_at = time.monotonic()
+        elif self._drain_seconds:
+            self._drain_seconds = 0
         else:
             self.should_exit = self.force_exit = True
 
@@ -91,9 +98,9 @@ class _Server(uvicorn.Server):
         if self._asked_at is not None and not self.should_exit:
             runtime: Runtime = self._app.state.runtime
             runtime.gate.drain()
+            runtime.gate.send_away(stopping())  # they may still have their turn elsewhere
             runtime.metrics.ready.set(0)
             if time.monotonic() - self._asked_at > self._drain_seconds:
-                runtime.gate.send_away(stopping())
                 runtime.generator.abort_all(stopping())
                 self.should_exit = True
             elif runtime.gate.idle:

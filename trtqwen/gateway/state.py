@@ -63,14 +63,17 @@ async def running(
     metrics: Metrics,
     connect: Connect = Replica,
     link: Link | None = None,
+    *,
+    keys: int = 0,
 ) -> AsyncIterator[Runtime]:
     """Connect to the replicas and watch them until the block ends.
 
     Args:
         link: to the broker, in one of several workers.
+        keys: how many API keys there are.
     """
     replicas = [connect(address) for address in config.triton]
-    gate = own_gate(config, model, metrics) if link is None else SharedGate(link)
+    gate = own_gate(config, model, metrics, keys) if link is None else SharedGate(link)
     monitor = Monitor(
         replicas,
         gate,
@@ -100,10 +103,14 @@ async def running(
             await replica.close()
 
 
-def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics) -> Gate:
-    """The gate of a gateway's only process, or of the one that its workers ask."""
-    admission = plan_admission(config, model)
-    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds)
+def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics, keys: int) -> Gate:
+    """The gate of a gateway's only process, or of the one that its workers ask.
+
+    Args:
+        keys: how many API keys there are.
+    """
+    admission, share = plan_admission(config, model), config.key_share if keys > 1 else 1
+    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds, share)
 
 
 async def _watch_process(metrics: Metrics) -> None:

@@ -40,8 +40,10 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
     from trtqwen.gateway.model import load_model
     from trtqwen.gateway.state import own_gate
 
-    gate = own_gate(config, load_model(config.repository, config.model_name), Metrics())
-    broker = Broker(gate, read_keys(config.api_keys), len(config.triton))
+    authenticator = read_keys(config.api_keys)
+    model = load_model(config.repository, config.model_name)
+    gate = own_gate(config, model, Metrics(), len(authenticator.callers))
+    broker = Broker(gate, authenticator, len(config.triton))
     workers: list[Process] = []
     asked = False
 

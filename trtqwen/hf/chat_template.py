@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_temp
 DEFAULT, TOOL_USE = "default", "tool_use"
 Messages = Sequence[Mapping[str, Any]]
 _CUT = "CONTINUE_FINAL_MESSAGE_TAG "
+_PROBE_NAME = "probe_of_calls"
 _PROBES: tuple[Messages, ...] = (
     ({"role": "user", "content": "Hello"},),
     ({"role": "system", "content": "You are terse."}, {"role": "user", "content": "Hello"}),
@@ -45,6 +46,22 @@ class ChatTemplate:
     def takes_tools(self) -> bool:
         """Whether there is a place for tools."""
         return TOOL_USE in self.texts or "tools" in self.texts[DEFAULT]
+
+    @cached_property
+    def calls_as_text(self) -> bool:
+        """Whether calls in a conversation are shown only if their arguments are JSON text and their content is null.
+
+        DeepSeek's template is such; Qwen's take arguments as objects, and some of them an empty content.
+        """
+        return not self._shows_calls("", {}) and self._shows_calls(None, "{}")
+
+    def _shows_calls(self, content: str | None, arguments: Any) -> bool:
+        call = {"type": "function", "function": {"name": _PROBE_NAME, "arguments": arguments}}
+        turn = {"role": "assistant", "content": content, "tool_calls": [call]}
+        try:
+            return _PROBE_NAME in self.render([*_PROBES[0], turn, {"role": "tool", "content": "done"}])
+        except InputError:
+            return False
 
     def render(
         self,

@@ -10,15 +10,37 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trtqwen.diagnostics import Diagnostic, InputError, SourceError
-from trtqwen.hf.config import HfConfig
+from trtqwen.hf.config import HfConfig, load_config
 from trtqwen.hf.files import read_json
 from trtqwen.hf.generation import GENERATION_CONFIG, generation_defaults
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
+from trtqwen.hf.weights import INDEX
 
 _ANSWER = "ANSWER"
 _MARKS = re.compile(r"<[|｜][^<>\s]{1,40}[|｜]>")  # as Qwen and DeepSeek write them
 _TURNS = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content": _ANSWER})
+
+
+def read_model(directory: Path) -> tuple[HfConfig, tuple[Diagnostic, ...]]:
+    """The config of a directory that may have no weights yet, and what is said of what is there.
+
+    Raises:
+        SourceError: as `convert` would, for config, weights and tokenizer as far as they are there.
+    """
+    if not any(directory.glob("*.safetensors")) and not (directory / INDEX).is_file():
+        config = load_config(directory)
+        return config, config.findings
+    source = HfModel(directory)
+    if not has_tokenizer(directory):
+        return source.config, source.findings
+    return source.config, check_model(source)[1]
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory has files of a tokenizer."""
+    return any((directory / name).is_file() for name in (TOKENIZER, TOKENIZER_CONFIG, "vocab.json"))
 
 
 def check_model(source: HfModel) -> tuple[Tokenizer, tuple[Diagnostic, ...]]:

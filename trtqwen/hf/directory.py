@@ -75,6 +75,11 @@ def _without_config(directory: Path) -> tuple[str, str]:
             f"{directory}: is the root of a Hugging Face cache entry; the model lies under snapshots",
             f"name {found[0] if len(found) == 1 else snapshots / '<revision>'}",
         )
+    if cached := sorted(directory.glob("models--*/snapshots")):
+        return (
+            f"{directory}: is a Hugging Face cache, not a model; each model lies under its snapshots",
+            f"name {cached[0] / '<revision>'}",
+        )
     if form := other_format(directory):
         return f"{directory}: has no config.json; it holds {form[0]}", form[1]
     inside = sorted(path for path in _subdirectories(directory) if (path / CONFIG).is_file())

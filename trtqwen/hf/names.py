@@ -152,7 +152,7 @@ def _check_prefix(directory: Path, names: Collection[str]) -> None:
             f"save the whole Qwen2ForCausalLM; or {_RENAME}",
         )
     if seen.startswith("model.model."):
-        prefix = "model."
+        prefix = "model.model."
     remedy = next((hint for known, hint in _PREFIXES.items() if prefix.startswith(known)), "")
     raise SourceError(
         f"{directory}: tensor names begin with {prefix or seen.removesuffix(_SEEN)!r} ({seen!r})",

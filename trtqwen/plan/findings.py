@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from trtqwen.checkpoint.config import Dtype
@@ -60,8 +60,13 @@ def find(
             *_faster_layout(recipe, layouts),
             *_embedding(recipe, memory),
         ]
+    return by_level(found)
+
+
+def by_level(findings: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:
+    """Errors first, notes last."""
     levels: tuple[Level, ...] = ("error", "warning", "note")
-    return tuple(sorted(found, key=lambda finding: levels.index(finding.level)))
+    return tuple(sorted(findings, key=lambda finding: levels.index(finding.level)))
 
 
 def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Layout, ...]) -> Iterator[Diagnostic]:

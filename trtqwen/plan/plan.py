@@ -11,10 +11,12 @@ from trtqwen.checkpoint.config import Dtype, resolved_dtype
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.engine.flags import build_command
-from trtqwen.hf.config import HfConfig, load_config, stretched
+from trtqwen.engine.limits import check_computed
+from trtqwen.hf.checks import read_model
+from trtqwen.hf.config import HfConfig, stretched
 from trtqwen.hf.known import known_config
 from trtqwen.plan.assumptions import assumptions
-from trtqwen.plan.findings import find
+from trtqwen.plan.findings import by_level, find
 from trtqwen.plan.layouts import Layout, plan_layouts, recipe_roofline, typical_request
 from trtqwen.plan.measured import shares
 from trtqwen.plan.memory import Concurrency, RankMemory, concurrency, plan_memory
@@ -109,13 +111,13 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
     """Work out the plan of a recipe.
 
     Args:
-        model: Hugging Face directory whose sizes count instead of those of the recipe's `model`; only config.json is
-            read, and the k_proj biases for an INT8 KV cache.
+        model: Hugging Face directory whose sizes count instead of those of the recipe's `model`; it may have no
+            weights yet. What is there is checked as `build` checks it.
 
     Raises:
         InputError: if neither names a model, or it cannot be converted as asked.
     """
-    config = model_config(recipe, model)
+    config, said = _read(recipe, model)
     dtype = resolved_dtype(recipe.checkpoint.dtype, config)
     memory = plan_memory(recipe, config, dtype)
     lengths = [length for length in assumptions().typical_lengths if length < recipe.engine.max_seq_len]
@@ -132,7 +134,7 @@ def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
         if at_once[-1].sequences:
             speed = _speed(recipe, recipe_roofline(recipe, config, dtype, memory), at_once)
     command = command or serving_command(recipe, config, dtype, memory)
-    findings = find(recipe, config, dtype, memory, layouts, model)
+    findings = by_level((*find(recipe, config, dtype, memory, layouts, model), *said))
     name = str(model) if model else str(recipe.model)
     return Plan(recipe, name, dtype, memory, at_once, speed, layouts, command, findings)
 
@@ -143,16 +145,26 @@ def model_config(recipe: Recipe, model: Path | None = None) -> HfConfig:
     Raises:
         InputError: if no model is named, or it cannot be converted as asked.
     """
+    return _read(recipe, model)[0]
+
+
+def _read(recipe: Recipe, model: Path | None) -> tuple[HfConfig, tuple[Diagnostic, ...]]:
+    """The config, and what is said of the directory it is from.
+
+    Raises:
+        InputError: if no model is named, or it cannot be converted as asked.
+    """
     if model is None and recipe.model is None:
         raise InputError(
             f"{recipe.name}: names no model, whose sizes a plan needs", "add the field model, or pass --model"
         )
-    config = load_config(model) if model is not None else known_config(str(recipe.model))
+    config, said = (known_config(str(recipe.model)), ()) if model is None else read_model(model)
     settings = recipe.checkpoint
     if settings.yarn_factor is not None:
         config = stretched(config, settings.yarn_factor)
     check_settings(config, RankMapping(settings.tp_size, settings.pp_size), settings)
-    return config
+    check_computed(recipe.engine.backend, config)
+    return config, said
 
 
 def _speed(recipe: Recipe, roofline: Roofline, at_once: tuple[Concurrency, ...]) -> Speed:

@@ -24,45 +24,65 @@ S = TypeVar("S", bound="Service")
 _PR_SET_PDEATHSIG = 1
 _LINES_WAITING = 1000
 _LAST_LINES = 2  # C++ says on the first that it terminates, on the second why
+_USER_TICKS = 11  # those of the kernel follow
 _STATE, _PARENT, _SESSION = 0, 1, 3  # fields of /proc/PID/stat, counted after the program's name
 
 
 class Service(ABC):
-    """A server in a process of its own; use as a context manager or call `start` and `stop`."""
+    """A server in a process of its own; use as a context manager or call `start` and `stop`.
+
+    Attributes:
+        name: what people call it.
+        start_seconds: how long it may take until it serves.
+        stop_seconds: how long `stop` lets running requests finish.
+    """
+
+    name: str = "the server"
+    start_seconds: float = 300
+    stop_seconds: float = 30
 
     @abstractmethod
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
 
     @abstractmethod
-    def wait_until_ready(self) -> None:
-        """Return when it serves; at once with a ServerError when it ends instead."""
+    def answers(self) -> bool:
+        """Whether it serves, asked now."""
 
     @abstractmethod
     def check(self) -> None:
-        """Raise a ServerError if it has ended by itself."""
+        """Raise a ServerError if it has ended by itself, or hangs."""
 
     @abstractmethod
-    def stop(self) -> object:
-        """Let running requests finish and end it, if it runs. May be called again."""
-
-    def _wait(
-        self, ready: Callable[[], bool], timeout: float, late: Callable[[], str], behind: Service | None = None
-    ) -> None:
-        """Ask until it is ready.
+    def stop(self, *, drain: bool = True) -> object:
+        """End it, if it runs. May be called again.
 
         Args:
-            timeout: seconds.
-            late: what to say when they are over.
+            drain: let running requests finish; otherwise each ends with an error.
+        """
+
+    @abstractmethod
+    def kill(self) -> None:
+        """End every process of it at once; a `stop` that waits in another frame or thread then returns."""
+
+    def late(self) -> str:
+        """What to say when it does not serve in time."""
+        return f"{self.name} was not ready within {self.start_seconds:g} s"
+
+    def wait_until_ready(self, timeout: float | None = None, behind: Service | None = None) -> None:
+        """Return when it serves; at once with a ServerError when it ends instead.
+
+        Args:
+            timeout: seconds; None is `start_seconds`.
             behind: another service without which it never will be.
         """
-        deadline = time.monotonic() + timeout
-        while not ready():
+        deadline = time.monotonic() + (self.start_seconds if timeout is None else timeout)
+        while not self.answers():
             if behind is not None:
                 behind.check()
             self.check()
             if time.monotonic() > deadline:
-                raise ServerError(late())
+                raise ServerError(self.late())
             time.sleep(0.05)
 
     def __enter__(self: S) -> S:
@@ -176,12 +196,44 @@ def programs(session: int, names: Collection[str]) -> dict[int, list[str]]:
     return found
 
 
+def child(pid: int) -> int:
+    """The first child of a process; waits for it for a second. The process itself if it has none."""
+    for _ in range(100):
+        for candidate in living(pid):
+            with suppress(OSError):
+                if int(_stat(candidate)[_PARENT]) == pid:
+                    return candidate
+        time.sleep(0.01)
+    return pid
+
+
 def runs(pid: int) -> bool:
     """Whether a process has not ended."""
     try:
         return _stat(pid)[_STATE] not in "ZX"
     except OSError:
         return False
+
+
+def stopped(pid: int) -> bool:
+    """Whether a process is stopped, as by SIGSTOP."""
+    try:
+        return _stat(pid)[_STATE] in "Tt"
+    except OSError:
+        return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process so far; 0 if it has ended."""
+    try:
+        return sum(map(int, _stat(pid)[_USER_TICKS : _USER_TICKS + 2])) / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+
+
+def ending(code: int) -> str:
+    """How a process ended, in words that follow its name."""
+    return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
 def _stat(pid: int) -> list[str]:

@@ -14,6 +14,7 @@ same ports; NVIDIA's Kubernetes tutorial switches the workers' ports off, as is 
 from __future__ import annotations
 
 import os
+import secrets
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,10 @@ FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 # Open MPI binds the processes of a small job to one core each, which Triton, its python models and their threads
 # would share, and refuses more processes than it counts cores.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe")
+# What lets a client read or change the server's insides: shared memory regions, the log, traces, what is loaded.
+# Known attacks on Triton before 25.07 begin with them (CVE-2025-23319, 23320, 23334).
+_GRPC_PROTOCOLS = "shared-memory,model-repository,trace,logging"
+_HTTP_PROTOCOLS = _GRPC_PROTOCOLS
 Mode = Literal["single", "leader", "orchestrator"]
 
 
@@ -72,10 +77,10 @@ class Deployment:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens: TCP ports, which are free, and an address."""
+    """Where a server listens: TCP ports, which are free, and an address. Without an HTTP port, HTTP is off."""
 
     host: str
-    http_port: int
+    http_port: int | None
     grpc_port: int
     metrics_port: int
 
@@ -198,8 +203,8 @@ def plan_launch(
         *common,
         "--model-control-mode=none",
         f"--backend-config=python,shm-region-prefix-name={shm_prefix}0_",
-        f"--http-address={endpoint.host}",
-        f"--http-port={endpoint.http_port}",
+        *_http(endpoint),
+        f"--grpc-restricted-protocol={_restricted(_GRPC_PROTOCOLS)}",
         f"--grpc-address={endpoint.host}",
         f"--grpc-port={endpoint.grpc_port}",
         f"--metrics-address={endpoint.host}",
@@ -233,6 +238,25 @@ def plan_launch(
         environment |= {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
         leader = [*MPIRUN, "-n", "1", *leader]
     return Launch(tuple(leader), environment, 1)
+
+
+def _http(endpoint: Endpoint) -> list[str]:
+    if endpoint.http_port is None:
+        return ["--allow-http=false"]
+    return [
+        f"--http-address={endpoint.host}",
+        f"--http-port={endpoint.http_port}",
+        f"--http-restricted-api={_restricted(_HTTP_PROTOCOLS)}",
+    ]
+
+
+def _restricted(protocols: str) -> str:
+    """Protocols, and the header that a request for them needs.
+
+    The command line of a process can be read by every user of the machine. So the header's value holds a line feed,
+    which no header can carry: the protocols are closed to all.
+    """
+    return f"{protocols}:x-trtqwen={secrets.token_hex(16)}\n{secrets.token_hex(16)}"
 
 
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:

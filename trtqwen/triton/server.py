@@ -14,25 +14,33 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from types import FrameType
+
+import grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
+from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import Host, read_host
-from trtqwen.system.processes import Service, die_with_parent, kill_session, programs, runs
+from trtqwen.system.leftovers import shared_memory, sweep
+from trtqwen.system.leftovers import workspace as new_workspace
+from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment, server_devices
-from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED
+from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, HEARTBEAT
+from trtqwen.triton.watchdog import Watchdog
 
-_SHARED_MEMORY = Path("/dev/shm")
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
+_CRASHED = "the log has no error; it crashed"
+_NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
+_UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
+_UNLOAD_SECONDS = 5
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
@@ -40,9 +48,9 @@ _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logge
 
 @dataclass(frozen=True)
 class Ports:
-    """TCP ports of a server; 0 picks a free one."""
+    """TCP ports of a server; 0 picks a free one. Without a port, HTTP is off."""
 
-    http: int = 8000
+    http: int | None = None
     grpc: int = 8001
     metrics: int = 8002
 
@@ -50,8 +58,7 @@ class Ports:
 class TritonServer(Service):
     """A running tritonserver on a finished repository; use as a context manager or call `start` and `stop`.
 
-    The server, its python models and the engine's ranks end with this process, however it ends. Start it from a
-    thread that lives as long as the server: to Linux, the end of the starting thread is the end of the parent.
+    The server, its python models and the engine's ranks end with this process, whatever ends it.
 
     Args:
         repository: model repository that `trtqwen build` wrote.
@@ -59,6 +66,7 @@ class TritonServer(Service):
         log: file for the server's log; None keeps it in a temporary file while the server runs.
         drain_seconds: how long `stop` lets running requests finish.
         replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
+        watchdog_seconds: how long the embedded engine may take for a step before it counts as hung; 0 does not watch.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
 
     Attributes:
@@ -81,6 +89,7 @@ class TritonServer(Service):
         drain_seconds: int = 30,
         replica: int = 0,
         verify: bool = True,
+        watchdog_seconds: float = 0,
     ) -> None:
         check_served_files(repository, digests=verify)
         self._repository = repository.resolve()
@@ -102,13 +111,24 @@ class TritonServer(Service):
         self._drain_seconds = drain_seconds
         self._shm_prefix = f"trtqwen-{uuid.uuid4().hex[:12]}-"
         self._cleanup = ExitStack()
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[str] | None = None
         self._ranks: dict[int, list[str]] = {}
         self._helpers: dict[int, list[str]] = {}
         self._broken = False
+        self._log_start = self._starts = 0
+        self._watchdog_seconds = watchdog_seconds
+        self._watchdog: Watchdog | None = None
+        self.stop_seconds = drain_seconds
 
     @property
     def http_url(self) -> str:
+        """Triton's HTTP endpoint.
+
+        Raises:
+            ServerError: if HTTP is off.
+        """
+        if self.ports.http is None:
+            raise ServerError("Triton's HTTP endpoint is off", "start the server with an HTTP port")
         return f"{_reachable(self.host)}:{self.ports.http}"
 
     @property
@@ -153,7 +173,9 @@ class TritonServer(Service):
 
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
-        workspace = Path(self._cleanup.enter_context(tempfile.TemporaryDirectory(prefix="trtqwen-triton-")))
+        sweep()
+        workspace = self._cleanup.enter_context(new_workspace())
+        self._cleanup.enter_context(shared_memory(self._shm_prefix))
         home = self._installation.home
         launch = self.launch(link_backends(home, workspace) if home else None)
         if shutil.which(launch.command[0]) is None:
@@ -167,32 +189,33 @@ class TritonServer(Service):
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
         self._engine_death = workspace / "engine-death"
+        heartbeat = workspace / "heartbeat"
         environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1"}
+        environment[HEARTBEAT] = str(heartbeat)
+        environment["TMPDIR"] = str(workspace)  # what its processes keep there goes with it
         self._claims.close()
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(
+        with self._log.open("ab" if self._starts else "wb") as log:
+            self._log_start, self._starts = log.tell(), self._starts + 1
+            self._process = start_guarded(
                 launch.command,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**environment, **launch.environment},
-                start_new_session=True,  # Ctrl-C in the terminal is for us alone
-                preexec_fn=die_with_parent(),
+                {**environment, **launch.environment},
+                workspace,  # Python looks for modules in the working directory: nobody else writes to this one
+                output=log,
+                farewell=Farewell(remove=(workspace,), shared_memory=self._shm_prefix),
             )
+        if self._watchdog_seconds:
+            strict = self._deployment.engine is not None or bool(read_host().gpus)
+            self._watchdog = Watchdog(self._process.pid, heartbeat, self._watchdog_seconds, strict=strict)
 
-    def wait_until_ready(self, timeout: float = 300) -> None:
-        """Return when every model is loaded; at once with an error when the server ends instead.
+    def answers(self) -> bool:
+        """Whether every model is loaded."""
+        ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
+        if ready and not self._helpers:
+            self._helpers = programs(self.pid, _HELPERS)
+        return ready
 
-        Args:
-            timeout: seconds.
-
-        Raises:
-            ServerError: with the most telling line of the log.
-        """
-        self._wait(
-            self._answers, timeout, lambda: f"Triton was not ready within {timeout:g} s: {self._telling_line()}"
-        )
-        self._helpers = programs(self.pid, _HELPERS)
+    def late(self) -> str:
+        return f"{super().late()}: {self._telling_line()}"
 
     def check(self) -> None:
         """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
@@ -203,6 +226,11 @@ class TritonServer(Service):
             self._broken = True
             raise ServerError(problem)
 
+    @property
+    def hung(self) -> str | None:
+        """Why the server counts as hung; None if it does not, or nobody watches it."""
+        return self._watchdog.hung() if self._watchdog is not None and self._helpers else None
+
     def _problem(self) -> str | None:
         if self._tritonservers > max(1, len(self._ranks)):
             self._ranks = programs(self.pid, [self._installation.binary.name])
@@ -212,13 +240,15 @@ class TritonServer(Service):
                 self._running.wait(1)  # its own end, if that is what takes them along, says more
         code = self._running.poll()
         if code is not None:
-            return f"Triton ended with code {code}: {self._telling_line(_KILLED if code < 0 else None)}"
+            return f"Triton {ending(code)}: {self._telling_line(_NO_ERROR.get(code, _CRASHED) if code < 0 else None)}"
         with suppress(FileNotFoundError):
             if death := self._engine_death.read_text("utf-8"):
                 return f"{death} ({self._advice})"
-        return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_KILLED)}" if ended else None
+        if ended:
+            return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_KILLED)}"
+        return f"the engine hangs: {hung} ({self._advice})" if (hung := self.hung) else None
 
-    def stop(self) -> None:
+    def stop(self, *, drain: bool = True) -> None:
         """Let running requests finish, then end every process of the server. May be called again.
 
         After `check` has found it broken, nothing is waited for: what runs on a dead engine would not finish.
@@ -226,25 +256,38 @@ class TritonServer(Service):
         self._claims.close()
         process = self._process
         if process is not None:
-            if process.poll() is None and not self._broken:
+            if process.poll() is None and drain and not self._broken:
                 process.terminate()
-                with suppress(subprocess.TimeoutExpired):
-                    process.wait(self._drain_seconds + 10)  # tritonserver itself gives up after drain_seconds
+                self._wait_for_end(process)
             kill_session(process.pid)
             process.wait()
-            for leftover in _SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-                leftover.unlink(missing_ok=True)
             self._process = None
         self._cleanup.close()
 
+    def kill(self) -> None:
+        if (process := self._process) is not None:
+            kill_session(process.pid)
+
+    def _wait_for_end(self, process: subprocess.Popen[str]) -> None:
+        """Wait as long as requests run; when only models are left that do not unload, not as long as Triton does."""
+        deadline, unloading = time.monotonic() + self.stop_seconds + 10, None
+        while process.poll() is None and time.monotonic() < deadline:
+            if unloading is None and _UNLOADING in self._log_text():
+                unloading = time.monotonic()
+            if unloading is not None and time.monotonic() - unloading > _UNLOAD_SECONDS:
+                return
+            time.sleep(0.05)
+
     @property
-    def _running(self) -> subprocess.Popen[bytes]:
+    def _running(self) -> subprocess.Popen[str]:
         if self._process is None:
             raise ServerError("the server is not running", "call start() first")
         return self._process
 
     def _environment(self) -> dict[str, str]:
         environment = clean_environment(os.environ)
+        # A module in the working directory is never imported, and nothing is written into the repository.
+        environment |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 whatever the terminal says
         _prepend(environment, "PATH", Path(sys.executable).parent)
         _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
@@ -252,12 +295,26 @@ class TritonServer(Service):
             _prepend(environment, "LD_LIBRARY_PATH", directory)
         return environment
 
-    def _answers(self) -> bool:
+    def _answers_grpc(self) -> bool:
+        with grpc.insecure_channel(self.grpc_url) as channel:
+            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
+            try:
+                return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=2).ready)
+            except grpc.RpcError:
+                return False
+
+    def _answers_http(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as response:
                 return bool(response.status == 200)
         except OSError:
             return False
+
+    def _log_text(self) -> str:
+        """What the server has logged since it was last started."""
+        with self.log.open("rb") as file:
+            file.seek(self._log_start)
+            return file.read().decode("utf-8", "replace")
 
     @property
     def _advice(self) -> str:
@@ -269,7 +326,7 @@ class TritonServer(Service):
         Args:
             without_error: stands in where the log has no error; None takes its last line.
         """
-        lines = [line for line in self.log.read_text("utf-8", "replace").splitlines() if line.strip()]
+        lines = [line for line in self._log_text().splitlines() if line.strip()]
         errors = [
             line.partition("] ")[2]
             for line in lines
@@ -282,50 +339,6 @@ class TritonServer(Service):
         known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
         cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
         return f"{message} ({self._advice}){cause}"
-
-
-class _Signalled(BaseException):
-    """Raised in the main thread by SIGINT and SIGTERM; not an Exception, so that nobody takes it for a failure."""
-
-
-@contextmanager
-def serve_until_signal(server: Service, *others: Service) -> Iterator[None]:
-    """Start the server; after the block, wait for SIGINT or SIGTERM, and stop it. A signal also ends the block.
-
-    Only for the main thread.
-
-    Args:
-        others: started by the block; watched and stopped like the server.
-
-    Raises:
-        ServerError: if one of them ends by itself.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        for other in previous:
-            signal.signal(other, signal.SIG_IGN)  # one is enough
-        raise _Signalled
-
-    previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in previous:
-        signal.signal(number, interrupt)
-    try:
-        server.start()
-        yield
-        while True:
-            for service in (server, *others):
-                service.check()
-            time.sleep(0.1)
-    except _Signalled:
-        pass
-    finally:
-        for number in previous:
-            signal.signal(number, signal.SIG_IGN)  # whatever has brought us here
-        with ExitStack() as stopping:  # the last one first, each whatever happens to the others
-            for service in (server, *others):
-                stopping.callback(service.stop)
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _name(command: list[str]) -> str:
@@ -349,6 +362,8 @@ def _claim(ports: Ports, host: str, held: ExitStack) -> Ports:
     """Check that every port is free, pick those that are 0, and keep others from taking them while `held` is open."""
     for field in fields(ports):
         port = getattr(ports, field.name)
+        if port is None:
+            continue
         try:
             listener = held.enter_context(listen(host, port) if port else _listen_somewhere(host))
         except OSError as problem:

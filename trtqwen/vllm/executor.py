@@ -182,13 +182,13 @@ class VllmExecutor:
         if name not in serving:
             raise EngineError(
                 f"{url}: serves {', '.join(serving)}, not {name}",
-                "correct engine.vllm.served_name, or start vLLM there with --served-model-name",
+                "correct engine.vllm.served_name, or start vLLM there under that name",
             )
         longest, needed = serving[name].get("max_model_len"), self.engine_config.build_config.max_seq_len
         if isinstance(longest, int) and longest < needed:
             raise EngineError(
                 f"{url}: serves {longest} tokens a request, the engine's max_seq_len is {needed}",
-                "start vLLM there with --max-model-len",
+                "start vLLM there with a longer context, or build with a smaller max_seq_len",
             )
         text = "The tokenizer's fingerprint: 你好, Ünïcode 12345"
         async with self._session.post(

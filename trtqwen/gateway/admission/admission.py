@@ -1,16 +1,17 @@
-"""Who may go to the engine, and when: first come first served, within the engine's batch and KV cache.
+"""Who may go to the engine, and when: fair between keys, first come first served within a key.
 
 The module knows no clock, no threads and no network; `gate.py` brings it to asyncio.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import xxhash
 
+_QUANTA = 32  # turns that it takes to admit the longest ticket there can be
 _BOUND = 1.25  # times the mean load, beyond which a replica is loaded
 _TOKENS_A_PREFIX = 32  # of the KV cache: as many beginnings are remembered as it has blocks of this size
 
@@ -31,17 +32,33 @@ class QueueLimits:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Owner:
+    """Whose tickets they are: those of one API key.
+
+    Attributes:
+        most_in_flight: sequences that it may have on the engines; None is no limit.
+        most_queued: sequences that it may have waiting; None is no limit.
+    """
+
+    name: str = ""
+    most_in_flight: int | None = None
+    most_queued: int | None = None
+
+
 @dataclass(eq=False)
 class Ticket:
     """One sequence's claim.
 
     Attributes:
         tokens: its prompt and what is reserved for its answer.
+        owner: whose it is.
         arrived: when it came, in seconds of the caller's clock.
         prefixes: what its prompt begins with, as hashes from the shortest beginning to the longest; see `prefix.py`.
     """
 
     tokens: int
+    owner: Owner = Owner()
     arrived: float = 0.0
     prefixes: tuple[int, ...] = ()
 
@@ -73,8 +90,10 @@ class QueueFull(Exception):
 class Admission:
     """Bounds what runs and what waits.
 
-    No ticket overtakes another: a long request at the head waits for room and all others wait behind it. A head that
-    fits on several replicas goes to the one with the fewest tokens to do.
+    Owners take turns by deficit round robin over tokens: each that waits gets as many tokens admitted as the others,
+    whether it sends many requests or few. Tickets of one owner never overtake each other. The ticket whose turn it is
+    waits for room, and all others wait behind it. One that fits on several replicas goes to the one with the fewest
+    tokens to do. A full queue takes an arrival in the place of the newest tickets of the owner that has most waiting.
 
     A head with prefixes goes to the replica that has read most of its beginning, unless that one is loaded: it has
     more than `_BOUND` times the mean of tokens or requests, and more than a quarter of what it can run. A beginning
@@ -83,7 +102,9 @@ class Admission:
     hashing).
 
     Attributes:
-        queued_tokens: tokens of those who wait.
+        queued: tickets that wait.
+        queued_tokens: their tokens.
+        pushed_out: tickets that have lost their place to an arrival; whoever tells their clients clears the list.
     """
 
     def __init__(self, replicas: int, capacity: Capacity, queue: QueueLimits) -> None:
@@ -92,7 +113,13 @@ class Admission:
         self.queue_limits = queue
         self.queued_tokens = 0
         self._replicas = [_Replica() for _ in range(replicas)]
-        self._queue: OrderedDict[Ticket, None] = OrderedDict()
+        self.queued = 0
+        self.pushed_out: list[Ticket] = []
+        self._waiting: OrderedDict[Owner, OrderedDict[Ticket, None]] = OrderedDict()  # in the order of their turns
+        self._deficits: dict[Owner, int] = {}
+        self._in_turn: Owner | None = None
+        self._running = Counter[Owner]()
+        self._quantum = max(1, capacity.tokens // _QUANTA)
 
     @property
     def replicas(self) -> int:
@@ -107,13 +134,10 @@ class Admission:
         return sum(replica.tokens for replica in self._replicas)
 
     @property
-    def queued(self) -> int:
-        return len(self._queue)
-
-    @property
     def oldest(self) -> Ticket | None:
         """The ticket that has waited longest."""
-        return next(iter(self._queue), None)
+        firsts = [next(iter(tickets)) for tickets in self._waiting.values()]
+        return min(firsts, key=lambda ticket: ticket.arrived, default=None)
 
     def running(self, number: int) -> tuple[int, int]:
         """Sequences on a replica, and their tokens."""
@@ -145,26 +169,46 @@ class Admission:
         """
         if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
             raise QueueFull  # it would wait for ever, and all others behind it
+        owner = tickets[0].owner
         for ticket in tickets:
-            self._queue[ticket] = None
+            self._deficits.setdefault(owner, 0)
+            self._waiting.setdefault(owner, OrderedDict())[ticket] = None
+            self.queued += 1
             self.queued_tokens += ticket.tokens
         admitted = self.admit()
-        full = self.queued > self.queue_limits.requests or self.queued_tokens > self.queue_limits.tokens
-        if full and any(ticket in self._queue for ticket in tickets):
-            for ticket in tickets:  # they were last: nobody was admitted because of them
+        mine = self._waiting.get(owner, OrderedDict())
+        if any(ticket in mine for ticket in tickets):
+            too_many = owner.most_queued is not None and len(mine) > owner.most_queued
+            losers = [] if too_many else self._losers(owner)
+            if losers is None or too_many:
+                # They were their owner's last, and have not run: nobody else was admitted because of them.
+                for ticket in tickets:
+                    self.leave(ticket)
+                raise QueueFull
+            for ticket in losers:
                 self.leave(ticket)
-            raise QueueFull
+            self.pushed_out += losers
         return admitted
+
+    def would_refuse(self, owner: Owner) -> bool:
+        """Whether one more ticket of this owner, however small, has no place to wait."""
+        mine = self._waiting.get(owner, OrderedDict())
+        if owner.most_queued is not None and len(mine) >= owner.most_queued > 0:
+            return True
+        if not 0 < self.queue_limits.requests <= self.queued:
+            return False
+        return all(len(mine) + 1 >= len(tickets) for other, tickets in self._waiting.items() if other != owner)
 
     def admit(self) -> list[tuple[Ticket, int]]:
         """Let in who may run now, with their replica's number."""
         admitted = []
-        while self._queue:
-            ticket = next(iter(self._queue))
+        while (ticket := self._next()) is not None:
             number = self._free_replica(ticket)
             if number is None:
                 break
+            self._deficits[ticket.owner] -= ticket.tokens
             self._forget(ticket)
+            self._running[ticket.owner] += 1
             replica = self._replicas[number]
             replica.running[ticket] = None
             replica.tokens += ticket.tokens
@@ -174,12 +218,15 @@ class Admission:
 
     def leave(self, ticket: Ticket) -> None:
         """Give up a place in the queue or in the batch; nothing happens when it holds none."""
-        if ticket in self._queue:
+        if ticket in self._waiting.get(ticket.owner, ()):
             self._forget(ticket)
         for replica in self._replicas:
             if ticket in replica.running:
                 del replica.running[ticket]
                 replica.tokens -= ticket.tokens
+                self._running[ticket.owner] -= 1
+                if not self._running[ticket.owner]:
+                    del self._running[ticket.owner]
 
     def grow(self, ticket: Ticket, tokens: int) -> None:
         """Count more tokens for a ticket that runs; those that wait have room later."""
@@ -196,8 +243,49 @@ class Admission:
             replica.known.clear()  # when it comes back, its KV cache is empty
 
     def _forget(self, ticket: Ticket) -> None:
-        del self._queue[ticket]
+        mine = self._waiting[ticket.owner]
+        del mine[ticket]
+        if not mine:
+            del self._waiting[ticket.owner], self._deficits[ticket.owner]
+            if self._in_turn == ticket.owner:
+                self._in_turn = None
+        self.queued -= 1
         self.queued_tokens -= ticket.tokens
+
+    def _next(self) -> Ticket | None:
+        """The ticket whose turn it is, the same until it is admitted or leaves."""
+        if all(map(self._at_limit, self._waiting)):
+            return None
+        while True:
+            owner = next(iter(self._waiting))
+            ticket = next(iter(self._waiting[owner]))
+            if not self._at_limit(owner):
+                if self._deficits[owner] >= ticket.tokens:
+                    return ticket
+                if owner is not self._in_turn:
+                    self._in_turn = owner
+                    self._deficits[owner] += self._quantum
+                    continue
+            self._in_turn = None
+            self._waiting.move_to_end(owner)
+
+    def _at_limit(self, owner: Owner) -> bool:
+        return owner.most_in_flight is not None and self._running[owner] >= owner.most_in_flight
+
+    def _losers(self, arriving: Owner) -> list[Ticket] | None:
+        """Who has to go so that the queue is within its limits; None if that would be the arriving owner itself."""
+        requests, tokens = self.queued, self.queued_tokens
+        waiting = {owner: list(tickets) for owner, tickets in self._waiting.items()}
+        losers: list[Ticket] = []
+        while requests > self.queue_limits.requests or tokens > self.queue_limits.tokens:
+            sizes = {owner: sum(ticket.tokens for ticket in tickets) for owner, tickets in waiting.items()}
+            owner = max(sizes, key=lambda owner: (sizes[owner], owner == arriving))
+            if owner == arriving:
+                return None
+            ticket = waiting[owner].pop()
+            losers.append(ticket)
+            requests, tokens = requests - 1, tokens - ticket.tokens
+        return losers
 
     def _free_replica(self, ticket: Ticket) -> int | None:
         free = [

@@ -7,6 +7,7 @@ import hmac
 import math
 import time
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +28,8 @@ class _Key(BaseModel):
     key: Annotated[str, Field(min_length=16, pattern=r"^[!-~]+$")]  # what an HTTP header carries unchanged
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
+    max_in_flight: Annotated[int, Field(ge=1)] | None = None
+    max_queued: Annotated[int, Field(ge=0)] | None = None
 
 
 class _Keys(BaseModel):
@@ -62,6 +65,8 @@ class Caller:
     name: str
     requests: TokenBucket | None = None
     tokens: TokenBucket | None = None
+    most_in_flight: int | None = None
+    most_queued: int | None = None
 
     def charge_request(self, now: float) -> None:
         """Take one request from the caller's rate, before any work is done for it.
@@ -104,6 +109,10 @@ def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> N
     bucket.take(amount)
 
 
+_ANONYMOUS = Caller("anonymous")
+CALLER: ContextVar[Caller] = ContextVar("caller", default=_ANONYMOUS)  # of the request that a task serves
+
+
 @dataclass
 class Authenticator:
     """Tells callers by their keys; without keys, everybody is the same caller.
@@ -137,7 +146,8 @@ class Authenticator:
 
 
 def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) -> Authenticator:
-    """Read a keys file: YAML, `keys:` over entries of name, key, requests_per_minute and tokens_per_minute.
+    """Read a keys file: YAML, `keys:` over entries of name, key, requests_per_minute, tokens_per_minute,
+    max_in_flight and max_queued.
 
     Raises:
         InputError: if the file is missing or an entry cannot be used; keys are not repeated in the message.
@@ -157,7 +167,11 @@ def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) ->
         if digest in callers:
             raise InputError(f"{path}: {entry.name} has the same key as {callers[digest].name}", "give each its own")
         callers[digest] = Caller(
-            entry.name, _bucket(entry.requests_per_minute, clock), _bucket(entry.tokens_per_minute, clock)
+            entry.name,
+            _bucket(entry.requests_per_minute, clock),
+            _bucket(entry.tokens_per_minute, clock),
+            entry.max_in_flight,
+            entry.max_queued,
         )
     return Authenticator(callers)
 

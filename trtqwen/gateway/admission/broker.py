@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtqwen.gateway.admission.admission import Ticket
-from trtqwen.gateway.admission.auth import Authenticator, Caller
+from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller
 from trtqwen.gateway.admission.gate import Gate, Prefixes, stopping
 from trtqwen.gateway.errors import ApiError
 
@@ -64,6 +64,9 @@ class Broker:
             replica, up = arguments
             (self._up[replica].add if up else self._up[replica].discard)(worker)
             return self._gate.set_up(replica, bool(self._up[replica]))
+        if method in ("check_room", "arrive"):
+            *arguments, limits = arguments
+            CALLER.set(Caller(**limits))
         if method == "check_room":
             return self._gate.check_room()
         if method == "charge":
@@ -202,7 +205,7 @@ class SharedGate(Gate):
     def check_room(self) -> None:
         if self._draining:
             raise stopping()
-        self._link.call("check_room")
+        self._link.call("check_room", _limits())
 
     @contextmanager
     def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
@@ -211,7 +214,7 @@ class SharedGate(Gate):
         tickets = [Ticket(count) for count in token_counts]
         numbers = range(self._next, self._next + len(tickets))
         self._next += len(tickets)
-        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes))
+        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes), _limits())
         try:
             loop = asyncio.get_running_loop()
             self._numbers |= zip(tickets, numbers, strict=True)
@@ -260,8 +263,8 @@ class SharedGate(Gate):
 class SharedCaller(Caller):
     """A worker's view of a caller, whose rates the broker keeps."""
 
-    def __init__(self, name: str, digest: bytes, link: Link) -> None:
-        super().__init__(name)
+    def __init__(self, own: Caller, digest: bytes, link: Link) -> None:
+        super().__init__(own.name, most_in_flight=own.most_in_flight, most_queued=own.most_queued)
         self._digest = digest.hex()
         self._link = link
 
@@ -284,8 +287,14 @@ def shared_authenticator(own: Authenticator, link: Link) -> Authenticator:
     callers: dict[bytes, Caller] = {}
     for digest, caller in own.callers.items():
         limited = caller.requests is not None or caller.tokens is not None
-        callers[digest] = SharedCaller(caller.name, digest, link) if limited else caller
+        callers[digest] = SharedCaller(caller, digest, link) if limited else caller
     return Authenticator(callers)
+
+
+def _limits() -> dict[str, Any]:
+    """What the broker's gate has to know of the caller of the current request."""
+    caller = CALLER.get()
+    return {"name": caller.name, "most_in_flight": caller.most_in_flight, "most_queued": caller.most_queued}
 
 
 def _packed(problem: ApiError) -> dict[str, Any]:

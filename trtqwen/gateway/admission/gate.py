@@ -9,7 +9,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from trtqwen.gateway.admission.admission import Admission, QueueFull, Ticket
+from trtqwen.gateway.admission.admission import Admission, Owner, QueueFull, Ticket
+from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.errors import ApiError, bad_request, late
 from trtqwen.gateway.metrics import Metrics
 
@@ -26,6 +27,7 @@ class Gate:
         queue_seconds: how long a ticket may wait.
         replicas: names of the replicas in the metrics.
         throttle_seconds: mean time of a request beyond which none may wait; None is no limit.
+        share: of the engines that one key may use at a time; the rest is for the others.
     """
 
     def __init__(
@@ -35,7 +37,9 @@ class Gate:
         queue_seconds: float,
         replicas: Sequence[str] = (),
         throttle_seconds: float | None = None,
+        share: float = 1,
     ) -> None:
+        self._share = share
         self._admission = admission
         self._metrics = metrics
         self._replicas = [
@@ -64,7 +68,7 @@ class Gate:
             ApiError: as `places` does.
         """
         self._refuse_at_the_door()
-        if 0 < self._admission.queue_limits.requests <= self._admission.queued:
+        if self._admission.would_refuse(self._owner()):
             raise self._too_busy(self._full(), "queue_full")
 
     @contextmanager
@@ -79,14 +83,17 @@ class Gate:
                 up, 400 if the counts are more than can run and wait at any time.
         """
         self._refuse_at_the_door()
-        now = time.monotonic()
+        owner, now = self._owner(), time.monotonic()
         beginnings = prefixes or [()] * len(token_counts)
-        tickets = [Ticket(count, now, tuple(begun)) for count, begun in zip(token_counts, beginnings, strict=True)]
+        tickets = [
+            Ticket(count, owner, now, tuple(begun)) for count, begun in zip(token_counts, beginnings, strict=True)
+        ]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}
         try:
             self._turns |= dict.fromkeys(tickets, turns)
             self._grant(self._admission.arrive(tickets))
+            self._tell_pushed_out()
             self._throttle(turns.values(), now)
             yield tickets
         except QueueFull:
@@ -155,9 +162,12 @@ class Gate:
         self._grant(self._admission.admit())
 
     def send_away(self, failure: ApiError) -> None:
-        """End the waiting of all who wait."""
+        """End the waiting of all who wait; a request that has had a turn for one of its answers goes on."""
         for ticket, turns in self._turns.items():
-            if not turns[ticket].done():
+            if (
+                not any(turn.done() and turn.exception() is None for turn in turns.values())
+                and not turns[ticket].done()
+            ):
                 turns[ticket].set_exception(failure)
 
     def drain(self) -> None:
@@ -187,6 +197,21 @@ class Gate:
         metrics.picker_running.set(admission.in_flight)
         metrics.picker_cache.set(admission.in_flight_tokens / (admission.capacity.tokens * admission.replicas))
 
+    def _owner(self) -> Owner:
+        """Whose tickets those of the current request are."""
+        caller = CALLER.get()
+        in_flight = [caller.most_in_flight] if caller.most_in_flight is not None else []
+        if self._share < 1:
+            in_flight.append(max(1, int(self._admission.slots * self._share)))
+        return Owner(caller.name, min(in_flight, default=None), caller.most_queued)
+
+    def _tell_pushed_out(self) -> None:
+        for ticket in self._admission.pushed_out:
+            turn = self._turns[ticket][ticket]
+            if not turn.done():
+                turn.set_exception(self._too_busy("the queue is full, and others have waited for less", "queue_full"))
+        self._admission.pushed_out.clear()
+
     def _refuse_at_the_door(self) -> None:
         if self._draining:
             raise stopping()
@@ -212,6 +237,10 @@ class Gate:
         rounds = (self._admission.queued + 1) / self._admission.slots
         seconds = min(_LONGEST_ADVICE, math.ceil(rounds * self._service_seconds))
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
+
+
+def _granted(turn: asyncio.Future[int]) -> bool:
+    return turn.done() and turn.exception() is None
 
 
 class RecentMean:

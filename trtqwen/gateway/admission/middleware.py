@@ -8,7 +8,7 @@ import time
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trtqwen.gateway.admission.auth import Authenticator
+from trtqwen.gateway.admission.auth import CALLER, Authenticator
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
@@ -64,6 +64,7 @@ class Guard:
         if body is None:
             return
         scope.setdefault("state", {})["caller"] = caller
+        CALLER.set(caller)
         pending = [body]
 
         async def replay() -> Message:

@@ -17,6 +17,7 @@ from trtqwen.gateway.api.respond import Route, check_model, work_out
 from trtqwen.gateway.api.schemas import DetokenizeRequest, TokenizeRequest
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.state import Runtime
+from trtqwen.gateway.supervision import read_supervision
 
 router = APIRouter(route_class=Route)
 _PAGE = Path(__file__).with_name("chat.html").read_bytes()
@@ -58,7 +59,12 @@ async def ready(request: Request) -> Response:
     runtime = runtime_of(request)
     if runtime.gate.draining:
         return Json({"status": "stopping"}, 503)
-    return Json({"status": "ready"}) if runtime.monitor.ready else Json({"status": "the engine does not answer"}, 503)
+    supervision = read_supervision(runtime.config.supervisor)
+    restarts = {"restarts": supervision.restarts}
+    if runtime.monitor.ready:
+        return Json({"status": "ready", **restarts})
+    restarting = supervision.state == "restarting"
+    return Json({"status": "restarting" if restarting else "the engine does not answer", **restarts}, 503)
 
 
 @router.get("/version")
@@ -78,7 +84,9 @@ async def load(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """The gateway's metrics for Prometheus; the engine's are at Triton's own endpoint."""
-    return Response(runtime_of(request).metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    runtime = runtime_of(request)
+    runtime.metrics.set_supervision(read_supervision(runtime.config.supervisor))
+    return Response(runtime.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.post("/tokenize")
@@ -118,7 +126,8 @@ def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
     if (body.prompt is None) == (body.messages is None):
         raise bad_request("send either a prompt or messages", param="prompt")
     if body.prompt is not None:
-        return runtime.model.encode(body.prompt, "prompt", raw=body.add_special_tokens is not False)
+        raw = body.add_special_tokens is not False
+        return runtime.model.encode(body.prompt, "prompt", raw=raw, bounded=False)
     conversation = Conversation(
         runtime.model,
         runtime.template,

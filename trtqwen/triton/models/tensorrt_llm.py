@@ -3,6 +3,7 @@
 import json
 import os
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, engine_parameters
+from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, HEARTBEAT, engine_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 
@@ -41,7 +42,7 @@ class TritonPythonModel:
         self._stopping = threading.Event()
         self._threads = [
             self._every(parameters.cancellation_check_period, self._service.cancel_abandoned),
-            self._every(parameters.stats_check_period, lambda: self._metrics.set(self._service.gauges())),
+            self._every(parameters.stats_check_period, self._report),
         ]
 
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
@@ -52,6 +53,14 @@ class TritonPythonModel:
             sender = _Sender(request.get_response_sender(), from_program=client_id is not None)
             extensions = own.get(EXTENSIONS, "")
             self._service.handle(request.request_id(), inputs, sender, client_id=client_id, extensions=extensions)
+
+    def _report(self) -> None:
+        gauges = self._service.gauges()  # waits until a step has ended
+        if HEARTBEAT in os.environ:
+            now = time.monotonic_ns()  # time stamps need no room on the disk
+            Path(os.environ[HEARTBEAT]).touch()
+            os.utime(os.environ[HEARTBEAT], ns=(now, now))
+        self._metrics.set(gauges)
 
     def is_ready(self) -> bool:
         """Asked by Tritons newer than 2.51, which has no way to say no."""
