@@ -180,7 +180,12 @@ def online(options: argparse.Namespace) -> list[dict[str, Any]]:
             return float(results[name][-1]["output_tokens_per_s"])
 
         figures = in_turns({name: (lambda name=name: measure(name)) for name in servers}, options.turns)
-    more = {"details": {name: found[-1] for name, found in results.items()}}
+    cpu = {name: round(sum(found[-1]["cpu_ms_a_token"].values()), 3) for name, found in results.items()}
+    more = {
+        "cpu_ms_a_token": cpu,
+        "cpu_ratio": round(cpu["vllm"] / cpu["trtqwen"], 2),
+        "details": {name: found[-1] for name, found in results.items()},
+    }
     load = "HTTP, bundled model: 64 streams, 64 in, 64 out"
     starts = {name: 1 / server.start_s for name, server in servers.items()}
     return [

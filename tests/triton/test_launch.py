@@ -20,6 +20,7 @@ import pytest
 
 from tests.standins import host, mpirun, tritonserver
 from trtqwen.diagnostics import InputError, ServerError
+from trtqwen.recipe import load_recipe, recipe_names
 from trtqwen.system.host import Gpu, Host
 from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
@@ -305,3 +306,36 @@ def test_an_engine_of_another_release_is_not_started(
     host.install(tmp_path, monkeypatch, tensorrt_llm="1.0.0", tensorrt="10.11.0.33")
     with pytest.raises(ServerError, match=r"was built by TensorRT-LLM 1\.2\.1, here is TensorRT-LLM 1\.0\.0"):
         TritonServer(trt_repository(1), ports=Ports(0, 0, 0))
+
+
+RECIPES = [name for name in recipe_names() if load_recipe(name).engine.backend == "tensorrt_llm"]
+
+
+@pytest.mark.parametrize("mode", ["servers", "orchestrator"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_lines_of_every_recipe(monkeypatch: pytest.MonkeyPatch, name: str, mode: str) -> None:
+    """One tritonserver per rank that serves or works, and every GPU once.
+
+    Sources: scripts/launch_triton_server.py of TensorRT-LLM 1.2 (mpirun, orchestrator's variables), and the mpirun of
+    Open MPI 4.1, whose flags another test runs.
+    """
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    recipe = load_recipe(name)
+    ranks, replicas = recipe.world_size, recipe.serve.replicas
+    apart = mode == "servers"
+    deployment = Deployment(ranks, 1 if apart else replicas, Path("engine"), replicas if apart else 1)
+    devices = server_devices(deployment, FOUR_4090D)
+    launches = [plan(ranks, deployment.replicas, FOUR_4090D, group) for group in devices]
+    assert len(launches) == deployment.servers
+    named = [
+        gpu for launch in launches for gpu in launch.environment.get("CUDA_VISIBLE_DEVICES", "0,1,2,3").split(",")
+    ]
+    assert named == ["0", "1", "2", "3"]
+    for launch in launches:
+        words = launch.command
+        starts_mpi = ranks > 1 or (not apart and replicas > 1)
+        assert (words[: len(MPIRUN)] == MPIRUN) == starts_mpi
+        orchestrates = not apart and replicas > 1
+        assert words.count("/opt/tritonserver/bin/tritonserver") == (1 if orchestrates else ranks)
+        assert ("TRTLLM_ORCHESTRATOR" in launch.environment) == orchestrates
+        assert launch.environment.get("NCCL_P2P_DISABLE") == ("1" if ranks > 1 else None)

@@ -30,6 +30,7 @@ def main() -> int:
         return 2
     # While the server runs it has a handler of its own; before and after, nothing is left to finish.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGHUP, lambda *_: None)  # a changed keys file is read again by itself
     listener = None
     if len(sys.argv) > 2:
         listener = socket.socket(fileno=int(sys.argv[2]))

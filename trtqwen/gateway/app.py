@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -62,6 +63,9 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
         max_header_bytes=config.max_header_bytes,
         max_body_bytes=app.state.max_body_bytes,
         body_seconds=config.body_seconds,
+        allowed_hosts=_allowed_hosts(config),
+        access_log=bool(authenticator.callers) if config.access_log is None else config.access_log,
+        protect_metrics=config.protect_metrics,
     )
     app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix)
     # The last one is the first that a request meets: a preflight request has no key and no body.
@@ -74,3 +78,11 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
         expose_headers=("x-request-id", "retry-after", "x-trtqwen-ignored"),
     )
     return app
+
+
+def _allowed_hosts(config: GatewayConfig) -> frozenset[str] | None:
+    if config.allowed_hosts is not None:
+        return frozenset(map(str.lower, config.allowed_hosts))
+    if config.api_keys is not None or not config.loopback:
+        return None
+    return frozenset({"localhost", "127.0.0.1", "[::1]", config.host, socket.gethostname().lower()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from pathlib import Path
@@ -86,6 +87,11 @@ class GatewayConfig(BaseModel):
             counts as silent, and its answers end only when they are stalled.
         max_connections_per_address: None is half of the files that the gateway may open. Behind a proxy, all
             connections come from its address.
+        access_log: write a line of JSON for each request to standard error; None does so where there are API keys.
+        protect_metrics: ask for an API key for /metrics and /openapi.json too.
+        allowed_hosts: names that requests may give in the Host header, without the port. None allows all where there
+            are API keys, and the names of this machine's loopback addresses where there are none: a web page whose
+            name is bound to a loopback address (DNS rebinding) is refused.
         supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
         prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
@@ -124,6 +130,9 @@ class GatewayConfig(BaseModel):
     probe_seconds: Positive = 2
     prompt_tokens_per_second: Positive = 1000
     max_connections_per_address: Count | None = None
+    access_log: bool | None = None
+    protect_metrics: bool = False
+    allowed_hosts: tuple[str, ...] | None = None
     supervisor: Path | None = None
 
     @property
@@ -143,10 +152,19 @@ class GatewayConfig(BaseModel):
         host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine reaches the gateway."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False  # a name that begins with 127. is still a name
+
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> GatewayConfig:
-        loopback = self.host in ("localhost", "::1") or self.host.startswith("127.")
-        if not (loopback or self.api_keys or self.allow_anonymous):
+        if not (self.loopback or self.api_keys or self.allow_anonymous):
             raise ValueError(
                 f"{self.host} can be reached by others and there are no API keys; name a file with keys, or set "
                 "allow_anonymous"

@@ -80,7 +80,7 @@ def from_rpc(address: str, problem: grpc.RpcError) -> ApiError:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return late()
     if code is grpc.StatusCode.UNAVAILABLE:
-        return ApiError(503, f"the engine at {address} does not answer; try again", "engine_dead", retry_after=1)
+        return ApiError(503, "the engine does not answer; try again", "engine_dead", retry_after=1)
     return from_engine(details)
 
 

@@ -44,6 +44,8 @@ class Metrics:
             "guided_violations", "Complete answers that break the JSON schema they were held to"
         )
         self.probes = self._counter("probes", "One-token requests that ask whether the engine works", "result")
+        self.key_requests = self._counter("key_requests", "Requests by API key and status", "key", "status")
+        self.key_tokens = self._counter("key_tokens", "Prompt and answer tokens by API key", "key")
         self.in_flight = self._gauge("in_flight", "Sequences on the engine")
         self.in_flight_tokens = self._gauge("in_flight_tokens", "Tokens of the sequences on the engine, at most")
         self.queued = self._gauge("queued", "Sequences that wait for a turn")

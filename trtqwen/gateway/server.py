@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -46,6 +47,11 @@ def serve(
     form = "%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s"
     logging.basicConfig(level=logging.WARNING, format=form, handlers=[handler])
     logging.getLogger("uvicorn").setLevel(logging.ERROR)  # its warnings are about what clients send
+    access = logging.getLogger("trtqwen.access")
+    access.setLevel(logging.INFO)
+    access.propagate = False
+    access.addHandler(logging.StreamHandler())  # JSON alone on its lines
+    signal.signal(signal.SIGHUP, lambda number, frame: None)  # a changed keys file is read again by itself
     raise_file_limit()
     app = create_app(config, link=link)
     settings = uvicorn.Config(

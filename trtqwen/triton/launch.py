@@ -136,6 +136,16 @@ def replica_count(config: ModelConfig) -> int:
     return len(groups.split(";"))
 
 
+def python_instances(repository: Path) -> int:
+    """Instances of python models in a finished repository; each takes shared memory."""
+    count = 0
+    for path in repository.glob(f"*/{MODEL_CONFIG}"):
+        config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+        if config.backend == "python":
+            count += sum(group.count for group in config.instance_group) or 1
+    return count
+
+
 def server_count(repository: Path) -> int:
     """How many tritonservers run a finished repository side by side.
 

@@ -28,11 +28,20 @@ from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.leftovers import shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
+from trtqwen.system.limits import check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
-from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment, server_devices
+from trtqwen.triton.launch import (
+    Endpoint,
+    Launch,
+    clean_environment,
+    plan_launch,
+    python_instances,
+    read_deployment,
+    server_devices,
+)
 from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, HEARTBEAT
 from trtqwen.triton.watchdog import Watchdog
 
@@ -41,6 +50,7 @@ _CRASHED = "the log has no error; it crashed"
 _NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
 _UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
 _UNLOAD_SECONDS = 5
+_REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
@@ -174,6 +184,7 @@ class TritonServer(Service):
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
         sweep()
+        check_shared_memory(python_instances(self._repository) * _REGION_BYTES)
         workspace = self._cleanup.enter_context(new_workspace())
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
         home = self._installation.home

@@ -4,32 +4,50 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import math
+import stat
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.yaml_file import read_mapping
 
 _MINUTE = 60.0
+_FREE_GUESSES = 20  # wrong keys of one address in a minute, before its further ones wait
+_MOST_ADDRESSES = 10_000
+_LOOK_SECONDS = 1.0  # between two looks at the keys file
+_log = logging.getLogger(__name__)
 
 
 class _Key(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: Annotated[str, Field(min_length=1)]
-    key: Annotated[str, Field(min_length=16, pattern=r"^[!-~]+$")]  # what an HTTP header carries unchanged
+    key: Annotated[str, Field(min_length=16, pattern=r"^[!-~]+$")] | None = None  # what a header carries unchanged
+    key_sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     requests_per_minute: Annotated[int, Field(ge=1)] | None = None
     tokens_per_minute: Annotated[int, Field(ge=1)] | None = None
     max_in_flight: Annotated[int, Field(ge=1)] | None = None
     max_queued: Annotated[int, Field(ge=0)] | None = None
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> _Key:
+        if (self.key is None) == (self.key_sha256 is None):
+            raise ValueError("give either key or key_sha256")
+        return self
+
+    @property
+    def digest(self) -> bytes:
+        return _digest(self.key) if self.key is not None else bytes.fromhex(self.key_sha256 or "")
 
 
 class _Keys(BaseModel):
@@ -42,6 +60,7 @@ class TokenBucket:
     """Holds at most a minute's worth and fills evenly."""
 
     def __init__(self, per_minute: int, now: float) -> None:
+        self.per_minute = per_minute
         self._size = float(per_minute)
         self._level = self._size
         self._at = now
@@ -67,6 +86,17 @@ class Caller:
     tokens: TokenBucket | None = None
     most_in_flight: int | None = None
     most_queued: int | None = None
+
+    def same_limits(self, other: Caller | None) -> bool:
+        """Whether another caller has the same limits: its rates go on where they are."""
+        if type(other) is not type(self):
+            return False
+        rates = [
+            (caller.requests and caller.requests.per_minute, caller.tokens and caller.tokens.per_minute)
+            for caller in (self, other)
+        ]
+        limits = [(caller.most_in_flight, caller.most_queued) for caller in (self, other)]
+        return rates[0] == rates[1] and limits[0] == limits[1]
 
     def charge_request(self, now: float) -> None:
         """Take one request from the caller's rate, before any work is done for it.
@@ -123,6 +153,35 @@ class Authenticator:
 
     callers: dict[bytes, Caller] = field(default_factory=dict)
     anonymous: Caller = field(default_factory=lambda: Caller("anonymous"))
+    path: Path | None = None
+    wrap: Callable[[bytes, Caller], Caller] = lambda digest, caller: caller
+    _state: tuple[int, ...] = ()
+    _looked_at: float = float("-inf")
+
+    def refresh(self) -> None:
+        """Read the keys file again if it has changed; a file that cannot be used changes nothing."""
+        now = time.monotonic()
+        if self.path is None or now - self._looked_at < _LOOK_SECONDS:
+            return
+        self._looked_at = now
+        try:
+            status = self.path.stat()
+            state = (status.st_ino, status.st_size, status.st_mtime_ns)
+            if state == self._state:
+                return
+            known, self._state = self._state, state
+            if not known:
+                return  # it was read a moment ago
+            callers = read_keys(self.path).callers
+        except (OSError, InputError) as problem:
+            _log.error("the keys are as before: %s", problem)
+            return
+        old = {caller.name: caller for caller in self.callers.values()}
+        self.callers = {
+            digest: old[caller.name] if caller.same_limits(old.get(caller.name)) else self.wrap(digest, caller)
+            for digest, caller in callers.items()
+        }
+        _log.warning("%s was read again: %d keys", self.path, len(self.callers))
 
     def authenticate(self, header: str | None) -> Caller:
         """The caller of an `Authorization` header.
@@ -130,6 +189,7 @@ class Authenticator:
         Raises:
             ApiError: 401 without a known key.
         """
+        self.refresh()
         if not self.callers:
             return self.anonymous
         scheme, _, key = (header or "").partition(" ")
@@ -146,14 +206,17 @@ class Authenticator:
 
 
 def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) -> Authenticator:
-    """Read a keys file: YAML, `keys:` over entries of name, key, requests_per_minute, tokens_per_minute,
-    max_in_flight and max_queued.
+    """Read a keys file: YAML, `keys:` over entries.
+
+    Each has a name and either its key or key_sha256, the key's SHA-256 in hex digits. It may have
+    requests_per_minute, tokens_per_minute, max_in_flight and max_queued.
 
     Raises:
         InputError: if the file is missing or an entry cannot be used; keys are not repeated in the message.
     """
     if path is None:
         return Authenticator()
+    _check_mode(path)
     content = read_mapping(path)
     try:
         entries = _Keys.model_validate(content).keys
@@ -163,7 +226,9 @@ def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) ->
         raise InputError(f"{path}: field {field_name!r}: {first['msg'].lower()}", "correct it") from None
     callers: dict[bytes, Caller] = {}
     for entry in entries:
-        digest = _digest(entry.key)
+        digest = entry.digest
+        if any(caller.name == entry.name for caller in callers.values()):
+            raise InputError(f"{path}: two entries have the name {entry.name}", "give each its own")
         if digest in callers:
             raise InputError(f"{path}: {entry.name} has the same key as {callers[digest].name}", "give each its own")
         callers[digest] = Caller(
@@ -173,7 +238,19 @@ def read_keys(path: Path | None, clock: Callable[[], float] = time.monotonic) ->
             entry.max_in_flight,
             entry.max_queued,
         )
-    return Authenticator(callers)
+    return Authenticator(callers, path=path)
+
+
+def _check_mode(path: Path) -> None:
+    """Refuse a file that others can write, and warn of one that they can read."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return  # reading it tells
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise InputError(f"{path}: other users can write it, and so give themselves keys", f"run `chmod 600 {path}`")
+    if mode & stat.S_IROTH:
+        _log.warning("%s: other users can read the keys; run `chmod 600 %s`, or store key_sha256", path, path)
 
 
 def _bucket(per_minute: int | None, clock: Callable[[], float]) -> TokenBucket | None:
@@ -182,3 +259,29 @@ def _bucket(per_minute: int | None, clock: Callable[[], float]) -> TokenBucket |
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+class Guesses:
+    """Makes an address wait that sends wrong keys: after twenty in a minute, one each three seconds."""
+
+    def __init__(self) -> None:
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+
+    def wrong(self, address: str, now: float) -> None:
+        """Count a wrong key; requests with a right key are never held up.
+
+        Raises:
+            ApiError: 429 with the time to wait, if the address has guessed too often.
+        """
+        bucket = self._buckets.get(address)
+        if bucket is None:
+            bucket = self._buckets[address] = TokenBucket(_FREE_GUESSES, now)
+            if len(self._buckets) > _MOST_ADDRESSES:
+                self._buckets.popitem(last=False)
+        if (wait := bucket.wait(1, now)) > 0:
+            seconds = math.ceil(wait)
+            message = f"too many wrong API keys; try again in {seconds} s"
+            raise ApiError(429, message, "too_many_keys", retry_after=seconds)
+        bucket.take(1)
+        if bucket.wait(1, now) > 0:
+            _log.warning("%s has sent %d wrong API keys within a minute", address, _FREE_GUESSES)

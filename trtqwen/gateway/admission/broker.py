@@ -33,7 +33,7 @@ class Broker:
 
     def __init__(self, gate: Gate, authenticator: Authenticator, replicas: int) -> None:
         self._gate = gate
-        self._callers = {digest.hex(): caller for digest, caller in authenticator.callers.items()}
+        self._authenticator = authenticator
         self._up: list[set[int]] = [set() for _ in range(replicas)]  # the workers for whom each replica works
 
     async def serve(self, worker: int, calls: socket.socket, news: socket.socket) -> None:
@@ -71,7 +71,11 @@ class Broker:
             return self._gate.check_room()
         if method == "charge":
             digest, what, tokens = arguments
-            caller, now = self._callers[digest], time.monotonic()
+            self._authenticator.refresh()
+            caller = self._authenticator.callers.get(bytes.fromhex(digest))
+            now = time.monotonic()
+            if caller is None:
+                raise ApiError(401, "the API key is not known here; check it", "invalid_api_key")
             if what == "request":
                 return caller.charge_request(now)
             if what == "tokens":
@@ -284,11 +288,13 @@ class SharedCaller(Caller):
 
 def shared_authenticator(own: Authenticator, link: Link) -> Authenticator:
     """The same keys, with rates that the broker keeps; callers without a rate need not ask it."""
-    callers: dict[bytes, Caller] = {}
-    for digest, caller in own.callers.items():
+
+    def wrap(digest: bytes, caller: Caller) -> Caller:
         limited = caller.requests is not None or caller.tokens is not None
-        callers[digest] = SharedCaller(caller, digest, link) if limited else caller
-    return Authenticator(callers)
+        return SharedCaller(caller, digest, link) if limited else caller
+
+    callers = {digest: wrap(digest, caller) for digest, caller in own.callers.items()}
+    return Authenticator(callers, path=own.path, wrap=wrap)
 
 
 def _limits() -> dict[str, Any]:

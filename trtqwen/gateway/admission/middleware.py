@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+import re
 import time
+from collections.abc import Collection
+from datetime import datetime, timezone
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from trtqwen.gateway.admission.auth import CALLER, Authenticator
+from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller, Guesses
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
+_log = logging.getLogger("trtqwen.access")
+_ADDRESS = re.compile(r"[0-9.]+")
+_PORT = re.compile(r":[0-9]*$")
+_METRICS = ("/metrics", "/openapi.json")
+_HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
+_PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -20,6 +31,9 @@ class Guard:
 
     Args:
         max_header_bytes, max_body_bytes: of a request.
+        allowed_hosts: names that the Host header may give; None allows all.
+        access_log: write a line for each request, and count requests and tokens by key.
+        protect_metrics: ask for a key for the metrics and the description of the routes too.
         body_seconds: for the whole body.
     """
 
@@ -32,6 +46,9 @@ class Guard:
         max_header_bytes: int,
         max_body_bytes: int,
         body_seconds: float,
+        allowed_hosts: Collection[str] | None = None,
+        access_log: bool = False,
+        protect_metrics: bool = False,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
@@ -39,9 +56,82 @@ class Guard:
         self._max_header_bytes = max_header_bytes
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._allowed_hosts = allowed_hosts
+        self._access_log = access_log
+        self._protected = (*_PROTECTED, *(_METRICS if protect_metrics else ()))
+        self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+<<<<<<< HEAD
         if scope["type"] == "lifespan" or not scope["path"].startswith(_PROTECTED):
+=======
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun, status = time.monotonic(), 0
+        state = scope.setdefault("state", {})
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._admit(scope, receive, noting if self._access_log else send)
+        finally:
+            if self._access_log and scope["path"] not in _PROBED:
+                self._write(scope, state, status, time.monotonic() - begun)
+
+    def _write(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
+        """One line of the access log: who, what, how it ended; never what was asked or answered."""
+        usage = state.get("usage")
+        entry = {
+            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
+            "address": scope["client"][0] if scope.get("client") else None,
+            "key": state["caller"].name if "caller" in state else None,
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": status or 499,  # the client has gone before the answer
+            "seconds": round(seconds, 4),
+            "prompt_tokens": usage.prompt_tokens if usage is not None else None,
+            "output_tokens": usage.output_tokens if usage is not None else None,
+            "request_id": state.get("request_id"),
+        }
+        _log.info("%s", json.dumps(entry))
+        key = entry["key"] or "-"
+        self._metrics.key_requests.labels(key, str(entry["status"])).inc()
+        if usage is not None:
+            self._metrics.key_tokens.labels(key).inc(usage.prompt_tokens + usage.output_tokens)
+
+    def _check_host(self, headers: dict[bytes, bytes]) -> None:
+        if self._allowed_hosts is None:
+            return
+        host = headers.get(b"host", b"").decode("latin-1").lower()
+        name = host.rpartition(":")[0] if _PORT.search(host) else host
+        # An attacker's name has a dot: addresses and names of the local network are nobody else's to bind.
+        if "." in name and not _ADDRESS.fullmatch(name) and name not in self._allowed_hosts:
+            message = "the Host header names another server; add its name to allowed_hosts"
+            raise ApiError(421, message, "unknown_host")
+
+    def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller:
+        try:
+            return self._authenticator.authenticate(_authorization(headers))
+        except ApiError as problem:
+            if problem.code == "invalid_api_key":
+                self._guesses.wrong(scope["client"][0] if scope.get("client") else "", time.monotonic())
+            raise
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = dict(scope["headers"])
+        try:
+            if scope["path"] not in _HARMLESS:
+                self._check_host(headers)
+        except ApiError as problem:
+            await self._refuse(problem, send)
+            return
+        if not scope["path"].startswith(self._protected):
+>>>>>>> main
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
@@ -50,7 +140,8 @@ class Guard:
             return
         try:
             self._check_size(scope)
-            caller = self._authenticator.authenticate(_authorization(headers))
+            caller = self._authenticate(scope, headers)
+            scope["state"]["caller"] = caller
             if scope["method"] == "POST":
                 caller.charge_request(time.monotonic())
             body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
@@ -63,7 +154,6 @@ class Guard:
             return
         if body is None:
             return
-        scope.setdefault("state", {})["caller"] = caller
         CALLER.set(caller)
         pending = [body]
 

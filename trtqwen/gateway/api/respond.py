@@ -96,6 +96,7 @@ async def respond(
     """
     caller: Caller = request.state.caller
     headers = {_IGNORED: request.state.ignored} if hasattr(request.state, "ignored") else {}
+    request.state.usage = answers.usage
     caller.charge_tokens(plan.reserved_tokens, time.monotonic())
     try:
         if not stream:

@@ -86,6 +86,9 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
         raise unsupported(param, str(problem)) from None
     except ValueError as problem:
         raise bad_request(str(problem), param=param) from None
+    except RecursionError:  # a chain of a thousand references
+        message = f"{param}: the schema's parts or references are nested too deeply; flatten it"
+        raise bad_request(message, param=param) from None
     return Guide(text)
 
 

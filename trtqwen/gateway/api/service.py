@@ -25,11 +25,18 @@ _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
 )
 
+_PAGE_HEADERS = {
+    "Content-Security-Policy": f"{_POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Frame-Options": "DENY",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
 
 @router.get("/", include_in_schema=False)
 async def chat_page() -> Response:
     """The page for people."""
-    return Response(_PAGE, media_type="text/html; charset=utf-8", headers={"Content-Security-Policy": _POLICY})
+    return Response(_PAGE, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
 
 @router.get("/v1/models")
