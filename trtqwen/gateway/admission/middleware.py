@@ -23,6 +23,7 @@ _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
 _PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
+_POLICY_VIOLATION = 1008  # of a WebSocket
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -62,9 +63,9 @@ class Guard:
         self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-<<<<<<< HEAD
-        if scope["type"] == "lifespan" or not scope["path"].startswith(_PROTECTED):
-=======
+        if scope["type"] == "websocket":
+            await self._open(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -131,12 +132,7 @@ class Guard:
             await self._refuse(problem, send)
             return
         if not scope["path"].startswith(self._protected):
->>>>>>> main
             await self._app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if scope["type"] == "websocket":
-            await self._open(scope, headers, receive, send)
             return
         try:
             self._check_size(scope)
@@ -164,17 +160,20 @@ class Guard:
 
         await self._app(scope, replay, send)
 
-    async def _open(self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send) -> None:
-        """Let a WebSocket in by its key; its messages are charged one by one."""
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a WebSocket in by its host and key; its messages are charged one by one."""
+        headers = dict(scope["headers"])
         try:
+            self._check_host(headers)
             self._check_size(scope)
-            caller = self._authenticator.authenticate(_authorization(headers))
+            caller = self._authenticate(scope, headers)
         except ApiError as problem:
             self._metrics.refused.labels(str(problem.status), problem.code).inc()
             await receive()
-            await send({"type": "websocket.close", "code": 1008, "reason": problem.message[:100]})
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": problem.message[:100]})
             return
         scope.setdefault("state", {})["caller"] = caller
+        CALLER.set(caller)
         await self._app(scope, receive, send)
 
     def _check_size(self, scope: Scope) -> None:
