@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,7 @@ def _path_prefix(text: str) -> str:
 
 
 LOOPBACK_ORIGINS = "loopback"
+LOOPBACK_PATTERN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _CPUS_A_WORKER, _MOST_WORKERS = 4, 8
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Count = Annotated[int, Field(ge=1)]
@@ -137,6 +139,12 @@ class GatewayConfig(BaseModel):
     def num_workers(self) -> int:
         """Workers on this machine."""
         return self.workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // _CPUS_A_WORKER))
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Whether a page may speak to the gateway: by its own origin and the host that it asked for."""
+        loopback = LOOPBACK_ORIGINS in self.allowed_origins and re.fullmatch(LOOPBACK_PATTERN, origin) is not None
+        own = origin.partition("://")[2] == host
+        return own or loopback or "*" in self.allowed_origins or origin in self.allowed_origins
 
     @property
     def url(self) -> str:
