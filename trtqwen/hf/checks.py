@@ -92,7 +92,7 @@ def end_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diagnostic]
         )
     elif beyond := [token for token in tokenizer.stop_ids if token >= len(tokenizer)]:
         yield Diagnostic(
-            f"end ids {', '.join(map(str, beyond))} are no tokens, the tokenizer has {len(tokenizer)}: {words}",
+            f"end ids {', '.join(map(str, beyond))} are not tokens, the tokenizer has {len(tokenizer)}: {words}",
             "take tokenizer and config files from one model",
             code="end-ids",
         )
