@@ -101,6 +101,7 @@ class Request(_Message):
         stop_words: token sequences that end the answer and are part of it.
         bad_words: token sequences that are never completed.
         embedding_bias: added to the logits, by token id; -inf forbids a token.
+        cache_salt: requests reuse KV cache blocks of those with the same salt alone.
     """
 
     id: str
@@ -113,6 +114,7 @@ class Request(_Message):
     sampling: SamplingConfig = SamplingConfig()
     output: OutputConfig = OutputConfig()
     guided_decoding: GuidedDecodingParams | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
 
 
 class FinishReason(str, Enum):

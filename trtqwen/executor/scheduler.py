@@ -16,7 +16,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.executor.kv_cache import BlockPool, block_key
+from trtqwen.executor.kv_cache import BlockPool, block_key, salt_key
 from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
 
 SchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
@@ -405,7 +405,7 @@ class Scheduler:
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         size = self.config.tokens_per_block
         for index in range(len(sequence.block_keys), count):
-            before = sequence.block_keys[-1] if index else b""
+            before = sequence.block_keys[-1] if index else salt_key(sequence.request.cache_salt)
             sequence.block_keys.append(block_key(before, sequence.token_ids[index * size : (index + 1) * size]))
 
     def _fits(self, sequence: Sequence, num_tokens: int, reused: list[int]) -> bool:

@@ -92,6 +92,8 @@ class GatewayConfig(BaseModel):
         allowed_hosts: names that requests may give in the Host header, without the port. None allows all where there
             are API keys, and the names of this machine's loopback addresses where there are none: a web page whose
             name is bound to a loopback address (DNS rebinding) is refused.
+        share_kv_cache: let API keys reuse each other's KV cache blocks. It saves work where they send the same
+            prompts, and lets one key find out by timing what another one sends.
         supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
         prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
@@ -133,6 +135,7 @@ class GatewayConfig(BaseModel):
     access_log: bool | None = None
     protect_metrics: bool = False
     allowed_hosts: tuple[str, ...] | None = None
+    share_kv_cache: bool = False
     supervisor: Path | None = None
 
     @property

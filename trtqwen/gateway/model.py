@@ -19,7 +19,10 @@ from trtqwen.triton.launch import replica_count
 
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
 _CUT_TOKENS = 16
-_EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
+_EXTENSIONS = {
+    "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt"}),
+    "vllm": frozenset({"min_p"}),
+}
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,7 @@ class Extensions(BaseModel):
             their log probabilities.
         return_prompt_log_probs: `context_logits` has such a column for each prompt token instead of logits; the first
             token, which follows nothing, has NaN and ids of -1.
+        cache_salt: reuse KV cache blocks of requests with the same salt alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -145,6 +146,7 @@ class Extensions(BaseModel):
     min_p: float = 0.0
     num_top_log_probs: int = 0
     return_prompt_log_probs: bool = False
+    cache_salt: str = ""
 
 
 def read_generation(
@@ -170,7 +172,8 @@ def read_generation(
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
         fields["sampling"]["min_p"] = own.min_p
-        fields["output"] |= own.model_dump(exclude={"min_p"})
+        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt"})
+        fields["cache_salt"] = own.cache_salt
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
             places.append(Place(row, sequence))

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trtqwen.gateway.admission.admission import Ticket
+from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.admission.prefix import prefixes
 from trtqwen.gateway.config import GatewayConfig
@@ -149,6 +150,7 @@ class Generator:
 
     Args:
         request_seconds: how long a request may take in all.
+        isolates_keys: whether API keys share no KV cache blocks.
         suspect: is told of a replica that does not answer.
         prefix_routing: whether a request goes to the replica that has read its beginning.
     """
@@ -160,6 +162,7 @@ class Generator:
     request_seconds: float
     suspect: Callable[[Replica], None]
     prefix_routing: bool = False
+    isolates_keys: bool = False
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -204,7 +207,8 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
-        extensions = engine_extensions(self.model, plan.sampling)
+        caller = CALLER.get().name if self.isolates_keys else ""
+        extensions = engine_extensions(self.model, plan.sampling, caller)
         replica = self.replicas[await self.gate.turn(ticket, deadline)]
         begun = last = time.monotonic()
         lasted: float | None = None
