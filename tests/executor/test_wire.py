@@ -97,4 +97,4 @@ def test_joined_responses_keep_every_log_probability() -> None:
     assert joined.top_log_probs == TopLogProbs(ids=b"a" * 8 + b"b" * 8, log_probs=b"a" * 8 + b"b" * 8)
     assert joined.prompt_log_probs == prompt
     ranked_only = first.model_copy(update={"log_probs": ()})
-    assert EventDecoder().decode(EventEncoder().encode([Event(response=ranked_only)])) == [ranked_only]
+    assert list(EventDecoder().decode(EventEncoder().encode([Event(response=ranked_only)]))) == [ranked_only]

@@ -43,7 +43,7 @@ class LocalTriton:
         self.tokens = 0
         self._service = service
 
-    def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float) -> _Call:
+    def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float, metadata: object = ()) -> _Call:
         """A call, as grpc's stub makes it."""
         return _Call(self, self._service, requests)
 

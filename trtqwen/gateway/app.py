@@ -13,6 +13,7 @@ from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.middleware import Guard
+from trtqwen.gateway.admission.rates import open_keys
 from trtqwen.gateway.api import messages, responses, routes, service, websocket
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
@@ -22,6 +23,7 @@ from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
 from trtqwen.gateway.state import Connect, running
+from trtqwen.gateway.tracing import Traced, tracing_is_on
 
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
@@ -38,9 +40,7 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     """
     model = load_model(config.repository, config.model_name)
     template = model.tokenizer.chat_template
-    authenticator = read_keys(config.api_keys)
-    if link is not None:
-        authenticator = shared_authenticator(authenticator, link)
+    authenticator = open_keys(config) if link is None else shared_authenticator(read_keys(config.api_keys), link)
     metrics = Metrics()
 
     @asynccontextmanager
@@ -67,6 +67,8 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
         access_log=bool(authenticator.callers) if config.access_log is None else config.access_log,
         protect_metrics=config.protect_metrics,
     )
+    if tracing_is_on():
+        app.add_middleware(Traced)
     app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix)
     # The last one is the first that a request meets: a preflight request has no key and no body.
     app.add_middleware(

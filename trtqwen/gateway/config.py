@@ -7,6 +7,7 @@ import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -27,6 +28,15 @@ def _origin(text: str) -> str:
     scheme, _, host = text.partition("://")
     if text not in ("*", LOOPBACK_ORIGINS) and (scheme not in ("http", "https") or not host or "/" in host):
         raise ValueError(f"{text!r} is not an origin such as https://chat.example.com, nor *, nor {LOOPBACK_ORIGINS}")
+    return text
+
+
+def _rates_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.path):
+        raise ValueError(f"{parts.scheme}://{parts.hostname or ''} is not an address such as redis://host:6379/0")
+    if parts.password:  # other users of the machine can read a process's arguments
+        raise ValueError("the password belongs in the environment variable TRTQWEN_RATES_PASSWORD")
     return text
 
 
@@ -54,6 +64,8 @@ class GatewayConfig(BaseModel):
             (`allow_anonymous` lifts that).
         workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
             eight at most.
+        rates_url: Redis or Valkey server that keeps the rates of keys for several gateways, such as
+            `redis://host:6379/0`; None keeps them in the gateway. The password is in `TRTQWEN_RATES_PASSWORD`.
         max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
             the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
@@ -107,6 +119,7 @@ class GatewayConfig(BaseModel):
     model_name: str | None = None
     api_keys: Path | None = None
     allow_anonymous: bool = False
+    rates_url: Annotated[str, AfterValidator(_rates_url)] | None = None
     workers: Count | None = None
     max_body_bytes: Count | None = None
     max_header_bytes: Count = 32 << 10

@@ -220,6 +220,7 @@ def plan_launch(
         f"--metrics-address={endpoint.host}",
         f"--metrics-port={endpoint.metrics_port}",
     ]
+    leader += _tracing()
     environment = _nccl_environment(deployment, host)
     if devices:
         # CUDA's GPU numbers are then those of nvidia-smi.
@@ -272,6 +273,20 @@ def _restricted(protocols: str) -> str:
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what other launchers left in it."""
     return {name: value for name, value in environment.items() if not name.startswith(FOREIGN_LAUNCHERS)}
+
+
+def _tracing() -> list[str]:
+    """Options that send Triton's part of each trace to where the standard variable of OpenTelemetry says."""
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not endpoint:
+        return []
+    settings = [
+        f"opentelemetry,url={endpoint.rstrip('/')}/v1/traces",
+        "opentelemetry,resource=service.name=trtqwen-triton",
+    ]
+    return [
+        f"--trace-config={setting}" for setting in ("mode=opentelemetry", "rate=1", "level=TIMESTAMPS", *settings)
+    ]
 
 
 def _nccl_environment(deployment: Deployment, host: Host | None) -> dict[str, str]:

@@ -19,6 +19,7 @@ from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engin
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
+from trtqwen.gateway.tracing import current_span
 from trtqwen.hf.text_stream import StopStrings, TextStream
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -209,7 +210,16 @@ class Generator:
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
         caller = CALLER.get().name if self.isolates_keys else ""
         extensions = engine_extensions(self.model, plan.sampling, caller)
-        replica = self.replicas[await self.gate.turn(ticket, deadline)]
+        request = current_span()
+        queue = request.child("queue")
+        try:
+            replica = self.replicas[await self.gate.turn(ticket, deadline)]
+        finally:
+            queue.end()
+        span = request.child(
+            "engine", **{"trtqwen.replica": replica.address, "gen_ai.usage.input_tokens": len(prompt)}
+        )
+        failure: str | None = None
         begun = last = time.monotonic()
         lasted: float | None = None
         self.metrics.replica_sequences.labels(replica.address).inc()
@@ -218,10 +228,13 @@ class Generator:
         answer = _Answer(self.model, plan, index, self.stop_ids)
         reserved = plan.reserved
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun, extensions)
+            identity, left = f"{plan.request_id}-{index}", deadline - begun
+            replies = replica.generate(identity, inputs, left, extensions, span.headers)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
+                    if not answer.num_tokens and reply.token_ids:
+                        span.event("first token")
                     if answer.num_tokens:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
@@ -246,6 +259,7 @@ class Generator:
                     lasted = time.monotonic() - begun
                     yield answer.end()
         except ApiError as problem:
+            failure = problem.code
             if problem.code == "engine_dead":
                 self.suspect(replica)
             raise
@@ -255,6 +269,7 @@ class Generator:
             self.metrics.output_tokens.inc(answer.num_tokens)
             self.metrics.request_output_tokens.observe(answer.num_tokens)
             self.gate.give_back(ticket, lasted)
+            span.end(failure, **{"gen_ai.usage.output_tokens": answer.num_tokens})
 
 
 class _Answer:
