@@ -63,7 +63,7 @@ class CheckpointRecipe(_Section):
         per_token: SmoothQuant scales activations token by token at run time, instead of by calibrated ranges.
         kv_cache: `int8` writes the scales of an INT8 KV cache.
         int8_layout: how INT8 weight-only weights lie on disk: for the kernels of one GPU generation (sm80 is Ada's
-            too), or `plain`: 16-bit weights that TensorRT-LLM quantises when it builds.
+            too), or `plain`: 16-bit weights that TensorRT-LLM quantizes when it builds.
         embedding_sharding: whether and how the embedding is divided over the ranks.
         yarn_factor: stretch the model's context by YaRN, as Qwen advises beyond 32,768 tokens: 4 makes 131,072.
             The stretch is static: it costs a little on short prompts too.
@@ -110,7 +110,7 @@ class CheckpointRecipe(_Section):
 
 
 class HostRecipe(_Section):
-    """The machine that the engine is built on and served from; `plan` reckons with it.
+    """The machine that the engine is built on and served from; `plan` uses it.
 
     Attributes:
         card: its GPUs; see `cards.json`.
@@ -312,7 +312,7 @@ class Recipe(_Section):
     """A whole recipe; `name` is the file's name without `.yaml`.
 
     Attributes:
-        model: the model whose sizes `plan` reckons with when no directory is given; see `hf/models.json`.
+        model: the model whose sizes `plan` uses when no directory is given; see `hf/models.json`.
         host: the GPUs that it is served from; without one the torch engine takes what is there.
     """
 

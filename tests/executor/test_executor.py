@@ -1,4 +1,4 @@
-"""The executor against transformers, token for token, and its behaviour under load, cancellation and death."""
+"""The executor against transformers, token for token, and its behavior under load, cancellation and death."""
 
 from __future__ import annotations
 
@@ -216,10 +216,10 @@ def test_the_death_of_a_rank_ends_every_request(
         while (response := events.get(timeout=60)).finish_reason is None:
             pass
         assert response.error is not None
-        assert "the engine has died" in response.error
-        with pytest.raises(EngineError, match="the engine has died"):
+        assert "the engine has stopped" in response.error
+        with pytest.raises(EngineError, match="the engine has stopped"):
             executor.submit(ask(prompts[4], "b"), events.put)
-        with pytest.raises(EngineError, match="the engine has died"):
+        with pytest.raises(EngineError, match="the engine has stopped"):
             executor.stats()
         for process in executor._processes:
             process.wait(timeout=60)

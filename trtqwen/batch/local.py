@@ -48,7 +48,7 @@ class LocalTriton:
         return _Call(self, self._service, requests)
 
     def check(self) -> None:
-        """Raise an EngineError if the engine has died."""
+        """Raise an EngineError if the engine has stopped."""
         self._service.gauges()
 
 

@@ -1,7 +1,7 @@
 """Rank 0's loop: take in commands, decide a step, compute it with the other ranks, hand out tokens.
 
 Overlapped, the loop schedules and launches the next step before it reads the tokens of the current one, so that the
-device never waits for the host; the host learns of an end one step late, and drops what that step computed in vain.
+device never waits for the host; the host learns of an end one step late, and drops what that step computed.
 Synchronous, it reads each step's tokens first. Both give the same tokens.
 """
 
@@ -98,7 +98,7 @@ class StepLoop:
         self._flight: _Flight | None = None
 
     def run(self) -> None:
-        """Serve for ever; waits for a command only when no request is in flight."""
+        """Serve forever; waits for a command only when no request is in flight."""
         self._write([Event(ready=True)])
         while True:
             if self._scheduler.idle and self._flight is None:
@@ -196,7 +196,7 @@ class StepLoop:
             self._emit([_error(request, problem)])
 
     def _compile(self, request: Request) -> None:
-        """Compile the guide beside the step loop: a large schema takes seconds, and everyone else goes on."""
+        """Compile the guide outside the step loop: a large schema takes seconds, and everyone else goes on."""
         check_installed()
 
         def compile_guide() -> None:

@@ -1,4 +1,4 @@
-"""What responses carry beside tokens: log probabilities, logits, times and blocks, for the requests that ask."""
+"""What responses carry besides tokens: log probabilities, logits, times and blocks, for the requests that ask."""
 
 from __future__ import annotations
 

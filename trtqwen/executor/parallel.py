@@ -112,7 +112,7 @@ class SingleRank:
         return value
 
     def share_tokens(self, tokens: Tensor) -> None:
-        """There is nobody to share with."""
+        """A single rank shares with no other."""
 
 
 class ProcessGroup:

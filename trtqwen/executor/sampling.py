@@ -50,7 +50,7 @@ class Sampled:
     Attributes:
         log_prob: its log probability by the model itself, if the request wants it.
         logits: what the model said, float32 [vocab_size], if the request wants it.
-        top: the likeliest tokens in its place, if the request wants them.
+        top: the most likely tokens in its place, if the request wants them.
     """
 
     token_id: int

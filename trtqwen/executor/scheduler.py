@@ -184,7 +184,7 @@ class Scheduler:
     """Requests wait in order of arrival, run in a shared batch, and leave when they end.
 
     Under `guaranteed_no_evict` a request joins when the blocks of its whole answer, and those of everyone before
-    it, fit into the pool: nobody is ever paused. Under `max_utilization` it joins when the next chunk fits; when
+    it, fit into the pool: no request is ever paused. Under `max_utilization` it joins when the next chunk fits; when
     blocks run out the youngest are paused, so the oldest always moves on.
     """
 

@@ -87,7 +87,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command with what it needs in its environment, beside the caller's own.
+    """A command with what it needs in its environment, in addition to the caller's own.
 
     Attributes:
         tritonservers: how many of them run while the server is healthy.
@@ -172,7 +172,7 @@ def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str,
         raise InputError(
             f"{deployment.engine or 'the engine'}: needs {needed} GPUs (replicas: {replicas}, ranks of each: "
             f"{deployment.world_size * deployment.own_ranks}), and {visible} are visible",
-            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
         )
     if deployment.servers == 1:
         return [()]
@@ -198,7 +198,7 @@ def plan_launch(
     Args:
         shm_prefix: of the shared memory of python models; each rank appends its number.
         drain_seconds: how long a stopping server lets requests finish.
-        backends: directory with Triton's backends, where they are not beside the program.
+        backends: directory with Triton's backends, where they are not next to the program.
         host: the machine, for the environment that its GPUs need.
         devices: GPUs to restrict the server to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
     """

@@ -18,7 +18,7 @@ FROM_PROGRAM = "from_program"  # parameter of a request that another model sends
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
 FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by whoever has compared the digests of engine and repository
 HEARTBEAT = "TRTQWEN_HEARTBEAT"  # a file that `tensorrt_llm` touches whenever its engine answers between two steps
-ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine died
+ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine stopped
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     if not (engine / TOKENIZER_DIRECTORY).is_dir():
         raise InputError(
             f"{engine / TOKENIZER_DIRECTORY}: is missing, but Triton's text models need it",
-            "put tokenizer.json and tokenizer_config.json beside the model's weights and build again",
+            "put tokenizer.json and tokenizer_config.json next to the model's weights and build again",
         )
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
     configs = {name: model_config(name, built.release, built.logits_dtype) for name in model_names()}
@@ -274,7 +274,7 @@ def _tokenizer_info(engine: Path) -> str:
 
 
 def _gpu_device_ids(replicas: int, world_size: int) -> str:
-    """One group a replica, one GPU a rank: `0,1;2,3`."""
+    """One group per replica, one GPU per rank: `0,1;2,3`."""
     groups = (range(replica * world_size, (replica + 1) * world_size) for replica in range(replicas))
     return ";".join(",".join(map(str, group)) for group in groups)
 

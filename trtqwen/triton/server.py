@@ -53,7 +53,7 @@ _UNLOAD_SECONDS = 5
 _REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
-_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
+_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,7 @@ class TritonServer(Service):
         environment = clean_environment(os.environ)
         # A module in the working directory is never imported, and nothing is written into the repository.
         environment |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 whatever the terminal says
+        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 regardless of the terminal
         _prepend(environment, "PATH", Path(sys.executable).parent)
         _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
         for directory in reversed(self._installation.libraries):
@@ -348,7 +348,7 @@ class TritonServer(Service):
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
-        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
+        cause = f"; cause: {known.cause}; hint: {known.hint}" if known and known.role == "cause" else ""
         return f"{message} ({self._advice}){cause}"
 
 

@@ -24,7 +24,7 @@ from trtqwen.hf.text_stream import StopStrings, TextStream
 
 Finish = Literal["stop", "length", "tool_calls"]
 _RESERVED = 1024  # tokens of an answer without a limit of its own, at first
-_NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, for ever
+_NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, forever
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TokenLogProb:
         text: as bytes; a character may take several tokens.
         log_prob: natural logarithm of its probability; None for the first token of a prompt, which follows nothing.
         start: characters of the answer before the one that it begins or belongs to.
-        top: ids and log probabilities of the likeliest tokens at its place, if asked for.
+        top: ids and log probabilities of the most likely tokens at its place, if asked for.
     """
 
     token_id: int

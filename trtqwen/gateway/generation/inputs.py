@@ -40,8 +40,8 @@ class Sampling:
         allowed: the only ids that may be chosen; empty is all.
         bad_words: sequences of ids that are never completed.
         log_probs: tell each token's log probability.
-        top_log_probs: and those of so many likeliest tokens.
-        prompt_log_probs: tell so many likeliest tokens at each place of the prompt, besides its own; None tells none.
+        top_log_probs: and those of so many most likely tokens.
+        prompt_log_probs: number of most likely tokens at each place of the prompt, besides its own; None for none.
         stop_ids: ids that end an answer, besides the model's own.
         end_id: replaces the model's own.
         cache_salt: the client's: requests with another one share no KV cache blocks with it.

@@ -41,8 +41,8 @@ class Reply:
 
     Attributes:
         log_probs: one for each token; empty unless asked for.
-        top: for each token, ids and log probabilities of the likeliest at its place; empty unless asked for.
-        prompt: for each prompt token its log probability, None for the first, and the likeliest at its place; once.
+        top: for each token, ids and log probabilities of the most likely at its place; empty unless asked for.
+        prompt: for each prompt token its log probability, None for the first, and the most likely at its place; once.
         reused_blocks: KV cache blocks of the prompt that were computed before, with the last tokens.
     """
 
