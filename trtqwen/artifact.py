@@ -31,7 +31,7 @@ _CHUNK = 1 << 22
 _HASHING_THREADS = 8  # xxHash leaves the interpreter's lock: files are hashed in parallel, as fast as the disk reads
 _CLOCK_TICK_NS = 50_000_000  # two changes of a file within a tick of the kernel's clock leave the same time stamp
 _digests: dict[tuple[int, ...], str] = {}  # by device, inode, size and time stamps
-_BYTECODE = "__pycache__"  # Python writes it beside a model that a Triton started by hand has loaded
+_BYTECODE = "__pycache__"  # Python writes it next to a model that a Triton started by hand has loaded
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -170,7 +170,7 @@ def make_directory(directory: Path) -> None:
 
 
 def recover(output: Path) -> None:
-    """Put back the result that a kill between the two renames of a replacement left beside `output`."""
+    """Put back the result that a kill between the two renames of a replacement left next to `output`."""
     output = destination(output)
     retired = _sibling(output, "old")
     if retired.exists() and not output.exists():
@@ -178,7 +178,7 @@ def recover(output: Path) -> None:
 
 
 def clear_leftovers(output: Path) -> None:
-    """Recover `output`, and remove what killed runs left beside it, unless another process is writing it.
+    """Recover `output`, and remove what killed runs left next to it, unless another process is writing it.
 
     Raises:
         OutputError: if a leftover cannot be removed.
@@ -198,7 +198,7 @@ def destination(output: Path) -> Path:
 
 
 def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
-    """Refuse what cannot become an output directory, whatever the user allows to be replaced.
+    """Refuse what cannot become an output directory, even where the user allows a replacement.
 
     Raises:
         OutputError: if `output` is not a directory, or one of `sources` would be lost with it.
@@ -367,7 +367,7 @@ def _cannot_create(directory: Path, problem: OSError) -> str:
 
 
 def _fresh_temporary(output: Path) -> Path:
-    """Clear away what a killed run left beside `output`, whose lock is ours, and start anew."""
+    """Clear away what a killed run left next to `output`, whose lock is ours, and start anew."""
     temporary = _sibling(output, "tmp")
     _remove_leftovers(output)
     make_directory(temporary)

@@ -131,7 +131,7 @@ def plan_build_container(
         gpus=recipe.world_size,
     )
     read = [model, *_link_targets(model), *recipe_files, *calibration]
-    # A repository is renamed into place beside itself.
+    # A repository is renamed into place within its parent.
     return _plan(replace(work, read=read, write=[engines, repository.parent]), options)
 
 

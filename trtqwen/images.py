@@ -74,7 +74,7 @@ def plan_image(release: Release, tag: str | None, context: Path, base: str | Non
 
 
 def write_context(plan: ImagePlan, digest: str | None, *, force: bool = False) -> None:
-    """Write the Dockerfile with trtqwen and its recipes beside it.
+    """Write the Dockerfile with trtqwen and its recipes next to it.
 
     Raises:
         OutputError: if the directory exists and `force` is not set.

@@ -142,7 +142,7 @@ def plan_migration(recipe: str, to: Backend, output: Path | None = None) -> Migr
 
 
 def default_output(name: str, to: Backend) -> Path:
-    """Where a migrated recipe goes: beside the user, named after the engine."""
+    """Where a migrated recipe goes: the working directory, named after the engine."""
     return Path(f"{name}-{to}.yaml")
 
 

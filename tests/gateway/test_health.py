@@ -45,9 +45,9 @@ def test_nonsense_is_taken_for_the_replica_s_fault(caplog: pytest.LogCaptureFixt
             await watch
         assert seen == [False, True, False, True, False]
         assert [record.message.partition(" (")[0] for record in caplog.records][:3] == [
-            "127.0.0.1:9: answers what nobody understands",
+            "127.0.0.1:9: sent an unexpected response",
             "127.0.0.1:9: works",
-            "127.0.0.1:9: answers what nobody understands",
+            "127.0.0.1:9: sent an unexpected response",
         ]
 
     asyncio.run(asyncio.wait_for(test(), 60))

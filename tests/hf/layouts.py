@@ -413,7 +413,7 @@ LAYOUTS = (
         oracle=5,
     ),
     Layout("split-special-tokens", tokenizer_config(split_special_tokens=True), warns="not a single token"),
-    Layout("other-words", _words_split, oracle=4, warns="splits texts otherwise than Qwen2"),
+    Layout("other-words", _words_split, oracle=4, warns="splits texts in another way than Qwen2"),
     Layout("llama-class", _llama(add_bos_token=True), oracle=4, warns="transformers 5 does not"),
     Layout("llama-class-eos", _llama(add_bos_token=False, add_eos_token=True), oracle=4, warns="add_eos_token"),
     Layout("bos-flag-alone", tokenizer_config(add_bos_token=True, bos_token="<|endoftext|>")),

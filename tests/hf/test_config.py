@@ -142,7 +142,7 @@ def test_what_is_no_config(tmp_path: Path, text: str, message: str) -> None:
         (("zero_to_fp32.py",), "ZeRO", "zero_to_fp32"),
         (("__0_0.distcp",), "FSDP", "accelerate merge-weights"),
         (("quantize_config.json", "config.json"), "quantized already", "16-bit"),
-        (("adapter_config.json", "model.safetensors", "config.json"), "beside a model's weights", "move"),
+        (("adapter_config.json", "model.safetensors", "config.json"), "next to a model's weights", "move"),
     ],
 )
 def test_directories_of_another_kind_are_named(

@@ -203,7 +203,7 @@ async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict
 
 
 class _Journal:
-    """Results as they come, in a file beside the output, so that nothing is computed twice."""
+    """Results as they come, in a file next to the output, so that nothing is computed twice."""
 
     def __init__(self, output: Path, digest: str, *, force: bool) -> None:
         self._output = output

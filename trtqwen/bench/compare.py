@@ -1,4 +1,4 @@
-"""Several servers under the same loads, in turns on the same machine, and where each one loses."""
+"""Several servers under the same loads, alternating on the same machine, and where each one loses."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ def run_compare(
     logs: Path,
     on_step: OnStep = lambda step: None,
 ) -> Comparison:
-    """Measure every contender in turns: A, B, A, B and so on, each started anew.
+    """Measure the contenders alternately: A, B, A, B and so on, each started anew.
 
     Args:
         config: with the sizes of the model; None if no contender is local.

@@ -34,7 +34,7 @@ class Job:
 
     Attributes:
         asks: the requests with their places in the workload; those with times are sent at them.
-        concurrency: how many are open at a time; None sends each at its time, whatever is open.
+        concurrency: how many are open at a time; None sends each at its time, regardless of open requests.
         start: of the run, on the monotonic clock.
     """
 

@@ -1,7 +1,7 @@
 """From a Hugging Face directory to a TensorRT-LLM checkpoint: all ranks in one pass over the source.
 
 A thread reads and checks the tensors that come next, the main thread casts or quantizes, and each rank file's own
-thread writes. Resident memory: the source tensors in work (mapped, given back after use) and 8 MiB of buffers a rank.
+thread writes. Resident memory: the source tensors in work (mapped, given back after use) and 8 MiB of buffers each.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ def command(
     concurrency: Concurrency = None,
     rate: RequestRate = None,
     requests: Requests = 100,
-    turns: Annotated[int, typer.Option(min=3, help="Start and measure each one so often, in turns.")] = 3,
+    turns: Annotated[int, typer.Option(min=3, help="Start and measure each one this often, alternating.")] = 3,
     warmup: Annotated[
         int | None, typer.Option(min=0, help="Send so many requests before each run. [default: the concurrency]")
     ] = None,
@@ -58,7 +58,7 @@ def command(
 ) -> None:
     """Compare servers: start-up time, throughput, latency, memory, success rate, and whether the answers agree.
 
-    Recipes and repositories are started and stopped by this command, one at a time and in turns; addresses are only
+    Recipes and repositories are started and stopped by this command, one at a time, alternating; addresses are only
     asked. All of them get the same requests. The first one is the reference for answers.
     """
     if len(contenders) < 2:

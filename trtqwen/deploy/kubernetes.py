@@ -77,7 +77,7 @@ def _values(plan: Kubernetes) -> dict[str, Any]:
         else {"persistentVolumeClaim": {"claimName": plan.claim, "readOnly": True}}
     )
     limits = {"nvidia.com/gpu": gpus} if gpus else {}
-    one_gpu_memory = 32 * max(1, gpus)  # GiB: Triton, its python models, and pinned memory beside each GPU
+    one_gpu_memory = 32 * max(1, gpus)  # GiB: Triton, its python models, and pinned memory for each GPU
     return {
         "replicas": recipe.serve.replicas,
         "maxReplicas": max(plan.max_replicas, recipe.serve.replicas),
@@ -499,7 +499,7 @@ def _template(objects: list[Object]) -> str:
 
 
 def _include(match: re.Match[str]) -> str:
-    """A reference to a mapping whose fields belong beside others."""
+    """A reference to a mapping whose fields belong next to others."""
     space, dash, reference = match[1], match[2] or "", match[3]
     value = reference[2:-2].strip().removeprefix("toJson ")
     return f"{space}{dash}{{{{- toYaml {value} | nindent {len(space) + len(dash)} }}}}"

@@ -36,7 +36,7 @@ def all_reduce_problem(
 
     Args:
         timeout: seconds for all of it.
-        environment: variables for the ranks, beside this process's own.
+        environment: variables for the ranks, in addition to this process's own.
     """
     with tempfile.TemporaryDirectory(prefix="trtqwen-collective-") as directory:
         ranks = [

@@ -20,7 +20,7 @@ _FIELD = re.compile(r"(\w+)\s*:[^:]*$")
 
 @dataclass(frozen=True)
 class Placeholder:
-    """A `${name}` that nobody filled.
+    """A `${name}` that was not filled.
 
     Attributes:
         line: counted from 1.

@@ -175,7 +175,7 @@ def _engine(models: Models) -> Iterator[Diagnostic]:
     for group in filter(None, model.parameter("gpu_device_ids").split(";")):
         if len(group.split(",")) != ranks:
             text = f"{model.path}: gpu_device_ids {group!r} names {len(group.split(','))} GPUs for {ranks} ranks"
-            yield Diagnostic(text, "name one GPU a rank")
+            yield Diagnostic(text, "name one GPU for each rank")
 
 
 def _unfilled(model: ModelFile, key: str) -> bool:

@@ -89,7 +89,7 @@ class SharedMemory(Check):
             problems += _limits(system)
         stale = _stale_segments(system)
         if stale:
-            text = f"/dev/shm holds {len(stale)} segments that nobody has open: {', '.join(stale[:4])}"
+            text = f"/dev/shm holds {len(stale)} segments that no process has open: {', '.join(stale[:4])}"
             remedy = f"rm {' '.join(f'/dev/shm/{name}' for name in stale[:4])}"
             problems.append(Diagnostic(text, remedy + (" ..." if len(stale) > 4 else ""), "warning"))
         return self.judge(problems, f"/dev/shm {total / GIB:.1f} GiB for {ranks} {'rank' if ranks == 1 else 'ranks'}")

@@ -99,7 +99,7 @@ class KeyBias(Check):
         largest = f"k_proj bias norms up to {ratios.max():.1f} times the median (layer {int(ratios.argmax())})"
         quantised = _quantised_kv_cache(subject)
         if ratios.max() <= BIAS_RATIO:
-            return Result("ok", f"{largest}; {BIAS_RATIO:g} is the most that 8 bits bear")
+            return Result("ok", f"{largest}; {BIAS_RATIO:g} is the limit for 8 bits")
         if quantised is None:
             return Result("ok", f"{largest}: leave the KV cache in 16 bit, as it is here")
         text = f"{largest}, and {quantised}: the other layers fall below one step"
@@ -107,7 +107,7 @@ class KeyBias(Check):
 
 
 def _quantised_kv_cache(subject: Subject) -> str | None:
-    """Who asks for an 8-bit KV cache, if anybody does."""
+    """What asks for an 8-bit KV cache, if anything does."""
     if subject.recipe is not None and subject.recipe.checkpoint.kv_cache != "auto":
         return f"the recipe has kv_cache {subject.recipe.checkpoint.kv_cache}"
     if subject.engine is not None:

@@ -1,4 +1,4 @@
-"""Checks of a model repository of any origin."""
+"""Checks of a model repository, made by trtqwen or not."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ class TensorRtVersion(Check):
         release = known_release(llm)
         pinned = release_facts(release).tensorrt if release else None
         if pinned is not None and version(installed)[:2] != version(pinned):
-            text = f"TensorRT {installed} beside TensorRT-LLM {llm}, which pins {pinned}"
+            text = f"TensorRT {installed} with TensorRT-LLM {llm}, which pins {pinned}"
             return self.found(text, "a left-over or an upgrade by hand: use the image as it came")
         return Result("ok", f"TensorRT {installed}")
 

@@ -1,4 +1,4 @@
-"""What is examined: the host, and whatever of recipe, model, checkpoint, engine, repository and server was named."""
+"""What is examined: the host, and the recipe, model, checkpoint, engine, repository and server that were named."""
 
 from __future__ import annotations
 

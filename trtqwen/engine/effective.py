@@ -17,7 +17,7 @@ _NEED_PAGED_CONTEXT = ("enable_chunked_context", "enable_kv_cache_reuse")
 
 
 class SettingChange(BaseModel):
-    """A setting that the builder changed; `because` is empty where no reason is known."""
+    """A setting that the builder changed; `because` is empty without a known reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -113,7 +113,7 @@ class Explanation:
 
     @property
     def first(self) -> Finding | None:
-        """The first cause, or the first symptom where no cause is known."""
+        """The first cause, or the first symptom without a known cause."""
         return self.findings[0] if self.findings and self.findings[0].role in ("cause", "symptom") else None
 
 

@@ -17,7 +17,7 @@ class ExecutorConfig(BaseModel):
     Attributes:
         max_tokens_in_paged_kv_cache: None holds every full-length batch on CPU, and fills the free memory on CUDA.
         kv_cache_free_gpu_mem_fraction: share of the GPU memory left after weights and a warm-up step.
-        device: `auto` is CUDA where there is a card.
+        device: `auto` is CUDA on hosts with a GPU.
         attention: `plain` is the formula written out in PyTorch, on any device.
         cuda_graphs: replay generation steps as CUDA graphs.
         overlap: schedule a step while the one before runs, on CUDA.

@@ -60,7 +60,7 @@ class GatewayConfig(BaseModel):
         repository: the model repository that Triton serves; tokenizer and engine limits are read from it.
         triton: host:port of each replica's gRPC endpoint; `prefix_routing` says which one a request goes to.
         model_name: what clients call the model; None is the repository directory's name.
-        api_keys: YAML file with the keys; None asks for no key, which only a loopback address allows
+        api_keys: YAML file with the keys; None requires no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
         workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
             eight at most.

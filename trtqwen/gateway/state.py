@@ -84,7 +84,7 @@ async def running(
         stall_seconds=config.stall_seconds,
         prompt_tokens_per_second=config.prompt_tokens_per_second,
     )
-    for replica in replicas:  # a counter that nobody has counted is missing, not 0
+    for replica in replicas:  # a counter without counts is missing, not 0
         metrics.replica_sequences.labels(replica.address)
         metrics.cached_prompt_tokens.labels(replica.address)
     by_prefix = (

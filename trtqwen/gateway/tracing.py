@@ -135,7 +135,7 @@ class Traced:
 
 
 def tracing_is_on() -> bool:
-    """Whether somebody receives traces."""
+    """Whether traces are exported."""
     return bool(os.environ.get(ENDPOINT))
 
 

@@ -175,7 +175,7 @@ def read_chat_template(
 
 
 def template_files(directory: Path) -> list[Path]:
-    """Named templates beside the default one."""
+    """Named templates besides the default one."""
     return sorted((directory / TEMPLATE_DIRECTORY).glob("*.jinja"))
 
 

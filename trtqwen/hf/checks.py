@@ -1,4 +1,4 @@
-"""Whether a model can be served: tokenizer, end of answers, chat template and sampling defaults beside the weights.
+"""Whether a model can be served: tokenizer, end of answers, chat template and sampling defaults, besides the weights.
 
 `convert` and `build` run these checks before they write anything; `doctor` runs each on its own.
 """

@@ -42,7 +42,7 @@ def check_directory(directory: Path) -> None:
     if (directory / ADAPTER_CONFIG).is_file():
         if any(directory.glob("model*.safetensors")):
             raise SourceError(
-                f"{directory}: holds a LoRA adapter ({ADAPTER_CONFIG}) beside a model's weights; transformers loads "
+                f"{directory}: holds a LoRA adapter ({ADAPTER_CONFIG}) next to a model's weights; transformers loads "
                 "the adapter where PEFT is installed, and the weights alone elsewhere",
                 f"{_MERGE}; or move the adapter's files away to serve the weights alone",
             )

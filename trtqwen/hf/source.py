@@ -152,7 +152,7 @@ def _with_dtype(directory: Path, config: HfConfig, specs: dict[str, TensorSpec])
 
 
 def _check_tied(directory: Path, config: HfConfig, owner: dict[str, SafetensorsReader]) -> None:
-    """Refuse a head beside an embedding that it is said to be tied to, unless they are equal."""
+    """Refuse a head together with an embedding that it is said to be tied to, unless they are equal."""
     if not config.tie_word_embeddings or LM_HEAD not in owner or EMBEDDING not in owner:
         return
     if not same_tensor(owner[EMBEDDING], EMBEDDING, owner[LM_HEAD], LM_HEAD):

@@ -326,8 +326,8 @@ def _rebuilt(directory: Path, backend: tokenizers.Tokenizer) -> Iterator[Diagnos
     parts = (backend.normalizer, normalizers.NFC()), (backend.pre_tokenizer, _qwen_words())
     if any(_split_state(mine) != _split_state(usual) for mine, usual in parts):
         yield Diagnostic(
-            f"{directory / TOKENIZER}: splits texts otherwise than Qwen2: transformers 4 and trtqwen do as the file "
-            "says, transformers 5 as Qwen2",
+            f"{directory / TOKENIZER}: splits texts in another way than Qwen2: transformers 4 and trtqwen do as the "
+            "file says, transformers 5 as Qwen2",
             "",
             "warning",
             "tokenizer",

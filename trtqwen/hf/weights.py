@@ -106,7 +106,7 @@ def _opened(directory: Path, names: Iterable[str]) -> Weights:
 
 
 def _with_others(directory: Path, weights: Weights) -> Weights:
-    """Look at safetensors files beside `model.safetensors`, which transformers does not read."""
+    """Look at safetensors files next to `model.safetensors`, which transformers does not read."""
     others = sorted(path.name for path in directory.glob("*.safetensors") if path.name != SINGLE)
     _compare(directory, weights, others)
     findings = [_unread(directory, others, f"transformers reads {SINGLE}")] if others else []

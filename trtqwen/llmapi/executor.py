@@ -64,7 +64,7 @@ class LlmApiExecutor:
             given["quant_config"] = self._api.QuantConfig(**given["quant_config"])
         try:
             self._llm = self._api.LLM(**given)
-        except Exception as problem:  # whatever TensorRT-LLM raises
+        except Exception as problem:  # TensorRT-LLM raises any type
             raise EngineError(f"{engine}: the LLM API did not start: {problem}", "see its output above") from None
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
@@ -126,7 +126,7 @@ class LlmApiExecutor:
             raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
         try:
             steps = self._llm.get_stats(timeout=_STATS_SECONDS)
-        except Exception as problem:  # whatever TensorRT-LLM raises
+        except Exception as problem:  # TensorRT-LLM raises any type
             self._die(f"the LLM API tells no statistics: {problem}")
             raise EngineError(f"the engine has stopped ({self._death})", "start the server again") from None
         if steps:
@@ -178,7 +178,7 @@ class LlmApiExecutor:
                         output.abort()
                     return
             error = "the LLM API ended the answer without a reason"
-        except Exception as problem:  # whatever TensorRT-LLM raises
+        except Exception as problem:  # TensorRT-LLM raises any type
             error = f"the LLM API fails: {problem}"
         self._deliver(request.id, Response(request_id=request.id, finish_reason=FinishReason.ERROR, error=error))
 

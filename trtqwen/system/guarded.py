@@ -1,4 +1,4 @@
-"""Starts programs that end with this process, whatever ends it, with everything that they have started themselves."""
+"""Starts programs that end with this process, for any reason, with everything that they have started themselves."""
 
 from __future__ import annotations
 

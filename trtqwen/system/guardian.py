@@ -9,7 +9,7 @@ that came about (the kernel closes a killed process's pipes). Keys of the object
     remove: directories to remove then.
     shared_memory: prefix of files in /dev/shm to remove then; may be empty.
 
-Every descendant of the program, in whatever session it has put itself, becomes a child of this process when its own
+Every descendant of the program, in any session, becomes a child of this process when its own
 parent ends (PR_SET_CHILD_SUBREAPER) and is killed with the program. If this process itself is killed, the kernel
 kills the program (PR_SET_PDEATHSIG). Signals to this process go to the program; its end is the program's end.
 

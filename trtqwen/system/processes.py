@@ -101,7 +101,7 @@ class Service(ABC):
 
 
 class Relay:
-    """Passes on what a process writes, line by line; what nobody reads in time is dropped: the process never waits.
+    """Passes on what a process writes, line by line; what is not read in time is dropped: the process never waits.
 
     Args:
         source: its end of the pipe.

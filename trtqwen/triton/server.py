@@ -68,7 +68,7 @@ class Ports:
 class TritonServer(Service):
     """A running tritonserver on a finished repository; use as a context manager or call `start` and `stop`.
 
-    The server, its python models and the engine's ranks end with this process, whatever ends it.
+    The server, its python models and the engine's ranks end with this process, for any reason.
 
     Args:
         repository: model repository that `trtqwen build` wrote.
@@ -210,7 +210,7 @@ class TritonServer(Service):
             self._process = start_guarded(
                 launch.command,
                 {**environment, **launch.environment},
-                workspace,  # Python looks for modules in the working directory: nobody else writes to this one
+                workspace,  # Python looks for modules in the working directory: no other user writes to this one
                 output=log,
                 farewell=Farewell(remove=(workspace,), shared_memory=self._shm_prefix),
             )
@@ -239,7 +239,7 @@ class TritonServer(Service):
 
     @property
     def hung(self) -> str | None:
-        """Why the server counts as hung; None if it does not, or nobody watches it."""
+        """Why the server counts as hung; None if it does not, or is not watched."""
         return self._watchdog.hung() if self._watchdog is not None and self._helpers else None
 
     def _problem(self) -> str | None:

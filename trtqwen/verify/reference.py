@@ -1,4 +1,4 @@
-"""transformers as a second reference: what it makes of the same directory, beside what trtqwen reads in it."""
+"""transformers as a second reference: what it makes of the same directory, compared with trtqwen's reading."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def transformers_reference(
     try:
         theirs = transformers.AutoTokenizer.from_pretrained(str(model))
         measured = _perplexity(model, samples)
-    except Exception as problem:  # it raises whatever the libraries below it raise
+    except Exception as problem:  # it passes on errors of any library
         words = " ".join(str(problem).split())
         raise InputError(
             f"{model}: transformers {transformers.__version__} cannot load it ({type(problem).__name__}: {words})",

@@ -1,4 +1,4 @@
-"""Steps on a card: eager for prompts, replayed as CUDA graphs for batches that only generate."""
+"""Steps on a GPU: eager for prompts, replayed as CUDA graphs for batches that only generate."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Starting a rank on a card: weights, a warm-up step that shows what a step needs, the KV cache, the graphs."""
+"""Start a rank on a GPU: weights, a warm-up step that shows what a step needs, the KV cache, the graphs."""
 
 from __future__ import annotations
 

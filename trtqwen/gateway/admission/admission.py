@@ -154,7 +154,7 @@ class Admission:
         return any(replica.up for replica in self._replicas)
 
     def has_room_when_idle(self, tickets: Sequence[Ticket]) -> bool:
-        """Whether tickets that come together would all be taken in if nobody else were there."""
+        """Whether tickets that come together would all be admitted without any others."""
         try:
             Admission(len(self._replicas), self.capacity, self.queue_limits).arrive(tickets)
         except QueueFull:
@@ -181,7 +181,7 @@ class Admission:
             too_many = owner.most_queued is not None and len(mine) > owner.most_queued
             losers = [] if too_many else self._losers(owner)
             if losers is None or too_many:
-                # They were their owner's last, and have not run: nobody else was admitted because of them.
+                # They were their owner's last, and have not run: no other was admitted because of them.
                 for ticket in tickets:
                     self.leave(ticket)
                 raise QueueFull

@@ -152,7 +152,7 @@ CALLER: ContextVar[Caller] = ContextVar("caller", default=_ANONYMOUS)  # of the 
 
 @dataclass
 class Authenticator:
-    """Tells callers by their keys; without keys, everybody is the same caller.
+    """Tells callers by their keys; without keys, all callers are one.
 
     Attributes:
         callers: by SHA-256 of their keys: the keys themselves are not kept.

@@ -185,7 +185,7 @@ class Link:
         reader, _ = await asyncio.open_connection(sock=self._news)
         while line := await reader.readline():
             tell(json.loads(line))
-        os.kill(os.getpid(), signal.SIGTERM)  # without the broker nobody is served
+        os.kill(os.getpid(), signal.SIGTERM)  # without the broker no request is served
 
 
 class SharedGate(Gate):

@@ -1,4 +1,4 @@
-"""Admission for coroutines: wait for a turn, hold it, give it back whatever happens."""
+"""Admission for coroutines: wait for a turn, hold it, and give it back in any case."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Gate:
 
     @contextmanager
     def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
-        """Queue one ticket for each count, all or none; whatever is still held afterwards is given back.
+        """Queue one ticket for each count, all or none; what is still held afterwards is given back.
 
         Args:
             prefixes: the beginnings of each ticket's prompt; none sends it to the replica with the fewest tokens.

@@ -110,7 +110,7 @@ class Guard:
             return
         host = headers.get(b"host", b"").decode("latin-1").lower()
         name = host.rpartition(":")[0] if _PORT.search(host) else host
-        # An attacker's name has a dot: addresses and names of the local network are nobody else's to bind.
+        # An attacker's name has a dot: addresses and names of the local network belong to this network alone.
         if "." in name and not _ADDRESS.fullmatch(name) and name not in self._allowed_hosts:
             message = "the Host header names another server; add its name to allowed_hosts"
             raise ApiError(421, message, "unknown_host")

@@ -18,7 +18,7 @@ from trtqwen.gateway.errors import ApiError
 
 PASSWORD = "TRTQWEN_RATES_PASSWORD"
 _SECONDS = 0.5  # for one question
-# KEYS: the bucket. ARGV: its size, the amount, and 1 to take it whatever is left. Returns the seconds to wait.
+# KEYS: the bucket. ARGV: its size, the amount, and 1 to take it regardless of the rest. Returns the seconds to wait.
 _SCRIPT = """
 local clock = redis.call('TIME')
 local now = clock[1] + clock[2] / 1000000

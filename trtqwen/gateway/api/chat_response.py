@@ -40,7 +40,7 @@ class Step:
 
 
 async def chat_steps(plan: ChatPlan, generator: Generator, usage: Usage) -> AsyncGenerator[Step, None]:
-    """The answers of a chat as they come: text, what is thought and calls told apart.
+    """The answers of a chat as they come: text, reasoning and calls separated.
 
     Raises:
         ApiError: if the request is refused or fails.

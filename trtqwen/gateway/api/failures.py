@@ -45,7 +45,7 @@ def runtime_of(request: Any) -> Runtime:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have an application answer in OpenAI's shape whatever goes wrong."""
+    """Have an application answer in OpenAI's shape for every failure."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)

@@ -54,7 +54,7 @@ class EventStream(Response):
     """Sends frames as they come, a comment when none comes for long; stops when the client has gone.
 
     Args:
-        frames: whole events with their blank lines; closed whatever happens.
+        frames: whole events with their blank lines; closed in any case.
     """
 
     def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:

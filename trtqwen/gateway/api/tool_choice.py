@@ -63,7 +63,7 @@ def _named(tools: Sequence[Tool], choice: NamedTool) -> Tool:
 
 
 def call_guide(model: ServedModel, tools: Sequence[Tool]) -> Guide:
-    """Holds an answer to one call, as it stands between the tags.
+    """Holds an answer to one call, as written between the tags.
 
     A tool that is not `strict` is a best effort: what of its parameters the grammar cannot hold is left open.
 
@@ -112,7 +112,7 @@ def calls_or_answer(model: ServedModel, tools: Sequence[Tool], answer: Guide, *,
 
 
 def call_schema(tools: Sequence[Tool], *, any_arguments: bool = False) -> dict[str, Any]:
-    """JSON schema of a call to any of the tools, as it stands between the tags."""
+    """JSON schema of a call to any of the tools, as written between the tags."""
     calls: dict[str, Any] = {}
     for number, tool in enumerate(tools):
         parameters = _ANY_PARAMETERS if any_arguments else _arguments_schema(tool)

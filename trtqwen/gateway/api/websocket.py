@@ -57,7 +57,7 @@ def _plan_plain(runtime: Runtime, socket: WebSocket, body: GenerateRequest) -> t
 
 
 async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
-    """Answer messages until the client goes; whatever is wrong with one is its own error."""
+    """Answer messages until the client goes; an error of one message is its own."""
     origin = socket.headers.get("origin")
     config = runtime_of(socket).config
     if origin is not None and not config.allows_origin(origin, socket.headers.get("host", "")):

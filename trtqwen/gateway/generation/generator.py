@@ -175,7 +175,7 @@ class Generator:
             replica.abort_all(failure)
 
     async def run(self, plan: GenerationPlan, usage: Usage) -> AsyncGenerator[Piece, None]:
-        """Yield pieces of all answers as they come; close it early to cancel whatever still runs.
+        """Yield pieces of all answers as they come; close it early to cancel what still runs.
 
         Raises:
             ApiError: if the request is refused or fails; then all its answers end.

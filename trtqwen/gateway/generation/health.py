@@ -84,7 +84,7 @@ class Monitor:
                 try:
                     await self._probe(number)
                 except Exception as problem:
-                    self._tell(number, f"answers what nobody understands ({problem})")
+                    self._tell(number, f"sent an unexpected response ({problem})")
                     self._mark(number, False)
                 await asyncio.sleep(_PAUSE_SECONDS)
             replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))

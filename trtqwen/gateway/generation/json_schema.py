@@ -1,10 +1,10 @@
 """Which JSON schemas the engine's grammar enforces in full, and whether a value keeps to one of them.
 
 xgrammar looks at one thing in a schema: the first that is there of $ref, const, enum, anyOf or oneOf, allOf, and
-then type. What stands beside it, and every keyword that it does not know, it ignores without a word, so that an
+then type. What stands next to it, and every keyword that it does not know, it ignores without a word, so that an
 answer would be wrong only once it is complete. What is let in was found by experiment with xgrammar 0.2.8, and
 tests/gateway/test_guides.py repeats it. Not let in although it is enforced in part: `multipleOf` (not for fractions,
-nor beside a range), `propertyNames` and `patternProperties` (not beside properties), several members of `allOf`.
+nor with a range), `propertyNames` and `patternProperties` (not with properties), several members of `allOf`.
 
 Known to be left open: a key that `additionalProperties` lets in may spell a property's name with escapes, as
 {"\\u0061": 1} for "a". Such an answer is found out when it is complete.
@@ -81,7 +81,7 @@ _KEYWORDS: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(("minLength", "maxLength", "minItems", "maxItems"), _is_count),
     **dict.fromkeys(("minProperties", "maxProperties"), _is_count),
 }
-# Formats that the grammar follows, instead of a pattern or a length beside them.
+# Formats that the grammar follows, instead of a pattern or a length with them.
 _FORMATS = {
     *("date-time", "date", "time", "duration", "email", "hostname", "ipv4", "ipv6", "uuid"),
     *("uri", "uri-reference", "uri-template", "json-pointer", "relative-json-pointer"),
@@ -136,8 +136,8 @@ def check_schema(schema: Schema) -> None:
     for place, part in parts:
         if "oneOf" in part and not _told_apart(part["oneOf"], targets):
             raise Unenforceable(
-                f"oneOf at {place} cannot be enforced: the engine takes it for anyOf, and its members are told apart "
-                "neither by type nor by the constant of a required property; use anyOf"
+                f"oneOf at {place} cannot be enforced: the engine takes it for anyOf, and its members are "
+                "distinguished neither by type nor by the constant of a required property; use anyOf"
             )
 
 
@@ -317,7 +317,7 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
         beside -= {"type", "enum"}
         _check_constants(part, place)
     if beside:
-        text = f"the engine cannot enforce {min(beside)!r} beside {decider!r} at {place}; leave one of them out"
+        text = f"the engine cannot enforce {min(beside)!r} with {decider!r} at {place}; leave one of them out"
         typed = decider in ("anyOf", "oneOf", "allOf") and beside & {"type", "properties"}
         raise Unenforceable(text, decider if typed else min(beside))
     if decider == "allOf" and len(part["allOf"]) > 1:
@@ -371,13 +371,13 @@ def _check_typed(part: Mapping[str, Any], keywords: set[str], place: str) -> Non
     further = part.get("additionalProperties", part.get("unevaluatedProperties", False))
     if "minProperties" in keywords and further is not False:  # a key may come twice, and counts once
         raise Unenforceable(
-            f"the engine cannot enforce 'minProperties' at {place} beside additional properties; leave out one",
+            f"the engine cannot enforce 'minProperties' at {place} with additional properties; leave out one",
             "minProperties",
         )
     rival = "format" if part.get("format") in _FORMATS else "pattern"
     for keyword in ("pattern", "minLength", "maxLength"):
         if rival in part and keyword in keywords and keyword != rival:
-            text = f"the engine cannot enforce {keyword!r} beside {rival!r} at {place}; leave out one"
+            text = f"the engine cannot enforce {keyword!r} with {rival!r} at {place}; leave out one"
             raise Unenforceable(text, keyword)
     if "pattern" in part and not _is_followed(part["pattern"]):
         raise Unenforceable(

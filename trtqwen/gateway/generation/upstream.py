@@ -54,7 +54,7 @@ class Reply:
 
 
 class _Call:
-    """A stream that runs; `failure` is why somebody else ended it.
+    """A stream that runs; `failure` is why it was ended from outside.
 
     Attributes:
         unread: prompt tokens, until the first token comes.
@@ -152,7 +152,7 @@ class Replica:
 
         Args:
             silence: seconds without one after which a sequence that has begun counts as stalled; one that has not
-                waits inside the engine, and counts when nobody else has had a token for so long either.
+                waits inside the engine, and counts when no other request has had a token for so long either.
             reading: further seconds that the engine may take to read prompts.
         """
         now = time.monotonic()

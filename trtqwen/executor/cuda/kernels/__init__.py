@@ -1,1 +1,1 @@
-"""Kernels in the Triton language, each beside the plain formula that it replaces (in its docstring)."""
+"""Kernels in the Triton language, each with the plain formula that it replaces (in its docstring)."""
