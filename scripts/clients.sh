@@ -53,10 +53,11 @@ run() { # NAME COMMAND...: prints a line of the table; what the client says goes
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 echo "| client | result |"
 echo "| --- | --- |"
-run guidellm "$CLIENT/guidellm" benchmark --target "$URL" --model tiny --processor "$WORK/model" --rate-type synchronous \
-    --max-requests 4 --data "prompt_tokens=32,output_tokens=8" --output-path "$WORK/guidellm.json"
+run guidellm "$CLIENT/guidellm" run --backend "kind=openai_http,target=$URL,model=tiny" \
+    --profile kind=synchronous --constraint kind=max_requests,count=4 --tokenizer "kind=huggingface_auto,model=$WORK/model" \
+    --data kind=synthetic_text,prompt_tokens=32,output_tokens=8 --output "kind=json,path=$WORK/guidellm.json"
 run aiperf "$CLIENT/aiperf" profile --model tiny --url "$URL" --endpoint-type chat --streaming --request-count 6 \
-    --concurrency 2 --tokenizer "$WORK/model" --synthetic-input-tokens-mean 32 --output-tokens-mean 8 \
+    --concurrency 2 --tokenizer builtin --synthetic-input-tokens-mean 32 --output-tokens-mean 8 \
     --artifact-dir "$WORK/aiperf" --ui none
 run lm-eval "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice --include_path "$WORK" \
     --model_args "model=tiny,base_url=$URL/v1/completions,tokenizer=$WORK/model,num_concurrent=2"

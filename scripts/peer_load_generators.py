@@ -66,7 +66,7 @@ def aiperfs(program: str, url: str) -> dict[str, float]:
         words += [f"--output-tokens-mean={OUTPUTS}", f"--extra-inputs=max_tokens:{OUTPUTS}", f"--artifact-dir={home}"]
         words += ["--extra-inputs=ignore_eos:true", "--use-server-token-count"]
         subprocess.run([program, *words], check=True, capture_output=True, text=True)
-        [file] = Path(home).rglob("profile_export_aiperf.json")
+        file = next(Path(home).rglob("profile_export_aiperf.json"))  # some releases write it twice
         report = json.loads(file.read_text())
     return {name: float(report[name]["avg"]) for name in _VLLM_NAMES}
 

@@ -292,7 +292,7 @@ def run_tokenizer(args: argparse.Namespace) -> None:
 
 
 def save_documents(work: Path, name: str, tokenizer: Any) -> None:
-    """Tokenised evaluation documents with their language, so that training needs no tokenizer."""
+    """Tokenized evaluation documents with their language, so that training needs no tokenizer."""
     records = read_jsonl(work / f"{name}.jsonl")
     encoded = [tokenizer.encode(r["text"]).ids for r in records]
     np.savez(

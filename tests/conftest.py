@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
+from pathlib import Path
+
+if not Path("/dev/nvidiactl").exists():  # before anything imports the Triton language: its kernels run interpreted
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import json
 import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest

@@ -20,9 +20,10 @@ from trtqwen.recipe import SECTIONS
 PACKAGE = Path(trtqwen.__file__).parent
 HINT_ARGUMENT = {"found": 1, "Diagnostic": 1, "bad_request": 1, "unsupported": 1}  # position of the hint in a call
 # Options of other programs that hints name.
-DOCKER = {"--cap-add", "--gpus", "--ipc", "--runtime", "--shm-size", "--ulimit"}
+DOCKER = {"--cap-add", "--gpus", "--ipc", "--pids-limit", "--runtime", "--shm-size", "--ulimit"}
 OTHERS = DOCKER | {
     "--allow-run-as-root",  # mpirun
+    "--bind-to",  # mpirun
     "--enable-shared",  # Python's configure
     "--model-repository",  # tritonserver
     "--oversubscribe",  # mpirun
@@ -47,7 +48,7 @@ def hints() -> Iterator[tuple[str, str]]:
         where = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             target = node.targets[0] if isinstance(node, ast.Assign) else None
-            if isinstance(target, ast.Name) and re.search(r"hint|remedy|advice", target.id):
+            if isinstance(target, ast.Name) and re.search(r"hint|hint|advice", target.id):
                 yield f"{where}:{target.lineno}", texts(node)
             if not isinstance(node, ast.Call):
                 continue

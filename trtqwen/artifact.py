@@ -201,7 +201,7 @@ def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
     """Refuse what cannot become an output directory, whatever the user allows to be replaced.
 
     Raises:
-        OutputError: if `output` is no directory, or one of `sources` would be lost with it.
+        OutputError: if `output` is not a directory, or one of `sources` would be lost with it.
     """
     place = output.resolve()
     if place == place.parent or (place.exists() and not place.is_dir()):
@@ -263,7 +263,7 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
         manifest = Manifest.model_validate_json(text)
     except OSError:
         raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", REMEDIES[stage]) from None
-    except ValueError:  # pydantic's ValidationError is one, and so is what is no UTF-8
+    except ValueError:  # pydantic's ValidationError is one, and so is invalid UTF-8
         raise InputError(f"{path}: is not a manifest of this version of trtqwen", REMEDIES[stage]) from None
     key = stage_key(manifest.stage, manifest.inputs, manifest.parameters, manifest.tool_version)
     if text != _text(manifest) or manifest.key != key:

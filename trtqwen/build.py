@@ -115,7 +115,7 @@ def run_build(
 
 
 def check_build(plan: BuildPlan, *, force: bool) -> None:
-    """Refuse to replace what a build of this model has not made, unless `force` is set; and to convert in vain.
+    """Refuse to replace what a build of this model has not made, unless `force` is set; and to convert for nothing.
 
     Raises:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.

@@ -24,6 +24,7 @@ KvCache = Literal["auto", "int8"]
 Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
 EmbeddingSharding = Literal["none", "vocab", "hidden"]
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]  # TensorRT-LLM counts in 32 bits
+TORCH_SERVING = ("device", "cuda_graphs", "overlap")
 _TENSORRT_SERVING = (
     "replicas",
     "enable_context_fmha_fp32_acc",
@@ -62,7 +63,7 @@ class CheckpointRecipe(_Section):
         per_token: SmoothQuant scales activations token by token at run time, instead of by calibrated ranges.
         kv_cache: `int8` writes the scales of an INT8 KV cache.
         int8_layout: how INT8 weight-only weights lie on disk: for the kernels of one GPU generation (sm80 is Ada's
-            too), or `plain`: 16-bit weights that TensorRT-LLM quantises when it builds.
+            too), or `plain`: 16-bit weights that TensorRT-LLM quantizes when it builds.
         embedding_sharding: whether and how the embedding is divided over the ranks.
         yarn_factor: stretch the model's context by YaRN, as Qwen advises beyond 32,768 tokens: 4 makes 131,072.
             The stretch is static: it costs a little on short prompts too.
@@ -109,7 +110,7 @@ class CheckpointRecipe(_Section):
 
 
 class HostRecipe(_Section):
-    """The machine that the engine is built on and served from; `plan` reckons with it.
+    """The machine that the engine is built on and served from; `plan` uses it.
 
     Attributes:
         card: its GPUs; see `cards.json`.
@@ -277,6 +278,9 @@ class ServeRecipe(_Section):
         kv_cache_free_gpu_mem_fraction: share of the GPU memory left after the weights that the KV cache takes.
         kv_cache_host_memory_bytes: host memory that blocks of the KV cache move to, in bytes.
         max_tokens_in_paged_kv_cache: cap on the KV cache, in tokens.
+        device: where the torch engine computes; `auto` takes a CUDA card where there is one.
+        cuda_graphs: replay generation steps of the torch engine as CUDA graphs.
+        overlap: schedule a step of the torch engine while the one before runs on the card.
         max_queue_size: requests that wait before further ones are refused; 0 is no limit.
         triton_max_batch_size: rows of one client request.
         exclude_input_in_output: leave the prompt out of unstreamed answers.
@@ -293,6 +297,9 @@ class ServeRecipe(_Section):
     kv_cache_free_gpu_mem_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.9
     kv_cache_host_memory_bytes: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     max_tokens_in_paged_kv_cache: Positive | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cuda_graphs: bool = True
+    overlap: bool = True
     max_queue_size: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
     triton_max_batch_size: Positive = 64
     exclude_input_in_output: bool = True
@@ -305,8 +312,8 @@ class Recipe(_Section):
     """A whole recipe; `name` is the file's name without `.yaml`.
 
     Attributes:
-        model: the model whose sizes `plan` reckons with when no directory is given; see `hf/models.json`.
-        host: only for the backend tensorrt_llm.
+        model: the model whose sizes `plan` uses when no directory is given; see `hf/models.json`.
+        host: the GPUs that it is served from; without one the torch engine takes what is there.
     """
 
     name: str
@@ -345,10 +352,18 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _torch_alone_has_devices(self) -> Recipe:
+        plain = ServeRecipe()
+        for name in TORCH_SERVING:
+            if self.engine.backend != "torch" and getattr(self.serve, name) != getattr(plain, name):
+                raise ValueError(f"serve.{name} is a setting of backend: torch")
+        if self.host is not None and self.engine.backend == "torch" and self.serve.device == "cpu":
+            raise ValueError("serve.device cpu: the section host describes GPUs; leave one of them out")
+        return self
+
+    @model_validator(mode="after")
     def _backend_can(self) -> Recipe:
         if self.engine.backend != "tensorrt_llm":
-            if self.host is not None and self.engine.backend == "torch":
-                raise ValueError("host is for backend: tensorrt_llm; the torch engine runs where it is started")
             if self.engine.backend == "vllm":
                 self._vllm_can()
             if self.engine.backend == "llmapi":

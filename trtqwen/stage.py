@@ -110,7 +110,7 @@ class Stage(ABC):
         """Refuse at once what would fail later.
 
         Raises:
-            TrtQwenError: with the remedy.
+            TrtQwenError: with the hint.
         """
 
     @abstractmethod

@@ -153,7 +153,7 @@ def test_an_engine_that_dies_keeps_what_is_done(
         if finished == 10:
             started[0]._processes[0].kill()
 
-    with pytest.raises(EngineError, match="the engine has died"):
+    with pytest.raises(EngineError, match="the engine has stopped"):
         run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out", on_progress=kill_after_ten)
     kept = (tmp_path / ".out.part").read_text().splitlines()
     assert 10 <= len(kept) - 1 < 80

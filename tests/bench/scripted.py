@@ -28,15 +28,18 @@ def application(script: dict[str, float]) -> web.Application:
             return web.json_response({"error": {"message": "no room"}}, status=429)
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
+        head = {"id": f"cmpl-{number}", "object": "text_completion", "created": 0, "model": "scripted"}
         burst, count = int(script.get("burst", 1)), int(script.get("stop_at", body["max_tokens"]))
         for index in range(0, count, burst):
             await asyncio.sleep(script["gap"] if index else script["first"])
             ids = list(range(index, min(index + burst, count)))
-            event = {"choices": [{"index": 0, "text": "x" * len(ids), "token_ids": ids}]}
+            event = {**head, "choices": [{"index": 0, "text": "x" * len(ids), "token_ids": ids}]}
             entry["tokens"].append(time.monotonic())
             await answer.write(f"data: {json.dumps(event)}\n\n".encode())
         usage = {"prompt_tokens": len(body["prompt"]), "completion_tokens": count}
-        await answer.write(f"data: {json.dumps({'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode())
+        await answer.write(
+            f"data: {json.dumps({**head, 'choices': [], 'usage': usage})}\n\ndata: [DONE]\n\n".encode()
+        )
         return answer
 
     async def models(request: web.Request) -> web.Response:

@@ -262,7 +262,7 @@ def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
         server.terminate()
     assert server.stderr is not None
     problem = " ".join(server.stderr.read().split())
-    assert "the engine has died (rank 0 ended with code -9" in problem
+    assert "the engine has stopped (rank 0 ended with code -9" in problem
     assert "start the server again" in problem
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
 

@@ -18,7 +18,7 @@ def test_a_log_file_is_explained_for_people_and_as_json(tmp_path: Path) -> None:
     result = explain(tmp_path / "log")
     assert result.returncode == 0
     assert result.stdout.startswith("line 2: RuntimeError: Required but not provided tensors:{'x'}\n  cause:  ")
-    assert "  remedy: convert again" in result.stdout
+    assert "  hint: convert again" in result.stdout
     printed = json.loads(explain("-", "--json", text=LOG).stdout)
     assert [finding["number"] for finding in printed["findings"]] == [2, 3]
     assert printed["log"] == "standard input"

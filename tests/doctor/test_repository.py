@@ -105,11 +105,11 @@ def test_syntax_errors_have_line_and_column(filled: Filled) -> None:
         ({"batching": "", "instances": "4"}, "fail", "overtake each other"),
         ({"batching": ""}, "ok", ""),
         ({"preferred_batch_size": "128"}, "fail", "preferred_batch_size 128 is not in 1 to 64"),
-        ({"engine_dir": "/nowhere/engine"}, "fail", "gpt_model_path /nowhere/engine is no directory"),
+        ({"engine_dir": "/nowhere/engine"}, "fail", "gpt_model_path /nowhere/engine is not a directory"),
         ({"engine_dir": ""}, "fail", "gpt_model_path is empty"),  # parse_error.101 in Triton's log
         ({"batching_strategy": "inflight"}, "fail", "set it to inflight_fused_batching"),
         ({"tokenizer_dir": "Qwen/Qwen2.5-7B-Instruct"}, "warn", "will be downloaded at every start"),
-        ({"tokenizer_dir": "/models/gone"}, "fail", "tokenizer_dir /models/gone is no directory"),
+        ({"tokenizer_dir": "/models/gone"}, "fail", "tokenizer_dir /models/gone is not a directory"),
         ({"exclude_input_in_output": ""}, "warn", "begin with the prompt"),
         ({"batch_scheduler_policy": "max_utilisation"}, "warn", "guaranteed_no_evict is taken"),
         ({"gpu_device_ids": "0,1"}, "fail", "names 2 GPUs for 4 ranks"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from trtqwen.executor.kv_cache import BlockPool, block_key
+from trtqwen.executor.kv_cache import BlockPool, block_key, salt_key
 
 
 def test_a_key_stands_for_everything_up_to_the_blocks_end() -> None:
@@ -30,3 +30,11 @@ def test_of_two_blocks_with_one_content_the_first_is_found_and_the_second_is_fre
     pool.share(pool.find([b"key"]))
     assert pool.num_free == 0
     assert not pool.grow(taken, 12)
+
+
+def test_blocks_of_one_salt_are_not_found_under_another() -> None:
+    tokens = [1, 2, 3, 4]
+    first = {salt: block_key(salt_key(salt), tokens) for salt in ("", "alice", "bob")}
+    assert len(set(first.values())) == 3
+    assert len({block_key(key, tokens) for key in first.values()}) == 3
+    assert block_key(salt_key("alice"), tokens) == first["alice"]

@@ -1,4 +1,4 @@
-"""Log probabilities of prompts and of the likeliest tokens, checked against transformers' logits."""
+"""Log probabilities of prompts and of the most likely tokens, checked against transformers' logits."""
 
 from __future__ import annotations
 

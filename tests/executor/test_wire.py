@@ -5,7 +5,15 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtqwen.executor.request import Event, FinishReason, IterationStats, PerfMetrics, Response
+from trtqwen.executor.request import (
+    Event,
+    FinishReason,
+    IterationStats,
+    PerfMetrics,
+    PromptLogProbs,
+    Response,
+    TopLogProbs,
+)
 from trtqwen.executor.wire import EventDecoder, EventEncoder, merged
 
 METRICS = PerfMetrics(**dict.fromkeys(PerfMetrics.model_fields, 7))
@@ -74,3 +82,19 @@ def test_an_error_does_not_swallow_the_tokens_before_it() -> None:
         Response(request_id="a", token_ids=(1,)),
         error,
     ]
+
+
+def test_joined_responses_keep_every_log_probability() -> None:
+    def ranked(byte: bytes) -> TopLogProbs:
+        return TopLogProbs(ids=byte * 8, log_probs=byte * 8)
+
+    prompt = PromptLogProbs(log_probs=b"1234", top=None)
+    first = Response(
+        request_id="a", token_ids=(1,), log_probs=(-1.0,), top_log_probs=ranked(b"a"), prompt_log_probs=prompt
+    )
+    second = Response(request_id="a", token_ids=(2,), log_probs=(-2.0,), top_log_probs=ranked(b"b"))
+    [joined] = merged([first, second])
+    assert joined.top_log_probs == TopLogProbs(ids=b"a" * 8 + b"b" * 8, log_probs=b"a" * 8 + b"b" * 8)
+    assert joined.prompt_log_probs == prompt
+    ranked_only = first.model_copy(update={"log_probs": ()})
+    assert list(EventDecoder().decode(EventEncoder().encode([Event(response=ranked_only)]))) == [ranked_only]

@@ -179,7 +179,7 @@ def test_who_does_not_fit_waits_and_the_next_is_refused(limited: Running) -> Non
 
 
 def test_trailers_have_a_limit_too(limited: Running) -> None:
-    """Nobody reads them, and a route that asks for no key would take them for ever."""
+    """Nobody reads them, and a route that asks for no key would take them forever."""
     head = b"POST /health HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n"
     with limited.connect() as connection, pytest.raises(ConnectionError):
         connection.sendall(head)

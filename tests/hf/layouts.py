@@ -520,7 +520,7 @@ LAYOUTS = (
     Layout("unknown-key", config(warp_factor=9), weights=True, warns="warp_factor 9"),
     Layout("mlp-bias", config(mlp_bias=True), refused="mlp_bias"),
     Layout("own-code", config(auto_map={"AutoModelForCausalLM": "m.M"}), weights=True, warns="auto_map"),
-    Layout("dtype-absent", config(("dtype",)), weights=True, warns="names no dtype"),
+    Layout("dtype-absent", config(("dtype",)), weights=True, warns="has no dtype"),
     Layout("dtypes-differ", config(torch_dtype="float16"), refused="torch_dtype float16"),
     # weights
     Layout("tied-equal", both(tensors(_tie), config(tie_word_embeddings=True)), weights=True),
@@ -561,9 +561,9 @@ LAYOUTS = (
     Layout("doubled-tensor", sharded(_doubled(0.0)), weights=True),
     Layout("two-values", sharded(_doubled(1.0)), refused="both hold tensor"),
     Layout("shards-in-a-folder", sharded(folder="w/"), weights=True),
-    Layout("old-index", index_beside, weights=True, warns="not read"),
+    Layout("old-index", index_beside, weights=True, warns="does not read model.safetensors.index.json"),
     Layout("nested", _prefixed("model."), refused="begin with 'model.model.'"),
     Layout("index-and-other-single", both(sharded(), index_and_single), refused="both hold tensor"),
     Layout("stale-file", other_file(1.0), refused="both hold tensor"),
-    Layout("equal-file", other_file(0.0), weights=True, warns="old.safetensors not read"),
+    Layout("equal-file", other_file(0.0), weights=True, warns="does not read old.safetensors"),
 )

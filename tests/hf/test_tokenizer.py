@@ -124,7 +124,7 @@ def test_broken_directories(tmp_path: Path) -> None:
         Tokenizer(tmp_path)
     shutil.copy(MODEL / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
-    with pytest.raises(SourceError, match="no file names an end"):
+    with pytest.raises(SourceError, match="no file defines an end"):
         _ = Tokenizer(tmp_path).end_id
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(SourceError, match="is not JSON"):

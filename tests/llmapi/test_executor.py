@@ -98,9 +98,9 @@ def test_the_death_of_the_llm_is_told(executor: LlmApiExecutor) -> None:
     llm().broken = True
     [responses] = executor.generate([request()])
     assert responses[-1].error == "the LLM API fails: the worker has ended"
-    with pytest.raises(EngineError, match="the engine has died"):
+    with pytest.raises(EngineError, match="the engine has stopped"):
         executor.stats()
-    with pytest.raises(EngineError, match="the engine has died"):
+    with pytest.raises(EngineError, match="the engine has stopped"):
         executor.submit(request(id="2"), lambda response: None)
 
 

@@ -115,7 +115,7 @@ def checkpoints(draw: st.DrawFn) -> CheckpointRecipe:
 @given(configs(), checkpoints())
 @hypothesis.settings(deadline=None)
 def test_every_byte_of_the_rank_files(config: HfConfig, asked: CheckpointRecipe) -> None:
-    """A plain INT8 weight-only checkpoint is the exception: TensorRT-LLM quantises it when it builds."""
+    """A plain INT8 weight-only checkpoint is the exception: TensorRT-LLM quantizes it when it builds."""
     mapping = RankMapping(asked.tp_size, asked.pp_size)
     try:
         check_settings(config, mapping, asked)

@@ -1,4 +1,4 @@
-"""What makes a model hard to quantise, and the refusal of an INT8 KV cache for it."""
+"""What makes a model hard to quantize, and the refusal of an INT8 KV cache for it."""
 
 from __future__ import annotations
 

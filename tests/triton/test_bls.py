@@ -155,8 +155,8 @@ def test_an_error_is_a_sentence_whenever_it_comes() -> None:
     assert ask(PlayedModels(RequestError("too long"))).error == "too long"
     late = ask(PlayedModels((0, "a"), RequestError("broken")))
     assert (late.texts, late.error) == (["a"], "broken")
-    lost = ask(PlayedModels((0, "a"), lost_error="the engine has died"))
-    assert (lost.texts, lost.error) == (["a"], "the engine has died")
+    lost = ask(PlayedModels((0, "a"), lost_error="the engine has stopped"))
+    assert (lost.texts, lost.error) == (["a"], "the engine has stopped")
 
 
 @pytest.mark.parametrize("name", ["image_input", "image_url_input", "num_draft_tokens"])

@@ -57,13 +57,13 @@ def test_a_stuck_server_is_left_in_time_and_told_to_stop(stuck: tuple[str, Stuck
     url, servicer = stuck
     start = time.monotonic()
     with pytest.raises(ServerError, match=f"{url}: the server did not answer in time; "):
-        list(stream(url, "hi", 8, request_id="mine", timeout=0.3))
+        list(stream(url, "hi", 8, request_id="mine", timeout=0.3, chat=False))
     assert time.monotonic() - start < 30
     assert servicer.asked == [("ensemble", "mine"), ("tensorrt_llm", "mine")]
 
 
 def test_broken_characters_of_a_foreign_server_are_marked(stuck: tuple[str, Stuck]) -> None:
-    [piece] = stream(stuck[0], "hi", 8, request_id="cut")
+    [piece] = stream(stuck[0], "hi", 8, request_id="cut", chat=False)
     assert (piece.text, piece.num_tokens) == ("ab\ufffd", 0)
 
 

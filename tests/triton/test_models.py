@@ -97,7 +97,7 @@ def test_a_look_for_gone_clients_that_fails_is_logged_and_the_engines_model_look
     parameters = MagicMock(cancellation_check_period=0.01, stats_check_period=600)
     monkeypatch.setattr(engine, "engine_parameters", lambda args: parameters)
     monkeypatch.setattr(engine, "EngineService", lambda *args, **kwargs: service)
-    for name in ("Executor", "Tokenizer"):
+    for name in ("open_engine", "Tokenizer"):
         monkeypatch.setattr(engine, name, MagicMock())
     model = engine.TritonPythonModel()
     model.initialize({"model_name": "tensorrt_llm", "model_version": "1"})

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -201,15 +202,20 @@ def test_a_python_model_that_dies_is_noticed(repository: Path, tmp_path: Path) -
 @pytest.mark.triton
 def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -> None:
     with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
+        begun = threading.Event()
 
         def generate() -> str:
-            return list(Call(server, "tensorrt_llm", id_request([5, 6], 500, streaming=True)))[-1].error
+            replies = []
+            for reply in Call(server, "tensorrt_llm", id_request([5, 6], 500, streaming=True, end_id=-1)):
+                begun.set()
+                replies.append(reply)
+            return replies[-1].error
 
         def kill() -> None:
-            time.sleep(0.5)
+            begun.wait(60)
             [rank] = [pid for pid, command in family(server.pid).items() if "trtqwen.executor.worker" in command]
             os.kill(rank, signal.SIGKILL)
 
         *errors, _ = in_threads([generate, generate, generate, kill])
-        assert all("the engine has died (rank 0 ended with code -9)" in error for error in errors)
-        assert "the engine has died" in generate()
+        assert all("the engine has stopped (rank 0 ended with code -9)" in error for error in errors)
+        assert "the engine has stopped" in generate()

@@ -27,7 +27,7 @@ class PlayedExecutor:
 
     def submit(self, request: Request, on_response: Callable[[Response], None]) -> None:
         if len(self.requests) == self._dies_at:
-            raise EngineError("the engine has died")
+            raise EngineError("the engine has stopped")
         self.requests.append(request)
         self._callbacks[request.id] = on_response
 
@@ -110,7 +110,7 @@ def test_the_last_token_carries_the_final_flag() -> None:
 
 
 def test_a_response_that_cannot_be_sent_ends_its_request_and_no_other() -> None:
-    """Shared memory may be full, and the thread that brings responses serves everybody."""
+    """Shared memory may be full, and the thread that brings responses serves all requests."""
     for end in (None, FinishReason.LENGTH):
         executor, sender, service = start(rows=2, streaming=True)
         other = RecordingSender()
@@ -167,7 +167,7 @@ def test_one_rows_error_ends_the_request_and_frees_its_neighbours() -> None:
 
 def test_an_engine_that_dies_between_two_rows_fails_the_request_once() -> None:
     _, sender, _ = start(rows=2, dies_at=1)
-    assert sender.sent == ["the engine has died"]
+    assert sender.sent == ["the engine has stopped"]
 
 
 def test_a_cancelled_request_ends_empty() -> None:

@@ -196,7 +196,11 @@ def test_what_is_not_served_is_refused_by_name_unless_neutral(tensor: dict[str, 
         ("num_return_sequences", [-1], "num_return_sequences: -1 is not between"),
         ("guided_decoding_guide_type", np.array([[b"xml"]], np.object_), "is 'xml'; send one of json, json_schema"),
         ("guided_decoding_guide_type", np.array([[b"regex"]], np.object_), "guided_decoding_guide: is missing for"),
-        ("guided_decoding_guide", np.array([[b"a"]], np.object_), "guided_decoding_guide_type: is missing beside"),
+        (
+            "guided_decoding_guide",
+            np.array([[b"a"]], np.object_),
+            "guided_decoding_guide_type: is missing, but there is",
+        ),
         ("guided_decoding_guide", np.array([[b"\xff"]], np.object_), "guided_decoding_guide: byte 0 is not UTF-8"),
     ],
 )

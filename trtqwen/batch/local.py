@@ -43,12 +43,12 @@ class LocalTriton:
         self.tokens = 0
         self._service = service
 
-    def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float) -> _Call:
+    def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float, metadata: object = ()) -> _Call:
         """A call, as grpc's stub makes it."""
         return _Call(self, self._service, requests)
 
     def check(self) -> None:
-        """Raise an EngineError if the engine has died."""
+        """Raise an EngineError if the engine has stopped."""
         self._service.gauges()
 
 

@@ -99,7 +99,7 @@ def check_settings(settings: LoadSettings, workload: Workload) -> None:
     """Refuse settings that do not make an honest test.
 
     Raises:
-        InputError: with the remedy.
+        InputError: with the hint.
     """
     if settings.repeats < LEAST_REPEATS:
         raise InputError(

@@ -99,7 +99,7 @@ def checkpoint_config(
     """The content of config.json, in NVIDIA's key order (its reader fills wrong defaults for what is absent).
 
     Args:
-        quantization: what differs from an unquantised block.
+        quantization: what differs from an unquantized block.
         calibrated: whether activation ranges were used: NVIDIA's two paths write the mapping differently.
     """
     content: dict[str, Any] = {

@@ -1,6 +1,6 @@
 """From a Hugging Face directory to a TensorRT-LLM checkpoint: all ranks in one pass over the source.
 
-A thread reads and checks the tensors that come next, the main thread casts or quantises, and each rank file's own
+A thread reads and checks the tensors that come next, the main thread casts or quantizes, and each rank file's own
 thread writes. Resident memory: the source tensors in work (mapped, given back after use) and 8 MiB of buffers a rank.
 """
 
@@ -52,9 +52,9 @@ class ConversionPlan:
     """What a conversion will write.
 
     Attributes:
-        dtype: dtype of what is not quantised.
+        dtype: dtype of what is not quantized.
         rules: how each tensor is made, in file order; without activation ranges yet.
-        parameters: what, beside the source, decides the result.
+        parameters: what, besides the source, decides the result.
         tokenizer: the model's; None for a model without tokenizer files.
         findings: what is said of the model: defaults that act, and what is not read.
         files: the source's files, as they were when the plan was made.

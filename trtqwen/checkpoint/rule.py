@@ -25,7 +25,7 @@ class Precision:
     """What the numbers become.
 
     Attributes:
-        dtype: of everything that is not quantised.
+        dtype: of everything that is not quantized.
         int8_layout: write INT8 weight-only matrices in this layout.
         smoothquant: SmoothQuant in this mode; None otherwise.
         alpha: SmoothQuant's share of the difficulty that goes to the weights.

@@ -118,7 +118,7 @@ def _container(recipe: str | None, subject: Subject, options: ContainerOptions) 
 
 
 def _print(findings: list[Finding]) -> None:
-    """A line for each check and its evidence, and one for each remedy: none is cut off, all can be searched."""
+    """A line for each check and its evidence, and one for each hint: none is cut off, all can be searched."""
     for found in findings:
         check, result = found.check, found.result
         if result.verdict == "skip":

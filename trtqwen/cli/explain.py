@@ -19,7 +19,7 @@ def command(
     log: Annotated[Path, typer.Argument(help="Log file; - reads standard input.")],
     json: Json = False,
 ) -> None:
-    """Explain a failure log of trtllm-build, Triton, MPI, NCCL or docker: the telling lines, their cause, the remedy.
+    """Explain a failure log of trtllm-build, Triton, MPI, NCCL or docker: the telling lines, their cause, and a hint.
 
     The first cause comes first; what follows from it is left out. Exit code 1 if no cause is known: then the lines
     that look like errors are shown.
@@ -58,7 +58,7 @@ def _print_finding(finding: Finding) -> None:
     more = f" (and {finding.times - 1} more like it)" if finding.times > 1 else ""
     _say(f"line {finding.number}: {finding.line}{more}", style="bold")
     _say(f"  cause:  {finding.cause}")
-    _say(f"  remedy: {finding.hint}")
+    _say(f"  hint: {finding.hint}")
 
 
 def _say(text: str, style: str | None = None) -> None:

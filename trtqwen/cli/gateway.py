@@ -38,11 +38,11 @@ def command(
 
     Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous, workers;
     allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning; prefix_routing,
-    throttle_seconds;
+    throttle_seconds, rates_url;
     max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
     max_body_bytes, max_header_bytes; queue_seconds, request_seconds, stall_seconds, body_seconds, drain_seconds,
     probe_seconds, prompt_tokens_per_second; workers, key_share, max_connections_per_address, supervisor,
-    access_log, protect_metrics, allowed_hosts;
+    access_log, protect_metrics, allowed_hosts, share_kv_cache;
     allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning.
     """
     settings = gateway_config(

@@ -1,4 +1,4 @@
-"""`trtqwen verify`: a checkpoint run beside the model it was made from."""
+"""`trtqwen verify`: compare a checkpoint with the model that it was made from."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class Alert:
         query: fires for every series that it returns.
         wait: how long the query must return the series before the alert fires, as Prometheus writes durations.
         summary: one sentence; `{{ $value }}` and `{{ $labels.x }}` are Prometheus' own.
-        remedy: what to do.
+        hint: what to do.
     """
 
     name: str

@@ -15,7 +15,7 @@ Verdict = Literal["ok", "warn", "fail", "skip"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. Evidence and remedy have a line for each problem; the evidence of a skip is its reason."""
+    """What a check found. Evidence and hint have a line for each problem; the evidence of a skip is its reason."""
 
     verdict: Verdict
     evidence: str

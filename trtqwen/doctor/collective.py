@@ -53,7 +53,7 @@ def all_reduce_problem(
         try:
             while any(process.poll() is None for process in ranks) and time.monotonic() < deadline:
                 if any(process.poll() for process in ranks):
-                    break  # the others wait for it in vain
+                    break  # the others wait for it for nothing
                 time.sleep(0.05)
             codes = [process.poll() for process in ranks]
         finally:

@@ -152,7 +152,7 @@ def _engine(models: Models) -> Iterator[Diagnostic]:
         return
     engine = Path(path)
     if not engine.is_dir():
-        yield Diagnostic(f"{model.path}: gpt_model_path {path} is no directory here", "name the engine directory")
+        yield Diagnostic(f"{model.path}: gpt_model_path {path} is not a directory here", "name the engine directory")
         return
     try:
         config = read_engine_config(engine)
@@ -204,11 +204,13 @@ def _tokenizers(models: Models) -> Iterator[Diagnostic]:
                 text = f"{model.path}: tokenizer_dir {given} has no tokenizer_config.json"
                 yield Diagnostic(text, "copy the tokenizer's files there")
         elif _HUB_NAME.fullmatch(given):
-            text = f"{model.path}: tokenizer_dir {given} is no directory here: it will be downloaded at every start"
+            text = (
+                f"{model.path}: tokenizer_dir {given} is not a directory here: it will be downloaded at every start"
+            )
             yield Diagnostic(text, "name a local directory", "warning")
         else:
             yield Diagnostic(
-                f"{model.path}: tokenizer_dir {given} is no directory here", "name the model's directory"
+                f"{model.path}: tokenizer_dir {given} is not a directory here", "name the model's directory"
             )
 
 

@@ -76,7 +76,7 @@ def run_check(check: Check, subject: Subject) -> Result:
         return check.judge([problem.diagnostic])
     except OSError as problem:
         where = problem.filename or "this host"
-        return check.found(f"{where}: {problem.strerror or problem}", "look at its permissions")
+        return check.found(f"{where}: {problem.strerror or problem}", "check its permissions")
 
 
 def examine_in_container(plan: ContainerPlan, subject: Subject) -> list[Finding]:

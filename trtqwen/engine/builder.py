@@ -51,7 +51,7 @@ def check_max_seq_len(recipe: EngineRecipe, max_position_embeddings: int) -> Non
     """Refuse requests that are longer than the model's context.
 
     Raises:
-        InputError: with the remedy.
+        InputError: with the hint.
     """
     if recipe.max_seq_len > max_position_embeddings:
         raise InputError(

@@ -1,4 +1,4 @@
-"""From a log to causes and remedies, by the patterns in `failures.json`.
+"""From a log to causes and hints, by the patterns in `failures.json`.
 
 Logs reach us wrapped: Triton prints errors in a table, terminals and issue threads break lines within words, docker
 and mpirun put a prefix before each. So a pattern is matched against the log without any white space, prefixes or

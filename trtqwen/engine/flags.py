@@ -111,7 +111,7 @@ def build_command(recipe: Recipe, checkpoint: Path, output: Path, *, gpus: int |
 
 
 def command_line(flags: Flags, checkpoint: Path, output: Path, release: Release) -> list[str]:
-    """The call with these flags. The timing cache stays beside the engine and speeds up the next build.
+    """The call with these flags. The timing cache stays next to the engine and speeds up the next build.
 
     Without a name for it, trtllm-build drops a `model.cache` into the current directory.
     """
@@ -143,7 +143,7 @@ def check_command(command: list[str], release: Release) -> None:
         if flag is None:
             instead = flag_facts().removed.get(name)
             hint = f" ({instead})" if instead else ""
-            raise EngineError(f"--{name}: is no flag of trtllm-build in {release}{hint}", "leave it out")
+            raise EngineError(f"--{name}: is not a flag of trtllm-build in {release}{hint}", "leave it out")
         if flag.last is not None and version(release) > version(flag.last):
             raise EngineError(
                 f"--{name}: TensorRT-LLM {release} has it no more, {flag.last} was the last", "leave it out"

@@ -62,7 +62,7 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
         command: the call that cannot be made here.
 
     Raises:
-        EngineError: naming what is here, what is needed, and the remedies.
+        EngineError: naming what is here, what is needed, and what to do.
     """
     check_software(host, release, command=command)
     gpus = host.visible_gpus
@@ -72,7 +72,7 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
                 "no GPU is visible: converting works here, but building needs the GPU that will serve "
                 "(trtllm-build asks it for its kind before all else)"
             ),
-            "build there, and look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+            "build there, and check nvidia-smi and CUDA_VISIBLE_DEVICES",
         )
     if card is None:
         return

@@ -46,12 +46,12 @@ class EngineBuilder(Protocol):
         """Refuse what cannot be built on this machine.
 
         Raises:
-            EngineError: with the remedy.
+            EngineError: with the hint.
         """
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
-        """Write config.json and one file a rank into an empty directory.
+        """Write config.json and one file per rank into an empty directory.
 
         Raises:
-            EngineError: with cause and remedy.
+            EngineError: with cause and hint.
         """

@@ -30,7 +30,7 @@ def check_context(recipe: Recipe, config: HfConfig) -> None:
     """Refuse requests that are longer than the model's context.
 
     Raises:
-        InputError: with the remedy.
+        InputError: with the hint.
     """
     length = recipe.engine.max_seq_len
     if length > config.context:

@@ -20,7 +20,7 @@ class ModelBuilder:
         """Nothing is in the way: whether the backend is installed, `serve` tells."""
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
-        """Write the model directory beside the engine's config.json."""
+        """Write the model directory next to the engine's config.json."""
         recipe, model = job.recipe, directory / HF_MODEL
         model.mkdir()
         write_model(plan_export(job.checkpoint, plain=recipe.backend == "llmapi"), model)

@@ -104,7 +104,7 @@ def check_provenance(engine: Path, host: Host) -> list[Diagnostic]:
             )
         )
     if not host.visible_gpus:
-        problems.append(Diagnostic(f"{engine}: needs a GPU, and none is visible", "look at nvidia-smi here"))
+        problems.append(Diagnostic(f"{engine}: needs a GPU, and none is visible", "check nvidia-smi here"))
     elif record:
         here = host.visible_gpus[0]
         if here.compute_capability != record.compute_capability:

@@ -60,7 +60,7 @@ class TrtLlmBuilder:
         """Hold the machine and every flag against what the build needs.
 
         Raises:
-            EngineError: with the remedy.
+            EngineError: with the hint.
         """
         command = command_line(self._flags(job), job.checkpoint, job.output, job.settings.release)
         check_command(command, job.settings.release)
@@ -70,7 +70,7 @@ class TrtLlmBuilder:
         check_against_help(command, self._help())
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
-        """Run trtllm-build; its log stays beside the engine's place, whatever happens.
+        """Run trtllm-build; its log stays next to the engine's directory in any case.
 
         Raises:
             BuildFailed: if it fails, naming the cause as far as its log tells.

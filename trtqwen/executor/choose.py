@@ -74,7 +74,7 @@ def _threshold(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> T
     before = mass.cumsum(dim=-1) - mass
     limit = torch.where((top_p > 0) & (top_p < 1), top_p, 2.0) * mass.sum(dim=-1)
     kept = (before < limit[:, None]).sum(dim=-1, keepdim=True)
-    threshold = torch.maximum(threshold, ordered.gather(1, kept - 1)[:, 0])
+    threshold = torch.maximum(threshold, ordered.gather(1, kept.clamp(min=1) - 1)[:, 0])  # 0: a row of NaN
     return torch.maximum(threshold, min_p.log())
 
 

@@ -1,4 +1,4 @@
-"""The client's handle on a running engine: starts one process a rank, hands requests in, hands tokens out."""
+"""The client's handle on a running engine: starts one process per rank, hands requests in, hands tokens out."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class Executor:
         """Queue a request; its responses come to `on_response`, the last with a finish reason.
 
         Raises:
-            EngineError: if the engine has died or the id is in flight already.
+            EngineError: if the engine has stopped or the id is in flight already.
         """
         with self._lock:
             if self._death is not None:
-                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+                raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
             if request.id in self._callbacks:
                 raise EngineError(f"request id {request.id!r} is in flight already", "use a new one")
             self._callbacks[request.id] = on_response
@@ -101,11 +101,11 @@ class Executor:
         """The step loop's own account, taken between two steps."""
         with self._lock:
             if self._death is not None:
-                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+                raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
             self._send(Command(stats=True))
         stats = self._stats.get()
         if stats is None:
-            raise EngineError(f"the engine has died ({self._death})", "start the server again")
+            raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
         return stats
 
     def shutdown(self) -> None:
@@ -202,7 +202,7 @@ class Executor:
             orphans, self._callbacks = self._callbacks, {}
         for process in self._processes:
             process.kill()
-        error = f"the engine has died ({reason})"
+        error = f"the engine has stopped ({reason})"
         for request_id, callback in orphans.items():
             callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
         self._stats.put(None)

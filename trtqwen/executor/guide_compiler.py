@@ -128,7 +128,7 @@ def _compile(compiler: Any, params: GuidedDecodingParams) -> Any:
 def _try_guides(client: socket.socket, compiler: xgrammar.GrammarCompiler) -> None:
     client.sendall(_READY)
     for line in client.makefile("rb"):
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_LIMIT)  # its signal kills, whatever xgrammar is at
+        signal.setitimer(signal.ITIMER_PROF, COMPILE_LIMIT)  # its signal kills, in any state of xgrammar
         signal.setitimer(signal.ITIMER_REAL, LONGEST)
         with suppress(Exception):  # quick to fail is as good: compiled in earnest, it says why
             _compile(compiler, GuidedDecodingParams.model_validate_json(line))
@@ -139,7 +139,7 @@ def _try_guides(client: socket.socket, compiler: xgrammar.GrammarCompiler) -> No
 
 
 def main() -> None:
-    """Fork a child for every socket that comes, until nobody can send one."""
+    """Fork a child for every socket that comes, until its parent closes the socket."""
     control = socket.socket(fileno=int(sys.argv[1]))
     compiler = _make_compiler(Tokenizer(Path(sys.argv[2])), int(sys.argv[3]))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that dead children vanish by themselves

@@ -9,6 +9,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -91,7 +92,11 @@ class XGrammarGuide:
             self._matcher.fill_next_token_bitmask(self._allowed)
         except Exception as problem:  # xgrammar raises bare RuntimeErrors
             raise RequestError(f"guided_decoding_guide: cannot be followed further ({_reason(problem)})") from None
-        xgrammar.apply_token_bitmask_inplace(row[None], self._allowed.to(row.device))
+        if row.device.type == "cpu":
+            xgrammar.apply_token_bitmask_inplace(row[None], self._allowed)
+        else:
+            bits = np.unpackbits(self._allowed.numpy().view(np.uint8), bitorder="little")[: len(row)]
+            row.masked_fill_(torch.from_numpy(bits == 0).to(row.device), -inf)
         if self._bias is not None:
             row += self._bias.to(row.device)
 

@@ -1,7 +1,8 @@
 """A step as numbers: what the ranks need to compute it, packed into one array that crosses to them and to the device.
 
-All sections are int32 and lie one behind the other, so that one copy moves a step. Their offsets depend on the counts
-alone: a step padded to a fixed batch size always has its sections in the same places, as a CUDA graph needs.
+All sections are int32 and lie one behind the other, so that one copy moves a step; each begins at 16 bytes, because
+kernels are compiled for the alignment of their arguments. Their offsets depend on the counts alone: a step padded to
+a fixed batch size always has its sections in the same places, as a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from trtqwen.executor.scheduler import Chunk, Step
 
 Int32: TypeAlias = npt.NDArray[np.int32]
 _COUNTS = 5
+_ALIGNMENT = 4  # elements
 _SECTIONS = (
     "token_ids",
     "positions",
@@ -52,15 +54,21 @@ class Counts:
     @property
     def total(self) -> int:
         """Elements of all sections."""
-        return 3 * self.tokens + 3 * self.sequences + 2 + 2 * self.logits + self.blocks
+        return sum(map(_aligned, self._sizes))
 
-    @property
+    @cached_property
     def sections(self) -> dict[str, slice]:
         """Where each section lies, in elements."""
-        sizes = [self.tokens] * 3 + [self.sequences + 1, self.sequences, self.sequences + 1] + [self.logits] * 2
-        bounds = np.cumsum([0, *sizes, self.blocks]).tolist()
-        names = (*_SECTIONS, "block_ids")
-        return {name: slice(bounds[index], bounds[index + 1]) for index, name in enumerate(names)}
+        places, begin = {}, 0
+        for name, size in zip((*_SECTIONS, "block_ids"), self._sizes, strict=True):
+            places[name] = slice(begin, begin + size)
+            begin += _aligned(size)
+        return places
+
+    @property
+    def _sizes(self) -> list[int]:
+        of_sequences = [self.sequences + 1, self.sequences, self.sequences + 1]
+        return [self.tokens] * 3 + of_sequences + [self.logits] * 2 + [self.blocks]
 
 
 class StepInputs:
@@ -124,7 +132,7 @@ def pack(step: Step, tokens_per_block: int) -> StepInputs:
         blocks.extend(chunk.block_ids)
     rows = _logit_rows(chunks)
     counts = Counts(len(tokens), len(chunks), generation, len(rows), len(blocks))
-    inputs = StepInputs(counts, np.empty(counts.total, np.int32))
+    inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
     inputs.token_ids[:] = tokens
     inputs.block_ids[:] = blocks
     lengths = np.array([len(chunk.token_ids) for chunk in chunks], np.int32)
@@ -175,3 +183,7 @@ def _logit_slots(chunks: Ordered[Chunk]) -> list[int]:
         if chunk.samples:
             slots.append(chunk.sequence.slot)
     return slots
+
+
+def _aligned(size: int) -> int:
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

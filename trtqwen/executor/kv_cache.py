@@ -89,7 +89,12 @@ def block_key(before: bytes, token_ids: Sequence[int]) -> bytes:
     find two prompts that collide, and read from one what another client wrote.
 
     Args:
-        before: key of the block before, empty for the first one.
+        before: key of the block before; for the first one that of the salt.
         token_ids: the block's own tokens.
     """
     return blake2b(before + array("I", token_ids).tobytes(), digest_size=16).digest()
+
+
+def salt_key(salt: str) -> bytes:
+    """What the first block's key begins with: requests with other salts find none of its blocks."""
+    return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest() if salt else b""

@@ -1,4 +1,4 @@
-"""Log probabilities by the model itself, before penalties and masks: of chosen tokens and of the likeliest ones."""
+"""Log probabilities by the model itself, before penalties and masks: of chosen tokens and of the most likely ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Likeliest:
-    """The likeliest tokens at some places, the likeliest first.
+    """The most likely tokens at some places, the most likely first.
 
     Attributes:
         ids: int32 [places, count].

@@ -1,18 +1,19 @@
 """Rank 0's loop: take in commands, decide a step, compute it with the other ranks, hand out tokens.
 
 Overlapped, the loop schedules and launches the next step before it reads the tokens of the current one, so that the
-device never waits for the host; the host learns of an end one step late, and drops what that step computed in vain.
+device never waits for the host; the host learns of an end one step late, and drops what that step computed.
 Synchronous, it reads each step's tokens first. Both give the same tokens.
 """
 
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
@@ -22,7 +23,7 @@ from trtqwen.executor.output import OutputCollector
 from trtqwen.executor.parallel import Communicator, SingleRank
 from trtqwen.executor.request import Command, Event, FinishReason, Request, Response
 from trtqwen.executor.sampling import Guide, Pending, Sampled, Sampler
-from trtqwen.executor.scheduler import Chunk, Scheduler, SchedulerConfig, Step
+from trtqwen.executor.scheduler import Chunk, Generated, Scheduler, SchedulerConfig, Step
 
 _COMPILERS = 4  # guides compiled at a time
 
@@ -60,7 +61,7 @@ class _Flight:
 
 
 Commands = queue.Queue["Command | CompiledGuide"]
-WriteEvents = Callable[[list[Event]], None]
+WriteEvents = Callable[[Iterable[Event | Generated]], None]
 
 
 class StepLoop:
@@ -97,7 +98,7 @@ class StepLoop:
         self._flight: _Flight | None = None
 
     def run(self) -> None:
-        """Serve for ever; waits for a command only when no request is in flight."""
+        """Serve forever; waits for a command only when no request is in flight."""
         self._write([Event(ready=True)])
         while True:
             if self._scheduler.idle and self._flight is None:
@@ -120,13 +121,14 @@ class StepLoop:
             if not isinstance(self._communicator, SingleRank) or _is_fatal(problem):
                 raise  # the ranks may be out of step with each other: only a new start helps
             self._flight = None
-            self._emit(self._scheduler.fail_all(f"the step failed: {problem}"))
+            self._emit(self._scheduler.fail_all(_reason(problem)))
 
     def _launch(self) -> _Flight | None:
         step = self._scheduler.schedule()
         if step is None:
             return None
-        self._output.scheduled([chunk.sequence for chunk in step.chunks])
+        if not self._output.empty:
+            self._output.scheduled([chunk.sequence for chunk in step.chunks])
         inputs = pack(step, self._scheduler.config.tokens_per_block)
         self._communicator.broadcast(inputs.to_bytes() if self._communicator.size > 1 else b"")
         logits = self._runner.launch(inputs, self._sampler.last_tokens)
@@ -142,6 +144,11 @@ class StepLoop:
         return not self._overlap or any(chunk.sequence.needs_host for chunk in flight.sampling)
 
     def _finish(self, flight: _Flight) -> None:
+        if flight.pending is not None and flight.pending.plain and self._output.empty:
+            token_ids = flight.pending.token_ids()
+            if min(token_ids) >= 0:
+                self._finish_plain(flight, token_ids)
+                return
         results = flight.pending.results() if flight.pending is not None else []
         failed: list[Response] = []
         sampled: dict[str, Sampled] = {}
@@ -152,8 +159,19 @@ class StepLoop:
                 sampled[chunk.request_id] = result
             else:
                 failed.append(self._scheduler.fail(chunk.request_id, str(result)))
-        responses = self._scheduler.update(flight.step, {name: result.token_id for name, result in sampled.items()})
-        self._emit(failed + [self._output.complete(r, sampled[r.request_id]) for r in responses])
+        generated = self._scheduler.update(flight.step, {name: result.token_id for name, result in sampled.items()})
+        self._emit(failed + [self._output.complete(g.response(), sampled[g.request_id]) for g in generated])
+
+    def _finish_plain(self, flight: _Flight, token_ids: list[int]) -> None:
+        """`_finish` for a step that gives tokens and nothing else: the way of nearly all steps, kept short."""
+        sampled = {chunk.sequence.request.id: token for chunk, token in zip(flight.sampling, token_ids, strict=True)}
+        generated = self._scheduler.update(flight.step, sampled)
+        for one in generated:
+            if one.finish_reason is not None:
+                self._sampler.forget(one.request_id)
+                self._output.forget(one.request_id)
+        if generated:
+            self._write(generated)
 
     def _handle(self, command: Command | CompiledGuide) -> None:
         if isinstance(command, CompiledGuide):
@@ -178,7 +196,7 @@ class StepLoop:
             self._emit([_error(request, problem)])
 
     def _compile(self, request: Request) -> None:
-        """Compile the guide beside the step loop: a large schema takes seconds, and everyone else goes on."""
+        """Compile the guide outside the step loop: a large schema takes seconds, and everyone else goes on."""
         check_installed()
 
         def compile_guide() -> None:
@@ -226,6 +244,12 @@ class StepLoop:
 def _is_fatal(problem: Exception) -> bool:
     """Whether the device is lost: after a CUDA error nothing in this process runs on it again."""
     return type(problem).__name__ == "AcceleratorError" or "CUDA error" in str(problem)
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, torch.OutOfMemoryError):
+        return "the step ran out of GPU memory; lower serve.kv_cache_free_gpu_mem_fraction or engine.max_num_tokens"
+    return f"the step failed: {problem}"
 
 
 def _error(request: Request, problem: RequestError) -> Response:

@@ -1,4 +1,4 @@
-"""What responses carry beside tokens: log probabilities, logits, times and blocks, for the requests that ask."""
+"""What responses carry besides tokens: log probabilities, logits, times and blocks, for the requests that ask."""
 
 from __future__ import annotations
 
@@ -38,6 +38,11 @@ class OutputCollector:
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
 
+    @property
+    def empty(self) -> bool:
+        """Whether no request wants more than tokens."""
+        return not self._records
+
     def arrived(self, request: Request) -> None:
         """Note the time of a request that wants more than tokens."""
         if request.output.return_perf_metrics or request.output.reads_whole_prompt:
@@ -59,7 +64,7 @@ class OutputCollector:
         Returns:
             The rows to sample from, [chunks that sample, vocab_size].
         """
-        if not any(map(_reads_prompt, step.chunks)):
+        if not self._records or not any(map(_reads_prompt, step.chunks)):
             return logits
         sampled = []
         for chunk, rows in zip(
@@ -116,7 +121,7 @@ def _read_prompt(record: _Record, chunk: Chunk, rows: Tensor) -> None:
         record.prompt_log_probs.clear()
         record.prompt_top.clear()
     if output.return_context_logits:
-        record.context_logits.append(rows.clone())
+        record.context_logits.append(rows.float().clone())
     following = prompt[chunk.start + 1 : chunk.end + 1]
     if output.return_prompt_log_probs and following:
         places = rows[: len(following)]

@@ -70,6 +70,10 @@ class Communicator(Protocol):
         """Rank 0's bytes, on every rank, by way of the host."""
         ...
 
+    def least(self, value: int) -> int:
+        """The smallest of all ranks' values."""
+        ...
+
     def share_tokens(self, tokens: Tensor) -> None:
         """Bring rank 0's sampled tokens to every rank's device, in place. Overlapped steps read them there."""
         ...
@@ -104,8 +108,11 @@ class SingleRank:
         assert data is not None
         return data
 
+    def least(self, value: int) -> int:
+        return value
+
     def share_tokens(self, tokens: Tensor) -> None:
-        """There is nobody to share with."""
+        """A single rank shares with no other."""
 
 
 class ProcessGroup:
@@ -118,6 +125,7 @@ class ProcessGroup:
     def __init__(self, rank: int, mapping: RankMapping, rendezvous: Path, device: torch.device) -> None:
         self.rank = rank
         self.size = mapping.world_size
+        self._device = device
         self._cuda = device.type == "cuda"
         self.tp_size = mapping.tp_size
         self.tp_rank = mapping.tp_rank(rank)
@@ -186,6 +194,11 @@ class ProcessGroup:
             return self._control.receive()
         self._control.send(data)
         return data
+
+    def least(self, value: int) -> int:
+        tensor = torch.tensor(value, device=self._device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
+        return int(tensor)
 
     def share_tokens(self, tokens: Tensor) -> None:
         if self._cuda:

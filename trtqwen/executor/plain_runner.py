@@ -11,14 +11,13 @@ from torch import Tensor
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.attention import AttentionBackend, AttentionBatch, PlainAttention
-from trtqwen.executor.choose import choose
 from trtqwen.executor.config import WorkerConfig, kv_cache_blocks
 from trtqwen.executor.device import DeviceChoice
 from trtqwen.executor.inputs import StepInputs
 from trtqwen.executor.loop import Runner
 from trtqwen.executor.model import Qwen2Model
 from trtqwen.executor.parallel import Communicator
-from trtqwen.executor.sampling import Choose
+from trtqwen.executor.sampling import Sampler
 from trtqwen.layout import rank_weights
 
 _LARGE_BYTES = 1 << 27  # of a rank file: below it, float32 costs little, and answers are those of the reference
@@ -30,12 +29,12 @@ class Started:
 
     Attributes:
         num_blocks: KV cache blocks that its memory holds.
-        chooser: chooses tokens on its device.
+        sampler: chooses tokens on its device; other ranks than 0 keep the last tokens in it.
     """
 
     runner: Runner
     num_blocks: int
-    chooser: Choose
+    sampler: Sampler
 
 
 class PlainRunner:
@@ -69,7 +68,8 @@ def make_runner(
         tokens_per_block=engine.build_config.tokens_per_block,
         plain=choice.kernels == "plain",
     )
-    return Started(PlainRunner(model, choice.device), num_blocks, choose)
+    sampler = Sampler(engine.build_config.max_batch_size, choice.device)
+    return Started(PlainRunner(model, choice.device), num_blocks, sampler)
 
 
 def _with_precision(

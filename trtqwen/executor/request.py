@@ -33,9 +33,9 @@ class SamplingConfig(_Message):
     """How the next token is chosen. As in TensorRT-LLM, a request is greedy unless top_k, top_p or min_p is given.
 
     Attributes:
-        top_k: sample from the k likeliest tokens; 0 is no limit, 1 is greedy.
-        top_p: sample from the likeliest tokens that together reach this probability; 0 counts as not given.
-        min_p: sample from the tokens that are at least this fraction as likely as the likeliest; 0 is no limit.
+        top_k: sample from the k most likely tokens; 0 is no limit, 1 is greedy.
+        top_p: sample from the most likely tokens that together reach this probability; 0 counts as not given.
+        min_p: sample from the tokens that are at least this fraction as likely as the most likely; 0 is no limit.
         temperature: divides the logits.
         seed: of the request's own random numbers.
         repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or answer.
@@ -59,14 +59,14 @@ class SamplingConfig(_Message):
 
 
 class OutputConfig(_Message):
-    """What a response carries beside tokens.
+    """What a response carries besides tokens.
 
     Attributes:
         return_log_probs: each token's log probability by the model itself, before penalties and masks.
         return_context_logits: the logits after every prompt token; such a request reuses no KV cache blocks.
         return_generation_logits: the logits that each token was chosen from, before penalties and masks.
         return_perf_metrics: times and blocks, with the last response.
-        num_top_log_probs: so many of the likeliest tokens at each place that log probabilities are told of.
+        num_top_log_probs: so many of the most likely tokens at each place that log probabilities are told of.
         return_prompt_log_probs: each prompt token's log probability; such a request reuses no KV cache blocks.
     """
 
@@ -101,6 +101,7 @@ class Request(_Message):
         stop_words: token sequences that end the answer and are part of it.
         bad_words: token sequences that are never completed.
         embedding_bias: added to the logits, by token id; -inf forbids a token.
+        cache_salt: requests reuse KV cache blocks of those with the same salt alone.
     """
 
     id: str
@@ -113,6 +114,7 @@ class Request(_Message):
     sampling: SamplingConfig = SamplingConfig()
     output: OutputConfig = OutputConfig()
     guided_decoding: GuidedDecodingParams | None = None
+    cache_salt: Annotated[str, Field(max_length=256)] = ""
 
 
 class FinishReason(str, Enum):
@@ -138,7 +140,7 @@ class PerfMetrics(_Message):
 
 
 class TopLogProbs(_Message):
-    """The likeliest tokens at each of some places.
+    """The most likely tokens at each of some places.
 
     Attributes:
         ids: int32 [places, count].
@@ -154,7 +156,7 @@ class PromptLogProbs(_Message):
 
     Attributes:
         log_probs: float32 [prompt tokens]; NaN for the first one, which follows nothing.
-        top: the likeliest tokens at each place, -1 at the first; None unless asked for.
+        top: the most likely tokens at each place, -1 at the first; None unless asked for.
     """
 
     log_probs: bytes
@@ -169,7 +171,7 @@ class Response(_Message):
         log_probs: one for each of them, if asked for.
         context_logits: float32 [prompt tokens, vocab_size], with the first token.
         generation_logits: float32 [tokens of this response, vocab_size].
-        top_log_probs: the likeliest tokens in place of each of this response's, if asked for.
+        top_log_probs: the most likely tokens in place of each of this response's, if asked for.
         prompt_log_probs: of the prompt's tokens, with the first token of the answer.
         error: what went wrong, if `finish_reason` is `ERROR`.
     """
@@ -219,7 +221,7 @@ class IterationStats(_Message):
 
 
 class Command(_Message):
-    """What the client tells rank 0, one a line of JSON; exactly one field is set."""
+    """What the client tells rank 0, one per line of JSON; exactly one field is set."""
 
     request: Request | None = None
     cancel: str | None = None

@@ -50,7 +50,7 @@ class Sampled:
     Attributes:
         log_prob: its log probability by the model itself, if the request wants it.
         logits: what the model said, float32 [vocab_size], if the request wants it.
-        top: the likeliest tokens in its place, if the request wants them.
+        top: the most likely tokens in its place, if the request wants them.
     """
 
     token_id: int
@@ -64,6 +64,7 @@ class Pending:
 
     Attributes:
         tokens: int64 [rows], on the device.
+        plain: whether the rows ask for nothing but tokens.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Pending:
         finish: Callable[[list[Sampled | RequestError]], None],
     ) -> None:
         self.tokens = tokens
+        self.plain = finish is _nothing
         self._own, self._refused, self._finish = own, refused, finish
         self._log_probs = None if log_probs is None else log_probs.to("cpu", non_blocking=True)
         self._on_host = tokens.to("cpu", non_blocking=True)
@@ -83,13 +85,19 @@ class Pending:
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._arrived.record()
 
-    def results(self) -> list[Sampled | RequestError]:
-        """Wait for the tokens: one for each row, or why there is none."""
+    def token_ids(self) -> list[int]:
+        """Wait for the tokens: an id for each row, or `NOT_FINITE`, or `NONE_LEFT`."""
         if self._arrived is not None:
             self._arrived.synchronize()
+        token_ids: list[int] = self._on_host.tolist()
+        return token_ids
+
+    def results(self) -> list[Sampled | RequestError]:
+        """Wait for the tokens: one for each row, or why there is none."""
+        token_ids = self.token_ids()
         log_probs = None if self._log_probs is None else self._log_probs.tolist()
         results: list[Sampled | RequestError] = []
-        for row, token_id in enumerate(self._on_host.tolist()):
+        for row, token_id in enumerate(token_ids):
             if token_id == NOT_FINITE:
                 results.append(RequestError("the logits are not finite", "convert the model to bfloat16"))
             elif row in self._refused:
@@ -242,7 +250,7 @@ class Sampler:
         self.last_tokens[self._to_device(slots)] = tokens.clamp(min=0)
 
     def _to_device(self, values: Numbers) -> Tensor:
-        tensor = torch.from_numpy(values)
+        tensor = torch.from_numpy(np.ascontiguousarray(values))  # kernels index it
         return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
 
 

@@ -12,10 +12,11 @@ from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from functools import cached_property
+from typing import Literal, NamedTuple
 
 from trtqwen.diagnostics import RequestError
-from trtqwen.executor.kv_cache import BlockPool, block_key
+from trtqwen.executor.kv_cache import BlockPool, block_key, salt_key
 from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
 
 SchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
@@ -40,15 +41,14 @@ class SchedulerConfig:
     max_queue_size: int = 0
 
 
-@dataclass(frozen=True)
-class Chunk:
+class Chunk(NamedTuple):
     """One sequence's share of a step.
 
     Attributes:
         sequence: whose tokens these are.
         token_ids: the tokens to compute; a negative one is a placeholder, see `placeholder`.
         start: position of the first of them.
-        block_ids: the sequence's KV cache blocks, in order of position.
+        block_ids: the sequence's KV cache blocks, in order of position; the sequence's own, which later steps extend.
         samples: whether the last token is the last known one, so that the step gives a new token.
         num_logits: how many of the last tokens' logits are needed: all of them where the request wants to see them.
     """
@@ -76,6 +76,28 @@ class Step:
     chunks: tuple[Chunk, ...]
 
 
+class Generated(NamedTuple):
+    """What a step gave a sequence.
+
+    Attributes:
+        token_id: its new token; None for an end id, which is not part of the answer.
+        finish_reason: why the answer ends with it.
+    """
+
+    sequence: Sequence
+    token_id: int | None
+    finish_reason: FinishReason | None
+
+    @property
+    def request_id(self) -> str:
+        return self.sequence.request.id
+
+    def response(self) -> Response:
+        """The same as a client's response."""
+        token_ids = () if self.token_id is None else (self.token_id,)
+        return Response(request_id=self.request_id, token_ids=token_ids, finish_reason=self.finish_reason)
+
+
 def placeholder(slot: int) -> int:
     """The token id that stands for the last token sampled in a slot, whose value only the device knows so far."""
     return -1 - slot
@@ -88,6 +110,7 @@ class Sequence:
     Attributes:
         num_computed: tokens whose keys and values are computed, or are being computed by a step in flight.
         num_pending: tokens that steps in flight sample; `token_ids` gets them in `Scheduler.update`.
+        ended: whether it has left; a step in flight may still hold it.
         slot: its place in the batch while it runs, below `max_batch_size`; -1 while it waits.
         block_keys: keys of the full blocks, as far as they were needed.
         num_published: how many of its blocks others can find.
@@ -100,6 +123,7 @@ class Sequence:
     num_computed: int = 0
     num_pending: int = 0
     slot: int = -1
+    ended: bool = False
     block_ids: array[int] = field(default_factory=lambda: array("i"))
     block_keys: list[bytes] = field(default_factory=list)
     num_published: int = 0
@@ -107,11 +131,11 @@ class Sequence:
 
     @property
     def output(self) -> list[int]:
-        return self.token_ids[len(self.request.input_token_ids) :]
+        return self.token_ids[self.num_prompt :]
 
     @property
     def num_output(self) -> int:
-        return len(self.token_ids) - len(self.request.input_token_ids)
+        return len(self.token_ids) - self.num_prompt
 
     def ends_with(self, word: tuple[int, ...]) -> bool:
         """Whether the answer's last tokens are `word`."""
@@ -140,7 +164,11 @@ class Sequence:
         """Index in the answer of the token that is sampled next or, while a step is in flight, last."""
         return self.num_output + max(self.num_pending, 1) - 1
 
-    @property
+    @cached_property
+    def num_prompt(self) -> int:
+        return len(self.request.input_token_ids)
+
+    @cached_property
     def needs_host(self) -> bool:
         """Whether its next token cannot be chosen before the host knows the one before."""
         request = self.request
@@ -156,7 +184,7 @@ class Scheduler:
     """Requests wait in order of arrival, run in a shared batch, and leave when they end.
 
     Under `guaranteed_no_evict` a request joins when the blocks of its whole answer, and those of everyone before
-    it, fit into the pool: nobody is ever paused. Under `max_utilization` it joins when the next chunk fits; when
+    it, fit into the pool: no request is ever paused. Under `max_utilization` it joins when the next chunk fits; when
     blocks run out the youngest are paused, so the oldest always moves on.
     """
 
@@ -215,10 +243,15 @@ class Scheduler:
         context_budget = max(0, self.config.max_num_tokens - in_generation)
         chunks: list[Chunk] = []
         paused = generation = 0
+        block_size = self.config.tokens_per_block
         for sequence in list(self._running):
             if sequence.slot < 0 or sequence.complete:
                 continue  # paused for an older one, or ended by a token that is on its way
             generates = sequence.in_generation
+            if generates and sequence.num_computed < len(sequence.block_ids) * block_size:
+                chunks.append(self._next_token(sequence))
+                generation += 1
+                continue
             length = 1 if generates else self._chunk_length(sequence.num_missing, context_budget, sequence.request)
             if length == 0:
                 continue
@@ -237,20 +270,21 @@ class Scheduler:
 
     def is_live(self, chunk: Chunk) -> bool:
         """Whether the chunk's sequence is still in flight: it may have ended since the chunk was scheduled."""
-        return self._sequences.get(chunk.request_id) is chunk.sequence
+        return not chunk.sequence.ended
 
-    def update(self, step: Step, sampled: Mapping[str, int]) -> list[Response]:
+    def update(self, step: Step, sampled: Mapping[str, int]) -> list[Generated]:
         """Take in a computed step: `sampled` has the new token of every chunk that samples and is still in flight."""
-        responses = []
+        generated = []
         for chunk in step.chunks:
-            if not self.is_live(chunk):
+            sequence = chunk.sequence
+            if sequence.ended:
                 continue
             if self.config.enable_kv_cache_reuse:
-                self._publish(chunk.sequence, min(chunk.end, chunk.sequence.num_computed))
+                self._publish(sequence, min(chunk.end, sequence.num_computed))
             if chunk.samples:
-                chunk.sequence.num_pending -= 1
-                responses.append(self._append(chunk.sequence, sampled[chunk.request_id]))
-        return responses
+                sequence.num_pending -= 1
+                generated.append(self._append(sequence, sampled[sequence.request.id]))
+        return generated
 
     def stats(self) -> IterationStats:
         return self._stats.model_copy(
@@ -371,7 +405,7 @@ class Scheduler:
     def _extend_keys(self, sequence: Sequence, count: int) -> None:
         size = self.config.tokens_per_block
         for index in range(len(sequence.block_keys), count):
-            before = sequence.block_keys[-1] if index else b""
+            before = sequence.block_keys[-1] if index else salt_key(sequence.request.cache_salt)
             sequence.block_keys.append(block_key(before, sequence.token_ids[index * size : (index + 1) * size]))
 
     def _fits(self, sequence: Sequence, num_tokens: int, reused: list[int]) -> bool:
@@ -398,6 +432,14 @@ class Scheduler:
                 break
         return paused
 
+    def _next_token(self, sequence: Sequence) -> Chunk:
+        """The chunk of a sequence in its generation phase that has the block for its token."""
+        start = sequence.num_computed
+        token = placeholder(sequence.slot) if sequence.num_pending else sequence.token_ids[-1]
+        sequence.num_computed = start + 1
+        sequence.num_pending += 1
+        return Chunk(sequence, (token,), start, sequence.block_ids, True, 1)
+
     def _chunk(self, sequence: Sequence, length: int) -> Chunk:
         start, end = sequence.num_computed, sequence.num_computed + length
         known = len(sequence.token_ids)
@@ -412,29 +454,30 @@ class Scheduler:
             sequence=sequence,
             token_ids=token_ids,
             start=start,
-            block_ids=sequence.block_ids[:],
+            block_ids=sequence.block_ids,
             samples=samples,
             num_logits=length if everything else int(samples),
         )
 
-    def _append(self, sequence: Sequence, token_id: int) -> Response:
+    def _append(self, sequence: Sequence, token_id: int) -> Generated:
         request = sequence.request
         reason: FinishReason | None = None
-        may_end = sequence.num_output >= request.sampling.min_tokens
+        may_end = not request.sampling.min_tokens or sequence.num_output >= request.sampling.min_tokens
         if may_end and token_id == request.end_id:
             self._leave(sequence)
-            return Response(request_id=request.id, finish_reason=FinishReason.END_ID)
+            return Generated(sequence, None, FinishReason.END_ID)
         sequence.token_ids.append(token_id)
-        if may_end and any(sequence.ends_with(word) for word in request.stop_words):
+        if request.stop_words and may_end and any(sequence.ends_with(word) for word in request.stop_words):
             reason = FinishReason.STOP_WORDS
         elif sequence.num_output == sequence.max_tokens:
             reason = FinishReason.LENGTH
         if reason:
             self._leave(sequence)
-        return Response(request_id=request.id, token_ids=(token_id,), finish_reason=reason)
+        return Generated(sequence, token_id, reason)
 
     def _leave(self, sequence: Sequence) -> None:
         del self._sequences[sequence.request.id]
+        sequence.ended = True
         if sequence.slot >= 0:
             self._running.remove(sequence)
             self._give_back(sequence)

@@ -13,7 +13,8 @@ from collections.abc import Iterable, Iterator
 
 from pydantic import TypeAdapter
 
-from trtqwen.executor.request import Event, FinishReason, Response
+from trtqwen.executor.request import Event, FinishReason, Response, TopLogProbs
+from trtqwen.executor.scheduler import Generated
 
 _HEADER = 5
 _TOKENS, _JSON, _NAMES = b"T", b"J", b"N"
@@ -29,8 +30,8 @@ class EventEncoder:
         self._numbers: dict[str, int] = {}
         self._next = 0
 
-    def encode(self, events: Iterable[Event]) -> bytes:
-        """The frames of some events, in their order."""
+    def encode(self, events: Iterable[Event | Generated]) -> bytes:
+        """The frames of some events and tokens, in their order."""
         frames: list[bytes] = []
         tokens, others, names = array("i"), list[Event](), dict[int, str]()
 
@@ -45,6 +46,18 @@ class EventEncoder:
             names.clear()
 
         for event in events:
+            if isinstance(event, Generated):
+                if others:
+                    close()
+                sequence, token_id, reason = event
+                name = sequence.request.id
+                number = self._numbers.get(name)
+                if number is None:
+                    number = self._number(name, names)
+                tokens.extend((number, _NO_TOKEN if token_id is None else token_id, _REASONS.index(reason)))
+                if reason is not None:
+                    del self._numbers[name]
+                continue
             response = event.response
             if response is not None and _is_plain(response):
                 if others:
@@ -135,10 +148,18 @@ def _joined(first: Response, second: Response) -> Response:
         log_probs=first.log_probs + second.log_probs,
         context_logits=first.context_logits or second.context_logits,
         generation_logits=logits or None,
+        top_log_probs=_joined_tops(first.top_log_probs, second.top_log_probs),
+        prompt_log_probs=first.prompt_log_probs or second.prompt_log_probs,
         perf_metrics=second.perf_metrics,
         finish_reason=second.finish_reason,
         error=second.error,
     )
+
+
+def _joined_tops(first: TopLogProbs | None, second: TopLogProbs | None) -> TopLogProbs | None:
+    if first is None or second is None:
+        return first or second
+    return TopLogProbs(ids=first.ids + second.ids, log_probs=first.log_probs + second.log_probs)
 
 
 def _is_plain(response: Response) -> bool:
@@ -148,6 +169,8 @@ def _is_plain(response: Response) -> bool:
         and not response.log_probs
         and response.context_logits is None
         and response.generation_logits is None
+        and response.top_log_probs is None
+        and response.prompt_log_probs is None
         and response.perf_metrics is None
         and response.error is None
         and response.finish_reason in _REASONS

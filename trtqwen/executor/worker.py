@@ -7,11 +7,13 @@ process ends at once: a client that dies leaves no rank behind.
 
 from __future__ import annotations
 
+import gc
 import os
 import queue
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from typing import IO
 
 import torch
@@ -24,9 +26,8 @@ from trtqwen.executor.guided import GuidedDecoder
 from trtqwen.executor.inputs import StepInputs
 from trtqwen.executor.loop import Commands, StepLoop
 from trtqwen.executor.parallel import Communicator, ProcessGroup, SingleRank
-from trtqwen.executor.plain_runner import make_runner
 from trtqwen.executor.request import Command, Event
-from trtqwen.executor.sampling import Sampler
+from trtqwen.executor.scheduler import Generated
 from trtqwen.executor.wire import EventEncoder
 from trtqwen.layout import TOKENIZER_DIRECTORY
 
@@ -54,24 +55,32 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[bytes]) -> None:
     communicator: Communicator = SingleRank()
     if mapping.world_size > 1:
         communicator = ProcessGroup(config.rank, mapping, config.rendezvous, choice.device)
-    started = make_runner(config, engine, choice, communicator)
+    if choice.kernels == "fused":
+        from trtqwen.executor.cuda.start import keep_compiled_kernels
+
+        keep_compiled_kernels()
+        from trtqwen.executor.cuda.start import make_runner as make
+    else:
+        from trtqwen.executor.plain_runner import make_runner as make
+    started = make(config, engine, choice, communicator)
     limits = scheduler_config(engine, config.executor, started.num_blocks)
-    sampler = Sampler(limits.max_batch_size, choice.device, started.chooser)
     communicator.broadcast(b"ready" if config.rank == 0 else None)
+    gc.collect()
+    gc.freeze()  # what is there now stays; collections of the rest are short
     if config.rank == 0:
         encoder = EventEncoder()
 
-        def write(batch: list[Event]) -> None:
+        def write(batch: Iterable[Event | Generated]) -> None:
             events.write(encoder.encode(batch))
             events.flush()
 
         decoder = GuidedDecoder(config.engine / TOKENIZER_DIRECTORY, limits.vocab_size)
         StepLoop(
-            limits, started.runner, sampler, communicator, decoder, commands, write, overlap=choice.overlap
+            limits, started.runner, started.sampler, communicator, decoder, commands, write, overlap=choice.overlap
         ).run()
     while True:
-        started.runner.launch(StepInputs.from_bytes(communicator.broadcast(None)), sampler.last_tokens)
-        communicator.share_tokens(sampler.last_tokens)
+        started.runner.launch(StepInputs.from_bytes(communicator.broadcast(None)), started.sampler.last_tokens)
+        communicator.share_tokens(started.sampler.last_tokens)
 
 
 def _read(lines: IO[str], commands: Commands) -> None:

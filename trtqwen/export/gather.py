@@ -101,7 +101,7 @@ class Checkpoint:
     def weight_only(self, layer: int, name: str, split: Split) -> list[tuple[Array, Array]]:
         """INT8 codes [out, in] and what a code stands for, [out, parts]; three pairs for qkv.
 
-        A row-parallel matrix has as many parts as ranks: each quantised its own columns. Padding is cut off.
+        A row-parallel matrix has as many parts as ranks: each quantized its own columns. Padding is cut off.
         """
         full = f"{self._place(layer)[0]}.{name}"
         codes, steps = [], []
@@ -110,7 +110,7 @@ class Checkpoint:
             if stored.dtype == np.int8:
                 codes.append(from_layout(stored, self._layout(stored, f"{full}.weight")))
                 steps.append(self._read(rank, f"{full}.per_channel_scale")[:, None])
-            else:  # plain: TensorRT-LLM quantises when it builds, each rank its own part
+            else:  # plain: TensorRT-LLM quantizes when it builds, each rank its own part
                 part, step = quantize(stored)
                 codes.append(part)
                 steps.append(step.astype(stored.dtype)[:, None])
@@ -215,7 +215,7 @@ class Checkpoint:
         ]
 
     def _layout(self, stored: Array, name: str) -> Int8Layout:
-        """How INT8 weight-only matrices lie, which no file tells: the quantiser leaves a 127 or -128 in each row."""
+        """How INT8 weight-only matrices lie, which no file tells: the quantizer leaves a 127 or -128 in each row."""
         if self._int8_layout is None:
             fitting = [layout for layout in _LAYOUTS if _every_row_reaches_its_end(from_layout(stored, layout))]
             if not fitting:

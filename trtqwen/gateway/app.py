@@ -13,17 +13,18 @@ from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.middleware import Guard
-from trtqwen.gateway.api import messages, responses, routes, service
+from trtqwen.gateway.admission.rates import open_keys
+from trtqwen.gateway.api import messages, responses, routes, service, websocket
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.chat_template import ChatTemplate
-from trtqwen.gateway.config import LOOPBACK_ORIGINS, GatewayConfig
+from trtqwen.gateway.config import LOOPBACK_ORIGINS, LOOPBACK_PATTERN, GatewayConfig
 from trtqwen.gateway.front import Front
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model
 from trtqwen.gateway.state import Connect, running
+from trtqwen.gateway.tracing import Traced, tracing_is_on
 
-_LOOPBACK = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
 
 
@@ -39,9 +40,7 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     """
     model = load_model(config.repository, config.model_name)
     template = model.tokenizer.chat_template
-    authenticator = read_keys(config.api_keys)
-    if link is not None:
-        authenticator = shared_authenticator(authenticator, link)
+    authenticator = open_keys(config) if link is None else shared_authenticator(read_keys(config.api_keys), link)
     metrics = Metrics()
 
     @asynccontextmanager
@@ -53,26 +52,29 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for router in (routes.router, responses.router, messages.router, service.router):
+    for router in (routes.router, responses.router, messages.router, websocket.router, service.router):
         app.include_router(router)
     add_handlers(app)
+    app.state.max_body_bytes = config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len)
     app.add_middleware(
         Guard,
         authenticator=authenticator,
         metrics=metrics,
         max_header_bytes=config.max_header_bytes,
-        max_body_bytes=config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len),
+        max_body_bytes=app.state.max_body_bytes,
         body_seconds=config.body_seconds,
         allowed_hosts=_allowed_hosts(config),
         access_log=bool(authenticator.callers) if config.access_log is None else config.access_log,
         protect_metrics=config.protect_metrics,
     )
+    if tracing_is_on():
+        app.add_middleware(Traced)
     app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix)
     # The last one is the first that a request meets: a preflight request has no key and no body.
     app.add_middleware(
         CORSMiddleware,
         allow_origins=config.allowed_origins,
-        allow_origin_regex=_LOOPBACK if LOOPBACK_ORIGINS in config.allowed_origins else None,
+        allow_origin_regex=LOOPBACK_PATTERN if LOOPBACK_ORIGINS in config.allowed_origins else None,
         allow_methods=("GET", "POST"),
         allow_headers=("*",),
         expose_headers=("x-request-id", "retry-after", "x-trtqwen-ignored"),

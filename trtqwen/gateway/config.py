@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -29,6 +31,15 @@ def _origin(text: str) -> str:
     return text
 
 
+def _rates_url(text: str) -> str:
+    parts = urlsplit(text)
+    if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.path):
+        raise ValueError(f"{parts.scheme}://{parts.hostname or ''} is not an address such as redis://host:6379/0")
+    if parts.password:  # other users of the machine can read a process's arguments
+        raise ValueError("the password belongs in the environment variable TRTQWEN_RATES_PASSWORD")
+    return text
+
+
 def _path_prefix(text: str) -> str:
     if text and (not text.startswith("/") or text.endswith("/")):
         raise ValueError(f"{text!r} is not a path such as /llm")
@@ -36,6 +47,7 @@ def _path_prefix(text: str) -> str:
 
 
 LOOPBACK_ORIGINS = "loopback"
+LOOPBACK_PATTERN = r"https?://(localhost|127\.0\.0\.1|\[::1\])(:[0-9]+)?"
 _CPUS_A_WORKER, _MOST_WORKERS = 4, 8
 Address = Annotated[str, AfterValidator(_host_and_port)]
 Count = Annotated[int, Field(ge=1)]
@@ -52,6 +64,8 @@ class GatewayConfig(BaseModel):
             (`allow_anonymous` lifts that).
         workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
             eight at most.
+        rates_url: Redis or Valkey server that keeps the rates of keys for several gateways, such as
+            `redis://host:6379/0`; None keeps them in the gateway. The password is in `TRTQWEN_RATES_PASSWORD`.
         max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
             the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
@@ -90,6 +104,8 @@ class GatewayConfig(BaseModel):
         allowed_hosts: names that requests may give in the Host header, without the port. None allows all where there
             are API keys, and the names of this machine's loopback addresses where there are none: a web page whose
             name is bound to a loopback address (DNS rebinding) is refused.
+        share_kv_cache: let API keys reuse each other's KV cache blocks. It saves work where they send the same
+            prompts, and lets one key find out by timing what another one sends.
         supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
         prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
     """
@@ -103,6 +119,7 @@ class GatewayConfig(BaseModel):
     model_name: str | None = None
     api_keys: Path | None = None
     allow_anonymous: bool = False
+    rates_url: Annotated[str, AfterValidator(_rates_url)] | None = None
     workers: Count | None = None
     max_body_bytes: Count | None = None
     max_header_bytes: Count = 32 << 10
@@ -131,12 +148,19 @@ class GatewayConfig(BaseModel):
     access_log: bool | None = None
     protect_metrics: bool = False
     allowed_hosts: tuple[str, ...] | None = None
+    share_kv_cache: bool = False
     supervisor: Path | None = None
 
     @property
     def num_workers(self) -> int:
         """Workers on this machine."""
         return self.workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // _CPUS_A_WORKER))
+
+    def allows_origin(self, origin: str, host: str) -> bool:
+        """Whether a page may speak to the gateway: by its own origin and the host that it asked for."""
+        loopback = LOOPBACK_ORIGINS in self.allowed_origins and re.fullmatch(LOOPBACK_PATTERN, origin) is not None
+        own = origin.partition("://")[2] == host
+        return own or loopback or "*" in self.allowed_origins or origin in self.allowed_origins
 
     @property
     def url(self) -> str:

@@ -19,7 +19,10 @@ from trtqwen.triton.launch import replica_count
 
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
 _CUT_TOKENS = 16
-_EXTENSIONS = {"torch": frozenset({"min_p", "log_probs", "structural_tags"}), "vllm": frozenset({"min_p"})}
+_EXTENSIONS = {
+    "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt"}),
+    "vllm": frozenset({"min_p"}),
+}
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ServedModel:
         copies: of the engine, which one Triton spreads its requests over.
         reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
-        extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of the likeliest tokens and
+        extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of likely tokens and
             of prompts) and `structural_tags`.
     """
 

@@ -33,7 +33,7 @@ class GatewayProcess(Service):
     What it logs comes out at this process's standard error.
 
     Args:
-        frozen_seconds: how long it may be stopped (SIGSTOP) before that counts as its end; 0 is for ever.
+        frozen_seconds: how long it may be stopped (SIGSTOP) before that counts as its end; 0 is forever.
 
     Attributes:
         config: its port is the one in use.

@@ -159,6 +159,20 @@ class _Protocol(HttpToolsProtocol):
             if not self.transport.is_closing():
                 self.send_400_response("Invalid HTTP request received.")
 
+    def handle_websocket_upgrade(self) -> None:
+        """Hand the connection over; it counts until it ends."""
+        self._too_late.cancel()
+        super().handle_websocket_upgrade()
+        protocol: Any = self.transport.get_protocol()
+        lost, counted, self._counted = protocol.connection_lost, self._counted, False
+
+        def connection_lost(problem: Exception | None) -> None:
+            if counted:
+                self.connection_limits.leave(self._address)
+            lost(problem)
+
+        protocol.connection_lost = connection_lost
+
     def _head_without_upgrade(self) -> bytes:
         lines = [
             b"%s %s HTTP/%s" % (self._method, self.url, self._version),

@@ -57,7 +57,10 @@ def serve(
     settings = uvicorn.Config(
         app,
         http=protocol(config),
-        ws="none",
+        ws="wsproto",
+        ws_max_size=app.state.max_body_bytes,
+        ws_ping_interval=20.0,
+        ws_ping_timeout=20.0,
         lifespan="on",
         log_config=None,
         access_log=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Callable
@@ -25,6 +26,7 @@ _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounde
 Connect = Callable[[str], Replica]  # makes the replica of an address
 _PROCESS_SECONDS = 2  # between two looks at memory and CPU time
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,12 @@ async def running(
     by_prefix = (
         model.reuses_kv_cache and len(replicas) > 1 if config.prefix_routing is None else config.prefix_routing
     )
-    generator = Generator(model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix)
+    isolates = keys > 1 and not config.share_kv_cache
+    if isolates and model.reuses_kv_cache and "cache_salt" not in model.extensions:
+        _log.warning("API keys share the KV cache of this engine: by timing, one finds out prompts of another")
+    generator = Generator(
+        model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix, isolates_keys=isolates
+    )
     tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
     if isinstance(gate, SharedGate):
         tasks.append(asyncio.create_task(gate.listen()))

@@ -34,13 +34,13 @@ def run_workers(config: GatewayConfig, listener: socket.socket, count: int) -> N
 
 
 async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> None:
-    from trtqwen.gateway.admission.auth import read_keys
     from trtqwen.gateway.admission.broker import Broker
+    from trtqwen.gateway.admission.rates import open_keys
     from trtqwen.gateway.metrics import Metrics
     from trtqwen.gateway.model import load_model
     from trtqwen.gateway.state import own_gate
 
-    authenticator = read_keys(config.api_keys)
+    authenticator = open_keys(config)
     model = load_model(config.repository, config.model_name)
     gate = own_gate(config, model, Metrics(), len(authenticator.callers))
     broker = Broker(gate, authenticator, len(config.triton))

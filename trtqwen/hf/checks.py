@@ -80,7 +80,7 @@ def vocabulary_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diag
 
 
 def end_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diagnostic]:
-    """Ends of answers that are no tokens, and turns that do not end."""
+    """Ends of answers that are not tokens, and turns that do not end."""
     named = tokenizer.end_ids_by_file
     words = ", ".join(f"{file} {', '.join(map(str, ids)) or 'none'}" for file, ids in named.items())
     if beyond := [token for token in tokenizer.stop_ids if token >= config.vocab_size]:
@@ -92,7 +92,7 @@ def end_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diagnostic]
         )
     elif beyond := [token for token in tokenizer.stop_ids if token >= len(tokenizer)]:
         yield Diagnostic(
-            f"end ids {', '.join(map(str, beyond))} are no tokens, the tokenizer has {len(tokenizer)}: {words}",
+            f"end ids {', '.join(map(str, beyond))} are not tokens, the tokenizer has {len(tokenizer)}: {words}",
             "take tokenizer and config files from one model",
             code="end-ids",
         )
@@ -138,7 +138,7 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
 
 
 def template_findings(tokenizer: Tokenizer) -> Iterator[Diagnostic]:
-    """A missing template, or one whose marks are no tokens."""
+    """A missing template, or one whose marks are not tokens."""
     template = tokenizer.chat_template
     if template is None:
         yield Diagnostic(

@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file.
 
     Raises:
-        SourceError: if the file is no JSON object, or gives one key two values.
+        SourceError: if the file is not JSON object, or gives one key two values.
     """
     try:
         content = path.read_bytes()

@@ -1,4 +1,4 @@
-"""A Hugging Face Qwen2 computed layer by layer: one decoder layer in memory at a time, whatever the model's size."""
+"""A Hugging Face Qwen2 computed layer by layer: one decoder layer in memory at a time, for any model size."""
 
 from __future__ import annotations
 

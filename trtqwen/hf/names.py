@@ -94,7 +94,7 @@ def check_names(directory: Path, names: Collection[str], config: HfConfig) -> li
             )
         if name.startswith(("model.", "lm_head.")) and not _BUFFERS.search(name):
             raise SourceError(
-                f"{directory}: tensor {name!r} is none that Qwen2 computes with; transformers ignores it, and what "
+                f"{directory}: tensor {name!r} does not belong to Qwen2: transformers ignores it, and what "
                 "the model learned in it is lost",
                 "remove the tensor if it means nothing, or use a model without it",
             )
@@ -182,7 +182,7 @@ def _ignored(directory: Path, names: list[str]) -> Iterator[Diagnostic]:
         words = ", ".join(said[:4]) + (f" and {len(said) - 4} more" if len(said) > 4 else "")
         yield Diagnostic(
             f"{directory}: {len(said)} tensor{'s' if len(said) > 1 else ''} of the files "
-            f"{'are' if len(said) > 1 else 'is'} no part of Qwen2 and not converted: {words}",
+            f"{'do' if len(said) > 1 else 'does'} not belong to Qwen2 and will not be converted: {words}",
             "check that the model does without",
             "warning",
             "tensors",

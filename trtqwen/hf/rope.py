@@ -74,7 +74,7 @@ def read_rope(data: Mapping[str, Any], path: Path) -> Rope:
         if "original_max_position_embeddings" not in sources[key]:
             findings.append(
                 Diagnostic(
-                    f"{path}: {key} names no original_max_position_embeddings: "
+                    f"{path}: {key} has no original_max_position_embeddings: "
                     f"{scaling['original_max_position_embeddings']} is used, as transformers does "
                     "(TensorRT-LLM would take 4096)",
                     "add it to the file, as the model's card has it",
@@ -120,7 +120,7 @@ def _theta(
         return float(next(iter(given.values()))), []
     return DEFAULT_THETA, [
         Diagnostic(
-            f"{path}: names no rope_theta: {DEFAULT_THETA:g} is used, as transformers does (NVIDIA's converter would "
+            f"{path}: has no rope_theta: {DEFAULT_THETA:g} is used, as transformers does (NVIDIA's converter would "
             "take 100000)",
             "add the model's own to the file: 1000000 for Qwen2.5, 10000 for Qwen2.5-Math and its descendants",
             "warning",

@@ -142,7 +142,7 @@ def _with_dtype(directory: Path, config: HfConfig, specs: dict[str, TensorSpec])
         return config, []
     name = "float32" if stored.name == "float64" else stored.name
     finding = Diagnostic(
-        f"{directory / CONFIG}: names no dtype: {name} is taken from the weights (NVIDIA's converter would take "
+        f"{directory / CONFIG}: has no dtype: {name} is taken from the weights (NVIDIA's converter would take "
         "float16)",
         "",
         "note",

@@ -120,7 +120,7 @@ class Tokenizer:
         ids = [token for listed in self.end_ids_by_file.values() for token in listed]
         if not ids:
             raise SourceError(
-                f"{self.directory}: no file names an end of answers",
+                f"{self.directory}: no file defines an end token",
                 f"add eos_token to {TOKENIZER_CONFIG}, as the model's card has it",
             )
         return tuple(dict.fromkeys(ids))

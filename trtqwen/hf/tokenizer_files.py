@@ -134,7 +134,7 @@ def _kind(directory: Path, config: Mapping[str, Any]) -> str:
     kind = str(name).removesuffix("Fast")
     if kind not in _DEFAULTS:
         raise SourceError(
-            f"{directory / TOKENIZER_CONFIG}: tokenizer_class is {shown(name)}, which is none of Qwen2's",
+            f"{directory / TOKENIZER_CONFIG}: tokenizer_class is {shown(name)}, which Qwen2 models do not use",
             f"use the tokenizer as published; trtqwen knows {', '.join(_DEFAULTS)}",
         )
     return kind
@@ -155,7 +155,7 @@ def _backend(directory: Path, kind: str) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer(BPE.from_file(*map(str, vocabulary)))
     except Exception as problem:
         raise SourceError(
-            f"{directory}: vocab.json and merges.txt are no BPE vocabulary ({problem})", "download them again"
+            f"{directory}: vocab.json and merges.txt are not a BPE vocabulary ({problem})", "download them again"
         ) from None
     backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = _qwen_words()
@@ -370,7 +370,7 @@ def _added(path: Path, value: Any) -> AddedToken:
     try:
         return AddedToken(**{key: item for key, item in value.items() if key != "__type"})
     except (AttributeError, TypeError):
-        raise SourceError(f"{path}: declares the token {shown(value)}, which is none", "correct it") from None
+        raise SourceError(f"{path}: declares the token {shown(value)}, which is not a token", "correct it") from None
 
 
 def _id(path: Path, value: Any) -> int:
@@ -378,7 +378,7 @@ def _id(path: Path, value: Any) -> int:
         return int(value)
     except (TypeError, ValueError):
         raise SourceError(
-            f"{path}: declares a token of id {shown(value)}, which is no number", "correct it"
+            f"{path}: declares a token of id {shown(value)}, which is not a number", "correct it"
         ) from None
 
 

@@ -109,7 +109,7 @@ def _with_others(directory: Path, weights: Weights) -> Weights:
     """Look at safetensors files beside `model.safetensors`, which transformers does not read."""
     others = sorted(path.name for path in directory.glob("*.safetensors") if path.name != SINGLE)
     _compare(directory, weights, others)
-    findings = [_unread(directory, others, f"{SINGLE} is what transformers reads")] if others else []
+    findings = [_unread(directory, others, f"transformers reads {SINGLE}")] if others else []
     return Weights(weights.readers, weights.owner, tuple(findings))
 
 
@@ -121,7 +121,7 @@ def _beside_index(directory: Path, shards: list[str]) -> Weights:
     """
     weights = _opened(directory, [SINGLE])
     _compare(directory, weights, [name for name in shards if name != SINGLE])
-    finding = _unread(directory, [INDEX, *shards], f"{SINGLE} is what transformers reads")
+    finding = _unread(directory, [INDEX, *shards], f"transformers reads {SINGLE}")
     return Weights(weights.readers, weights.owner, (finding,))
 
 
@@ -139,7 +139,9 @@ def _compare(directory: Path, weights: Weights, others: Iterable[str]) -> None:
 
 def _unread(directory: Path, files: list[str], why: str) -> Diagnostic:
     names = ", ".join(files[:3]) + (f" and {len(files) - 3} more" if len(files) > 3 else "")
-    return Diagnostic(f"{directory}: {names} not read: {why}", "remove what is left over", "warning", "weights")
+    return Diagnostic(
+        f"{directory}: trtqwen does not read {names}: {why}", "remove what is left over", "warning", "weights"
+    )
 
 
 def same_tensor(first: SafetensorsReader, name: str, second: SafetensorsReader, other: str) -> bool:

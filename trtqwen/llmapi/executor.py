@@ -83,7 +83,7 @@ class LlmApiExecutor:
         )
         with self._lock:
             if self._death is not None:
-                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+                raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
             if request.id in self._running:
                 raise EngineError(f"request id {request.id!r} is in flight already", "use a new one")
             limit = self._config.max_queue_size
@@ -123,12 +123,12 @@ class LlmApiExecutor:
             EngineError: if it has died.
         """
         if self._death is not None:
-            raise EngineError(f"the engine has died ({self._death})", "start the server again")
+            raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
         try:
             steps = self._llm.get_stats(timeout=_STATS_SECONDS)
         except Exception as problem:  # whatever TensorRT-LLM raises
             self._die(f"the LLM API tells no statistics: {problem}")
-            raise EngineError(f"the engine has died ({self._death})", "start the server again") from None
+            raise EngineError(f"the engine has stopped ({self._death})", "start the server again") from None
         if steps:
             last = steps[-1]
             self._stats = read_stats(json.loads(last) if isinstance(last, str) else last, self._stats)
@@ -201,7 +201,7 @@ class LlmApiExecutor:
         for request_id, (on_response, output) in orphans.items():
             if output is not None:
                 output.abort()
-            error = f"the engine has died ({reason})"
+            error = f"the engine has stopped ({reason})"
             on_response(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
 
 

@@ -1,4 +1,4 @@
-"""What users walk into with a recipe like this one: each with its numbers and a remedy."""
+"""Warnings about a recipe: each with its numbers and a hint."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ def _float16(recipe: Recipe, config: HfConfig, dtype: Dtype) -> Iterator[Diagnos
         return
     guard = ""
     if not recipe.serve.enable_context_fmha_fp32_acc:
-        guard = ", all the more as attention sums in float16 here"
+        guard = ", especially since attention accumulates in float16 here"
     yield Diagnostic(
         "the model was trained in bfloat16, and some activations exceed float16's 65,504: answers can turn into "
         f"'!!!!'{guard}",

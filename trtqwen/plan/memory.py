@@ -14,7 +14,7 @@ from trtqwen.recipe import Recipe
 
 GIB = 2**30
 VALUE_BYTES: dict[Dtype, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
-_TORCH_BYTES = 4  # the torch engine computes in float32, whatever the checkpoint holds
+_TORCH_BYTES = 4  # the torch engine computes in float32, regardless of the checkpoint's dtype
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def step_tokens(recipe: Recipe) -> int:
 
 
 def activation_bytes(config: HfConfig, tp_size: int, value_bytes: int) -> int:
-    """Bytes a token of a step: one layer's, which all layers share.
+    """Bytes per token of a step: one layer's, which all layers share.
 
     Fused gate and up, their product, queries with keys and values, and four copies of the hidden state.
     """
@@ -145,7 +145,7 @@ def concurrency(recipe: Recipe, blocks: int, tokens: int) -> Concurrency:
 
 
 def _host_memory(recipe: Recipe, config: HfConfig) -> tuple[RankMemory, ...]:
-    """The torch engine's weights and KV cache; what a step needs beside them depends on PyTorch."""
+    """The torch engine's weights and KV cache; what a step needs besides them depends on PyTorch."""
     engine, settings = recipe.engine, recipe.checkpoint
     tokens = recipe.serve.max_tokens_in_paged_kv_cache or engine.max_batch_size * engine.max_seq_len
     mapping = RankMapping(settings.tp_size, settings.pp_size)

@@ -19,7 +19,7 @@ from trtqwen.plan.plan import Plan, Speed
 from trtqwen.plan.speed import Forecast, Rate
 from trtqwen.recipe import Recipe
 
-# Name, colour, and what stands for the colour where there is none.
+# Name, color, and what replaces the color in plain output.
 _PARTS = (
     ("context", "bright_black", "▞"),
     ("weights", "blue", "█"),
@@ -161,7 +161,7 @@ def _layouts(plan: Plan) -> Table:
 
 
 def _findings(plan: Plan, console: Console, name: str = "") -> None:
-    """On a terminal the remedy on a line of its own; elsewhere one line each, for grep."""
+    """On a terminal the hint on a line of its own; elsewhere one line each, for grep."""
     for finding in plan.findings:
         label = Text(finding.level, style=_STYLES[finding.level])
         if console.is_terminal:
@@ -177,7 +177,7 @@ def _findings(plan: Plan, console: Console, name: str = "") -> None:
 def _assumed(plan: Plan) -> str:
     facts, host = assumptions(), plan.recipe.host
     if host is None:
-        return "The torch engine computes in float32; there is no card to reckon its speed or activations with."
+        return "The torch engine computes in float32; there is no card to estimate its speed or activations with."
     card, links, request = card_facts(host.card), facts.links, facts.request
     context, generation, mix = (vars(shares())[kind] for kind in ("context", "generation", "throughput"))
     return (
@@ -207,9 +207,9 @@ def _figures(plan: Plan) -> dict[str, str]:
         "model": plan.model,
         "precision": precision_name(recipe),
         "layout": layout_name(recipe),
-        "weights, a rank": _size(rank.weights.total),
+        "weights, per rank": _size(rank.weights.total),
         "activations, logits": _size(rank.activations + rank.buffers),
-        "KV cache, a rank": _size(rank.kv_pool),
+        "KV cache, per rank": _size(rank.kv_pool),
         "KV tokens, a replica": f"{plan.kv_tokens:,}",
     }
     for at_once in plan.concurrency:

@@ -19,7 +19,7 @@ class RankWeights:
     Attributes:
         embedding: read one row a token, so that it costs memory but no time.
         layers: the decoder layers of the rank's stage, with their norms, biases and scales, and the last norm.
-        lm_head: its own copy even where the model ties it to the embedding; never quantised.
+        lm_head: its own copy even where the model ties it to the embedding; never quantized.
     """
 
     embedding: int
@@ -78,7 +78,7 @@ def rank_weights(config: HfConfig, settings: CheckpointRecipe, value_bytes: int,
     """Weights as the engine holds them on each rank of a pipeline stage: INT8 matrices in one byte a value.
 
     Args:
-        value_bytes: of everything that is not quantised.
+        value_bytes: of everything that is not quantized.
     """
     mapping, hidden = RankMapping(settings.tp_size, settings.pp_size), config.hidden_size
     rows = -(-config.vocab_size // mapping.tp_size)

@@ -1,4 +1,4 @@
-"""What makes a model hard to quantise, read from its weights and activation ranges alone."""
+"""What makes a model hard to quantize, read from its weights and activation ranges alone."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_int8_kv_cache(source: HfModel) -> None:
         raise InputError(
             (
                 f"{source.directory}: k_proj biases are {', '.join(broken)} times the median of all "
-                f"layers, where {BIAS_RATIO:g} is the most that an INT8 KV cache bears"
+                f"layers, where {BIAS_RATIO:g} is the limit for an INT8 KV cache"
             ),
             "leave kv_cache auto, or pass --force",
         )

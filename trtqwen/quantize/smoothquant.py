@@ -1,6 +1,6 @@
 """SmoothQuant (W8A8): scales moved from activations to weights, then INT8 for both, for TensorRT-LLM's plugins.
 
-Formulas and their roundings are those of NVIDIA's Qwen2 converter; the model counts as float16 throughout, whatever
+Formulas and their roundings are those of NVIDIA's Qwen2 converter; the model counts as float16 throughout, for any
 it was stored in, because that converter calibrates and smooths in float16.
 """
 
@@ -80,7 +80,7 @@ class SmoothedRange:
 
     @property
     def act_scale(self) -> Float32:
-        """Step of the quantised output, []."""
+        """Step of the quantized output, []."""
         return np.array(self.y / _LIMIT, np.float32)
 
     @property
@@ -201,10 +201,10 @@ def smooth_gain(gain: Float16, factor: Float64) -> Float16:
 def quantize_linear(
     weight: SmoothedWeight, span: SmoothedRange, mode: SmoothQuantMode, dtype: np.dtype[Any]
 ) -> tuple[Codes, Float32]:
-    """Quantise a linear layer other than qkv.
+    """Quantize a linear layer other than qkv.
 
     Args:
-        dtype: of the checkpoint: the weight is rounded to it before it is quantised.
+        dtype: of the checkpoint: the weight is rounded to it before it is quantized.
 
     Returns:
         int8 [out, in] and `per_channel_scale`, float32 [1, out], or [1, 1] where the tensor shares it.
@@ -217,7 +217,7 @@ def quantize_linear(
 def quantize_qkv(
     weights: Sequence[SmoothedWeight], span: SmoothedRange, mode: SmoothQuantMode
 ) -> list[tuple[Codes, Float32]]:
-    """Quantise the query, key and value projections, which share their input and output ranges.
+    """Quantize the query, key and value projections, which share their input and output ranges.
 
     Returns:
         for each, int8 [out, in] and `per_channel_scale`, float32 [1, out]: one step a tensor is repeated.

@@ -16,15 +16,15 @@ Int8Layout = Literal["sm80", "sm90"]
 # (0 1 8 9 2 3 10 11 ...) with bytes 1 and 2 of each word swapped, for the fast int8-to-half conversion.
 _GROUP = 16
 _TILE = 64
-_BLOCK_ELEMENTS = 1 << 17  # quantised at a time: stays in a core's cache
+_BLOCK_ELEMENTS = 1 << 17  # quantized at a time: stays in a core's cache
 _AWAY_FROM_ZERO = np.float32(1 - 2**-21)
 _SMALL = 2.0**-100
 
 
 def quantize(weight: Array, dtype: np.dtype[Any] | None = None) -> tuple[Int8, npt.NDArray[np.float32]]:
-    """Quantise output channel by output channel.
+    """Quantize output channel by output channel.
 
-    Formula of NVIDIA's quantiser: step = max|row| / 128 in float32; q = round half away from zero, to [-128, 127].
+    Formula of NVIDIA's quantizer: step = max|row| / 128 in float32; q = round half away from zero, to [-128, 127].
     The error is at most half a step, but up to a whole one for the largest positive values, which 127 cuts off.
 
     Args:

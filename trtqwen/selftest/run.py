@@ -137,7 +137,7 @@ def check_machine(host: Host) -> None:
         image = newest_image(last_engine_release()).image
         raise EngineError(
             (
-                "selftest runs TensorRT-LLM beside the embedded engine, and this machine lacks "
+                "selftest compares TensorRT-LLM with the embedded engine, and this machine lacks "
                 f"{' and '.join(missing)}"
             ),
             f"run `trtqwen selftest --in-container` on a GPU host, which takes {image}",
@@ -184,7 +184,7 @@ def _run_tensorrt(host: Host, engine: Path, prompts: list[list[int]]) -> list[li
             timeout=_SECONDS,
         )
     except subprocess.TimeoutExpired:
-        raise EngineError(f"{engine}: gave no answers within {_SECONDS} s", "look at nvidia-smi") from None
+        raise EngineError(f"{engine}: gave no answers within {_SECONDS} s", "check nvidia-smi") from None
     if result.returncode != 0 or not answers.is_file():
         first = explain(result.stdout.splitlines()).first
         why = first.cause if first else result.stdout.strip()[-300:]

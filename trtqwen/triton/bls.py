@@ -55,12 +55,12 @@ class BlsSettings:
 
 
 def answer(models: Models, settings: BlsSettings, inputs: Mapping[str, Array], sender: Sender) -> None:
-    """Serve one request to its end; whatever is wrong with it or with the models is its error."""
+    """Serve one request to its end; an error of it or of the models is its result."""
     try:
         for tensors in _responses(models, settings, inputs):
             sender.send(tensors, final=False)
         stop(models, settings)  # tells why, if the stream has ended with an error that Triton lost
-        sender.send({}, final=True)  # as upstream: nobody marks the engine's last response
+        sender.send({}, final=True)  # as upstream: the engine's last response is not marked
     except RequestError as problem:
         sender.fail(str(problem))
 

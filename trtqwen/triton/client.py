@@ -176,7 +176,7 @@ def _piece(response: Any) -> Piece:
 
 
 def answer_text(outputs: Tensors) -> str:
-    """The text of a reply of `ensemble`; what is no UTF-8 becomes U+FFFD."""
+    """The text of a reply of `ensemble`; invalid UTF-8 becomes U+FFFD."""
     return "".join(text.decode("utf-8", "replace") for text in outputs.get("text_output", np.empty(0)).reshape(-1))
 
 
@@ -203,5 +203,5 @@ def server_error(url: str, problem: grpc.RpcError) -> ServerError:
             f"{url}: no Triton server answers", "start one with `trtqwen serve` or correct the address"
         )
     if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerError(f"{url}: the server did not answer in time", "look at its log, or allow it more")
+        return ServerError(f"{url}: the server did not answer in time", "check its log, or allow it more")
     return ServerError(f"{url}: the server refused the request: {problem.details()}")

@@ -31,7 +31,7 @@ class Engine(Protocol):
 
         Raises:
             RequestError: if the engine cannot do what it asks for.
-            EngineError: if the engine has died.
+            EngineError: if the engine has stopped.
         """
 
     def cancel(self, request_id: str, /) -> None:

@@ -61,7 +61,7 @@ def find_tritonserver() -> Installation:
 
 
 def link_backends(home: Path, workspace: Path) -> Path:
-    """The python backend wants the stub of this Python beside it: a directory of links gives it that."""
+    """The python backend wants the stub of this Python next to it: a directory of links gives it that."""
     backends = workspace / "backends"
     python = backends / "python"
     python.mkdir(parents=True)

@@ -87,7 +87,7 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class Launch:
-    """A command with what it needs in its environment, beside the caller's own.
+    """A command with what it needs in its environment, in addition to the caller's own.
 
     Attributes:
         tritonservers: how many of them run while the server is healthy.
@@ -136,6 +136,16 @@ def replica_count(config: ModelConfig) -> int:
     return len(groups.split(";"))
 
 
+def python_instances(repository: Path) -> int:
+    """Instances of python models in a finished repository; each takes shared memory."""
+    count = 0
+    for path in repository.glob(f"*/{MODEL_CONFIG}"):
+        config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
+        if config.backend == "python":
+            count += sum(group.count for group in config.instance_group) or 1
+    return count
+
+
 def server_count(repository: Path) -> int:
     """How many tritonservers run a finished repository side by side.
 
@@ -162,7 +172,7 @@ def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str,
         raise InputError(
             f"{deployment.engine or 'the engine'}: needs {needed} GPUs (replicas: {replicas}, ranks of each: "
             f"{deployment.world_size * deployment.own_ranks}), and {visible} are visible",
-            "look at nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
+            "check nvidia-smi and CUDA_VISIBLE_DEVICES, or build with fewer replicas or ranks",
         )
     if deployment.servers == 1:
         return [()]
@@ -188,7 +198,7 @@ def plan_launch(
     Args:
         shm_prefix: of the shared memory of python models; each rank appends its number.
         drain_seconds: how long a stopping server lets requests finish.
-        backends: directory with Triton's backends, where they are not beside the program.
+        backends: directory with Triton's backends, where they are not next to the program.
         host: the machine, for the environment that its GPUs need.
         devices: GPUs to restrict the server to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
     """
@@ -210,6 +220,7 @@ def plan_launch(
         f"--metrics-address={endpoint.host}",
         f"--metrics-port={endpoint.metrics_port}",
     ]
+    leader += _tracing()
     environment = _nccl_environment(deployment, host)
     if devices:
         # CUDA's GPU numbers are then those of nvidia-smi.
@@ -262,6 +273,20 @@ def _restricted(protocols: str) -> str:
 def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """An environment without what other launchers left in it."""
     return {name: value for name, value in environment.items() if not name.startswith(FOREIGN_LAUNCHERS)}
+
+
+def _tracing() -> list[str]:
+    """Options that send Triton's part of each trace to where the standard variable of OpenTelemetry says."""
+    endpoint = os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+    if not endpoint:
+        return []
+    settings = [
+        f"opentelemetry,url={endpoint.rstrip('/')}/v1/traces",
+        "opentelemetry,resource=service.name=trtqwen-triton",
+    ]
+    return [
+        f"--trace-config={setting}" for setting in ("mode=opentelemetry", "rate=1", "level=TIMESTAMPS", *settings)
+    ]
 
 
 def _nccl_environment(deployment: Deployment, host: Host | None) -> dict[str, str]:

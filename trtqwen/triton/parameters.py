@@ -12,12 +12,13 @@ from pydantic import ValidationError
 
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import ExecutorConfig
+from trtqwen.recipe import TORCH_SERVING
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
 FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by whoever has compared the digests of engine and repository
 HEARTBEAT = "TRTQWEN_HEARTBEAT"  # a file that `tensorrt_llm` touches whenever its engine answers between two steps
-ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine died
+ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine stopped
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ def _executor_config(parameters: Mapping[str, str], config: Mapping[str, Any]) -
             "enable_chunked_context",
             "enable_kv_cache_reuse",
             "max_tokens_in_paged_kv_cache",
+            "kv_cache_free_gpu_mem_fraction",
+            *TORCH_SERVING,
         )
         if key in parameters
     }

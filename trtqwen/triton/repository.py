@@ -17,7 +17,7 @@ from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
-from trtqwen.recipe import ServeRecipe
+from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
@@ -77,7 +77,7 @@ def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None
     if not (engine / TOKENIZER_DIRECTORY).is_dir():
         raise InputError(
             f"{engine / TOKENIZER_DIRECTORY}: is missing, but Triton's text models need it",
-            "put tokenizer.json and tokenizer_config.json beside the model's weights and build again",
+            "put tokenizer.json and tokenizer_config.json next to the model's weights and build again",
         )
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
     configs = {name: model_config(name, built.release, built.logits_dtype) for name in model_names()}
@@ -246,7 +246,10 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
         )
         # Upstream documents it and its template lacks it; without it the thread that receives requests never sleeps.
         config.parameters["recv_poll_period_ms"].string_value = str(_RECV_POLL_MS)
-    elif "guided_decoding_backend" in config.parameters:  # from 0.19
+    if built.backend == "torch":  # beyond upstream
+        for name in TORCH_SERVING:
+            config.parameters[name].string_value = str(getattr(serve, name))
+    if built.backend != "tensorrt_llm" and "guided_decoding_backend" in config.parameters:  # from 0.19
         _set_parameters(config, guided_decoding_backend="xgrammar")
     config.model_transaction_policy.decoupled = True
     _set_instances(config, replicas)
@@ -271,7 +274,7 @@ def _tokenizer_info(engine: Path) -> str:
 
 
 def _gpu_device_ids(replicas: int, world_size: int) -> str:
-    """One group a replica, one GPU a rank: `0,1;2,3`."""
+    """One group per replica, one GPU per rank: `0,1;2,3`."""
     groups = (range(replica * world_size, (replica + 1) * world_size) for replica in range(replicas))
     return ";".join(",".join(map(str, group)) for group in groups)
 

@@ -28,11 +28,20 @@ from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.leftovers import shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
+from trtqwen.system.limits import check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
-from trtqwen.triton.launch import Endpoint, Launch, clean_environment, plan_launch, read_deployment, server_devices
+from trtqwen.triton.launch import (
+    Endpoint,
+    Launch,
+    clean_environment,
+    plan_launch,
+    python_instances,
+    read_deployment,
+    server_devices,
+)
 from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, HEARTBEAT
 from trtqwen.triton.watchdog import Watchdog
 
@@ -41,9 +50,10 @@ _CRASHED = "the log has no error; it crashed"
 _NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
 _UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
 _UNLOAD_SECONDS = 5
+_REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
-_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors where no GPU is
+_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,7 @@ class TritonServer(Service):
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
         sweep()
+        check_shared_memory(python_instances(self._repository) * _REGION_BYTES)
         workspace = self._cleanup.enter_context(new_workspace())
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
         home = self._installation.home
@@ -288,7 +299,7 @@ class TritonServer(Service):
         environment = clean_environment(os.environ)
         # A module in the working directory is never imported, and nothing is written into the repository.
         environment |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 whatever the terminal says
+        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 regardless of the terminal
         _prepend(environment, "PATH", Path(sys.executable).parent)
         _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
         for directory in reversed(self._installation.libraries):
@@ -337,7 +348,7 @@ class TritonServer(Service):
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
-        cause = f"; cause: {known.cause}; remedy: {known.hint}" if known and known.role == "cause" else ""
+        cause = f"; cause: {known.cause}; hint: {known.hint}" if known and known.role == "cause" else ""
         return f"{message} ({self._advice}){cause}"
 
 

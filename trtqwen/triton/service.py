@@ -1,4 +1,4 @@
-"""Between Triton requests and the executor: hands requests in, sends tokens out, cancels what nobody waits for."""
+"""Between Triton requests and the executor: submit requests, send tokens, cancel requests without a client."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _tokens(response: Response) -> list[_Token]:
 
 
 def _split(top: TopLogProbs, count: int) -> list[TopLogProbs | None]:
-    """The likeliest tokens of several places, place by place."""
+    """The most likely tokens of several places, place by place."""
     size = len(top.ids) // count
     places = [slice(index * size, (index + 1) * size) for index in range(count)]
     return [TopLogProbs(ids=top.ids[place], log_probs=top.log_probs[place]) for place in places]
@@ -217,7 +217,7 @@ class EngineService:
         client_id: str | None = None,
         extensions: str = "",
     ) -> None:
-        """Serve one request; whatever is wrong with it is its own error.
+        """Serve one request; an error of it is its result.
 
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
@@ -245,7 +245,7 @@ class EngineService:
         """The engine's metrics.
 
         Raises:
-            EngineError: if the engine has died.
+            EngineError: if the engine has stopped.
         """
         build = self._executor.engine_config.build_config
         return gauges(self._executor.stats(), build, self._executor.resident_bytes)
@@ -268,7 +268,7 @@ class EngineService:
                 try:
                     answer.take(response)
                     self._count(answer, response)
-                except Exception as problem:  # the thread that brings the response serves everybody
+                except Exception as problem:  # the thread that brings the response serves all requests
                     fail(f"the answer could not be sent: {problem}")
             if not answer.request_ids:
                 self._forget(answer)

@@ -161,7 +161,7 @@ class Supervisor:
         self._on_change({"state": state, "restarts": self._restarts, "cause": self._cause})
 
     def _stop(self, *, drain: bool) -> None:
-        """Stop the gateway, then the engines; each whatever happens to the others."""
+        """Stop the gateway, then the engines; each regardless of the others."""
         problems: list[BaseException] = []
         for phase in ([self._gateway] if self._gateway else []), self._engines:
             running = [one for one in phase if one.since and one.state != "restarting"]

@@ -59,7 +59,7 @@ _READ = {
     *("embedding_bias", "guided_decoding_guide_type", "guided_decoding_guide"),
     *("pad_id", "decoder_input_ids"),  # carry nothing for a decoder without padding
 }
-# Values that ask for nothing, beside zero, false and empty, of tensors that the executor does not serve.
+# Values that ask for nothing, besides zero, false and empty, of tensors that the executor does not serve.
 _NEUTRAL: dict[str, tuple[float, ...]] = {
     "beam_width": (1,),
     "len_penalty": (1,),
@@ -114,7 +114,7 @@ class Part:
         log_probs: one for each of the answer's.
         cum_log_prob: their sum since the answer began.
         context_logits, generation_logits: float32 rows of vocab_size, or None.
-        top_log_probs: the likeliest tokens in place of each of the answer's.
+        top_log_probs: the most likely tokens in place of each of the answer's.
     """
 
     token_ids: list[int]
@@ -132,12 +132,13 @@ class Extensions(BaseModel):
     """What a request asks for beyond upstream's tensors.
 
     Attributes:
-        min_p: sample from tokens at least so likely, relative to the likeliest one.
-        num_top_log_probs: tell so many of the likeliest tokens at each place. `output_log_probs` then has a row with
-            the log probabilities of the chosen tokens, as many with the ids of the likeliest ones, and as many with
+        min_p: sample from tokens at least so likely, relative to the most likely one.
+        num_top_log_probs: number of most likely tokens at each place. `output_log_probs` then has a row with
+            the log probabilities of the chosen tokens, as many with the ids of the most likely ones, and as many with
             their log probabilities.
         return_prompt_log_probs: `context_logits` has such a column for each prompt token instead of logits; the first
             token, which follows nothing, has NaN and ids of -1.
+        cache_salt: reuse KV cache blocks of requests with the same salt alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -145,6 +146,7 @@ class Extensions(BaseModel):
     min_p: float = 0.0
     num_top_log_probs: int = 0
     return_prompt_log_probs: bool = False
+    cache_salt: str = ""
 
 
 def read_generation(
@@ -170,7 +172,8 @@ def read_generation(
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
         fields["sampling"]["min_p"] = own.min_p
-        fields["output"] |= own.model_dump(exclude={"min_p"})
+        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt"})
+        fields["cache_salt"] = own.cache_salt
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
             places.append(Place(row, sequence))
@@ -232,7 +235,7 @@ def write_part(generation: Generation, index: int, part: Part) -> dict[str, Arra
 
 
 def _columns(top: Sequence[TopLogProbs], places: int) -> tuple[Array, Array]:
-    """Ids and log probabilities of the likeliest tokens, float32 [places, count] each: enough for ids below 2**24."""
+    """Ids and log probabilities of likely tokens, float32 [places, count] each: enough for ids below 2**24."""
     ids = np.frombuffer(b"".join(part.ids for part in top), np.int32).reshape(places, -1)
     values = np.frombuffer(b"".join(part.log_probs for part in top), np.float32).reshape(places, -1)
     return ids.astype(np.float32), values
@@ -334,7 +337,9 @@ def _guided_decoding(inputs: Mapping[str, Array], row: int) -> GuidedDecodingPar
     guide = _text(inputs, "guided_decoding_guide", row)
     if not guide_type:
         if guide:
-            raise RequestError("guided_decoding_guide_type: is missing beside guided_decoding_guide", "send both")
+            raise RequestError(
+                "guided_decoding_guide_type: is missing, but there is guided_decoding_guide", "send both"
+            )
         return None
     if guide_type not in get_args(GuideType):
         raise RequestError(

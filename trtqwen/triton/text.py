@@ -86,7 +86,7 @@ class HoldingDecoder:
 
     The beginnings are kept by request id, since nothing else tells the responses of one stream from another's.
     Requests without an id are decoded as they are, and rows or return sequences that share a request share what is
-    held: clients stream them as requests of their own. No last response is marked, so what nobody continues is
+    held: clients stream them as requests of their own. No last response is marked, so a text without a successor is
     forgotten after `forget_after` seconds, or when the next answer under the id begins.
     """
 
@@ -154,7 +154,7 @@ def _words(tokenizer: Tokenizer, inputs: Mapping[str, Array], name: str, rows: i
 def _embedding_bias(
     tokenizer: Tokenizer, inputs: Mapping[str, Array], rows: int, vocab_size: Callable[[], int]
 ) -> npt.NDArray[np.float32]:
-    """FP32 [rows, vocab_size], each word's weight at all of its ids; [rows, 0] where nobody asks for any."""
+    """FP32 [rows, vocab_size], each word's weight at all of its ids; [rows, 0] if no request has any."""
     words = inputs.get("EMBEDDING_BIAS_WORDS", np.zeros((rows, 0), np.object_)).reshape(rows, -1)
     weights = inputs.get("EMBEDDING_BIAS_WEIGHTS", np.zeros((rows, 0), np.float32)).reshape(rows, -1)
     if not words.any():

@@ -1,1 +1,1 @@
-"""A checkpoint run beside the model it came from: where they differ, by how much, and whether that is acceptable."""
+"""Compare a checkpoint with its model: where they differ, by how much, and whether that is acceptable."""

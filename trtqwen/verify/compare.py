@@ -193,7 +193,7 @@ def _differing_rows(
     source_name: str,
     rows_of: Callable[[npt.NDArray[np.int64]], list[Array]],
 ) -> dict[str, int]:
-    """How many rows of an unquantised tensor are not the source's, in the checkpoint's dtype; nothing if all are.
+    """How many rows of an unquantized tensor are not the source's, in the checkpoint's dtype; nothing if all are.
 
     Args:
         rows_of: the checkpoint's rows, in every copy it has.

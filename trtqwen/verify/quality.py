@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 QUALITY, QUALITY_PLOT = "quality.json", "quality.png"
 TOKENS, LEAST_TOKENS = 2048, 128
-_CPU_PRODUCTS = 1_600_000_000_000  # weights times tokens: some minutes on two cores, whatever the model's size
+_CPU_PRODUCTS = 1_600_000_000_000  # weights times tokens: some minutes on two cores, for any model size
 _WORST = 5
 Progress = Callable[[int], None]
 

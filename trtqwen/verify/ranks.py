@@ -1,4 +1,4 @@
-"""A checkpoint as it stands, computed layer by layer in one process: all ranks of a layer, then the next layer."""
+"""A checkpoint as stored, computed layer by layer in one process: all ranks of a layer, then the next layer."""
 
 from __future__ import annotations
 

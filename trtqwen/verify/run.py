@@ -91,7 +91,7 @@ def verify(
     texts: Sequence[str] | None = None,
     progress: Progress = lambda layers: None,
 ) -> Verification:
-    """Check names and shapes, then run the checkpoint beside the model. Uses CUDA if it is there.
+    """Check names and shapes, then run the checkpoint and the model. Uses CUDA if it is there.
 
     Args:
         samples: token ids, at least two each.

@@ -99,7 +99,7 @@ class VllmExecutor:
         )
         with self._lock:
             if self._death is not None:
-                raise EngineError(f"the engine has died ({self._death})", "start the server again")
+                raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
             if request.id in self._running:
                 raise EngineError(f"request id {request.id!r} is in flight already", "use a new one")
             limit = self._config.max_queue_size
@@ -135,7 +135,7 @@ class VllmExecutor:
             EngineError: if it has died.
         """
         if self._death is not None:
-            raise EngineError(f"the engine has died ({self._death})", "start the server again")
+            raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
         # Whether it is dead, `_watch` decides.
         with suppress(aiohttp.ClientError, TimeoutError, concurrent.futures.TimeoutError):
             self._stats = read_stats(self._wait(self._get("/metrics"), _ASK_SECONDS), self._stats)
@@ -292,7 +292,7 @@ class VllmExecutor:
                 return
             self._death = reason
             orphans, self._running = self._running, {}
-        error = f"the engine has died ({reason})"
+        error = f"the engine has stopped ({reason})"
         for request_id, (on_response, _) in orphans.items():
             on_response(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
 

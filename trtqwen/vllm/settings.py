@@ -45,7 +45,7 @@ def server_options(
         "generation-config": "vllm",
         "logprobs-mode": "raw_logprobs",
         "enable-prompt-tokens-details": True,
-        # A guide that lets white space through lets a model write it for ever.
+        # A guide that lets white space through lets a model write it forever.
         "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',
     }
     blocks = kv_cache_blocks(config, executor)

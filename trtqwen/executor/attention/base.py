@@ -42,20 +42,20 @@ class AttentionBatch:
     def __init__(self, inputs: StepInputs, device: torch.device, sampled: Tensor | None = None) -> None:
         self.inputs = inputs
         data = torch.from_numpy(inputs.data).to(device)
-        self._views = {name: data[place] for name, place in inputs.counts.sections.items()}
-        self.token_ids = self._views["token_ids"].long()
+        self.views = {name: data[place] for name, place in inputs.counts.sections.items()}
+        self.token_ids = self.views["token_ids"].long()
         if inputs.has_placeholders:
             assert sampled is not None
             known = self.token_ids >= 0
             self.token_ids = torch.where(known, self.token_ids, sampled[(-1 - self.token_ids).clamp(min=0)])
-        self.positions = self._views["positions"].long()
-        self.slots = self._views["kv_slots"].long()
-        self.logit_rows = self._views["logit_rows"].long()
+        self.positions = self.views["positions"].long()
+        self.slots = self.views["kv_slots"].long()
+        self.logit_rows = self.views["logit_rows"].long()
 
     @cached_property
     def spans(self) -> list[SequenceSpan]:
         """Every sequence of the step, those with one token first."""
-        inputs, blocks = self.inputs, self._views["block_ids"]
+        inputs, blocks = self.inputs, self.views["block_ids"]
         rows, begins = inputs.query_begins.tolist(), inputs.block_begins.tolist()
         return [
             SequenceSpan(rows[index], rows[index + 1], length, blocks[begins[index] : begins[index + 1]])

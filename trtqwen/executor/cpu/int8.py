@@ -1,4 +1,4 @@
-"""Matrix products with INT8 weights, read as they lie: a quarter of the bytes of float32."""
+"""Matrix products with INT8 weights, read in place: a quarter of the bytes of float32."""
 
 from __future__ import annotations
 

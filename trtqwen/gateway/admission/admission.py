@@ -168,7 +168,7 @@ class Admission:
             QueueFull: if not all of them can run or wait.
         """
         if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
-            raise QueueFull  # it would wait for ever, and all others behind it
+            raise QueueFull  # it would wait forever, and all others behind it
         owner = tickets[0].owner
         for ticket in tickets:
             self._deficits.setdefault(owner, 0)

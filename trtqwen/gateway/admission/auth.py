@@ -73,7 +73,15 @@ class TokenBucket:
             return math.inf
         return max(0.0, amount - self._level) * _MINUTE / self._size
 
+    def charge(self, amount: float, now: float) -> float:
+        """Take `amount` if that can be done now; returns the seconds to wait otherwise, as `wait` does."""
+        seconds = self.wait(amount, now)
+        if seconds == 0:
+            self.take(amount)
+        return seconds
+
     def take(self, amount: float) -> None:
+        """Take `amount`, also more than there is; a negative amount gives back."""
         self._level -= amount
 
 
@@ -128,7 +136,7 @@ class Caller:
 def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> None:
     if bucket is None:
         return
-    wait = bucket.wait(amount, now)
+    wait = bucket.charge(amount, now)
     if wait == math.inf:
         message = f"{amount} {unit}, prompt and longest answer, are more than the key's rate ever allows"
         raise bad_request(f"{message}; lower max_tokens", param="max_tokens", code="rate_limit_exceeded")
@@ -136,7 +144,6 @@ def _charge(bucket: TokenBucket | None, amount: int, unit: str, now: float) -> N
         seconds = math.ceil(wait)
         message = f"the key's rate of {unit} is used up; try again in {seconds} s"
         raise ApiError(429, message, "rate_limit_exceeded", retry_after=seconds)
-    bucket.take(amount)
 
 
 _ANONYMOUS = Caller("anonymous")

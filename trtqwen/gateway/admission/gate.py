@@ -62,7 +62,7 @@ class Gate:
         return not self._turns
 
     def check_room(self) -> None:
-        """Refuse at once what the queue has no place for: under overload, even tokenising it costs the others.
+        """Refuse at once what the queue has no place for: under overload, even tokenizing it costs the others.
 
         Raises:
             ApiError: as `places` does.

@@ -23,6 +23,7 @@ _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
 _PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
+_POLICY_VIOLATION = 1008  # of a WebSocket
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -62,6 +63,9 @@ class Guard:
         self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await self._open(scope, receive, send)
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -155,6 +159,22 @@ class Guard:
             return await receive()
 
         await self._app(scope, replay, send)
+
+    async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a WebSocket in by its host and key; its messages are charged one by one."""
+        headers = dict(scope["headers"])
+        try:
+            self._check_host(headers)
+            self._check_size(scope)
+            caller = self._authenticate(scope, headers)
+        except ApiError as problem:
+            self._metrics.refused.labels(str(problem.status), problem.code).inc()
+            await receive()
+            await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": problem.message[:100]})
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        CALLER.set(caller)
+        await self._app(scope, receive, send)
 
     def _check_size(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])

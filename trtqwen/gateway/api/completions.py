@@ -38,7 +38,7 @@ class CompletionPlan:
 
     Attributes:
         echoes: stand in front of the answers, one for each; their log probabilities go along if there are any.
-        log_probs: so many of the likeliest tokens go with each token; None tells no log probabilities.
+        log_probs: so many of the most likely tokens go with each token; None tells no log probabilities.
         no_answer: the prompts' log probabilities are all that is asked for.
     """
 

@@ -29,7 +29,7 @@ def completion_log_probs(
 
     Args:
         offset: characters of the text in front of the entries' own.
-        count: how many of the likeliest tokens were asked for; of 0, there is no list of them.
+        count: how many of the most likely tokens were asked for; of 0, there is no list of them.
     """
     return {
         "tokens": [_shown(entry.text) for entry in entries],
@@ -54,9 +54,9 @@ def _ranked(entry: TokenLogProb, token_bytes: TokenBytes) -> dict[str, Any]:
 
 
 def _top(entry: TokenLogProb, token_bytes: TokenBytes) -> dict[str, float] | None:
-    """The likeliest tokens' texts and log probabilities, the chosen one's too; None where nothing is known.
+    """The most likely tokens' texts and log probabilities, the chosen one's too; None where nothing is known.
 
-    Several tokens may have one text, as halves of characters do: the likeliest counts.
+    Several tokens may have one text, as halves of characters do: the most likely counts.
     """
     if entry.log_prob is None:
         return None

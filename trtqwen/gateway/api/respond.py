@@ -17,6 +17,7 @@ from fastapi import Request
 from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
+from starlette.requests import HTTPConnection
 
 from trtqwen.gateway.admission.auth import Caller
 from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
@@ -66,7 +67,7 @@ class _Utf8Request(Request):
             raise json.JSONDecodeError("it is nested too deeply", "", 0) from None
 
 
-async def work_out(request: Request, body: BaseModel, plan: Callable[[], T]) -> T:
+async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], T]) -> T:
     """Work a request out, if it may come in; a long one in a thread: every stream would wait for its tokenizer.
 
     Raises:
@@ -148,7 +149,7 @@ async def _frames(
             settle(request.state.caller, plan, answers.usage)
 
 
-def answer_id(request: Request, kind: str) -> str:
+def answer_id(request: HTTPConnection, kind: str) -> str:
     """A new id for an answer, which goes with it to the engine and into Triton's traces.
 
     It holds the client's `X-Request-Id`, if there is one that fits.
@@ -165,7 +166,7 @@ def check_model(runtime: Runtime, name: str | None) -> None:
         raise missing_model(name, runtime.model.name)
 
 
-def note_unknown(request: Request, body: BaseModel) -> None:
+def note_unknown(request: HTTPConnection, body: BaseModel) -> None:
     """Do with unknown fields what the setting `unknown_fields` says.
 
     Raises:

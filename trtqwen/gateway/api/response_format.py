@@ -77,7 +77,7 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
     """A guide to a JSON schema, which is checked.
 
     Raises:
-        ApiError: naming `param`, if it is no JSON schema or asks for what the engine does not enforce.
+        ApiError: naming `param`, if it is not JSON schema or asks for what the engine does not enforce.
     """
     text = _encoded(json.dumps(schema, ensure_ascii=False), param)
     try:
@@ -86,6 +86,9 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
         raise unsupported(param, str(problem)) from None
     except ValueError as problem:
         raise bad_request(str(problem), param=param) from None
+    except RecursionError:  # a chain of a thousand references
+        message = f"{param}: the schema's parts or references are nested too deeply; flatten it"
+        raise bad_request(message, param=param) from None
     return Guide(text)
 
 
@@ -118,7 +121,7 @@ def _json_guide(given: dict[str, Any] | str | None, param: str) -> Guide | None:
             given = json.loads(given)
         except (ValueError, RecursionError):
             raise bad_request(
-                f"{param} is a text that is no JSON; send the schema as an object", param=param
+                f"{param} is a text that is not JSON; send the schema as an object", param=param
             ) from None
         if not isinstance(given, dict):
             raise bad_request(f"{param} is no object; send a JSON schema", param=param)

@@ -53,6 +53,7 @@ def plan_sampling(
         prompt_log_probs=prompt_log_probs,
         ignore_eos=bool(request.ignore_eos),
         stop_ids=frozenset(request.stop_token_ids or ()),
+        cache_salt=request.cache_salt or "",
         guide=guide,
     )
 

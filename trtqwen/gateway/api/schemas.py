@@ -108,6 +108,7 @@ class SamplingFields(Schema):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     prompt_logprobs: MostLogProbs | None = None
     structured_outputs: StructuredOutputs | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     guided_json: AnyObject | str | None = None
     guided_regex: str | None = None
     guided_choice: Annotated[list[str], Field(max_length=1000, fail_fast=True)] | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from trtqwen.gateway.admission.admission import Ticket
+from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.admission.prefix import prefixes
 from trtqwen.gateway.config import GatewayConfig
@@ -18,11 +19,12 @@ from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engin
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
+from trtqwen.gateway.tracing import current_span
 from trtqwen.hf.text_stream import StopStrings, TextStream
 
 Finish = Literal["stop", "length", "tool_calls"]
 _RESERVED = 1024  # tokens of an answer without a limit of its own, at first
-_NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, for ever
+_NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in Qwen's vocabulary, forever
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class TokenLogProb:
         text: as bytes; a character may take several tokens.
         log_prob: natural logarithm of its probability; None for the first token of a prompt, which follows nothing.
         start: characters of the answer before the one that it begins or belongs to.
-        top: ids and log probabilities of the likeliest tokens at its place, if asked for.
+        top: ids and log probabilities of the most likely tokens at its place, if asked for.
     """
 
     token_id: int
@@ -149,6 +151,7 @@ class Generator:
 
     Args:
         request_seconds: how long a request may take in all.
+        isolates_keys: whether API keys share no KV cache blocks.
         suspect: is told of a replica that does not answer.
         prefix_routing: whether a request goes to the replica that has read its beginning.
     """
@@ -160,6 +163,7 @@ class Generator:
     request_seconds: float
     suspect: Callable[[Replica], None]
     prefix_routing: bool = False
+    isolates_keys: bool = False
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -204,8 +208,18 @@ class Generator:
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
-        extensions = engine_extensions(self.model, plan.sampling)
-        replica = self.replicas[await self.gate.turn(ticket, deadline)]
+        caller = CALLER.get().name if self.isolates_keys else ""
+        extensions = engine_extensions(self.model, plan.sampling, caller)
+        request = current_span()
+        queue = request.child("queue")
+        try:
+            replica = self.replicas[await self.gate.turn(ticket, deadline)]
+        finally:
+            queue.end()
+        span = request.child(
+            "engine", **{"trtqwen.replica": replica.address, "gen_ai.usage.input_tokens": len(prompt)}
+        )
+        failure: str | None = None
         begun = last = time.monotonic()
         lasted: float | None = None
         self.metrics.replica_sequences.labels(replica.address).inc()
@@ -214,10 +228,13 @@ class Generator:
         answer = _Answer(self.model, plan, index, self.stop_ids)
         reserved = plan.reserved
         try:
-            replies = replica.generate(f"{plan.request_id}-{index}", inputs, deadline - begun, extensions)
+            identity, left = f"{plan.request_id}-{index}", deadline - begun
+            replies = replica.generate(identity, inputs, left, extensions, span.headers)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()
+                    if not answer.num_tokens and reply.token_ids:
+                        span.event("first token")
                     if answer.num_tokens:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
@@ -242,6 +259,7 @@ class Generator:
                     lasted = time.monotonic() - begun
                     yield answer.end()
         except ApiError as problem:
+            failure = problem.code
             if problem.code == "engine_dead":
                 self.suspect(replica)
             raise
@@ -251,6 +269,7 @@ class Generator:
             self.metrics.output_tokens.inc(answer.num_tokens)
             self.metrics.request_output_tokens.observe(answer.num_tokens)
             self.gate.give_back(ticket, lasted)
+            span.end(failure, **{"gen_ai.usage.output_tokens": answer.num_tokens})
 
 
 class _Answer:

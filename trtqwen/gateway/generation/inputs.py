@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,10 +40,11 @@ class Sampling:
         allowed: the only ids that may be chosen; empty is all.
         bad_words: sequences of ids that are never completed.
         log_probs: tell each token's log probability.
-        top_log_probs: and those of so many likeliest tokens.
-        prompt_log_probs: tell so many likeliest tokens at each place of the prompt, besides its own; None tells none.
+        top_log_probs: and those of so many most likely tokens.
+        prompt_log_probs: number of most likely tokens at each place of the prompt, besides its own; None for none.
         stop_ids: ids that end an answer, besides the model's own.
         end_id: replaces the model's own.
+        cache_salt: the client's: requests with another one share no KV cache blocks with it.
     """
 
     values: Mapping[str, float]
@@ -56,6 +58,7 @@ class Sampling:
     ignore_eos: bool = False
     stop_ids: frozenset[int] = frozenset()
     end_id: int | None = None
+    cache_salt: str = ""
     guide: Guide | None = None
 
     @property
@@ -107,8 +110,11 @@ def engine_inputs(
     return tensors
 
 
-def engine_extensions(model: ServedModel, sampling: Sampling) -> dict[str, Any]:
+def engine_extensions(model: ServedModel, sampling: Sampling, caller: str = "") -> dict[str, Any]:
     """What a plan asks of the engine beyond upstream's tensors; empty if nothing.
+
+    Args:
+        caller: name of the API key, which shares KV cache blocks with itself alone; empty shares them with all.
 
     Raises:
         ApiError: naming the field, if the engine does not do it.
@@ -124,6 +130,11 @@ def engine_extensions(model: ServedModel, sampling: Sampling) -> dict[str, Any]:
     if sampling.prompt_log_probs is not None:
         _require(model, "log_probs", "prompt_logprobs", "this engine tells no probabilities of the prompt")
         wanted["return_prompt_log_probs"] = True
+    if sampling.cache_salt:
+        _require(model, "cache_salt", "cache_salt", "this engine shares KV cache blocks between all requests")
+    if model.reuses_kv_cache and "cache_salt" in model.extensions and (caller or sampling.cache_salt):
+        salt = f"{caller}\0{sampling.cache_salt}".encode("utf-8", "surrogatepass")
+        wanted["cache_salt"] = hashlib.sha256(salt).hexdigest()
     return wanted
 
 

@@ -113,7 +113,7 @@ def check_schema(schema: Schema) -> None:
     The time is about linear in the schema's text: every part is looked at once, and every reference followed once.
 
     Raises:
-        ValueError: if it is no JSON schema.
+        ValueError: if it is not JSON schema.
         Unenforceable: if the grammar would let others through.
     """
     parts = [(place, part) for place, part in _parts(schema, "#") if isinstance(part, dict)]
@@ -142,7 +142,7 @@ def check_schema(schema: Schema) -> None:
 
 
 def loosened(schema: Schema) -> Schema:
-    """The schema without what the grammar cannot hold an answer to, nor what is no JSON schema."""
+    """The schema without what the grammar cannot hold an answer to, nor what is not JSON schema."""
     loose = _loosened(schema, "#", is_root=True)
     try:
         check_schema(loose)

@@ -41,8 +41,8 @@ class Reply:
 
     Attributes:
         log_probs: one for each token; empty unless asked for.
-        top: for each token, ids and log probabilities of the likeliest at its place; empty unless asked for.
-        prompt: for each prompt token its log probability, None for the first, and the likeliest at its place; once.
+        top: for each token, ids and log probabilities of the most likely at its place; empty unless asked for.
+        prompt: for each prompt token its log probability, None for the first, and the most likely at its place; once.
         reused_blocks: KV cache blocks of the prompt that were computed before, with the last tokens.
     """
 
@@ -95,6 +95,7 @@ class Replica:
         inputs: Mapping[str, Array],
         timeout: float,
         extensions: Mapping[str, Any] = MappingProxyType({}),
+        headers: Mapping[str, str] = MappingProxyType({}),
     ) -> AsyncGenerator[Reply, None]:
         """Yield a sequence's tokens as they come. Leaving the iterator early cancels the sequence in the engine.
 
@@ -102,6 +103,7 @@ class Replica:
             inputs: tensors of `tensorrt_llm`.
             timeout: seconds for the whole answer.
             extensions: what is asked for beyond them.
+            headers: metadata of the call.
 
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
@@ -112,7 +114,8 @@ class Replica:
         request = infer_request(MODEL, request_id, inputs, outputs)
         if extensions:
             request.parameters[EXTENSIONS].string_param = json.dumps(extensions)
-        call = _Call(self._stub.ModelStreamInfer(_once(request), timeout=timeout), inputs["input_ids"].size)
+        stream = self._stub.ModelStreamInfer(_once(request), timeout=timeout, metadata=tuple(headers.items()))
+        call = _Call(stream, inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
         try:

@@ -77,7 +77,7 @@ class TritonPythonModel:
             while not self._stopping.wait(period):
                 try:
                     action()
-                except EngineError as problem:  # the engine has died, and every request says so
+                except EngineError as problem:  # the engine has stopped, and every request says so
                     if not self._stopping.is_set():
                         _tell_death(str(problem))
                     return

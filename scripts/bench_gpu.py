@@ -1,0 +1,229 @@
+"""Measures the embedded engine against vLLM on this machine's cards, both in one run, and writes the rows as JSON.
+
+Loads are offline: token ids in and out, temperature 0.6, end ids ignored, no KV cache reuse, random weights in the
+shape of a known model. vLLM runs in a process of its own with dummy weights; `--vllm-path` names a directory that it
+is installed in. Every ratio is of two numbers that this run measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from random_engine import PRECISIONS, make_engine
+
+from trtqwen.executor.config import ExecutorConfig
+from trtqwen.executor.executor import Executor
+from trtqwen.executor.request import FinishReason, Request, SamplingConfig
+from trtqwen.hf.known import known_config
+from trtqwen.recipe import EngineRecipe
+
+Shapes = list[tuple[int, int]]
+_VLLM_QUANTIZATION = {
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
+            "input_activations": {
+                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+            },
+        }
+    },
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are all there at the start.
+
+    Attributes:
+        unit: what is counted per second: answer tokens (`out`) or prompt tokens (`in`).
+    """
+
+    name: str
+    shapes: Shapes
+    unit: str = "out"
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the rate counts."""
+        return sum(shape[1 if self.unit == "out" else 0] for shape in self.shapes)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One number of both engines; rates in tokens/s, starts in seconds. `ratio` above 1 means that ours is better."""
+
+    load: str
+    precision: str
+    tp: int
+    card: str
+    ours: float | None
+    vllm: float | None
+    ratio: float | None
+    commit: str
+
+
+def loads() -> dict[str, Load]:
+    """The loads of the comparison, by short name."""
+    dice = random.Random(1)
+    mixed = [(dice.randint(100, 1024), dice.randint(100, 1024)) for _ in range(256)]
+    found = [
+        Load("one", [(128, 256)]),
+        Load("eight", [(128, 256)] * 8),
+        Load("prompts", [(2048, 1)] * 64, "in"),
+        Load("even", [(512, 256)] * 256),
+        Load("mixed", mixed),
+    ]
+    return {load.name: load for load in found}
+
+
+def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> dict[str, float]:
+    """Rates of each load on the embedded engine, and its start."""
+    limits = EngineRecipe(
+        backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=4096
+    )
+    engine = make_engine(directory / precision, options.model, precision, options.tp, limits)
+    say(f"{precision}: engine is made")
+    config = ExecutorConfig(device="cuda", kv_cache_free_gpu_mem_fraction=0.9)
+    results: dict[str, float] = {}
+    begin = time.monotonic()
+    with Executor(engine, config) as executor:
+        answer(executor, [(16, 1)], options.model, 0)
+        results["start"] = time.monotonic() - begin
+        say(f"ours, {precision}: start {results['start']:.1f} s")
+        answer(executor, [(100, 8)] * 16, options.model, 1)
+        for load in chosen(options):
+            seconds = answer(executor, load.shapes, options.model, 2)
+            results[load.name] = load.counted / seconds
+            say(f"ours, {precision}, {load.name}: {results[load.name]:.1f} {load.unit} tok/s ({seconds:.2f} s)")
+    return results
+
+
+def answer(executor: Executor, shapes: Shapes, model: str, seed: int) -> float:
+    """Seconds that the requests took together."""
+    vocab_size = known_config(model).vocab_size
+    dice = random.Random(seed)
+    sampling = SamplingConfig(temperature=0.6, top_p=1.0, seed=seed)
+    requests = [
+        Request(
+            id=str(index),
+            input_token_ids=tuple(dice.randrange(vocab_size) for _ in range(prompt)),
+            max_tokens=count,
+            sampling=sampling,
+        )
+        for index, (prompt, count) in enumerate(shapes)
+    ]
+    begin = time.monotonic()
+    answers = executor.generate(requests)
+    seconds = time.monotonic() - begin
+    for responses, (_, count) in zip(answers, shapes, strict=True):
+        if responses[-1].finish_reason is not FinishReason.LENGTH:
+            raise SystemExit(f"a request failed: {responses[-1].error}")
+        assert sum(len(response.token_ids) for response in responses) == count
+    return seconds
+
+
+def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> dict[str, float]:
+    """The same on vLLM, in a process of its own."""
+    home = directory / f"vllm-{precision}"
+    home.mkdir()
+    config = known_config(options.model).model_dump(exclude_none=True) | {"torch_dtype": "float16"}
+    if precision == "w8a8":
+        config["quantization_config"] = _VLLM_QUANTIZATION
+    (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    job = {
+        "model": str(home),
+        "tp": options.tp,
+        "loads": [(load.name, load.shapes, load.counted) for load in chosen(options)],
+        "vocab_size": config["vocab_size"],
+    }
+    environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
+    if options.vllm_path:
+        environment["PYTHONPATH"] = os.pathsep.join([options.vllm_path, os.environ.get("PYTHONPATH", "")])
+    script = Path(__file__).with_name("bench_gpu_vllm.py")
+    with subprocess.Popen(
+        [sys.executable, str(script), json.dumps(job)], stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        results: dict[str, float] = {}
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("RESULT "):
+                name, value = json.loads(line.removeprefix("RESULT "))
+                results[name] = value
+                say(f"vLLM, {precision}, {name}: {value:.1f}")
+    return results
+
+
+def rows(ours: dict[str, float], vllm: dict[str, float], precision: str, tp: int) -> Iterator[Row]:
+    """Both sides, load by load."""
+    for name in dict.fromkeys([*ours, *vllm]):
+        mine, theirs = ours.get(name), vllm.get(name)
+        ratio = None
+        if mine and theirs:
+            ratio = theirs / mine if name == "start" else mine / theirs
+        yield Row(name, precision, tp, torch.cuda.get_device_name(), mine, theirs, ratio, commit())
+
+
+def chosen(options: argparse.Namespace) -> list[Load]:
+    """The loads to run."""
+    return [load for name, load in loads().items() if name in options.loads]
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    told = os.environ.get("TRTQWEN_COMMIT")
+    if told:
+        return told
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def say(line: str) -> None:
+    """Progress, on standard error."""
+    print(f"[{time.monotonic():.0f}] {line}", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    """Parse the command line, run both engines, print and write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="qwen2.5-7b")
+    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=["fp16", "w8a8"])
+    parser.add_argument("--loads", nargs="+", choices=loads(), default=list(loads()))
+    parser.add_argument("--engines", nargs="+", choices=["ours", "vllm"], default=["ours", "vllm"])
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--vllm-path", help="directory that vLLM is installed in")
+    parser.add_argument("--scratch", help="directory for the random weights; memory is fastest")
+    parser.add_argument("--output", type=Path, help="JSON file of the rows")
+    options = parser.parse_args()
+    found: list[Row] = []
+    for precision in options.precisions:
+        with tempfile.TemporaryDirectory(dir=options.scratch) as directory:
+            mine = run_ours(Path(directory), options, precision) if "ours" in options.engines else {}
+            theirs = run_vllm(Path(directory), options, precision) if "vllm" in options.engines else {}
+        found += rows(mine, theirs, precision, options.tp)
+        if options.output:
+            options.output.write_text(json.dumps([asdict(row) for row in found], indent=1), encoding="utf-8")
+    for row in found:
+        print(json.dumps(asdict(row)))
+
+
+if __name__ == "__main__":
+    main()

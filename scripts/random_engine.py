@@ -1,0 +1,127 @@
+"""Makes an engine of the torch backend with random weights, in the shape of a known model, without its files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trtqwen.artifact import write_manifest
+from trtqwen.checkpoint.config import Dtype, checkpoint_config
+from trtqwen.checkpoint.convert import NUMPY_DTYPES
+from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.rule import Precision
+from trtqwen.checkpoint.sharding import Split
+from trtqwen.checkpoint.tensors import RuleBook
+from trtqwen.engine.builder import build_engine
+from trtqwen.hf.known import known_config
+from trtqwen.layout import CONFIG, rank_weights
+from trtqwen.quantize.smoothquant import SmoothQuantMode
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe
+from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
+
+PRECISIONS = {
+    "fp16": CheckpointRecipe(dtype="float16"),
+    "bf16": CheckpointRecipe(dtype="bfloat16"),
+    "w8a8": CheckpointRecipe(dtype="float16", quant="int8_sq", per_channel=True, per_token=True),
+    "w8a8-static": CheckpointRecipe(dtype="float16", quant="int8_sq", per_channel=True),
+    "w8a16": CheckpointRecipe(dtype="float16", quant="int8_wo", int8_layout="sm80"),
+    "fp16-int8kv": CheckpointRecipe(dtype="float16", kv_cache="int8"),
+}
+SPREAD = 0.02  # standard deviation of the weights
+
+
+def make_engine(directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe) -> Path:
+    """Write `directory`/checkpoint and `directory`/engine; the engine's path.
+
+    Weights are normal with `SPREAD`, gains are 1, INT8 codes uniform with scales that give the same spread.
+    """
+    settings = PRECISIONS[precision].model_copy(update={"tp_size": tp_size})
+    hf = known_config(model)
+    mapping = RankMapping(tp_size, 1)
+    smooth = SmoothQuantMode(settings.per_channel, settings.per_token) if settings.quant == "int8_sq" else None
+    layout = settings.int8_layout if settings.quant == "int8_wo" and settings.int8_layout != "plain" else None
+    dtype: Dtype = "bfloat16" if settings.dtype == "bfloat16" else "float16"
+    parts = Precision(
+        dtype=NUMPY_DTYPES[dtype],
+        int8_layout=layout,
+        smoothquant=smooth,
+        int8_kv_cache=settings.kv_cache == "int8",
+    )
+    rules = list(RuleBook(hf, mapping, parts, embedding=Split.REPLICATED).rules(tied=False))
+    quantization: dict[str, object] = {}
+    if smooth is not None:
+        kind = "PER_CHANNEL" if smooth.per_channel else "PER_TENSOR"
+        quantization["quant_algo"] = f"W8A8_SQ_{kind}_PER_{'TOKEN' if smooth.per_token else 'TENSOR'}_PLUGIN"
+    elif settings.quant == "int8_wo":
+        quantization["quant_algo"] = "W8A16"
+    if settings.kv_cache == "int8":
+        quantization["kv_cache_quant_algo"] = "INT8"
+    checkpoint = directory / "checkpoint"
+    checkpoint.mkdir(parents=True)
+    digests = {}
+    for rank in range(tp_size):
+        specs = {name: spec for rule in rules for name, spec in rule.specs.items()}
+        path = checkpoint / rank_weights(rank)
+        with SafetensorsWriter(path, specs) as writer:
+            for name, spec in specs.items():
+                writer.write(name, [_fill(name, spec, rank)])
+        digests[path.name] = writer.digest()
+    content = checkpoint_config(
+        hf,
+        dtype,
+        mapping,
+        quantization=quantization,
+        embedding_sharding="none",
+        calibrated=settings.calibrated,
+        release="1.2.1",
+    )
+    (checkpoint / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+    write_manifest(checkpoint, "checkpoint", {}, settings.model_dump(exclude={"calib", "act_ranges"}), digests)
+    build_engine(checkpoint, limits, directory / "engine")
+    return directory / "engine"
+
+
+def _fill(name: str, spec: TensorSpec, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(hash((len(name), name[-20:], rank)) % 2**31)
+    if spec.dtype == np.int8:
+        codes = torch.randint(-127, 128, spec.shape, dtype=torch.int8, device=device, generator=generator)
+        return codes.cpu().numpy()
+    if name.endswith(("per_channel_scale", "act_scale")):
+        return np.full(spec.shape, SPREAD / 73 if name.endswith("per_channel_scale") else 0.05, spec.dtype)
+    if name.endswith(("scale_to_int", "quantization_scaling_factor")):
+        return np.full(spec.shape, 20.0, spec.dtype)
+    if name.endswith("kv_cache_scaling_factor"):
+        return np.full(spec.shape, 0.05, spec.dtype)
+    if name.endswith(("smoother",)) or "norm" in name or name.endswith("ln_f.weight"):
+        return np.ones(spec.shape, spec.dtype)
+    values = torch.randn(spec.shape, device=device, generator=generator, dtype=torch.float16) * SPREAD
+    return values.cpu().numpy().astype(spec.dtype)
+
+
+def main() -> None:
+    """Parse the command line and write the engine."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default="qwen2.5-7b")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp16")
+    parser.add_argument("--tp", type=int, default=1)
+    parser.add_argument("--max-batch-size", type=int, default=256)
+    parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--max-seq-len", type=int, default=4096)
+    options = parser.parse_args()
+    limits = EngineRecipe(
+        backend="torch",
+        max_batch_size=options.max_batch_size,
+        max_num_tokens=options.max_num_tokens,
+        max_seq_len=options.max_seq_len,
+    )
+    print(make_engine(options.output, options.model, options.precision, options.tp, limits))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,259 @@
+"""Each kernel against the plain formula that it replaces."""
+
+from __future__ import annotations
+
+from array import array
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trtqwen.executor.attention import AttentionBatch, PlainAttention
+from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose
+from trtqwen.executor.cuda.batch import context_tiles
+from trtqwen.executor.cuda.kernels.activation import silu_mul
+from trtqwen.executor.cuda.kernels.choose import choose_fused
+from trtqwen.executor.cuda.kernels.context_attention import context_attention
+from trtqwen.executor.cuda.kernels.decode_attention import DecodeWorkspace, decode_attention
+from trtqwen.executor.cuda.kernels.embed import embed
+from trtqwen.executor.cuda.kernels.gemv import gemv
+from trtqwen.executor.cuda.kernels.int8_matmul import w8a8, w8a16
+from trtqwen.executor.cuda.kernels.matmul import matmul
+from trtqwen.executor.cuda.kernels.norm import add_norm
+from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, STATIC, Quantization, Quantized, quantize_rows
+from trtqwen.executor.cuda.kernels.rotary import rotary_store
+from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide
+from trtqwen.executor.inputs import pack
+from trtqwen.executor.request import Request
+from trtqwen.executor.scheduler import Chunk, Sequence, Step
+from trtqwen.nn.ops import rms_norm
+from trtqwen.nn.rotary import make_rotary, rotate
+
+BLOCK = 8
+
+
+def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(device, dtype)
+
+
+def codes_of(values: torch.Tensor, step: torch.Tensor) -> torch.Tensor:
+    return (values.float() / step).round().clamp(-128, 127)
+
+
+@pytest.mark.parametrize("with_delta", [False, True])
+@pytest.mark.parametrize("quantization", [None, Quantization(PER_TOKEN), Quantization(STATIC, 20.0)])
+def test_norm(device: torch.device, with_delta: bool, quantization: Quantization | None) -> None:
+    hidden, gain = random(5, 96, device=device), random(96, device=device)
+    delta = random(5, 96, device=device) * 0.5 if with_delta else None
+    total = hidden + delta if delta is not None else hidden.clone()
+    expected = rms_norm(total, gain, 1e-6)
+    got = add_norm(hidden, delta, gain, 1e-6, quantization)
+    torch.testing.assert_close(hidden, total)
+    if isinstance(got, torch.Tensor):
+        torch.testing.assert_close(got, expected, atol=2e-3, rtol=2e-3)
+        return
+    step = torch.full((5,), 1 / 20.0, device=device) if got.steps is None else got.steps
+    if got.steps is not None:
+        torch.testing.assert_close(step, expected.float().abs().amax(-1) / 127, rtol=2e-3, atol=0)
+    assert (got.codes.float() - codes_of(expected, step[:, None])).abs().max() <= 1
+
+
+@pytest.mark.parametrize("mode", [None, PER_TOKEN, STATIC])
+def test_silu_mul_and_quantize(device: torch.device, mode: int | None) -> None:
+    gate_up = random(3, 2 * 1100, device=device)
+    inverse = random(1100, device=device, dtype=torch.float32).abs() + 0.5
+    expected = F.silu(gate_up[:, :1100]) * gate_up[:, 1100:]
+    if mode is None:
+        torch.testing.assert_close(silu_mul(gate_up, None), expected, atol=2e-3, rtol=2e-3)
+        return
+    how = Quantization(mode, 11.0, inverse)
+    smoothed = expected.float() * inverse
+    for got in (silu_mul(gate_up, how), quantize_rows(expected, how)):
+        assert isinstance(got, Quantized)
+        step = smoothed.abs().amax(-1, keepdim=True) / 127 if mode == PER_TOKEN else torch.tensor(1 / 11.0)
+        assert (got.codes.float() - codes_of(smoothed, step.to(device))).abs().max() <= 1
+
+
+@pytest.mark.parametrize("kv_step", [None, 0.05])
+def test_rotary_and_store(device: torch.device, kv_step: float | None) -> None:
+    heads, kv_heads, size, tokens = 6, 2, 16, 5
+    qkv = random(tokens, (heads + 2 * kv_heads) * size, device=device)
+    query, key, value = qkv.clone().view(tokens, -1, size).split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
+    rotary = make_rotary(10000.0, size, None, device)
+    positions = torch.tensor([0, 1, 9, 30, 4], device=device)
+    slots = torch.tensor([3, 8, 9, 31, -1], device=device)
+    cos, sin = rotary.cos_sin(positions, torch.float32)
+    kind = torch.float16 if kv_step is None else torch.int8
+    keys, values = torch.zeros(2, 4, kv_heads, BLOCK, size, dtype=kind, device=device)
+    table = torch.stack(rotary.cos_sin(torch.arange(40, device=device), torch.float32), 1)[:, :, 0, : size // 2]
+    rotary_store(qkv, table.contiguous(), positions.int(), slots.int(), keys, values, kv_step)
+    expected = rotate(query.float(), cos, sin).half()
+    torch.testing.assert_close(qkv.view(tokens, -1, size)[:, :heads], expected, atol=2e-3, rtol=2e-3)
+    turned = rotate(key.float(), cos, sin).half()
+    for token, slot in enumerate(slots.tolist()[:4]):
+        for cache, source in ((keys, turned), (values, value)):
+            stored = cache[slot // BLOCK, :, slot % BLOCK].float()
+            want = source[token].float() if kv_step is None else codes_of(source[token], torch.tensor(kv_step))
+            assert (stored - want).abs().max() <= (2e-3 if kv_step is None else 1)
+    assert keys.count_nonzero() <= 4 * kv_heads * size
+
+
+@pytest.mark.parametrize("rows", [1, 3, 16, 20])
+@pytest.mark.parametrize("bias", [False, True])
+def test_matmul(device: torch.device, rows: int, bias: bool) -> None:
+    hidden, weight = random(rows, 320, device=device), random(70, 320, device=device) * 0.1
+    added = random(70, device=device) if bias else None
+    expected = F.linear(hidden.float(), weight.float(), None if added is None else added.float())
+    torch.testing.assert_close(matmul(hidden, weight, added).float(), expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 70])
+@pytest.mark.parametrize("per_token", [False, True])
+def test_w8a8(device: torch.device, rows: int, per_token: bool) -> None:
+    codes = torch.randint(-128, 128, (rows, 320), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
+    weight = torch.randint(-128, 128, (70, 320), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    scales = random(70, device=device, dtype=torch.float32).abs() * 1e-3
+    bias = random(70, device=device, dtype=torch.float32)
+    steps = random(rows, device=device, dtype=torch.float32).abs() if per_token else None
+    exact = codes.double() @ weight.double().T * scales.double()
+    expected = exact * (1.0 if steps is None else steps.double()[:, None]) + bias.double()
+    got = w8a8(Quantized(codes, steps), weight, scales, bias, torch.float32)
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [1, 17, 70, 400])
+def test_w8a16(device: torch.device, rows: int) -> None:
+    hidden = random(rows, 320, device=device)
+    weight = torch.randint(-128, 128, (70, 320), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    scales = (random(70, device=device, dtype=torch.float32).abs() * 1e-3).half().float()
+    scratch = torch.empty(70 * 320, dtype=torch.float16, device=device)
+    expected = F.linear(hidden.float(), weight.float() * scales[:, None])
+    got = w8a16(hidden, weight, scales, None, scratch)
+    torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=1e-2)
+
+
+def make_batch(spans: list[tuple[int, int]], device: torch.device) -> AttentionBatch:
+    """Sequences with (tokens before, tokens in this step), in shuffled blocks."""
+    order = torch.randperm(128, generator=torch.Generator().manual_seed(5)).tolist()
+    chunks = []
+    for start, count in sorted(spans, key=lambda span: span[1] > 1):
+        blocks = array("i", [order.pop() for _ in range(-(-(start + count) // BLOCK))])
+        sequence = Sequence(Request(id="a", input_token_ids=(1,), max_tokens=1), 1, [1], slot=0)
+        chunks.append(Chunk(sequence, tuple(range(count)), start, blocks, samples=True, num_logits=1))
+    return AttentionBatch(pack(Step(tuple(chunks)), BLOCK), device)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (3, 1)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("int8", [False, True])
+def test_attention(device: torch.device, heads: int, kv_heads: int, dtype: torch.dtype, int8: bool) -> None:
+    size = 16
+    batch = make_batch([(0, 1), (7, 1), (99, 1), (260, 1), (0, 150), (37, 9), (64, 2)], device)
+    counts = batch.inputs.counts
+    query = random(counts.tokens, heads, size, device=device, dtype=dtype)
+    keys, values = random(2, 128, kv_heads, BLOCK, size, device=device, dtype=dtype)
+    step = 0.03 if int8 else None
+    if step is not None:
+        keys, values = codes_of(keys, torch.tensor(step)), codes_of(values, torch.tensor(step))
+    plain = (keys.float() * step, values.float() * step) if step is not None else (keys, values)
+    expected = PlainAttention()(query, plain[0].to(dtype), plain[1].to(dtype), batch).flatten(1)
+    if step is not None:
+        keys, values = keys.to(torch.int8), values.to(torch.int8)
+    out = torch.full((counts.tokens, heads * size), float("nan"), device=device, dtype=dtype)
+    views, cases = batch.views, counts.generation
+    workspace = DecodeWorkspace(8, heads, kv_heads, size, device)
+    for _ in range(2):  # the kernel leaves its counters as it found them
+        decode_attention(
+            query.flatten(1), keys, values, views["block_ids"], views["block_begins"],
+            views["context_lengths"][:cases], out, workspace, longest=512, kv_step=step,
+        )  # fmt: skip
+    tiles = torch.from_numpy(context_tiles(batch.inputs)).to(device)
+    context_attention(
+        query.flatten(1), keys, values, tiles, views["block_ids"], views["block_begins"],
+        views["query_begins"], views["context_lengths"], out, kv_step=step,
+    )  # fmt: skip
+    bound = 2e-5 if dtype == torch.float32 else 5e-3
+    torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
+
+
+def test_embed(device: torch.device) -> None:
+    table = random(10, 1030, device=device)
+    sampled = torch.tensor([4, 12, 9], device=device)
+    token_ids = torch.tensor([3, -1, 11, -2, -3], dtype=torch.int32, device=device)
+    rows = [3, 4, None, None, 9]
+    expected = torch.stack([table[row] if row is not None else torch.zeros_like(table[0]) for row in rows])
+    assert torch.equal(embed(token_ids, sampled, table, 0), expected)
+    shifted = embed(token_ids, sampled, table, 3)
+    assert torch.equal(shifted[0], table[0])
+    assert torch.equal(shifted[3], table[9])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
+    rows, vocab_size = 24, 9000
+    logits = (random(rows, vocab_size, device=device, dtype=torch.float32) * 3).to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    values = torch.zeros(5, rows)
+    values[0] = torch.rand(rows, generator=generator) * 2
+    values[0, :3] = 0
+    values[1, ::2] = 0.8
+    values[2, ::3] = 0.05
+    values[3] = torch.rand(rows, generator=generator)
+    values[4, ::4] = 40
+    logits[5, 77] = float("nan")
+    logits[6, 78] = float("inf")
+    logits[7] = float("-inf")
+    for filters in (False, True):
+        choice = Choice(values.to(device), draws=True, filters=filters)
+        got, expected = choose_fused(logits, choice), choose(logits.float(), choice)
+        assert torch.equal(got, expected)
+    assert got[5:8].tolist() == [NOT_FINITE, NOT_FINITE, NONE_LEFT]
+    greedy = Choice(torch.zeros(5, rows, device=device), draws=False, filters=False)
+    assert torch.equal(choose_fused(logits, greedy)[8:], logits[8:].argmax(-1))
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_gemv_with_norm_and_silu(device: torch.device, int8: bool) -> None:
+    width, rows = 2300, 12
+    hidden, gain = random(1, width, device=device), random(width, device=device)
+    if int8:
+        weight = torch.randint(-128, 128, (2 * rows, width), generator=torch.Generator().manual_seed(2)).to(device)
+        weight, scales = weight.to(torch.int8), random(2 * rows, device=device, dtype=torch.float32).abs() * 1e-3
+        full = weight.float() * scales[:, None]
+    else:
+        weight, scales = random(2 * rows, width, device=device) * 0.05, None
+        full = weight.float()
+    bias = random(2 * rows, device=device)
+    normed = rms_norm(hidden.float(), gain.float(), 1e-6)
+    whole = F.linear(normed, full, bias.float())
+    got = gemv(hidden, weight, torch.float16, scales=scales, bias=bias, gain=gain, epsilon=1e-6, silu=True)
+    expected = F.silu(whole[:, :rows]) * whole[:, rows:]
+    torch.testing.assert_close(got.float(), expected, atol=3e-2, rtol=1e-2)
+    residual = random(1, 2 * rows, device=device)
+    before = residual.float().clone()
+    gemv(hidden, weight, torch.float16, scales=scales, residual=residual)
+    torch.testing.assert_close(residual.float(), before + F.linear(hidden.float(), full), atol=5e-2, rtol=1e-2)
+
+
+def test_gemv_of_codes_is_exact(device: torch.device) -> None:
+    codes = torch.randint(-128, 128, (1, 2300), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
+    weight = torch.randint(-128, 128, (10, 2300), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
+    scales, steps = torch.full((10,), 1e-3, device=device), torch.full((1,), 0.5, device=device)
+    got = gemv(codes, weight, torch.float32, scales=scales, steps=steps)
+    expected = (codes.double() @ weight.double().T) * 5e-4
+    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_wide_w8a8(device: torch.device, persistent: bool) -> None:
+    rows, columns, width = (300, 200, 320) if device.type == "cuda" else (70, 40, 160)
+    codes = torch.randint(-128, 128, (rows, width), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
+    weight = torch.randint(-128, 128, (columns, width), generator=torch.Generator().manual_seed(2))
+    weight = weight.to(device, torch.int8)
+    scales, bias = torch.rand(columns, device=device) * 1e-3, torch.randn(columns, device=device)
+    steps = torch.rand(rows, device=device)
+    out = torch.full((rows, columns), float("nan"), device=device)
+    tile = (128, 64, 128, 4, 3) if device.type == "cuda" else (32, 16, 64, 4, 3)
+    w8a8_wide(codes, weight, steps, scales, bias, out, (*tile, persistent))
+    expected = codes.double() @ weight.double().T * scales.double() * steps.double()[:, None] + bias.double()
+    torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)

@@ -1,0 +1,75 @@
+"""A step on the card: views into one buffer that `StepInputs` and the tiles of its prompts are copied to."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from trtqwen.executor.inputs import Int32, StepInputs
+
+TILE_ROWS = 128  # queries of a program of the attention of prompts
+
+
+@dataclass(frozen=True)
+class CudaBatch:
+    """A step on the device; the sections of `StepInputs`, int32.
+
+    Attributes:
+        generation: sequences with one token, which come first.
+        tiles: of the others' attention, see `context_tiles`; None without others.
+        all_rows: whether every row's logits are needed, in order.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    kv_slots: Tensor
+    query_begins: Tensor
+    context_lengths: Tensor
+    block_begins: Tensor
+    block_ids: Tensor
+    logit_rows: Tensor
+    generation: int
+    tiles: Tensor | None
+    all_rows: bool
+
+    @classmethod
+    def of(cls, data: Tensor, inputs: StepInputs, tiles: int) -> CudaBatch:
+        """The views.
+
+        Args:
+            data: int32 on the device: `inputs.data`, then `tiles` tiles. A step without blocks is one to record: its
+                blocks come later, behind its other sections.
+        """
+        counts = inputs.counts
+        views = {name: data[place] for name, place in counts.sections.items()}
+        recorded = counts.blocks == 0
+        return cls(
+            token_ids=views["token_ids"],
+            positions=views["positions"],
+            kv_slots=views["kv_slots"],
+            query_begins=views["query_begins"],
+            context_lengths=views["context_lengths"],
+            block_begins=views["block_begins"],
+            block_ids=data[counts.sections["block_ids"].start :] if recorded else views["block_ids"],
+            logit_rows=views["logit_rows"],
+            generation=counts.generation,
+            tiles=data[counts.total : counts.total + 2 * tiles].view(-1, 2) if tiles else None,
+            all_rows=counts.logits == counts.tokens,
+        )
+
+
+def context_tiles(inputs: StepInputs) -> Int32:
+    """(sequence, its first query) of every program, [tiles, 2].
+
+    Those that read most of the cache come first.
+    """
+    begins = inputs.query_begins
+    tiles: list[tuple[int, int, int]] = []
+    for sequence in range(inputs.counts.generation, inputs.counts.sequences):
+        queries = int(begins[sequence + 1] - begins[sequence])
+        before = int(inputs.context_lengths[sequence]) - queries
+        tiles += [(-(before + first), sequence, first) for first in range(0, queries, TILE_ROWS)]
+    tiles.sort()
+    return np.array([tile[1:] for tile in tiles], np.int32).reshape(-1, 2)

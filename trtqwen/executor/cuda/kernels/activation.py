@@ -1,0 +1,112 @@
+"""silu(gate) * up, quantized for INT8 in the same pass."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from trtqwen.executor.cuda.kernels.chain import begin, chained
+from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, Quantization, Quantized, round_to_int8
+
+
+@triton.jit
+def _silu_mul_tile(gate_up, row, columns, inside, width):
+    gate = tl.load(gate_up + row * 2 * width + columns, mask=inside, other=0.0)
+    up = tl.load(gate_up + (row * 2 + 1) * width + columns, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    return (active * up).to(gate.dtype)
+
+
+@triton.jit
+def _silu_mul(
+    gate_up,
+    smoother,
+    out,
+    width,
+    to_int,
+    SMOOTH: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):
+    begin(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = _silu_mul_tile(gate_up, row, columns, inside, width)
+    if QUANTIZE:
+        wide = values.to(tl.float32)
+        if SMOOTH:
+            wide *= tl.load(smoother + columns, mask=inside, other=0.0)
+        tl.store(out + row * width + columns, round_to_int8(wide * to_int), mask=inside)
+    else:
+        tl.store(out + row * width + columns, values, mask=inside)
+
+
+@triton.jit
+def _smoothed(gate_up, smoother, row, start, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
+    columns = start + tl.arange(0, BLOCK)
+    inside = columns < width
+    values = _silu_mul_tile(gate_up, row, columns, inside, width).to(tl.float32)
+    if SMOOTH:
+        values *= tl.load(smoother + columns, mask=inside, other=0.0)
+    return values
+
+
+@triton.jit
+def _silu_mul_row(
+    gate_up, smoother, out, steps, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+):
+    begin(CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    largest = 0.0
+    for start in range(0, width, BLOCK):
+        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
+        largest = tl.maximum(largest, tl.max(tl.abs(values), axis=0))
+    largest = tl.maximum(largest, 1e-12)
+    tl.store(steps + row, largest / 127.0)
+    for start in range(0, width, BLOCK):  # a second time, from the cache
+        columns = start + tl.arange(0, BLOCK)
+        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
+        tl.store(out + row * width + columns, round_to_int8(values * (127.0 / largest)), mask=columns < width)
+
+
+def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Quantized:
+    """`silu(gate_up[:, :width]) * gate_up[:, width:]`, [rows, width]; quantized if the reader asks for it."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    dtype = gate_up.dtype if quantization is None else torch.int8
+    out = torch.empty((rows, width), dtype=dtype, device=gate_up.device)
+    smoother = gate_up if quantization is None else quantization.inverse_smoother
+    smooth = quantization is not None and smoother is not None
+    if quantization is not None and quantization.mode == PER_TOKEN:
+        steps = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
+        block = triton.next_power_of_2(width) if rows <= 64 else 4096
+        _silu_mul_row[(rows,)](
+            gate_up,
+            smoother if smooth else gate_up,
+            out,
+            steps,
+            width,
+            SMOOTH=smooth,
+            BLOCK=block,
+            num_warps=min(32, max(1, block // 512)),
+            **chained(rows),
+        )
+        return Quantized(out, steps)
+    block = 1024
+    _silu_mul[(rows, triton.cdiv(width, block))](
+        gate_up,
+        smoother if smooth else gate_up,
+        out,
+        width,
+        1.0 if quantization is None else quantization.to_int,
+        SMOOTH=smooth,
+        QUANTIZE=quantization is not None,
+        BLOCK=block,
+        num_warps=4,
+        **chained(rows),
+    )
+    return out if quantization is None else Quantized(out, None)

@@ -1,0 +1,195 @@
+"""Starting a rank on a card: weights, a warm-up step that shows what a step needs, the KV cache, the graphs."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from trtqwen.checkpoint.reader import read_rank
+from trtqwen.diagnostics import EngineError
+from trtqwen.engine.config import EngineConfig
+from trtqwen.executor.choose import Choice
+from trtqwen.executor.config import WorkerConfig
+from trtqwen.executor.cuda.kernels.choose import choose_fused
+from trtqwen.executor.cuda.model import CudaModel
+from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes
+from trtqwen.executor.device import DeviceChoice
+from trtqwen.executor.inputs import Counts, StepInputs
+from trtqwen.executor.parallel import Communicator
+from trtqwen.executor.plain_runner import Started
+from trtqwen.executor.sampling import Sampler
+
+_GIB = 1 << 30
+_COMPILED_FOR = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use every kernel
+
+
+def keep_compiled_kernels() -> None:
+    """Have the Triton language keep compiled kernels between starts, in the user's cache directory."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("TRITON_CACHE_DIR", str(home / "trtqwen" / "kernels"))
+
+
+def make_runner(
+    config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, communicator: Communicator
+) -> Started:
+    """Load a rank's share of the model and get it ready to serve.
+
+    Raises:
+        EngineError: if the card's memory is too small, naming what to lower.
+    """
+    clock = _Clock(config.rank)
+    torch.cuda.set_device(choice.device)
+    build = engine.build_config
+    total = torch.cuda.mem_get_info(choice.device)[1]
+    clock.lap("CUDA")
+    try:
+        model = CudaModel(
+            engine.pretrained_config,
+            dict(read_rank(config.engine, config.rank)),
+            communicator,
+            int8_layout=engine.int8_layout,
+            dtype=choice.dtype,
+            device=choice.device,
+            max_batch_size=build.max_batch_size,
+            max_seq_len=build.max_seq_len,
+        )
+    except torch.OutOfMemoryError:
+        raise EngineError(
+            f"the weights do not fit the {total / _GIB:.1f} GiB of {choice.device}",
+            "convert with a larger tp_size, or with quant: int8_wo",
+        ) from None
+    clock.lap("weights")
+    blocks_of_sequence = -(-build.max_seq_len // build.tokens_per_block)
+    sampler = Sampler(build.max_batch_size, choice.device, choose_fused)
+    try:
+        runner = CudaRunner(
+            model,
+            choice.device,
+            max_batch_size=build.max_batch_size,
+            max_num_tokens=build.max_num_tokens,
+            max_blocks=blocks_of_sequence,
+        )
+        need = _warm_up(runner, model, engine, choice, sampler)
+    except torch.OutOfMemoryError:
+        raise EngineError(
+            f"a step of max_num_tokens {build.max_num_tokens} does not fit the memory that the weights leave",
+            f"lower engine.max_num_tokens, to {build.max_num_tokens // 2} or less",
+        ) from None
+    clock.lap("warm-up")
+    num_blocks = _num_blocks(config, engine, choice, model, need)
+    num_blocks = communicator.least(num_blocks)
+    if num_blocks < blocks_of_sequence:
+        tokens = num_blocks * build.tokens_per_block
+        raise EngineError(
+            (
+                f"the KV cache holds {tokens} tokens, less than one request of max_seq_len {build.max_seq_len}; "
+                f"a step of max_num_tokens {build.max_num_tokens} takes {need / _GIB:.1f} GiB"
+            ),
+            (
+                f"lower engine.max_seq_len to {tokens}, or engine.max_num_tokens"
+                if tokens
+                else "lower engine.max_num_tokens, or convert with a larger tp_size"
+            ),
+        )
+    model.allocate_cache(num_blocks, build.tokens_per_block, choice.kv_dtype)
+    clock.lap(f"KV cache of {num_blocks * build.tokens_per_block} tokens")
+    if choice.graphs:
+        try:
+            runner.capture(graph_sizes(build.max_batch_size), sampler.last_tokens)
+        except torch.OutOfMemoryError:
+            fraction = config.executor.kv_cache_free_gpu_mem_fraction
+            raise EngineError(
+                "there is no memory left for the CUDA graphs",
+                f"lower serve.kv_cache_free_gpu_mem_fraction below {fraction:g}, or engine.max_batch_size",
+            ) from None
+        clock.lap("CUDA graphs")
+    torch.cuda.synchronize(choice.device)
+    clock.say(str(choice))
+    return Started(runner, num_blocks, sampler)
+
+
+def _num_blocks(config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, model: CudaModel, need: int) -> int:
+    """Blocks that fit `kv_cache_free_gpu_mem_fraction` of what weights and the largest step leave."""
+    build, executor = engine.build_config, config.executor
+    free = torch.cuda.mem_get_info(choice.device)[0] - need
+    block = model.kv_block_bytes(build.tokens_per_block, choice.kv_dtype)
+    num_blocks = max(0, int(free * executor.kv_cache_free_gpu_mem_fraction) // block)
+    if executor.max_tokens_in_paged_kv_cache is not None:
+        num_blocks = min(num_blocks, executor.max_tokens_in_paged_kv_cache // build.tokens_per_block)
+    # More than every sequence at its longest is never used, unless blocks are kept for reuse.
+    every = build.max_batch_size * -(-build.max_seq_len // build.tokens_per_block)
+    return num_blocks if executor.enable_kv_cache_reuse else min(num_blocks, every)
+
+
+def _warm_up(
+    runner: CudaRunner, model: CudaModel, engine: EngineConfig, choice: DeviceChoice, sampler: Sampler
+) -> int:
+    """Run the largest step; the memory that it took, in bytes. What it wrote is given back."""
+    build = engine.build_config
+    model.allocate_cache(1, build.tokens_per_block, choice.kv_dtype)
+    torch.cuda.synchronize(choice.device)
+    before = torch.cuda.memory_allocated(choice.device)
+    torch.cuda.reset_peak_memory_stats(choice.device)
+    logits = runner.launch(_largest_step(engine), sampler.last_tokens)
+    if logits is not None:
+        logits.float()  # what a step that shows its logits needs
+        choice_of_all = torch.full((5, len(logits)), 0.5, device=choice.device)
+        for draws, filters in ((False, False), (True, False), (True, True)):
+            for values in (logits, logits.float()):
+                choose_fused(values, Choice(choice_of_all, draws, filters))
+        del logits, values
+    torch.cuda.synchronize(choice.device)
+    need = torch.cuda.max_memory_allocated(choice.device) - before
+    for length in _COMPILED_FOR:
+        for past in (0, build.tokens_per_block):
+            if length + past <= min(build.max_seq_len, build.max_num_tokens):
+                runner.launch(_prompts(1, length, past, build.tokens_per_block), sampler.last_tokens)
+    torch.cuda.synchronize(choice.device)
+    torch.cuda.empty_cache()
+    return need
+
+
+def _largest_step(engine: EngineConfig) -> StepInputs:
+    """As many prompts as a step takes."""
+    build = engine.build_config
+    length = min(build.max_seq_len, build.max_num_tokens)
+    sequences = min(build.max_batch_size, max(1, build.max_num_tokens // length))
+    return _prompts(sequences, length, 0, build.tokens_per_block)
+
+
+def _prompts(sequences: int, length: int, past: int, tokens_per_block: int) -> StepInputs:
+    """Chunks of prompts with `past` tokens before them. They read block 0 and write nothing."""
+    blocks = -(-(past + length) // tokens_per_block)
+    counts = Counts(sequences * length, sequences, sequences if length == 1 else 0, sequences, sequences * blocks)
+    inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
+    inputs.positions[:] = np.tile(past + np.arange(length), sequences)
+    inputs.kv_slots[:] = -1
+    inputs.query_begins[:] = np.arange(sequences + 1) * length
+    inputs.context_lengths[:] = past + length
+    inputs.block_begins[:] = np.arange(sequences + 1) * blocks
+    inputs.logit_rows[:] = inputs.query_begins[1:] - 1
+    return inputs
+
+
+class _Clock:
+    """Says on standard error where the time of a start went."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._last = time.monotonic()
+        self._laps: list[str] = []
+
+    def lap(self, name: str) -> None:
+        """End a part."""
+        now = time.monotonic()
+        self._laps.append(f"{name} {now - self._last:.1f} s")
+        self._last = now
+
+    def say(self, how: str) -> None:
+        """One line with all parts."""
+        print(f"rank {self._rank} started on {how}: {', '.join(self._laps)}", file=sys.stderr, flush=True)

@@ -1,0 +1,123 @@
+"""Chats and `/generate_stream` over a WebSocket: a text message with a request's body, one for each event back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing, suppress
+from functools import partial
+from typing import Any, TypeVar
+
+from fastapi import APIRouter, WebSocket
+from pydantic import BaseModel, ValidationError
+from starlette.websockets import WebSocketDisconnect
+
+from trtqwen.gateway.admission.auth import Caller
+from trtqwen.gateway.api.chat import plan_chat
+from trtqwen.gateway.api.chat_response import ChatAnswers
+from trtqwen.gateway.api.failures import OUR_FAULT, runtime_of
+from trtqwen.gateway.api.generate import PlainAnswer, plan_plain
+from trtqwen.gateway.api.respond import Answers, answer_id, settle, work_out
+from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
+from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.gateway.generation.generator import GenerationPlan
+from trtqwen.gateway.state import Runtime
+
+B = TypeVar("B", bound=BaseModel)
+Plan = Callable[[Runtime, WebSocket, Any], tuple[GenerationPlan, Answers]]
+_POLICY_VIOLATION = 1008
+_UNREAD_SECONDS = 60.0  # a client that does not read for so long counts as gone
+
+router = APIRouter()
+
+
+@router.websocket("/v1/chat/completions")
+async def chats(socket: WebSocket) -> None:
+    """Chats, one after another."""
+    await _serve(socket, ChatRequest, _plan_chat)
+
+
+@router.websocket("/generate_stream")
+async def generations(socket: WebSocket) -> None:
+    """Plain text in, events out, one request after another."""
+    await _serve(socket, GenerateRequest, _plan_plain)
+
+
+def _plan_chat(runtime: Runtime, socket: WebSocket, body: ChatRequest) -> tuple[GenerationPlan, Answers]:
+    name = answer_id(socket, "chatcmpl")
+    plan = plan_chat(runtime.model, runtime.template, runtime.config, body, request_id=name)
+    return plan.generation, ChatAnswers(plan, runtime.generator)
+
+
+def _plan_plain(runtime: Runtime, socket: WebSocket, body: GenerateRequest) -> tuple[GenerationPlan, Answers]:
+    plan = plan_plain(runtime.model, runtime.config, body, request_id=answer_id(socket, "gen"))
+    return plan.generation, PlainAnswer(plan, runtime.generator)
+
+
+async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
+    """Answer messages until the client goes; whatever is wrong with one is its own error."""
+    origin = socket.headers.get("origin")
+    config = runtime_of(socket).config
+    if origin is not None and not config.allows_origin(origin, socket.headers.get("host", "")):
+        # Browsers let any page open a WebSocket to any host: this is the only check.
+        await socket.close(_POLICY_VIOLATION, "this origin is not among allowed_origins")
+        return
+    await socket.accept()
+    receiving: asyncio.Task[str] = asyncio.ensure_future(socket.receive_text())
+    try:
+        while True:
+            text = await receiving
+            receiving = asyncio.ensure_future(socket.receive_text())
+            answering = asyncio.ensure_future(_answer(socket, text, schema, plan))
+            await asyncio.wait((answering, receiving), return_when=asyncio.FIRST_COMPLETED)
+            if receiving.done() and receiving.exception() is not None:
+                answering.cancel()  # the client has gone: its answer ends
+                await asyncio.gather(answering, return_exceptions=True)
+                return
+            await answering
+    except (WebSocketDisconnect, RuntimeError, asyncio.TimeoutError):
+        return
+    finally:
+        receiving.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await receiving
+
+
+async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> None:
+    runtime = runtime_of(socket)
+    try:
+        caller: Caller = socket.state.caller
+        caller.charge_request(time.monotonic())
+        body = _read(text, schema)
+        generation, answers = await work_out(socket, body, partial(plan, runtime, socket, body))
+        caller.charge_tokens(generation.reserved_tokens, time.monotonic())
+        try:
+            await _send(socket, answers.frames())
+        finally:
+            settle(caller, generation, answers.usage)
+    except (WebSocketDisconnect, asyncio.CancelledError):
+        runtime.metrics.refused.labels("499", "client_gone").inc()
+        raise
+    except Exception as problem:
+        error = problem if isinstance(problem, ApiError) else OUR_FAULT
+        runtime.metrics.refused.labels(str(error.status), error.code).inc()
+        await socket.send_text(json.dumps(error.body))
+
+
+async def _send(socket: WebSocket, frames: AsyncGenerator[bytes, None]) -> None:
+    async with aclosing(frames):
+        async for frame in frames:
+            text = frame.decode().removeprefix("data: ").rstrip("\n")
+            await asyncio.wait_for(socket.send_text(text), _UNREAD_SECONDS)
+
+
+def _read(text: str, schema: type[B]) -> B:
+    try:
+        return schema.model_validate_json(text)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].removeprefix("Value error, ")
+        raise bad_request(f"{place or 'the message'}: {message}", param=place or None) from None
