@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets 
 from collections.abc import Callable
 from typing import Any, Literal
 
+import hypothesis
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -26,6 +27,9 @@ from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.repository import write_repository
+
+hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on how fast the machine is
+hypothesis.settings.load_profile("busy")
 
 BACKEND = os.environ.get("TRTQWEN_TEST_BACKEND", "torch")  # `make test-vllm` sets it
 
