@@ -26,7 +26,7 @@ from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import Host, read_host
-from trtqwen.system.leftovers import shared_memory, sweep
+from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
@@ -223,6 +223,8 @@ class TritonServer(Service):
         ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
         if ready and not self._helpers:
             self._helpers = programs(self.pid, _HELPERS)
+            for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
+                region.chmod(0o600)  # Triton makes them readable for all, whatever the umask: they hold prompts
         return ready
 
     def late(self) -> str:

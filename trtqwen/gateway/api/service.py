@@ -68,9 +68,10 @@ async def ready(request: Request) -> Response:
         return Json({"status": "stopping"}, 503)
     supervision = read_supervision(runtime.config.supervisor)
     restarts = {"restarts": supervision.restarts}
-    if runtime.monitor.ready:
-        return Json({"status": "ready", **restarts})
     restarting = supervision.state == "restarting"
+    # The monitor notices the end of an engine that was idle only when it asks the next time.
+    if runtime.monitor.ready and not (restarting and len(runtime.config.triton) == 1):
+        return Json({"status": "ready", **restarts})
     return Json({"status": "restarting" if restarting else "the engine does not answer", **restarts}, 503)
 
 
