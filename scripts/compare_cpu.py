@@ -3,7 +3,7 @@
     TRTQWEN_VLLM_PYTHON=.venv-vllm/bin/python python scripts/compare_cpu.py OUTPUT
 
 Builds an engine of each backend in float32 and runs `trtqwen compare` on three workloads. Takes about five minutes on
-two idle cores, most of them vLLM's starts. The report in docs/compare.md comes from the same steps with two workloads.
+two idle cores, most of them vLLM's starts. The report in docs/compare.md has two of them.
 """
 
 from __future__ import annotations
