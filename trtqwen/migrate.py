@@ -12,7 +12,7 @@ import yaml
 
 from trtqwen.artifact import destination
 from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.recipe import EngineRecipe, Recipe, ServeRecipe, find_recipe, load_recipe
+from trtqwen.recipe import TORCH_SERVING, EngineRecipe, Recipe, ServeRecipe, find_recipe, load_recipe
 from trtqwen.yaml_file import read_mapping
 
 Backend = Literal["vllm", "llmapi", "torch"]
@@ -129,6 +129,11 @@ def plan_migration(recipe: str, to: Backend, output: Path | None = None) -> Migr
     _engine(migration, engine)
     _checkpoint(migration, sections["checkpoint"])
     _serve(migration, sections["serve"])
+    if to != "torch":
+        for name in TORCH_SERVING:
+            if name in sections["serve"]:
+                value = sections["serve"].pop(name)
+                migration.lost.append(Note(f"serve.{name}: {value}", "is a setting of the embedded engine"))
     content = {name: value for name, value in raw.items() if name not in sections}
     if to == "torch" and content.pop("host", None) is not None:
         migration.changed.append(Note("host", "is left out: the embedded engine runs where it is started"))

@@ -160,6 +160,7 @@ def test_every_setting_of_the_gateway_is_told() -> None:
 
 def test_triton_asks_for_no_keys_and_stays_on_loopback(repository: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys.yaml"
+    keys.touch(mode=0o600)
     keys.write_text("keys: [{name: a, key: 0123456789abcdef}]\n")
     ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
     on_triton = ("serve", "--repo", repository, *ports)

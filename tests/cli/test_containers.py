@@ -171,6 +171,7 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
         "--triton-host=127.0.0.1",
         "--http-port=0",
         "--grpc-port=8001",
+        "--watchdog=20",
         "--metrics-port=8002",
         "--gateway-port=8080",
         f"--log={home}/triton.log",

@@ -134,7 +134,11 @@ def test_nothing_lands_in_the_current_directory() -> None:
     ("flags", "release", "message"),
     [
         ({"max_batch": 1}, "1.2.1", r"--max_batch: is not a flag of trtllm-build in 1\.2\.1"),
-        ({"use_custom_all_reduce": "disable"}, "1.0.0", r"--use_custom_all_reduce: is no flag.*the runtime decides"),
+        (
+            {"use_custom_all_reduce": "disable"},
+            "1.0.0",
+            r"--use_custom_all_reduce: is not a flag.*the runtime decides",
+        ),
         ({"max_output_len": 5}, "1.0.0", r"--max_output_len: .*use max_seq_len"),
         (
             {"auto_parallel": 4},

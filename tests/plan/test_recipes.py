@@ -30,6 +30,9 @@ FACTS = (
     "4 KV heads",
 )
 
+# Recipes of the embedded engine on GPUs quote measurements instead, and no 4090D is in their names.
+ESTIMATED = [name for name in recipe_names() if "-torch-" not in name]
+
 
 def comment(name: str) -> str:
     """All comments of a recipe, joined."""
@@ -43,7 +46,7 @@ def sentences(plan: Plan) -> Iterator[str]:
     full = plan.concurrency[-1]
     weights = plan.tightest.weights.total
     size = f"{weights / 2**30:.2f} GiB" if plan.speed else f"{weights / 2**20:.1f} MiB"
-    yield f"Costs {size} of weights a {'card' if plan.speed else 'rank'}."
+    yield f"Costs {size} of weights per {'card' if plan.speed else 'rank'}."
     typical = f", {plan.concurrency[0].sequences} of {plan.concurrency[0].tokens:,}" if plan.speed else ""
     room = f"{full.sequences} requests of {full.tokens:,} tokens at once{typical}."
     yield f"The KV cache holds {plan.kv_tokens:,} tokens{each}: {room}"
@@ -67,7 +70,7 @@ def likely_rate(rate: Rate) -> str:
     return f"{rate.forecast.low:,.0f} to {rate.forecast.high:,.0f}"
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", ESTIMATED)
 def test_the_comment_quotes_the_plan_and_nothing_else(name: str) -> None:
     text = comment(name)
     assert (CHECKOUT / f"{name}.yaml").read_text(encoding="utf-8").startswith("# ")
@@ -81,7 +84,7 @@ def test_the_comment_quotes_the_plan_and_nothing_else(name: str) -> None:
     assert not re.search(r"\d", text), f"figures that nobody works out: {text}"
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", ESTIMATED)
 def test_the_name_says_what_the_recipe_is(name: str) -> None:
     recipe = load_recipe(name)
     settings = recipe.checkpoint

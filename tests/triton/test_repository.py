@@ -16,7 +16,7 @@ from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 from trtqwen.artifact import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.layout import tokenizer_directory
-from trtqwen.recipe import ServeRecipe
+from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.triton.repository import plan_repository, repository_key, write_repository
 
 UPSTREAM = json.loads(Path(__file__).with_name("data").joinpath("upstream.json").read_text("utf-8"))["models"]
@@ -101,7 +101,7 @@ def test_tensors_are_upstreams(repository: Path, tensorrt_engine: Engine, model:
 
 @pytest.mark.parametrize("model", MODELS)
 def test_parameter_keys_are_upstreams(repository: Path, model: str) -> None:
-    beyond = {"chat_template"} if model == "preprocessing" else set()
+    beyond = {"preprocessing": {"chat_template"}, "tensorrt_llm": set(TORCH_SERVING)}.get(model, set())
     upstreams = {parameter["name"] for parameter in UPSTREAM[model]["parameters"]}
     assert set(read(repository, model).parameters) == upstreams | beyond
 
@@ -197,6 +197,9 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
     assert given == {
         "max_beam_width": "1",
+        "device": "auto",
+        "cuda_graphs": "True",
+        "overlap": "True",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "guided_decoding_backend": "xgrammar",
         "gpt_model_type": "inflight_fused_batching",
@@ -260,6 +263,9 @@ def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(tensorrt_engine:
     given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
     assert given == {
         "max_beam_width": "1",
+        "device": "auto",
+        "cuda_graphs": "True",
+        "overlap": "True",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(engine),

@@ -206,7 +206,7 @@ def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -
 
         def generate() -> str:
             replies = []
-            for reply in Call(server, "tensorrt_llm", id_request([5, 6], 500, streaming=True, end_id=-1)):
+            for reply in Call(server, "tensorrt_llm", id_request([5, 6], 500, streaming=True)):
                 begun.set()
                 replies.append(reply)
             return replies[-1].error
