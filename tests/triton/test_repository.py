@@ -263,9 +263,6 @@ def test_a_tensorrt_engine_gets_the_cpp_backend_and_no_model_py(tensorrt_engine:
     given = {key: value.string_value for key, value in llm.parameters.items() if value.string_value}
     assert given == {
         "max_beam_width": "1",
-        "device": "auto",
-        "cuda_graphs": "True",
-        "overlap": "True",
         "FORCE_CPU_ONLY_INPUT_TENSORS": "no",
         "gpt_model_type": "inflight_fused_batching",
         "gpt_model_path": str(engine),
