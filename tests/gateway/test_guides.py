@@ -70,9 +70,9 @@ IGNORED: list[tuple[dict[str, Any], str, str]] = [
     (an_object(required=["c"]), "{}", "'c', which is not among the properties"),
     (an_object(properties=A, required=["c"], additionalProperties=True), '{"a": 1}', "not among the properties"),
     (an_object(additionalProperties=True, minProperties=2), '{"a": 1, "a": 1}', "minProperties"),
-    (a_text(pattern="^a+$", maxLength=2), '"aaa"', "'maxLength' beside 'pattern'"),
-    (a_text(format="date", maxLength=2), '"2020-01-01"', "'maxLength' beside 'format'"),
-    (a_text(format="date", pattern="^a$"), '"2020-01-01"', "'pattern' beside 'format'"),
+    (a_text(pattern="^a+$", maxLength=2), '"aaa"', "'maxLength' with 'pattern'"),
+    (a_text(format="date", maxLength=2), '"2020-01-01"', "'maxLength' with 'format'"),
+    (a_text(format="date", pattern="^a$"), '"2020-01-01"', "'pattern' with 'format'"),
     *((a_text(pattern=pattern), answer, "lookaround") for pattern, answer in (
         ("^(?!a).$", '"a"'), ("^(?=a)..$", '"bb"'), ("a^b", '"ab"'), ("^a$b", '"ab"'), (r"^\A$", '"A"'),
         ('^"$', '"""'), (r"^\\$", '"\\"'), (r"^\u0022$", '"""'), (r"^[\x22]$", '"""'), ("^\n$", '"\n"'),

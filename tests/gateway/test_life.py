@@ -86,7 +86,8 @@ def test_a_gateway_ends_with_whoever_started_it_and_does_not_wait_for_ever(start
     assert process is not None
     assert process.stdin is not None
     process.stdin.close()
-    assert wait_for(lambda: not Path(f"/proc/{pid}/cmdline").read_bytes())  # a zombie, until it is waited for
+    command = Path(f"/proc/{pid}/cmdline")  # of a zombie, until it is waited for, it is empty
+    assert wait_for(lambda: not command.exists() or not command.read_bytes())
     streams.join()
     assert "stopping" in str(streams.errors[0])
     assert target.gateway.stop() == 0

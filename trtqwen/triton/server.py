@@ -224,7 +224,7 @@ class TritonServer(Service):
         if ready and not self._helpers:
             self._helpers = programs(self.pid, _HELPERS)
             for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
-                region.chmod(0o600)  # Triton makes them readable for all, whatever the umask: they hold prompts
+                region.chmod(0o600)  # Triton makes them readable for all under any umask: they hold prompts
         return ready
 
     def late(self) -> str:
