@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 from asyncio.subprocess import DEVNULL, Process
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.config import GatewayConfig
@@ -52,7 +52,9 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
         asked = True
         for worker in workers:
             if worker.returncode is None:
-                worker.send_signal(number)
+                # Not `send_signal`: it may take the exit code away from asyncio, which reports 255 then.
+                with suppress(ProcessLookupError):
+                    os.kill(worker.pid, number)
 
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
