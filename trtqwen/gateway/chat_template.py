@@ -17,12 +17,14 @@ class ChatTemplate:
 
     Attributes:
         takes_tools: whether there is a place for tools.
+        takes_documents: whether there is a place for documents.
         reasons: whether a template knows what a model thinks before it answers.
     """
 
     def __init__(self, template: hf.ChatTemplate) -> None:
         self._template = template
         self.takes_tools = template.takes_tools
+        self.takes_documents = template.takes_documents
         self.reasons = any("<think>" in text or "</think>" in text for text in template.texts.values())
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> str:
