@@ -84,8 +84,14 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
-@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("tp_size", "setting"),
+    [
+        *((tp_size, "at ease") for tp_size in (1, 2, 4)),
+        *((tp_size, "chunked, waiting") for tp_size in (1, 2)),
+        *((tp_size, "chunked, pausing") for tp_size in (1, 4)),
+    ],
+)
 def test_greedy_equals_transformers(
     bundled_engine: MakeEngine,
     prompts: list[tuple[int, ...]],
@@ -108,9 +114,10 @@ def test_greedy_equals_transformers(
 def test_greedy_equals_transformers_one_at_a_time(
     bundled_engine: MakeEngine, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]], tp_size: int
 ) -> None:
+    chosen = range(len(prompts)) if tp_size == 1 else range(0, len(prompts), 5)  # of every language and length
     with Executor(bundled_engine(tp_size)) as executor:
-        answers = [tokens(executor.generate([ask(prompt)])[0]) for prompt in prompts]
-    assert answers == expected
+        answers = [tokens(executor.generate([ask(prompts[index])])[0]) for index in chosen]
+    assert answers == [expected[index] for index in chosen]
 
 
 def test_the_plain_attention_answers_alike(
