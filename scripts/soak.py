@@ -5,8 +5,8 @@
 
 Starts `trtqwen serve --restart` with the bundled model. Clients send chats, completions, messages and plain requests,
 whole and streamed; some leave in mid-answer, some before the first byte, some stop in mid-request, and some send what
-must be refused. In the first half, processes are killed and stopped in turn: the worker of rank 0, the gateway, tritonserver. In
-the second half the processes live undisturbed, and their memory and descriptors are judged.
+must be refused. In the first half, processes are killed and stopped in turn: the worker of rank 0, the gateway,
+tritonserver. In the second half the processes live undisturbed, and their memory and descriptors are judged.
 
 Exits with 1 if one of these does not hold:
 
