@@ -148,7 +148,9 @@ def test_schedules_as_the_real_engine_on_the_bundled_model(
     limits = scheduler_config(config, executor, started.num_blocks)
     requests = [
         Request(
-            id=str(index), input_token_ids=tuple(300 + n for n in range(5 + 23 * index % 90)), max_tokens=4 + index
+            id=str(index),
+            input_token_ids=tuple(300 + n for n in range(5 + 23 * index % 90)),
+            max_tokens=20 + 4 * index,
         )
         for index in range(9)
     ]
