@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -40,13 +41,12 @@ def measure_ceilings(precision: str) -> Ceilings:
 def _seconds(work: Callable[[], object]) -> float:
     for _ in range(3):
         work()
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
+    torch.cuda.synchronize()
+    begin = time.perf_counter()
     for _ in range(_REPEATS):
         work()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end) / 1e3 / _REPEATS
+    torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / _REPEATS
 
 
 def operations(config: HfConfig, shapes: Sequence[tuple[int, int]]) -> float:
