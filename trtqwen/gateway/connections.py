@@ -1,7 +1,7 @@
 """How many connections the gateway keeps, and what those that wait may hold in memory.
 
 A limit that is reached costs the oldest idle connection its place, not the newcomer: whoever opens many connections
-and sends nothing keeps nobody out.
+and sends nothing keeps no other client out.
 """
 
 from __future__ import annotations

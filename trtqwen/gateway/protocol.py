@@ -107,7 +107,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         if self.pipeline:
-            self.connection_limits.hold(self, len(body))  # nobody has looked at the request that it belongs to
+            self.connection_limits.hold(self, len(body))  # its request has not begun
         super().on_body(body)
 
     def on_response_complete(self) -> None:

@@ -30,7 +30,7 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT = 1  # field of /proc/PID/stat, counted after the program's name
-# Triton's python backend makes an empty directory at its start, in /tmp whatever TMPDIR says, and removes it at an
+# Triton's python backend makes an empty directory at its start, always in /tmp, and removes it at an
 # orderly end. A file of this name says which were there before: {"before": [name], "since": Unix time}.
 ENVIRONMENTS = "environments"
 ENVIRONMENT_HOME, ENVIRONMENT_PREFIX = "/tmp", "python_env_"

@@ -69,7 +69,7 @@ def sweep() -> None:
 def _sweep_directory(directory: Path) -> None:
     owner = directory / _OWNER
     if not owner.exists():
-        # Its owner has ended, or will take it in a moment. Only an empty one is certainly nobody's work.
+        # Its owner has ended, or will take it in a moment. Only an empty one is certainly abandoned.
         if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
             (directory / _unowned(_OWNER)).unlink(missing_ok=True)
             directory.rmdir()

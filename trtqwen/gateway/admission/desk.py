@@ -194,7 +194,7 @@ class Turns:
                 del self._waiting[key]
 
     def _forget(self, key: str) -> None:
-        """Drop the turns that nobody waits for any more."""
+        """Drop the turns whose requests have gone."""
         with suppress(KeyError):
             waiting = self._waiting[key]
             waiting.turns = [turn for turn in waiting.turns if not turn[2].done()]

@@ -144,7 +144,7 @@ class Guard:
             await self._refuse(problem, send)
             return
         if not scope["path"].startswith(self._protected):
-            # Nobody reads the body of such a request, if it has one: the connection ends with the answer.
+            # The body of such a request, if it has one, is not read: the connection ends with the answer.
             has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
             await self._app(scope, receive, _closing(send) if has_body else send)
             return

@@ -20,9 +20,11 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection
 
 from trtqwen.gateway.admission.auth import Caller
+from trtqwen.gateway.admission.desk import LONG_BODY, Desk
 from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
 from trtqwen.gateway.api.fields import missing_model, refuse_unknown, unknown_fields
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
+from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import GenerationPlan, Usage
 from trtqwen.gateway.state import Runtime
@@ -80,7 +82,14 @@ async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], 
         check_model(runtime, getattr(body, "model", None))
         note_unknown(request, body)
         runtime.gate.check_room()
-        return plan() if turn is None else await asyncio.to_thread(plan)
+        if turn is not None:
+            return await asyncio.to_thread(plan)
+        try:
+            return plan()
+        except NeedsThread:
+            desk: Desk = request.app.state.desk
+            async with desk.bodies.turn(request.state.caller.name, LONG_BODY):
+                return await asyncio.to_thread(plan)
     finally:
         if turn is not None:
             await turn.aclose()
