@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 from collections.abc import Collection
-from datetime import datetime, timezone
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller, Guesses
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
-_log = logging.getLogger("trtqwen.access")
 _ADDRESS = re.compile(r"[0-9.]+")
 _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
-_PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
 _POLICY_VIOLATION = 1008  # of a WebSocket
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
@@ -58,7 +54,7 @@ class Guard:
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
         self._allowed_hosts = allowed_hosts
-        self._access_log = access_log
+        self._access_log = AccessLog(metrics, on=access_log)
         self._protected = (*_PROTECTED, *(_METRICS if protect_metrics else ()))
         self._guesses = Guesses()
 
@@ -68,6 +64,10 @@ class Guard:
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if not self._access_log.on:
+            scope.setdefault("state", {})
+            await self._admit(scope, receive, send)
             return
         begun, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
@@ -79,31 +79,9 @@ class Guard:
             await send(message)
 
         try:
-            await self._admit(scope, receive, noting if self._access_log else send)
+            await self._admit(scope, receive, noting)
         finally:
-            if self._access_log and scope["path"] not in _PROBED:
-                self._write(scope, state, status, time.monotonic() - begun)
-
-    def _write(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
-        """One line of the access log: who, what, how it ended; never what was asked or answered."""
-        usage = state.get("usage")
-        entry = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "address": scope["client"][0] if scope.get("client") else None,
-            "key": state["caller"].name if "caller" in state else None,
-            "method": scope["method"],
-            "path": scope["path"],
-            "status": status or 499,  # the client has gone before the answer
-            "seconds": round(seconds, 4),
-            "prompt_tokens": usage.prompt_tokens if usage is not None else None,
-            "output_tokens": usage.output_tokens if usage is not None else None,
-            "request_id": state.get("request_id"),
-        }
-        _log.info("%s", json.dumps(entry))
-        key = entry["key"] or "-"
-        self._metrics.key_requests.labels(key, str(entry["status"])).inc()
-        if usage is not None:
-            self._metrics.key_tokens.labels(key).inc(usage.prompt_tokens + usage.output_tokens)
+            self._access_log.write(scope, status, time.monotonic() - begun, state.get("usage"))
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         if self._allowed_hosts is None:
@@ -163,16 +141,19 @@ class Guard:
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a WebSocket in by its host and key; its messages are charged one by one."""
         headers = dict(scope["headers"])
+        state = scope.setdefault("state", {})
+        state["access_log"] = self._access_log
         try:
             self._check_host(headers)
             self._check_size(scope)
             caller = self._authenticate(scope, headers)
         except ApiError as problem:
+            self._access_log.write(scope, problem.status, 0.0, None)
             self._metrics.refused.labels(str(problem.status), problem.code).inc()
             await receive()
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": problem.message[:100]})
             return
-        scope.setdefault("state", {})["caller"] = caller
+        state["caller"] = caller
         CALLER.set(caller)
         await self._app(scope, receive, send)
 
