@@ -46,6 +46,8 @@ ORDER = (
     "selftest",
     "report",
     "bench",
+    "simulate",
+    "tune",
     "deploy",
     "cli",
     "__main__",

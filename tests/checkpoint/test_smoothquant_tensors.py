@@ -35,7 +35,7 @@ def test_no_matrix_is_held(mode: SmoothQuantMode, tmp_path: Path, monkeypatch: p
         f"model.layers.0.{linear}": ActivationRange(most if "down" in linear else most[:HIDDEN], most)
         for linear in LINEARS
     }
-    precision = Precision(np.dtype(np.float16), smoothquant=mode, ranges=ranges)
+    precision = Precision(np.dtype(np.float16), smoothquant=mode)
     rules = list(
         smoothquant_tensors.SmoothRules(config, RankMapping(2, 1), precision, mode).layer("t", "model.layers.0", 0)
     )
@@ -46,7 +46,7 @@ def test_no_matrix_is_held(mode: SmoothQuantMode, tmp_path: Path, monkeypatch: p
     try:
         with files[0], files[1]:
             for rule, tensors in zip(rules, sources, strict=True):
-                for file, parts in zip(files, rule.produce(tensors), strict=True):
+                for file, parts in zip(files, rule.produce(tensors, ranges), strict=True):
                     for name in rule.specs:
                         file.write(name, parts[name])
         peak = tracemalloc.get_traced_memory()[1]

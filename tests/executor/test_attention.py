@@ -12,7 +12,7 @@ from trtqwen.executor.attention import AttentionBatch, PlainAttention
 from trtqwen.executor.attention.cpu import CpuAttention
 from trtqwen.executor.inputs import pack
 from trtqwen.executor.request import Request
-from trtqwen.executor.scheduler import Chunk, Sequence, Step
+from trtqwen.executor.sequence import Chunk, SequenceState, Step
 
 BLOCK, HEAD_SIZE = 4, 8
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ spans = st.lists(st.tuples(st.integers(0, 20), st.integers(1, 9)), min_size=1, m
 def chunk(
     name: str, token_ids: tuple[int, ...], start: int, blocks: tuple[int, ...], num_logits: int = 1, slot: int = 0
 ) -> Chunk:
-    sequence = Sequence(Request(id=name, input_token_ids=(1,), max_tokens=1), 1, [1], slot=slot)
+    sequence = SequenceState(Request(id=name, input_token_ids=(1,), max_tokens=1), 1, [1], slot=slot)
     return Chunk(sequence, token_ids, start, array("i", blocks), samples=num_logits > 0, num_logits=num_logits)
 
 

@@ -20,7 +20,7 @@ from transformers import (
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import OutputConfig, Request, SamplingConfig
 from trtqwen.executor.sampling import Sampled, Sampler
-from trtqwen.executor.scheduler import Sequence
+from trtqwen.executor.sequence import SequenceState
 
 PROMPT = (1, 2, 3)
 
@@ -28,13 +28,13 @@ PROMPT = (1, 2, 3)
 FIELDS = ("end_id", "bad_words", "embedding_bias", "guided_decoding")
 
 
-def sequence(name: str = "a", output: tuple[int, ...] = (), asks: Any = None, **options: Any) -> Sequence:
+def sequence(name: str = "a", output: tuple[int, ...] = (), asks: Any = None, **options: Any) -> SequenceState:
     fields = {field: options.pop(field) for field in FIELDS if field in options}
     if asks is not None:
         fields["output"] = asks
     slot = options.pop("slot", 0)
     request = Request(id=name, input_token_ids=PROMPT, max_tokens=9, sampling=SamplingConfig(**options), **fields)
-    return Sequence(request, 9, [*PROMPT, *output], slot=slot)
+    return SequenceState(request, 9, [*PROMPT, *output], slot=slot)
 
 
 def sampler() -> Sampler:
@@ -46,7 +46,7 @@ def token(result: Sampled | RequestError) -> int:
     return result.token_id
 
 
-def draw(logits: torch.Tensor, subject: Sequence, count: int) -> Counter[int]:
+def draw(logits: torch.Tensor, subject: SequenceState, count: int) -> Counter[int]:
     """Tokens drawn for the first `count` places of an answer."""
     subject_sampler, drawn = sampler(), []
     for _ in range(count):

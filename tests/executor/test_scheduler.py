@@ -11,7 +11,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import FinishReason, OutputConfig, Request, Response, SamplingConfig
-from trtqwen.executor.scheduler import Scheduler, SchedulerConfig, Step
+from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
+from trtqwen.executor.sequence import Step
 
 BASE = {
     "max_batch_size": 4,

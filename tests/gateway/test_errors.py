@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import Request, SamplingConfig
 from trtqwen.executor.sampling import Sampler
-from trtqwen.executor.scheduler import Scheduler, SchedulerConfig, Sequence
+from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
+from trtqwen.executor.sequence import SequenceState
 from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
 from trtqwen.gateway.errors import from_engine
 from trtqwen.triton.tensors import Limits, read_generation
@@ -47,7 +48,7 @@ def add(length: int, **limits: Any) -> None:
 def leave_no_token() -> None:
     request = Request(id="a", input_token_ids=(1,), max_tokens=8, end_id=0, sampling=SamplingConfig(min_tokens=5))
     logits = torch.full((1, 1), 1.0)
-    [result] = Sampler(1, torch.device("cpu")).sample(logits, [Sequence(request, 8, [0], slot=0)])
+    [result] = Sampler(1, torch.device("cpu")).sample(logits, [SequenceState(request, 8, [0], slot=0)])
     assert isinstance(result, RequestError)
     raise result
 

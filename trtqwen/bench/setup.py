@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -62,29 +62,43 @@ def make_workloads(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -
     Raises:
         InputError: if there is no such workload or file.
     """
+    if options.workload in shapes() or not Path(options.workload).is_file():
+        return named_workloads(options, plain_vocabulary(tokenizer), count)
+    return _arriving(options, _from_file(options, tokenizer, count))
+
+
+def named_workloads(options: WorkloadOptions, vocabulary: Sequence[int], count: int) -> list[Workload]:
+    """As many workloads of a name, drawn with different seeds.
+
+    Args:
+        vocabulary: the token ids to draw from.
+
+    Raises:
+        InputError: if there is no workload of that name.
+    """
     named = shapes().get(options.workload)
-    if named is not None:
-        shape = named.changed(options.input_tokens, options.output_tokens, options.prefix_tokens)
-        vocabulary = plain_vocabulary(tokenizer)
-        made = [
-            synthetic(options.workload, shape, options.requests, vocabulary, options.seed + number)
-            for number in range(count)
-        ]
-    else:
-        made = _from_file(options, tokenizer, count)
-    if options.rate is not None:
-        made = [with_arrivals(one, options.rate, options.seed + number) for number, one in enumerate(made)]
-    return made
-
-
-def _from_file(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -> list[Workload]:
-    path = Path(options.workload)
-    if not path.is_file():
+    if named is None:
         near = get_close_matches(options.workload, list(shapes()), n=1)
         guess = f", did you mean {near[0]!r}" if near else ""
         raise InputError(
             f"{options.workload}: no such workload or file{guess}", f"name one of {', '.join(shapes())}, or a file"
         )
+    shape = named.changed(options.input_tokens, options.output_tokens, options.prefix_tokens)
+    made = [
+        synthetic(options.workload, shape, options.requests, vocabulary, options.seed + number)
+        for number in range(count)
+    ]
+    return _arriving(options, made)
+
+
+def _arriving(options: WorkloadOptions, made: list[Workload]) -> list[Workload]:
+    if options.rate is None:
+        return made
+    return [with_arrivals(one, options.rate, options.seed + number) for number, one in enumerate(made)]
+
+
+def _from_file(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -> list[Workload]:
+    path = Path(options.workload)
     if any(value is not None for value in (options.input_tokens, options.output_tokens, options.prefix_tokens)):
         raise InputError(f"{path}: its requests have lengths of their own", "leave out the lengths")
     everything = read_workload(path, tokenizer, options.requests * count)

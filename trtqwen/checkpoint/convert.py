@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ class ConversionPlan:
 
     Attributes:
         dtype: dtype of what is not quantized.
-        rules: how each tensor is made, in file order; without activation ranges yet.
+        rules: how each tensor is made, in file order.
         parameters: what, besides the source, decides the result.
         tokenizer: the model's; None for a model without tokenizer files.
         findings: what is said of the model: defaults that act, and what is not read.
@@ -100,7 +100,7 @@ class ConversionPlan:
         return self.source.digests() | calibration_inputs(self.settings)
 
 
-Inspect = Callable[[ConversionPlan, Path, Ranges | None], None]
+Inspect = Callable[[ConversionPlan, Path, Ranges], None]
 
 
 def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> ConversionPlan:
@@ -173,17 +173,15 @@ class CheckpointStage(Stage):
         """
         plan = self.plan
         with plan.files.held():
-            ranges = (
-                activation_ranges(plan.source, plan.settings, events.calibrated) if plan.settings.calibrated else None
-            )
-            ready = replace(plan, precision=replace(plan.precision, ranges=ranges))
+            calibrated = plan.settings.calibrated
+            ranges = activation_ranges(plan.source, plan.settings, events.calibrated) if calibrated else {}
             try:
-                digests = _write_ranks(ready, directory, events.written)
+                digests = _write_ranks(plan, ranges, directory, events.written)
             except OSError as problem:
                 raise OutputError(
                     f"{self.directory}: cannot be written ({problem.strerror})", write_hint(problem)
                 ) from None
-            if ranges is not None:
+            if calibrated:
                 write_ranges(ranges, directory / ACT_RANGES)
             (directory / CONFIG).write_text(json.dumps(_config(plan), indent=4), encoding="utf-8")
             if plan.tokenizer is not None:
@@ -233,14 +231,14 @@ def check_kv_cache(plan: ConversionPlan, *, force: bool) -> None:
         check_int8_kv_cache(plan.source)
 
 
-def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> dict[str, str]:
+def _write_ranks(plan: ConversionPlan, ranges: Ranges, directory: Path, progress: Progress) -> dict[str, str]:
     """Write every rank file in one pass over the source; returns their digests."""
     with ExitStack() as stack:
         writers = [
             stack.enter_context(SafetensorsWriter(directory / rank_weights(rank), specs))
             for rank, specs in enumerate(plan.ranks)
         ]
-        for rule in _examined(plan, _rules(plan.source, plan.settings, plan.mapping, plan.precision)):
+        for rule in _examined(plan):
             stage = [writers[rank] for rank in plan.mapping.stage_ranks(rule.stage)]
             targets = [stage] if rule.replicated else [[writer] for writer in stage]
             tensors = [plan.source.tensor(name) for name in rule.sources]
@@ -252,7 +250,7 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
                 for name in large:
                     plan.source.finish(name)  # what is still needed of it is mapped again
 
-            for target, parts in zip(targets, rule.produce(tensors), strict=True):
+            for target, parts in zip(targets, rule.produce(tensors, ranges), strict=True):
                 for name in rule.specs:
                     write_to_all(target, name, parts[name], rule.via, written)
             for name in rule.sources:
@@ -260,7 +258,7 @@ def _write_ranks(plan: ConversionPlan, directory: Path, progress: Progress) -> d
     return {writer.path.name: writer.digest() for writer in writers}
 
 
-def _examined(plan: ConversionPlan, rules: Iterable[Rule]) -> Iterator[Rule]:
+def _examined(plan: ConversionPlan) -> Iterator[Rule]:
     """The rules, each after its sources were read and found fit; a thread reads for the next one meanwhile."""
 
     def examine(rule: Rule) -> Rule:
@@ -280,7 +278,7 @@ def _examined(plan: ConversionPlan, rules: Iterable[Rule]) -> Iterator[Rule]:
 
     with ThreadPoolExecutor(1) as pool:
         coming = None
-        for rule in rules:
+        for rule in plan.rules:
             ready, coming = coming, pool.submit(examine, rule)
             if ready is not None:
                 yield ready.result()

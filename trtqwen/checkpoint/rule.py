@@ -30,7 +30,6 @@ class Precision:
         smoothquant: SmoothQuant in this mode; None otherwise.
         alpha: SmoothQuant's share of the difficulty that goes to the weights.
         int8_kv_cache: write the KV cache's scales.
-        ranges: activation ranges by Hugging Face module name; SmoothQuant and INT8 KV need them to produce tensors.
     """
 
     dtype: np.dtype[Any]
@@ -38,7 +37,6 @@ class Precision:
     smoothquant: SmoothQuantMode | None = None
     alpha: float = 0.5
     int8_kv_cache: bool = False
-    ranges: Ranges | None = None
 
     @property
     def float16_anywhere(self) -> bool:
@@ -50,11 +48,6 @@ class Precision:
         """Whether every weight is rounded to float16 on its way, as NVIDIA's calibrated path does."""
         return self.smoothquant is not None or self.int8_kv_cache
 
-    def act_range(self, module: str) -> ActivationRange:
-        """The activations of a Hugging Face module; `ranges` must be there."""
-        assert self.ranges is not None
-        return self.ranges[module]
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -64,7 +57,9 @@ class Rule:
         sources: the Hugging Face tensors they are made of, with the shapes these must have.
         stage: the pipeline stage that holds them.
         specs: their names in the rank files (layer index local to the stage), shapes and dtypes; alike on all ranks.
-        produce: makes each tensor's parts, to be joined along axis 0, for one tensor-parallel rank after another.
+        produce: makes each tensor's parts, to be joined along axis 0, for one tensor-parallel rank after another, of
+            the sources and of the activation ranges by Hugging Face module name, which are empty where nothing was
+            calibrated.
         via: dtype to round the parts to before they become what `specs` says.
         replicated: every tensor-parallel rank holds the same; `produce` makes it only once.
     """
@@ -72,7 +67,7 @@ class Rule:
     sources: Mapping[str, Shape]
     stage: int
     specs: dict[str, TensorSpec]
-    produce: Callable[[Sequence[Array]], Iterable[Parts]]
+    produce: Callable[[Sequence[Array], Ranges], Iterable[Parts]]
     via: np.dtype[Any] | None = None
     replicated: bool = False
 

@@ -10,7 +10,18 @@ from typing import cast
 import numpy as np
 
 from trtqwen.checkpoint.mapping import RankMapping
-from trtqwen.checkpoint.rule import FLOAT32, INT8, Linear, Parts, Precision, Rule, Shape, linear_layers, to_float16
+from trtqwen.checkpoint.rule import (
+    FLOAT32,
+    INT8,
+    Linear,
+    Parts,
+    Precision,
+    Ranges,
+    Rule,
+    Shape,
+    linear_layers,
+    to_float16,
+)
 from trtqwen.checkpoint.sharding import Split, shard
 from trtqwen.hf.config import HfConfig
 from trtqwen.quantize.smoothquant import (
@@ -60,12 +71,12 @@ class SmoothRules:
             **self._static_specs(name, f"{target}.{norm}.scale_to_int"),
         }
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
-            ranges = [self._precision.act_range(module) for module in modules]
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
+            spans = [ranges[module] for module in modules]
             gain, weights, biases = tensors[0], tensors[1:4], tensors[4:]
             with ThreadPoolExecutor(THREADS) as pool:
-                factor = smoother(weights, ranges[0].x, self._precision.alpha, pool)
-                both = ActivationRange(ranges[0].x, np.concatenate([span.y for span in ranges])).smoothed(factor)
+                factor = smoother(weights, spans[0].x, self._precision.alpha, pool)
+                both = ActivationRange(spans[0].x, np.concatenate([span.y for span in spans])).smoothed(factor)
                 done = quantize_qkv([smooth_weight(weight, factor, pool) for weight in weights], both, mode)
                 for tp_rank in range(self._tp_size):
                     scales = self._shard(Split.QKV, [scale[0] for _, scale in done], tp_rank)
@@ -94,12 +105,11 @@ class SmoothRules:
             specs |= self._static_specs(name)
         specs |= self._static_specs(None, to_int)
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
-            ranges = [self._precision.act_range(module) for module in modules]
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
             gain, *weights = tensors
             with ThreadPoolExecutor(THREADS) as pool:
-                factor = smoother(weights, ranges[0].x, self._precision.alpha, pool)
-                spans = [span.smoothed(factor) for span in ranges]
+                factor = smoother(weights, ranges[modules[0]].x, self._precision.alpha, pool)
+                spans = [ranges[module].smoothed(factor) for module in modules]
                 done = [
                     quantize_linear(smooth_weight(weight, factor, pool), span, mode, self._precision.dtype)
                     for weight, span in zip(weights, spans, strict=True)
@@ -128,8 +138,8 @@ class SmoothRules:
             **({} if mode.per_token else self._static_specs(name, to_int)),
         }
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
-            span = self._precision.act_range(f"{source}.{module}")
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
+            span = ranges[f"{source}.{module}"]
             with ThreadPoolExecutor(THREADS) as pool:
                 factor = smoother(tensors, span.x, self._precision.alpha, pool)
                 after = span.smoothed(factor)

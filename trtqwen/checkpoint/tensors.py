@@ -17,6 +17,7 @@ from trtqwen.checkpoint.rule import (
     Linear,
     Parts,
     Precision,
+    Ranges,
     Rule,
     Shape,
     linear_layers,
@@ -78,7 +79,7 @@ class RuleBook:
     def _float(self, name: str, sources: Mapping[str, Shape], split: Split, stage: int) -> Rule:
         replicated = split is Split.REPLICATED
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
             for tp_rank in range(1 if replicated else self._parallel.tp_size):
                 yield {name: self._shard(split, tensors, tp_rank)}
 
@@ -101,7 +102,7 @@ class RuleBook:
             f"{name}.per_channel_scale": TensorSpec((out,), self._precision.dtype),
         }
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
             for tp_rank in range(self._parallel.tp_size):
                 local = self._local(linear, tensors, tp_rank, (out, inner))
                 weight = to_float16(local) if rounded else local
@@ -135,10 +136,8 @@ class RuleBook:
         """One step for keys and values of a layer: the largest output of all three projections, by 127."""
         name = f"{target}.attention.kv_cache_scaling_factor"
 
-        def produce(tensors: Sequence[Array]) -> Iterator[Parts]:
-            span = max(
-                float(self._precision.act_range(f"{source}.self_attn.{letter}_proj").y.max()) for letter in "qkv"
-            )
+        def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:
+            span = max(float(ranges[f"{source}.self_attn.{letter}_proj"].y.max()) for letter in "qkv")
             for _ in range(self._parallel.tp_size):
                 yield {name: [np.array([span / 127.0], np.float32)]}
 

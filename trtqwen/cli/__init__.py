@@ -29,6 +29,7 @@ COMMANDS = {
     "recipe": "List, show, copy and check recipes.",
     "migrate": "Write a recipe for another engine, and tell what is lost.",
     "plan": "Estimate memory, concurrency and speed of a recipe. Needs no GPU.",
+    "simulate": "Forecast a recipe under load. Needs no GPU.",
     "build": "Build the checkpoint, engine and model repository of a recipe.",
     "image": "List NVIDIA's images; build one with trtqwen in it.",
     "explain": "Explain the errors in a log.",

@@ -160,7 +160,7 @@ def print_figures(report: BenchReport) -> None:
     stdout.print(
         f"{report.target.url}: {report.workload}, {load}, {settings.repeats} repeats", markup=False, highlight=False
     )
-    _print_table(report.figures)
+    print_table(report.figures)
     if report.bound is not None:
         share = report.figures.rates["output_token_throughput"].avg / report.bound.rate
         stdout.print(f"roofline {report.bound.rate:,.0f} output tokens/s, reached {share:.0%}", highlight=False)
@@ -173,7 +173,8 @@ def print_figures(report: BenchReport) -> None:
         stdout.print(note, style="yellow", markup=False, highlight=False)
 
 
-def _print_table(figures: Figures) -> None:
+def print_table(figures: Figures) -> None:
+    """The rates, then the distributions."""
     from rich.table import Table
 
     rates = Table("figure", "unit", "mean ± 95 %", box=None)

@@ -151,7 +151,7 @@ def calibration_bar(bars: Bars, plan: ConversionPlan) -> Progress:
 def quality_inspector(bars: Bars, *, wanted: bool) -> Inspect:
     """Make the callback that writes the quality report of an INT8 checkpoint."""
 
-    def inspect(plan: ConversionPlan, directory: Path, ranges: Ranges | None) -> None:
+    def inspect(plan: ConversionPlan, directory: Path, ranges: Ranges) -> None:
         if wanted and has_int8(plan):
             layers = bars.add("measuring quality", plan.source.config.num_hidden_layers, unit="layers")
             quality_report(plan, directory, ranges, layers)

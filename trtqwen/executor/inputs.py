@@ -8,7 +8,7 @@ a fixed batch size always has its sections in the same places, as a CUDA graph n
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -16,7 +16,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from trtqwen.executor.scheduler import Chunk, Step
+from trtqwen.executor.sequence import Chunk, Step
 
 Int32: TypeAlias = npt.NDArray[np.int32]
 _COUNTS = 5
@@ -167,7 +167,7 @@ def pad_generation(inputs: StepInputs, size: int) -> StepInputs:
     return result
 
 
-def _logit_rows(chunks: Ordered[Chunk]) -> list[int]:
+def _logit_rows(chunks: Sequence[Chunk]) -> list[int]:
     rows: list[int] = []
     end = 0
     for chunk in chunks:
@@ -176,7 +176,7 @@ def _logit_rows(chunks: Ordered[Chunk]) -> list[int]:
     return rows
 
 
-def _logit_slots(chunks: Ordered[Chunk]) -> list[int]:
+def _logit_slots(chunks: Sequence[Chunk]) -> list[int]:
     slots: list[int] = []
     for chunk in chunks:
         slots += [-1] * (chunk.num_logits - chunk.samples)

@@ -23,7 +23,8 @@ from trtqwen.executor.output import OutputCollector
 from trtqwen.executor.parallel import Communicator, SingleRank
 from trtqwen.executor.request import Command, Event, FinishReason, Request, Response
 from trtqwen.executor.sampling import Guide, Pending, Sampled, Sampler
-from trtqwen.executor.scheduler import Chunk, Generated, Scheduler, SchedulerConfig, Step
+from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
+from trtqwen.executor.sequence import Chunk, Generated, Step
 
 _COMPILERS = 4  # guides compiled at a time
 

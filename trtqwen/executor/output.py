@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from trtqwen.executor.log_probs import Likeliest, likeliest, log_probs_of
 from trtqwen.executor.request import PerfMetrics, PromptLogProbs, Request, Response, TopLogProbs
 from trtqwen.executor.sampling import Sampled
-from trtqwen.executor.scheduler import Chunk, Sequence, Step
+from trtqwen.executor.sequence import Chunk, SequenceState, Step
 
 
 @dataclass
@@ -48,7 +48,7 @@ class OutputCollector:
         if request.output.return_perf_metrics or request.output.reads_whole_prompt:
             self._records[request.id] = _Record(request, time.monotonic_ns())
 
-    def scheduled(self, sequences: Ordered[Sequence]) -> None:
+    def scheduled(self, sequences: Sequence[SequenceState]) -> None:
         """Note times and blocks of a step's sequences."""
         if not self._records:
             return
@@ -140,7 +140,7 @@ def _prompt_log_probs(record: _Record) -> PromptLogProbs:
     return PromptLogProbs(log_probs=_to_bytes(values), top=_top_log_probs([first, *record.prompt_top]))
 
 
-def _top_log_probs(parts: Ordered[Likeliest]) -> TopLogProbs:
+def _top_log_probs(parts: Sequence[Likeliest]) -> TopLogProbs:
     ids, values = torch.cat([part.ids for part in parts]), torch.cat([part.log_probs for part in parts])
     return TopLogProbs(ids=_to_bytes(ids), log_probs=_to_bytes(values))
 

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Ordered
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from trtqwen.executor.scheduler import Sequence
+from trtqwen.executor.sequence import SequenceState
 
 _NEVER = float("-inf")
 
 
-def adjustments(sequences: Ordered[Sequence], vocab_size: int) -> list[tuple[int, int, float]]:
+def adjustments(sequences: Sequence[SequenceState], vocab_size: int) -> list[tuple[int, int, float]]:
     """(row, token id, what is added to its logit) for biases, bad words and ends that come too early."""
     changes: list[tuple[int, int, float]] = []
     for row, sequence in enumerate(sequences):
@@ -28,14 +28,14 @@ def adjustments(sequences: Ordered[Sequence], vocab_size: int) -> list[tuple[int
     return changes
 
 
-def has_adjustments(sequence: Sequence) -> bool:
+def has_adjustments(sequence: SequenceState) -> bool:
     """Whether `adjustments` may have something for a sequence, now or later."""
     request = sequence.request
     ends_early = request.sampling.min_tokens > 0 and request.end_id is not None
     return bool(request.embedding_bias or request.bad_words or ends_early)
 
 
-def has_penalties(sequence: Sequence) -> bool:
+def has_penalties(sequence: SequenceState) -> bool:
     """Whether the tokens of a sequence change the odds of later ones."""
     sampling = sequence.request.sampling
     return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
@@ -49,12 +49,12 @@ class PenaltyTables:
     """
 
     def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
-        self._known: dict[int, tuple[Sequence, int]] = {}
+        self._known: dict[int, tuple[SequenceState, int]] = {}
         self._device = device
         self._counts = torch.zeros((slots, vocab_size), dtype=torch.int16, device=device)
         self._seen = torch.zeros((slots, vocab_size), dtype=torch.bool, device=device)
 
-    def apply(self, logits: Tensor, rows: Ordered[int], sequences: Ordered[Sequence]) -> None:
+    def apply(self, logits: Tensor, rows: Sequence[int], sequences: Sequence[SequenceState]) -> None:
         """Change rows of `logits` in place: repetition, presence and frequency penalties.
 
         Args:
@@ -74,7 +74,7 @@ class PenaltyTables:
         charge = torch.where(counts > 0, presence + frequency * counts, 0.0)
         logits[place] = values - charge
 
-    def add(self, tokens: Tensor, rows: Ordered[int], sequences: Ordered[Sequence]) -> None:
+    def add(self, tokens: Tensor, rows: Sequence[int], sequences: Sequence[SequenceState]) -> None:
         """Note the tokens that were chosen; those below 0 are none.
 
         Args:
@@ -90,7 +90,7 @@ class PenaltyTables:
         for sequence in sequences:
             self._known[sequence.slot] = (sequence, self._known[sequence.slot][1] + 1)
 
-    def _load(self, sequence: Sequence) -> None:
+    def _load(self, sequence: SequenceState) -> None:
         """Have the tables hold what a sequence's tokens are before the one that is chosen now."""
         prompt = len(sequence.request.input_token_ids)
         length = prompt + sequence.next_output

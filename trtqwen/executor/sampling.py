@@ -6,8 +6,7 @@ waits for the tokens, which on CUDA come one step late.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from collections.abc import Sequence as Ordered
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -20,7 +19,7 @@ from trtqwen.diagnostics import RequestError
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
 from trtqwen.executor.log_probs import Likeliest, likeliest
 from trtqwen.executor.penalties import PenaltyTables, adjustments, has_adjustments, has_penalties
-from trtqwen.executor.scheduler import Sequence
+from trtqwen.executor.sequence import SequenceState
 
 Numbers: TypeAlias = npt.NDArray[Any]
 Choose = Callable[[Tensor, Choice], Tensor]
@@ -128,7 +127,7 @@ class Sampler:
         self._device = device
         self._chooser = chooser
         self._guides: dict[str, Guide] = {}
-        self._owners: list[Sequence | None] = [None] * slots
+        self._owners: list[SequenceState | None] = [None] * slots
         self._values = np.zeros((5, slots), np.float32)  # rows as in `Choice.values`
         self._seeds = np.zeros(slots, np.uint64)
         self._special = np.zeros(slots, np.bool_)
@@ -143,12 +142,12 @@ class Sampler:
         """Drop what is kept for a request that ended."""
         self._guides.pop(request_id, None)
 
-    def sample(self, logits: Tensor, sequences: Ordered[Sequence]) -> list[Sampled | RequestError]:
+    def sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[Sampled | RequestError]:
         """One token for each row, or why there is none; see `launch`."""
         return self.launch(logits, sequences).results()
 
     @torch.inference_mode()
-    def launch(self, logits: Tensor, sequences: Ordered[Sequence]) -> Pending:
+    def launch(self, logits: Tensor, sequences: Sequence[SequenceState]) -> Pending:
         """Queue the choice of one token for each row.
 
         Args:
@@ -174,7 +173,7 @@ class Sampler:
     def _special_launch(
         self,
         logits: Tensor,
-        sequences: Ordered[Sequence],
+        sequences: Sequence[SequenceState],
         choice: Choice,
         slots: Numbers,
     ) -> Pending:
@@ -213,7 +212,7 @@ class Sampler:
 
         return Pending(tokens, log_probs, own, refused, finish)
 
-    def _admit(self, sequence: Sequence) -> None:
+    def _admit(self, sequence: SequenceState) -> None:
         sampling, slot = sequence.request.sampling, sequence.slot
         self._owners[slot] = sequence
         temperature = 0.0 if sampling.greedy else sampling.temperature
@@ -228,7 +227,7 @@ class Sampler:
             or sequence.request.guided_decoding is not None
         )
 
-    def _adjust(self, logits: Tensor, sequences: Ordered[Sequence]) -> None:
+    def _adjust(self, logits: Tensor, sequences: Sequence[SequenceState]) -> None:
         changes = adjustments(sequences, logits.shape[1])
         if changes:
             rows, tokens, values = zip(*changes, strict=True)
@@ -236,7 +235,7 @@ class Sampler:
             amounts = torch.tensor(values, dtype=torch.float32, device=self._device)
             logits.index_put_((place[0], place[1]), amounts, accumulate=True)
 
-    def _mask(self, logits: Tensor, sequences: Ordered[Sequence]) -> dict[int, RequestError]:
+    def _mask(self, logits: Tensor, sequences: Sequence[SequenceState]) -> dict[int, RequestError]:
         refused: dict[int, RequestError] = {}
         for row, sequence in enumerate(sequences):
             if sequence.request.guided_decoding is not None:
@@ -258,7 +257,7 @@ def _nothing(results: list[Sampled | RequestError]) -> None:
     """The rows ask for nothing but tokens."""
 
 
-def _asked_for(sequence: Sequence, sampled: Sampled) -> Sampled:
+def _asked_for(sequence: SequenceState, sampled: Sampled) -> Sampled:
     output = sequence.request.output
     count = output.num_top_log_probs if output.return_log_probs else 0
     return Sampled(
@@ -269,6 +268,6 @@ def _asked_for(sequence: Sequence, sampled: Sampled) -> Sampled:
     )
 
 
-def _wants_logits(sequence: Sequence) -> bool:
+def _wants_logits(sequence: SequenceState) -> bool:
     output = sequence.request.output
     return output.return_log_probs or output.return_generation_logits

@@ -11,13 +11,13 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Literal
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.kv_cache import BlockPool, block_key, salt_key
 from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
+from trtqwen.executor.sequence import Chunk, Generated, SequenceState, Step, placeholder
 
 SchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
 
@@ -41,145 +41,6 @@ class SchedulerConfig:
     max_queue_size: int = 0
 
 
-class Chunk(NamedTuple):
-    """One sequence's share of a step.
-
-    Attributes:
-        sequence: whose tokens these are.
-        token_ids: the tokens to compute; a negative one is a placeholder, see `placeholder`.
-        start: position of the first of them.
-        block_ids: the sequence's KV cache blocks, in order of position; the sequence's own, which later steps extend.
-        samples: whether the last token is the last known one, so that the step gives a new token.
-        num_logits: how many of the last tokens' logits are needed: all of them where the request wants to see them.
-    """
-
-    sequence: Sequence
-    token_ids: tuple[int, ...]
-    start: int
-    block_ids: array[int]
-    samples: bool
-    num_logits: int
-
-    @property
-    def request_id(self) -> str:
-        return self.sequence.request.id
-
-    @property
-    def end(self) -> int:
-        return self.start + len(self.token_ids)
-
-
-@dataclass(frozen=True)
-class Step:
-    """What every rank computes next, in the order of the packed tokens: sequences with one token come first."""
-
-    chunks: tuple[Chunk, ...]
-
-
-class Generated(NamedTuple):
-    """What a step gave a sequence.
-
-    Attributes:
-        token_id: its new token; None for an end id, which is not part of the answer.
-        finish_reason: why the answer ends with it.
-    """
-
-    sequence: Sequence
-    token_id: int | None
-    finish_reason: FinishReason | None
-
-    @property
-    def request_id(self) -> str:
-        return self.sequence.request.id
-
-    def response(self) -> Response:
-        """The same as a client's response."""
-        token_ids = () if self.token_id is None else (self.token_id,)
-        return Response(request_id=self.request_id, token_ids=token_ids, finish_reason=self.finish_reason)
-
-
-def placeholder(slot: int) -> int:
-    """The token id that stands for the last token sampled in a slot, whose value only the device knows so far."""
-    return -1 - slot
-
-
-@dataclass(eq=False)
-class Sequence:
-    """A request on its way: the tokens known so far and how many of them are computed.
-
-    Attributes:
-        num_computed: tokens whose keys and values are computed, or are being computed by a step in flight.
-        num_pending: tokens that steps in flight sample; `token_ids` gets them in `Scheduler.update`.
-        ended: whether it has left; a step in flight may still hold it.
-        slot: its place in the batch while it runs, below `max_batch_size`; -1 while it waits.
-        block_keys: keys of the full blocks, as far as they were needed.
-        num_published: how many of its blocks others can find.
-        num_reused: how many blocks it found computed already, pauses included.
-    """
-
-    request: Request
-    max_tokens: int
-    token_ids: list[int]
-    num_computed: int = 0
-    num_pending: int = 0
-    slot: int = -1
-    ended: bool = False
-    block_ids: array[int] = field(default_factory=lambda: array("i"))
-    block_keys: list[bytes] = field(default_factory=list)
-    num_published: int = 0
-    num_reused: int = 0
-
-    @property
-    def output(self) -> list[int]:
-        return self.token_ids[self.num_prompt :]
-
-    @property
-    def num_output(self) -> int:
-        return len(self.token_ids) - self.num_prompt
-
-    def ends_with(self, word: tuple[int, ...]) -> bool:
-        """Whether the answer's last tokens are `word`."""
-        return len(word) <= self.num_output and tuple(self.token_ids[-len(word) :]) == word
-
-    @property
-    def paused(self) -> bool:
-        """Whether it has begun, but lost its blocks."""
-        return self.num_output > 0 and not self.block_ids
-
-    @property
-    def num_missing(self) -> int:
-        return len(self.token_ids) + self.num_pending - self.num_computed
-
-    @property
-    def in_generation(self) -> bool:
-        return self.num_missing == 1 and self.num_output + self.num_pending > 0
-
-    @property
-    def complete(self) -> bool:
-        """Whether its last token is known, or on its way."""
-        return self.num_output + self.num_pending >= self.max_tokens
-
-    @property
-    def next_output(self) -> int:
-        """Index in the answer of the token that is sampled next or, while a step is in flight, last."""
-        return self.num_output + max(self.num_pending, 1) - 1
-
-    @cached_property
-    def num_prompt(self) -> int:
-        return len(self.request.input_token_ids)
-
-    @cached_property
-    def needs_host(self) -> bool:
-        """Whether its next token cannot be chosen before the host knows the one before."""
-        request = self.request
-        return request.guided_decoding is not None or any(len(word) > 1 for word in request.bad_words)
-
-    @property
-    def final_tokens(self) -> int:
-        """Tokens in the KV cache when the answer is complete; the last token is never fed back."""
-        return len(self.request.input_token_ids) + self.max_tokens - 1
-
-
 class Scheduler:
     """Requests wait in order of arrival, run in a shared batch, and leave when they end.
 
@@ -191,16 +52,16 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks, config.tokens_per_block)
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._sequences: dict[str, Sequence] = {}
+        self._waiting: deque[SequenceState] = deque()
+        self._running: list[SequenceState] = []
+        self._sequences: dict[str, SequenceState] = {}
         self._free_slots = list(reversed(range(config.max_batch_size)))
         self._stats = IterationStats()
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._sequences
 
-    def __getitem__(self, request_id: str) -> Sequence:
+    def __getitem__(self, request_id: str) -> SequenceState:
         return self._sequences[request_id]
 
     @property
@@ -300,7 +161,7 @@ class Scheduler:
             }
         )
 
-    def _admissible(self, request: Request) -> Sequence:
+    def _admissible(self, request: Request) -> SequenceState:
         config, length = self.config, len(request.input_token_ids)
         if request.id in self._sequences:
             raise RequestError(f"request id {request.id!r} is in flight already", "use a new one")
@@ -318,7 +179,7 @@ class Scheduler:
             )
         max_tokens = min(request.max_tokens, config.max_seq_len - length)
         self._check_logits(request, max_tokens)
-        sequence = Sequence(request, max_tokens, list(request.input_token_ids))
+        sequence = SequenceState(request, max_tokens, list(request.input_token_ids))
         # Whoever is paused computes its answer so far again, as context.
         recomputed = sequence.final_tokens if config.batch_scheduler_policy == "max_utilization" else length
         if not config.enable_chunked_context and recomputed > config.max_num_tokens:
@@ -387,7 +248,7 @@ class Scheduler:
             budget -= length
         return chunks
 
-    def _find_reusable(self, sequence: Sequence) -> list[int]:
+    def _find_reusable(self, sequence: SequenceState) -> list[int]:
         """Blocks that hold how the sequence begins; its last known token is always computed, to sample from."""
         if not self.config.enable_kv_cache_reuse or sequence.request.output.reads_whole_prompt:
             return []
@@ -395,20 +256,20 @@ class Scheduler:
         self._extend_keys(sequence, full)
         return self.pool.find(sequence.block_keys[:full])
 
-    def _publish(self, sequence: Sequence, num_computed: int) -> None:
+    def _publish(self, sequence: SequenceState, num_computed: int) -> None:
         full = num_computed // self.config.tokens_per_block
         self._extend_keys(sequence, full)
         for index in range(sequence.num_published, full):
             self.pool.publish(sequence.block_ids[index], sequence.block_keys[index])
         sequence.num_published = max(sequence.num_published, full)
 
-    def _extend_keys(self, sequence: Sequence, count: int) -> None:
+    def _extend_keys(self, sequence: SequenceState, count: int) -> None:
         size = self.config.tokens_per_block
         for index in range(len(sequence.block_keys), count):
             before = sequence.block_keys[-1] if index else salt_key(sequence.request.cache_salt)
             sequence.block_keys.append(block_key(before, sequence.token_ids[index * size : (index + 1) * size]))
 
-    def _fits(self, sequence: Sequence, num_tokens: int, reused: list[int]) -> bool:
+    def _fits(self, sequence: SequenceState, num_tokens: int, reused: list[int]) -> bool:
         """Whether there are blocks for a sequence to join: for its first `num_tokens` tokens, or for its end and
         everyone else's."""
         blocks_for = self.pool.blocks_for
@@ -419,7 +280,7 @@ class Scheduler:
             needed = promised + blocks_for(sequence.final_tokens)
         return needed - self.pool.num_held(reused) <= self.pool.num_free
 
-    def _pause_for(self, sequence: Sequence, length: int) -> int:
+    def _pause_for(self, sequence: SequenceState, length: int) -> int:
         """Give `sequence` the blocks of its next `length` tokens, pausing the youngest (itself at last) as needed."""
         paused = 0
         while not self.pool.grow(sequence.block_ids, sequence.num_computed + length):
@@ -432,7 +293,7 @@ class Scheduler:
                 break
         return paused
 
-    def _next_token(self, sequence: Sequence) -> Chunk:
+    def _next_token(self, sequence: SequenceState) -> Chunk:
         """The chunk of a sequence in its generation phase that has the block for its token."""
         start = sequence.num_computed
         token = placeholder(sequence.slot) if sequence.num_pending else sequence.token_ids[-1]
@@ -440,7 +301,7 @@ class Scheduler:
         sequence.num_pending += 1
         return Chunk(sequence, (token,), start, sequence.block_ids, True, 1)
 
-    def _chunk(self, sequence: Sequence, length: int) -> Chunk:
+    def _chunk(self, sequence: SequenceState, length: int) -> Chunk:
         start, end = sequence.num_computed, sequence.num_computed + length
         known = len(sequence.token_ids)
         token_ids = tuple(sequence.token_ids[start:end])
@@ -459,7 +320,7 @@ class Scheduler:
             num_logits=length if everything else int(samples),
         )
 
-    def _append(self, sequence: Sequence, token_id: int) -> Generated:
+    def _append(self, sequence: SequenceState, token_id: int) -> Generated:
         request = sequence.request
         reason: FinishReason | None = None
         may_end = not request.sampling.min_tokens or sequence.num_output >= request.sampling.min_tokens
@@ -475,7 +336,7 @@ class Scheduler:
             self._leave(sequence)
         return Generated(sequence, token_id, reason)
 
-    def _leave(self, sequence: Sequence) -> None:
+    def _leave(self, sequence: SequenceState) -> None:
         del self._sequences[sequence.request.id]
         sequence.ended = True
         if sequence.slot >= 0:
@@ -484,7 +345,7 @@ class Scheduler:
         else:
             self._waiting.remove(sequence)
 
-    def _give_back(self, sequence: Sequence) -> None:
+    def _give_back(self, sequence: SequenceState) -> None:
         """Free a sequence's blocks and its slot. Steps run in order: one in flight still writes there first."""
         self.pool.release(sequence.block_ids)
         self._free_slots.append(sequence.slot)

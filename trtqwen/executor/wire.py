@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pydantic import TypeAdapter
 
 from trtqwen.executor.request import Event, FinishReason, Response, TopLogProbs
-from trtqwen.executor.scheduler import Generated
+from trtqwen.executor.sequence import Generated
 
 _HEADER = 5
 _TOKENS, _JSON, _NAMES = b"T", b"J", b"N"

@@ -27,7 +27,7 @@ from trtqwen.executor.inputs import StepInputs
 from trtqwen.executor.loop import Commands, StepLoop
 from trtqwen.executor.parallel import Communicator, ProcessGroup, SingleRank
 from trtqwen.executor.request import Command, Event
-from trtqwen.executor.scheduler import Generated
+from trtqwen.executor.sequence import Generated
 from trtqwen.executor.wire import EventEncoder
 from trtqwen.layout import TOKENIZER_DIRECTORY
 

@@ -59,6 +59,8 @@ class Assumptions(_Facts):
         logits_buffers: buffers of max_batch_size x vocab_size values that engine and decoder hold.
         boost: by how much cards compute faster than their data sheets say.
         float32_rate: the peak in float32 by the peak in float16.
+        links: through host memory, between cards without peer access.
+        nvlink: between cards with it.
         typical_lengths: tokens of requests, prompt and answer together.
     """
 
@@ -69,8 +71,13 @@ class Assumptions(_Facts):
     boost: float
     float32_rate: float
     links: Links
+    nvlink: Links
     request: Request
     typical_lengths: tuple[int, ...]
+
+    def links_of(self, *, peer_to_peer: bool) -> Links:
+        """The links between cards of one host."""
+        return self.nvlink if peer_to_peer else self.links
 
 
 @cache

@@ -31,6 +31,7 @@ class MeasuredCard(_Facts):
         fp8_tflops, int8_tops: None where it has none.
     """
 
+    usable_gib: float
     bandwidth_gb_per_s: float
     float16_tflops: float
     float16_sums: float
@@ -104,8 +105,8 @@ def measured() -> Measured:
     return Measured.model_validate_json(_FACTS.read_text(encoding="utf-8"))
 
 
-def point_work(point: Point) -> Work:
-    """The work of a point, at the nominal rates of its card."""
+def point_rates(point: Point) -> Rates:
+    """What the card of a point computes and reads with, by its data sheet."""
     card, config = measured().cards[point.card], measured().models[point.model].config
     flops = card.float16_tflops * 1e12
     eight_bit = {"fp8": card.fp8_tflops, "int8": card.int8_tops}.get(point.precision)
@@ -113,7 +114,7 @@ def point_work(point: Point) -> Work:
     sums = card.float16_sums if point.precision == "float16" else 1
     head = 2 * config.vocab_size * config.hidden_size // point.tp_size
     matrices = rank_matrices(config, point.tp_size).values * config.num_hidden_layers
-    rates = Rates(
+    return Rates(
         float_flops=flops,
         matrix_flops=eight_bit * 1e12 if eight_bit else flops,
         read=card.bandwidth_gb_per_s * 1e9,
@@ -122,8 +123,19 @@ def point_work(point: Point) -> Work:
         kv_token=4 * config.num_hidden_layers * local_kv_heads(config, point.tp_size) * config.head_size,
         value_bytes=2,
         step_tokens=min(_STEP_TOKENS, point.prompt) if point.kind == "context" else _STEP_TOKENS,
+        links=assumptions().links,  # no point has cards with peer access
     )
-    roofline = Roofline(config, RankMapping(point.tp_size), rates, Shares(_WHOLE, _WHOLE, _WHOLE))
+
+
+def point_roofline(point: Point) -> Roofline:
+    """The speed of one replica of a point, at the nominal rates of its card."""
+    config = measured().models[point.model].config
+    return Roofline(config, RankMapping(point.tp_size), point_rates(point), Shares(_WHOLE, _WHOLE, _WHOLE))
+
+
+def point_work(point: Point) -> Work:
+    """The work of a point, at the nominal rates of its card."""
+    roofline = point_roofline(point)
     if point.kind == "generation":
         return roofline.generation(1, point.prompt + point.answer // 2)
     if point.kind == "context":

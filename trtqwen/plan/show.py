@@ -178,7 +178,8 @@ def _assumed(plan: Plan) -> str:
     facts, host = assumptions(), plan.recipe.host
     if host is None:
         return "The torch engine computes in float32; there is no card to estimate its speed or activations with."
-    card, links, request = card_facts(host.card), facts.links, facts.request
+    card, request = card_facts(host.card), facts.request
+    links = facts.links_of(peer_to_peer=card.peer_to_peer)
     context, generation, mix = (vars(shares())[kind] for kind in ("context", "generation", "throughput"))
     return (
         f"At most: all of {card.float16_tflops:g} TFLOPS (INT8 {card.int8_tops:g}, float16 sums twice that), of "

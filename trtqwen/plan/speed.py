@@ -13,7 +13,7 @@ from trtqwen.checkpoint.config import Dtype
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
-from trtqwen.plan.assumptions import Link, Share, assumptions
+from trtqwen.plan.assumptions import Link, Links, Share, assumptions
 from trtqwen.plan.memory import VALUE_BYTES, RankMemory, step_tokens
 from trtqwen.plan.weights import rank_matrices
 from trtqwen.recipe import Recipe
@@ -174,6 +174,7 @@ class Rates:
         kv_token: bytes of one token's keys and values, of all stages of one rank.
         value_bytes: of one value of the hidden state.
         step_tokens: tokens of the largest step.
+        links: between the cards of a replica.
     """
 
     float_flops: float
@@ -184,10 +185,11 @@ class Rates:
     kv_token: float
     value_bytes: int
     step_tokens: int
+    links: Links
 
 
 def recipe_rates(recipe: Recipe, dtype: Dtype, memory: tuple[RankMemory, ...]) -> Rates:
-    """The rates of a recipe for the backend tensorrt_llm."""
+    """The rates of a recipe at the data sheet's peaks."""
     assert recipe.host is not None
     card, facts = card_facts(recipe.host.card), assumptions()
     flops = card.float16_tflops * 1e12 * (facts.float32_rate if dtype == "float32" else 1)
@@ -203,6 +205,7 @@ def recipe_rates(recipe: Recipe, dtype: Dtype, memory: tuple[RankMemory, ...]) -
         kv_token=sum(rank.block for rank in memory) / recipe.engine.tokens_per_block,
         value_bytes=VALUE_BYTES[dtype],
         step_tokens=step_tokens(recipe),
+        links=facts.links_of(peer_to_peer=card.peer_to_peer),
     )
 
 
@@ -222,20 +225,20 @@ class Roofline:
     def generation(self, sequences: int, length: int) -> Generation:
         """A step for `sequences` sequences of `length` tokens each."""
         pairs = sequences * length
-        step = self._step(sequences, pairs=pairs, rows=sequences, kv_tokens=pairs)
+        step = self.step(sequences, pairs=pairs, rows=sequences, kv_tokens=pairs)
         return Generation(sequences, step, self._shares.generation, sequences, length)
 
     def largest_step(self, prompt: int) -> Work:
         """One step of max_num_tokens tokens, of prompts of `prompt` tokens."""
         tokens = self._rates.step_tokens
         prompt = min(prompt, tokens)
-        step = self._step(tokens, pairs=tokens * prompt / 2, rows=tokens // prompt)
+        step = self.step(tokens, pairs=tokens * prompt / 2, rows=tokens // prompt)
         return Work(tokens, step, self._shares.context)
 
     def prompt(self, tokens: int) -> Work:
         """One whole prompt, in as many steps as it needs."""
         steps = -(-tokens // self._rates.step_tokens)
-        return Work(tokens, self._step(tokens, pairs=tokens**2 / 2, rows=1, steps=steps), self._shares.context)
+        return Work(tokens, self.step(tokens, pairs=tokens**2 / 2, rows=1, steps=steps), self._shares.context)
 
     def throughput(self, sequences: int, prompt: int, answer: int) -> Work:
         """One request of many that are always in flight: its prompt is read and its answer written."""
@@ -244,8 +247,8 @@ class Roofline:
         writing = generation.step.times(answer / sequences)
         return Work(answer, writing.beside(reading), self._shares.throughput)
 
-    def _step(self, tokens: int, *, pairs: float, rows: int, kv_tokens: float = 0, steps: int = 1) -> Step:
-        """Pipeline stages count one after the other.
+    def step(self, tokens: int, *, pairs: float, rows: int, kv_tokens: float = 0, steps: int = 1) -> Step:
+        """The seconds of some steps. Pipeline stages count one after the other.
 
         Args:
             pairs: of tokens with tokens they attend to.
@@ -255,18 +258,21 @@ class Roofline:
         matrices = 2 * rank_matrices(config, tp).values * config.num_hidden_layers * tokens / rates.matrix_flops
         head = 2 * rows * config.vocab_size * config.hidden_size / tp / rates.float_flops
         width = config.num_attention_heads * config.head_size / tp
-        links = assumptions().links
+        links = rates.links
         return Step(
             matrices=matrices + head,
             attention=4 * pairs * width * config.num_hidden_layers / rates.float_flops,
             bandwidth=(steps * rates.weights + kv_tokens * rates.kv_token) / rates.read,
-            link=self._exchange(links.bound, tokens, rows, steps),
-            exchange=Span(*(self._exchange(link, tokens, rows, steps) for link in (links.fast, links.slow))),
+            link=self.exchange(links.bound, tokens, rows, steps),
+            exchange=Span(*(self.exchange(link, tokens, rows, steps) for link in (links.fast, links.slow))),
             headroom=rates.headroom,
         )
 
-    def _exchange(self, link: Link, tokens: int, rows: int, steps: int) -> float:
-        """Seconds; a ring moves 2 (p - 1) / p of what it reduces through each card, and half of that to gather."""
+    def exchange(self, link: Link, tokens: int, rows: int, steps: int = 1) -> float:
+        """Seconds on a link.
+
+        A ring moves 2 (p - 1) / p of what it reduces through each card, and half of that to gather.
+        """
         tp, sends = self._mapping.tp_size, self._mapping.pp_size - 1
         reduces = 2 * self._config.num_hidden_layers + self._sharded if tp > 1 else 0
         collectives = reduces + 1 if tp > 1 else 0

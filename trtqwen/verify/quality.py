@@ -33,7 +33,7 @@ def has_int8(plan: ConversionPlan) -> bool:
 def quality_report(
     plan: ConversionPlan,
     directory: Path,
-    ranges: Mapping[str, ActivationRange] | None,
+    ranges: Mapping[str, ActivationRange],
     progress: Progress = lambda layers: None,
 ) -> None:
     """Measure a written checkpoint against its model on held-out text, as `trtqwen verify` does, and write it down.
@@ -42,10 +42,10 @@ def quality_report(
 
     Args:
         directory: config.json and rank files; the manifest need not be there yet.
-        ranges: activation ranges of the calibration, if there was one.
+        ranges: activation ranges of the calibration; empty if there was none.
         progress: called with the number of layers done since the last call.
     """
-    norms, outliers = bias_norms(plan.source), channel_outliers(ranges or {})
+    norms, outliers = bias_norms(plan.source), channel_outliers(ranges)
     median = statistics.median(norms)
     obstacle = _obstacle(plan)
     comparison = None if obstacle else _measure(plan, directory, progress)

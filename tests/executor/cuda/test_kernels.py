@@ -25,7 +25,7 @@ from trtqwen.executor.cuda.kernels.rotary import rotary_store
 from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide
 from trtqwen.executor.inputs import pack
 from trtqwen.executor.request import Request
-from trtqwen.executor.scheduler import Chunk, Sequence, Step
+from trtqwen.executor.sequence import Chunk, SequenceState, Step
 from trtqwen.nn.ops import rms_norm
 from trtqwen.nn.rotary import make_rotary, rotate
 
@@ -138,7 +138,7 @@ def make_batch(spans: list[tuple[int, int]], device: torch.device) -> AttentionB
     chunks = []
     for start, count in sorted(spans, key=lambda span: span[1] > 1):
         blocks = array("i", [order.pop() for _ in range(-(-(start + count) // BLOCK))])
-        sequence = Sequence(Request(id="a", input_token_ids=(1,), max_tokens=1), 1, [1], slot=0)
+        sequence = SequenceState(Request(id="a", input_token_ids=(1,), max_tokens=1), 1, [1], slot=0)
         chunks.append(Chunk(sequence, tuple(range(count)), start, blocks, samples=True, num_logits=1))
     return AttentionBatch(pack(Step(tuple(chunks)), BLOCK), device)
 

@@ -47,6 +47,16 @@ PRECISIONS: dict[str, tuple[dict[str, Any], float]] = {
     ),
     "int8 kv cache": ({"dtype": "float16", "kv_cache": "int8"}, 2e-2),
 }
+# Interpreted, each head is a program, and products in float16 take long.
+SHAPE = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+# Interpreted, each takes seconds: these read or scale in a way of their own, which `test_kernels` holds.
+CARDS_ALONE = ("weight-only, sm80", "smoothquant, per channel", "smoothquant, per token")
 
 
 def run(model: CudaModel, inputs: StepInputs, device: torch.device) -> torch.Tensor:
@@ -61,11 +71,13 @@ def run(model: CudaModel, inputs: StepInputs, device: torch.device) -> torch.Ten
 def test_logits_are_those_of_the_plain_model(
     hf_directory: Callable[..., Path], tmp_path: Path, device: torch.device, precision: str
 ) -> None:
-    """Three requests, their prompts in chunks, mixed steps and padded ones. The reference computes in float32."""
+    """Two requests, one prompt in chunks, mixed steps and padded ones. The reference computes in float32."""
     options, bound = PRECISIONS[precision]
     if options["dtype"] == "bfloat16" and device.type == "cpu":
         pytest.skip("the interpreter does not compute products in bfloat16")
-    source = hf_directory(initializer_range=0.1, dtype=getattr(torch, options["dtype"]))
+    if precision in CARDS_ALONE and device.type == "cpu":
+        pytest.skip("for cards alone, to keep the suite short")
+    source = hf_directory(initializer_range=0.1, dtype=getattr(torch, options["dtype"]), **SHAPE)
     settings = CheckpointRecipe(**options)
     if settings.calibrated:
         write_ranges(calibrate(HfModel(source), [list(range(60))]), tmp_path / "ranges.safetensors")
@@ -91,10 +103,10 @@ def test_logits_are_those_of_the_plain_model(
         config, tensors, SingleRank(), PlainAttention(), int8_layout=layout, dtype=torch.float32,
         device=torch.device("cpu"), num_blocks=BLOCKS, tokens_per_block=TOKENS_PER_BLOCK,
     )  # fmt: skip
-    scheduler = Scheduler(SchedulerConfig(4, 32, 64, TOKENS_PER_BLOCK, BLOCKS, config.vocab_size))
-    for index, length in enumerate((5, 40, 17)):
+    scheduler = Scheduler(SchedulerConfig(4, 24, 64, TOKENS_PER_BLOCK, BLOCKS, config.vocab_size))
+    for index, length in enumerate((5, 21)):
         prompt = tuple(range(3 + index, 3 + index + length))
-        scheduler.add(Request(id=str(index), input_token_ids=prompt, max_tokens=4))
+        scheduler.add(Request(id=str(index), input_token_ids=prompt, max_tokens=3))
     steps = 0
     while not scheduler.idle:
         step = scheduler.schedule()
@@ -112,7 +124,7 @@ def test_logits_are_those_of_the_plain_model(
         names = [chunk.request_id for chunk in step.chunks if chunk.samples]
         scheduler.update(step, dict(zip(names, expected.argmax(-1).tolist(), strict=True)))
         steps += 1
-    assert steps >= 5
+    assert steps == 4
 
 
 @pytest.mark.parametrize("layout", ["sm80", "sm90"])
