@@ -41,7 +41,7 @@ class Answer:
 
 
 def ask(live: Running, path: str, **fields: Any) -> Answer:
-    prompt = {"messages": [{"role": "user", "content": "Hello!"}]}
+    prompt: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello!"}]}
     limit = "max_tokens"
     if path == "/v1/completions":
         prompt = {"prompt": "Hello, my name is"}
@@ -120,5 +120,6 @@ def test_fields_choose_tokens_as_they_say(live: Running, path: str) -> None:
     kept = ask(live, path, **COLD, stop=stop, include_stop_str_in_output=True, ignore_eos=True)
     assert kept.text == greedy.text[: greedy.text.index(stop) + 3]
     assert ask(live, path, **COLD, truncate_prompt_tokens=3, ignore_eos=True).prompt_tokens == 3
+    neutral: dict[str, Any]
     for neutral in ({"priority": -7}, {"cache_salt": "mine"}, {"n": 1, "best_of": 1}, {"logit_bias": {}}):
         assert ask(live, path, **COLD, ignore_eos=True, **neutral).text == greedy.text, neutral

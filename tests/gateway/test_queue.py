@@ -7,6 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -54,12 +55,15 @@ def test_the_lowest_priority_goes_first(
         body = {"model": "qwen", "messages": [{"role": "user", "content": "/again 100 a"}], "max_tokens": 400}
         return target.post("/v1/chat/completions", body | {"priority": priority}, {"X-Request-Id": name})
 
+    def waiting(count: int) -> bool:
+        return target.metric("trtqwen_gateway_queued") == count
+
     with ThreadPoolExecutor(len(order)) as pool:
         with busy(target):
             asked = []
             for count, (name, priority) in enumerate(order):
                 asked.append(pool.submit(ask, name, priority))
-                assert wait_for(lambda count=count: target.metric("trtqwen_gateway_queued") == count + 1)
+                assert wait_for(partial(waiting, count + 1))
         assert [answer.result()[0] for answer in asked] == [200] * 4
     assert wait_for(lambda: len(served()) == 4)
     assert served() == ["first", "second", "third", "last"]
