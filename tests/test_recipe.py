@@ -54,6 +54,11 @@ def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
         (GOOD + "serve:\n  batch_scheduler_policy: fastest\n", "batch_scheduler_policy"),
         (GOOD + "  use_paged_context_fmha: false\n", "enable_chunked_context needs"),
         (GOOD + "  max_num_tokens: 64\nserve:\n  enable_chunked_context: false\n", "cannot take a prompt"),
+        (GOOD + "serve:\n  kv_cache_host_memory_bytes: 9\n", "is a setting of backend: tensorrt_llm"),
+        (
+            GOOD + "host: {card: h100-sxm, gpus: 3}\ncheckpoint: {tp_size: 2}\nserve: {replicas: 2}\n",
+            "2 replicas of 2 ranks need 4 GPUs, but host.gpus is 3",
+        ),
         (GOOD + "name: x\n", "remove the field"),
         ("description: d\n", "field 'engine' is missing;"),
         ("engine: [", "is not YAML"),

@@ -25,11 +25,7 @@ Int8LayoutChoice = Literal["plain", "sm80", "sm90"]
 EmbeddingSharding = Literal["none", "vocab", "hidden"]
 Positive = Annotated[int, Field(gt=0, le=2**31 - 1)]  # TensorRT-LLM counts in 32 bits
 TORCH_SERVING = ("device", "cuda_graphs", "overlap")
-_TENSORRT_SERVING = (
-    "replicas",
-    "enable_context_fmha_fp32_acc",
-    "kv_cache_host_memory_bytes",
-)
+_TENSORRT_SERVING = ("enable_context_fmha_fp32_acc", "kv_cache_host_memory_bytes")
 
 
 # Options of vLLM that other fields of the recipe decide.
@@ -362,6 +358,16 @@ class Recipe(_Section):
         return self
 
     @model_validator(mode="after")
+    def _host_has_gpus(self) -> Recipe:
+        needed = self.world_size * self.serve.replicas
+        if self.host is not None and needed > self.host.gpus:
+            raise ValueError(
+                f"{self.serve.replicas} replicas of {self.world_size} ranks need {needed} GPUs, but host.gpus is "
+                f"{self.host.gpus}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _backend_can(self) -> Recipe:
         if self.engine.backend != "tensorrt_llm":
             if self.engine.backend == "vllm":
@@ -372,19 +378,11 @@ class Recipe(_Section):
                 raise ValueError("serve.replica_mode orchestrator is a setting of backend: tensorrt_llm; use servers")
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
-                if name == "replicas" and self.engine.backend != "torch":
-                    continue
                 if getattr(self.serve, name) != getattr(plain, name):
                     raise ValueError(f"serve.{name} is a setting of backend: tensorrt_llm")
             return self
         if self.host is None:
             raise ValueError("backend: tensorrt_llm needs a section host with card and gpus")
-        needed = self.world_size * self.serve.replicas
-        if needed > self.host.gpus:
-            raise ValueError(
-                f"{self.serve.replicas} replicas of {self.world_size} ranks need {needed} GPUs, but host.gpus is "
-                f"{self.host.gpus}"
-            )
         if self.checkpoint.kv_cache == "int8" and self.engine.use_paged_context_fmha:
             raise ValueError(
                 "engine.use_paged_context_fmha has no kernel for an INT8 KV cache; with it go chunked context and "

@@ -13,6 +13,7 @@ import json
 import math
 import mmap
 import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,17 +79,25 @@ class _Entry:
 
 
 class SafetensorsReader:
-    """A memory-mapped safetensors file; tensors are read-only views, nothing is loaded ahead.
+    """A safetensors file; nothing is loaded ahead.
+
+    Args:
+        mapped: `tensor` returns views of the mapped file, which cost no memory of their own. If another process cuts
+            such a file short, the kernel kills whoever touches the view (SIGBUS). Otherwise `tensor` returns copies,
+            and such a file is an error.
 
     Raises:
         error: (the class given; `InputError` unless told) if the file is missing, cut short, or not safetensors.
     """
 
-    def __init__(self, path: Path, error: type[InputError] = InputError) -> None:
+    def __init__(self, path: Path, error: type[InputError] = InputError, *, mapped: bool = True) -> None:
         self.path = path
+        self.mapped = mapped
         self._error = error
         try:
             with path.open("rb") as file:
+                self._descriptor = os.dup(file.fileno())
+                weakref.finalize(self, os.close, self._descriptor)
                 self.size = os.fstat(file.fileno()).st_size
                 self._entries, self._data_start, self.header_bytes = _read_header(file, self.size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -108,31 +117,54 @@ class SafetensorsReader:
         return self._entry(name).spec
 
     def tensor(self, name: str) -> Array:
-        """The tensor as a read-only array over the mapped file (bfloat16 as `ml_dtypes.bfloat16`)."""
+        """The tensor as a read-only array (bfloat16 as `ml_dtypes.bfloat16`)."""
         entry = self._entry(name)
         start = self._data_start + entry.begin
         count = math.prod(entry.spec.shape)
-        return np.frombuffer(self._map, entry.spec.dtype, count, start).reshape(entry.spec.shape)
+        if self.mapped:
+            return np.frombuffer(self._map, entry.spec.dtype, count, start).reshape(entry.spec.shape)
+        values = self._copied(entry.spec.dtype, count, start).reshape(entry.spec.shape)
+        values.flags.writeable = False
+        return values
+
+    def rows(self, name: str, indices: Sequence[int]) -> Array:
+        """A copy of some rows of the tensor, along its first axis; reads nothing else."""
+        entry = self._entry(name)
+        shape = entry.spec.shape[1:]
+        values = np.empty((len(indices), *shape), entry.spec.dtype)
+        length = math.prod(shape) * entry.spec.dtype.itemsize
+        for row, index in zip(values.reshape(len(indices), -1).view(np.uint8), indices, strict=True):
+            self._read_into(row, self._data_start + entry.begin + index * length)
+        return values
+
+    def blocks(self, name: str, rows: int) -> Iterator[Array]:
+        """Copies of the tensor's rows along its first axis, so many at a time; a scalar is one row."""
+        entry = self._entry(name)
+        shape = entry.spec.shape or (1,)
+        width = math.prod(shape[1:])
+        for start in range(0, shape[0], rows):
+            count = min(rows, shape[0] - start)
+            at = self._data_start + entry.begin + start * width * entry.spec.dtype.itemsize
+            yield self._copied(entry.spec.dtype, count * width, at).reshape(count, *shape[1:])
 
     def examine(self, name: str) -> tuple[str, float]:
         """Read the tensor: XXH3-128 of its bytes, as 32 hex digits, and its largest magnitude.
 
-        The magnitude is nan or inf if one of the values is; it is 0 for integers, which have no such values. Of a
-        tensor much larger than others, the pages are given back on the way.
+        The magnitude is nan or inf if one of the values is; it is 0 for integers, which have no such values.
         """
+        entry = self._entry(name)
+        dtype, count = entry.spec.dtype, math.prod(entry.spec.shape)
         digest, largest = xxhash.xxh3_128(), 0
-        tensor = self.tensor(name).reshape(-1)
-        large = tensor.nbytes > LARGE_BYTES
-        step = _BLOCK_BYTES // tensor.itemsize
-        for start in range(0, len(tensor), step):
-            block = tensor[start : start + step]
+        step = _BLOCK_BYTES // dtype.itemsize
+        buffer = np.empty(min(step, count), dtype)
+        for start in range(0, count, step):
+            block = buffer[: count - start]
+            self._read_into(block.view(np.uint8), self._data_start + entry.begin + start * dtype.itemsize)
             digest.update(block.view(np.uint8).data)
             largest = max(largest, _largest_bits(block))
-            if large and (start + step) * tensor.itemsize % _RESIDENT_BYTES == 0:
-                self.release(name)
-        unsigned = np.dtype(f"u{tensor.itemsize}")
-        floating = tensor.dtype in _FLOATS
-        return digest.hexdigest(), float(np.array(largest, unsigned).view(tensor.dtype)) if floating else 0.0
+        unsigned = np.dtype(f"u{dtype.itemsize}")
+        floating = dtype in _FLOATS
+        return digest.hexdigest(), float(np.array(largest, unsigned).view(dtype)) if floating else 0.0
 
     def file_digest(self, tensor_digests: Mapping[str, str]) -> str:
         """Digest of the whole file, from its header and the digests of its tensors."""
@@ -148,6 +180,24 @@ class SafetensorsReader:
         length = self._data_start + entry.end - begin
         if length > 0:
             self._map.madvise(mmap.MADV_DONTNEED, begin, length)
+
+    def _copied(self, dtype: np.dtype[Any], count: int, start: int) -> Array:
+        values = np.empty(count, dtype)
+        self._read_into(values.view(np.uint8), start)
+        return values
+
+    def _read_into(self, target: Array, start: int) -> None:
+        """Fill an array of bytes from a place in the file."""
+        done = 0
+        while done < len(target):
+            try:
+                count = os.preadv(self._descriptor, [target[done:].data], start + done)
+            except OSError as problem:
+                raise self._error(f"{self.path}: cannot be read ({problem.strerror})", "check the disk") from None
+            if not count:
+                what = f"{self.path}: was cut short while it was read"
+                raise self._error(what, "wait until the file is complete, and run the command again")
+            done += count
 
     def _entry(self, name: str) -> _Entry:
         try:

@@ -120,7 +120,7 @@ def test_one_that_has_gone_is_noticed(obedient: Running) -> None:
 
 
 def test_heads_methods_slashes_and_prefixes(another_gateway: Callable[..., Running]) -> None:
-    target = another_gateway(path_prefix="/llm")
+    target = another_gateway(path_prefix="/llm", trusted_proxies=("127.0.0.1",))
     for path in ("/v1/models", "/v1/models/", "//v1//models", "/llm/v1/models", "/v1/models/qwen", "/health", "/"):
         status, headers, content = request(target, "HEAD", path)
         assert (status, content) == (200, b""), path

@@ -14,6 +14,7 @@ import pytest
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.admission import auth
 from trtqwen.gateway.admission.auth import Authenticator, Guesses, read_keys
+from trtqwen.gateway.admission.desk import Desk
 from trtqwen.gateway.admission.middleware import Guard
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError
@@ -61,6 +62,7 @@ async def fine(scope: Any, receive: Any, send: Any) -> None:
 
 def guard(authenticator: Authenticator, **settings: Any) -> Guard:
     limits: dict[str, Any] = {"max_header_bytes": 10_000, "max_body_bytes": 10_000, "body_seconds": 5.0}
+    limits["desk"] = Desk(1 << 20, 2, 2, 5.0, 10_000)
     return Guard(fine, authenticator, Metrics(), **limits, **settings)
 
 

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from tests.standins import host, mpirun, tritonserver
 from trtqwen.diagnostics import InputError, ServerError
-from trtqwen.recipe import load_recipe, recipe_names
+from trtqwen.recipe import ServeRecipe, load_recipe, recipe_names
 from trtqwen.system.host import Gpu, Host
 from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
@@ -34,6 +34,7 @@ from trtqwen.triton.launch import (
     server_devices,
 )
 from trtqwen.triton.replicas import TritonReplicas
+from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 from trtqwen.triton.supervisor import Supervisor
 
@@ -99,6 +100,8 @@ def test_a_server_of_its_own_sees_the_gpus_of_its_replica() -> None:
         (Deployment(2, 1, Path("e"), 1), "2,3", [()]),
         (Deployment(1, 1, Path("e"), 2), "GPU-aa,GPU-bb", [("GPU-aa",), ("GPU-bb",)]),
         (Deployment(), None, [()]),
+        (Deployment(servers=2, own_ranks=2), None, [("0", "1"), ("2", "3")]),
+        (Deployment(servers=5, own_ranks=0), None, [()] * 5),
     ],
 )
 def test_each_server_gets_the_next_gpus(
@@ -112,7 +115,13 @@ def test_each_server_gets_the_next_gpus(
 
 
 @pytest.mark.parametrize(
-    "deployment", [Deployment(1, 1, Path("e"), 5), Deployment(8, 1, Path("e")), Deployment(2, 3, Path("e"))]
+    "deployment",
+    [
+        Deployment(1, 1, Path("e"), 5),
+        Deployment(8, 1, Path("e")),
+        Deployment(2, 3, Path("e")),
+        Deployment(servers=3, own_ranks=2),
+    ],
 )
 def test_too_few_gpus_are_told_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, deployment: Deployment
@@ -120,6 +129,15 @@ def test_too_few_gpus_are_told_before_anything_starts(
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     with pytest.raises(InputError, match=r"needs \d GPUs .*, and 4 are visible"):
         server_devices(deployment, FOUR_4090D)
+
+
+@pytest.mark.parametrize(("device", "gpus"), [("auto", 2), ("cuda", 2), ("cpu", 0)])
+def test_replicas_of_the_embedded_engine_take_gpus_for_their_ranks(
+    bundled_engine: Callable[..., Path], tmp_path: Path, device: Literal["auto", "cuda", "cpu"], gpus: int
+) -> None:
+    write_repository(bundled_engine(2), ServeRecipe(replicas=2, device=device), tmp_path / "repository")
+    deployment = read_deployment(tmp_path / "repository")
+    assert (deployment.servers, deployment.gpus) == (2, gpus)
 
 
 def test_replicas_are_spawned_behind_one_address() -> None:

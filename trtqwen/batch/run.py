@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from trtqwen.artifact import MANIFEST, load_manifest
@@ -25,6 +24,7 @@ from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.recipe import ServeRecipe, load_recipe
+from trtqwen.system.leftovers import workspace
 from trtqwen.triton.repository import write_repository
 
 OnProgress = Callable[[int, int], None]
@@ -105,8 +105,8 @@ def run_batch(
 @contextmanager
 def _repository(engine: Path, serve: ServeRecipe) -> Iterator[Path]:
     """A model repository of the engine for as long as the block runs: it tells the gateway all about the model."""
-    with TemporaryDirectory(prefix="trtqwen-batch-") as home:
-        repository = Path(home) / "repository"
+    with workspace("batch") as home:
+        repository = home / "repository"
         write_repository(engine, serve.model_copy(update={"replicas": 1, "max_queue_size": 0}), repository)
         yield repository
 

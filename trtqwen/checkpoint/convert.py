@@ -173,6 +173,7 @@ class CheckpointStage(Stage):
         """
         plan = self.plan
         with plan.files.held():
+            plan.source.map_files(plan.files.leased)
             calibrated = plan.settings.calibrated
             ranges = activation_ranges(plan.source, plan.settings, events.calibrated) if calibrated else {}
             try:
@@ -189,6 +190,7 @@ class CheckpointStage(Stage):
             events.inspect(plan, directory, ranges)
             plan.inputs()  # reads what no rule has used
             plan.files.check()
+            plan.source.map_files(False)
         return digests
 
 

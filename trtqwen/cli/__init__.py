@@ -102,6 +102,9 @@ def options(
     ] = False,
 ) -> None:
     """Convert Qwen2.5 to TensorRT-LLM, build it, and serve it behind Triton."""
+    from trtqwen.system.leftovers import sweep  # not before a command runs: --help is quick
+
+    sweep()
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
@@ -20,6 +19,7 @@ from trtqwen.bench.setup import WorkloadOptions
 from trtqwen.cli.bench import Concurrency, InputTokens, OutputTokens, PrefixTokens, RequestRate, Requests, Seed
 from trtqwen.cli.output import Json, print_json, stderr, stdout
 from trtqwen.diagnostics import InputError
+from trtqwen.system.leftovers import workspace
 
 
 def command(
@@ -74,14 +74,14 @@ def command(
     workloads = tuple(WorkloadOptions(name, requests, *lengths, rate, seed) for name in workload or ["chat"])
     settings = CompareSettings(workloads, load, turns, answer_tokens, 48 if answer_tokens else 0)
     tokens, config = find_vocabulary(found, tokenizer)
-    with TemporaryDirectory(prefix="trtqwen-compare-") as logs, stderr.status("preparing") as status:
+    with workspace("compare") as logs, stderr.status("preparing") as status:
 
         def show(step: str) -> None:
             status.update(step)
             if not stderr.is_terminal:
                 stderr.print(step, markup=False, highlight=False, soft_wrap=True)
 
-        comparison = run_compare(found, tokens, config, settings, Path(logs), show)
+        comparison = run_compare(found, tokens, config, settings, logs, show)
     call = shlex.join(["trtqwen", *sys.argv[1:]])
     written = write_comparison(comparison, output, call)
     if json:

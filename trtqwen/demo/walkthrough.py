@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 import threading
 import time
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
@@ -18,6 +16,7 @@ from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL, PROMPTS
 from trtqwen.recipe import load_recipe
 from trtqwen.stage import BuildEvents
+from trtqwen.system.leftovers import workspace
 from trtqwen.triton.client import Piece, stream
 from trtqwen.triton.server import Ports, TritonServer
 
@@ -105,8 +104,8 @@ def walk(audience: Audience) -> Report:
         yield
         done(name, time.perf_counter() - start, what)
 
-    with tempfile.TemporaryDirectory(prefix="trtqwen-demo-") as home:
-        plan = plan_build(load_recipe(RECIPE), MODEL, Path(home, "engines"), Path(home, "repository"))
+    with workspace("demo") as home:
+        plan = plan_build(load_recipe(RECIPE), MODEL, home / "engines", home / "repository")
         events = BuildEvents(on_stage=lambda result: done(result.stage, result.seconds, WHAT[result.stage]))
         run_build(plan, events=events)
         server = TritonServer(plan.repository.directory, ports=Ports(0, 0, 0))

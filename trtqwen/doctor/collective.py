@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+from trtqwen.system.leftovers import workspace
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +39,10 @@ def all_reduce_problem(
         timeout: seconds for all of it.
         environment: variables for the ranks, in addition to this process's own.
     """
-    with tempfile.TemporaryDirectory(prefix="trtqwen-collective-") as directory:
+    with workspace("collective") as directory:
         ranks = [
             subprocess.Popen(
-                [sys.executable, "-m", __name__, backend, str(world_size), str(rank), directory],
+                [sys.executable, "-m", __name__, backend, str(world_size), str(rank), str(directory)],
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -7,9 +7,9 @@ import os
 import queue
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +19,7 @@ from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig
 from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
 from trtqwen.executor.wire import EventDecoder, merged
+from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import Relay
 
 OnResponse = Callable[[Response], None]
@@ -51,7 +52,8 @@ class Executor:
         self._stats: queue.Queue[IterationStats | None] = queue.Queue()
         self._ready = threading.Event()
         self._death: str | None = None
-        self._rendezvous = tempfile.TemporaryDirectory(prefix="trtqwen-")
+        self._cleanup = ExitStack()
+        self._home = self._cleanup.enter_context(workspace("ranks"))
         ranks = self.engine_config.pretrained_config.mapping.world_size
         self._processes = [self._start(engine, config or ExecutorConfig(), rank, ranks) for rank in range(ranks)]
         self._relays = [Relay(process.stderr) for process in self._processes if process.stderr is not None]
@@ -116,7 +118,7 @@ class Executor:
         for reader in self._readers:
             if reader is not threading.current_thread():
                 reader.join()
-        self._rendezvous.cleanup()
+        self._cleanup.close()
 
     def __enter__(self) -> Executor:
         return self
@@ -132,7 +134,7 @@ class Executor:
             engine=engine.resolve(),
             executor=config,
             rank=rank,
-            rendezvous=Path(self._rendezvous.name) / "ranks",
+            rendezvous=self._home / "ranks",
             threads=threads,
         )
         return subprocess.Popen(

@@ -1,17 +1,13 @@
-"""Compiles guides with xgrammar, each first in a child that the kernel ends at a limit: xgrammar cannot be stopped.
+"""Compiles guides with xgrammar, each first in a process that the kernel ends at a limit: xgrammar cannot be stopped.
 
-`python -m trtqwen.executor.guide_compiler FD TOKENIZER VOCAB_SIZE` imports xgrammar once, which takes seconds, and
-forks a child for every socket that comes over FD. It ends when FD closes, a child when its socket does.
+`python -m trtqwen.executor.guide_compiler FD TOKENIZER VOCAB_SIZE` imports xgrammar once, which takes seconds; see
+`trtqwen.system.forks`.
 """
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
-import subprocess
 import sys
-import threading
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import GuidedDecodingParams
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.system.forks import ForkServer, serve_forks
 
 if TYPE_CHECKING:
     import xgrammar
@@ -30,7 +27,7 @@ COMPILE_LIMIT = 2.0
 LONGEST = 10.0  # seconds of a clock: on a machine this busy, whoever waits behind comes first
 _CACHE_BYTES = 1 << 28
 _TRIALS_KEPT = 256
-_READY, _COMPILED = b"+", b"."
+_NICENESS = 5  # below the engine's step loop
 
 
 class GuideCompiler:
@@ -45,10 +42,8 @@ class GuideCompiler:
     """
 
     def __init__(self, directory: Path, vocab_size: int) -> None:
-        self._arguments = [str(directory), str(vocab_size)]
-        self._lock = threading.Lock()
-        self._start_parent()  # imports while we do
-        self._idle: list[socket.socket] = []
+        # It imports while we do.
+        self._trials = ForkServer(__name__, [str(directory.absolute()), str(vocab_size)], COMPILE_LIMIT)
         self._compiler = _make_compiler(Tokenizer(directory), vocab_size)
         self.check = lru_cache(_TRIALS_KEPT)(self._check)
 
@@ -59,39 +54,13 @@ class GuideCompiler:
 
     def _check(self, params: GuidedDecodingParams) -> None:
         """Raise a RequestError if the guide does not compile, or fail to, within the limit."""
-        with self._lock:
-            child = self._idle.pop() if self._idle else self._fork()
-        child.sendall(params.model_dump_json().encode() + b"\n")
-        if child.recv(1) != _COMPILED:
-            child.close()
+        if self._trials.ask(params.model_dump_json().encode(), LONGEST) is None:
             raise RequestError(
                 (
                     f"guided_decoding_guide: this {params.guide_type} is too large or complicated to compile "
                     f"within {COMPILE_LIMIT:g} s"
                 ),
                 "simplify it",
-            )
-        with self._lock:
-            self._idle.append(child)
-
-    def _fork(self) -> socket.socket:
-        if self._parent.poll() is not None:
-            self._start_parent()
-        ours, theirs = socket.socketpair()
-        with theirs:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-        if ours.recv(1) != _READY:
-            raise OSError("the process that tries guides has ended; see the engine's log")
-        return ours
-
-    def _start_parent(self) -> None:
-        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._parent = subprocess.Popen(
-                [sys.executable, "-m", "trtqwen.executor.guide_compiler", str(theirs.fileno()), *self._arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # ours may be for events
-                pass_fds=[theirs.fileno()],
             )
 
 
@@ -125,33 +94,18 @@ def _compile(compiler: Any, params: GuidedDecodingParams) -> Any:
     return compiler.compile_grammar(params.guide)
 
 
-def _try_guides(client: socket.socket, compiler: xgrammar.GrammarCompiler) -> None:
-    client.sendall(_READY)
-    for line in client.makefile("rb"):
-        signal.setitimer(signal.ITIMER_PROF, COMPILE_LIMIT)  # its signal kills, in any state of xgrammar
-        signal.setitimer(signal.ITIMER_REAL, LONGEST)
-        with suppress(Exception):  # quick to fail is as good: compiled in earnest, it says why
-            _compile(compiler, GuidedDecodingParams.model_validate_json(line))
-        signal.setitimer(signal.ITIMER_PROF, 0)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        compiler.clear_cache()
-        client.sendall(_COMPILED)
-
-
 def main() -> None:
-    """Fork a child for every socket that comes, until its parent closes the socket."""
+    """Fork a process for every socket that comes, until its parent closes the socket."""
     control = socket.socket(fileno=int(sys.argv[1]))
     compiler = _make_compiler(Tokenizer(Path(sys.argv[2])), int(sys.argv[3]))
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that dead children vanish by themselves
-    while True:
-        _, sockets, *_ = socket.recv_fds(control, 16, 1)
-        if not sockets:
-            return
-        with socket.socket(fileno=sockets[0]) as client:
-            if os.fork() == 0:
-                control.close()
-                _try_guides(client, compiler)
-                os._exit(0)
+
+    def attempt(question: bytes) -> bytes:
+        with suppress(Exception):  # quick to fail is as good: compiled in earnest, it says why
+            _compile(compiler, GuidedDecodingParams.model_validate_json(question))
+        compiler.clear_cache()
+        return b""
+
+    serve_forks(control, attempt, COMPILE_LIMIT, _NICENESS)
 
 
 if __name__ == "__main__":

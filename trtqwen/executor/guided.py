@@ -114,4 +114,5 @@ def check_installed() -> None:
 
 
 def _reason(problem: Exception) -> str:
-    return _PLACE_IN_SOURCE.sub("", str(problem)).splitlines()[0].strip().rstrip(".")
+    lines = _PLACE_IN_SOURCE.sub("", str(problem)).strip().splitlines()
+    return lines[0].strip().rstrip(".") if lines else type(problem).__name__

@@ -7,9 +7,10 @@ Synchronous, it reads each step's tokens first. Both give the same tokens.
 
 from __future__ import annotations
 
+import os
 import queue
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
+from trtqwen.executor.fair_pool import FairPool
 from trtqwen.executor.guided import GuidedDecoder, check_installed
 from trtqwen.executor.inputs import StepInputs, pack
 from trtqwen.executor.output import OutputCollector
@@ -26,7 +28,7 @@ from trtqwen.executor.sampling import Guide, Pending, Sampled, Sampler
 from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
 from trtqwen.executor.sequence import Chunk, Generated, Step
 
-_COMPILERS = 4  # guides compiled at a time
+_CPUS_A_COMPILER = 4  # of one owner's guides, compiled at a time
 
 
 class Runner(Protocol):
@@ -91,7 +93,7 @@ class StepLoop:
         self._runner = runner
         self._communicator = communicator
         self._decoder = decoder
-        self._compilers = ThreadPoolExecutor(_COMPILERS, "compile")
+        self._compilers = FairPool(max(1, len(os.sched_getaffinity(0)) // _CPUS_A_COMPILER), "compile")
         self._compiling: dict[str, Future[None]] = {}
         self._commands = commands
         self._write = write
@@ -210,7 +212,7 @@ class StepLoop:
                 error = RequestError(f"guided decoding is not possible on this server: {problem}")
                 self._commands.put(CompiledGuide(request, error))
 
-        self._compiling[request.id] = self._compilers.submit(compile_guide)
+        self._compiling[request.id] = self._compilers.submit(request.owner, compile_guide)
 
     def _admit_guided(self, compiled: CompiledGuide) -> None:
         request, guide = compiled.request, compiled.guide

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.admission.broker import Link, shared_authenticator
+from trtqwen.gateway.admission.desk import Desk
 from trtqwen.gateway.admission.middleware import Guard
 from trtqwen.gateway.admission.rates import open_keys
 from trtqwen.gateway.api import messages, responses, routes, service, websocket
@@ -42,6 +44,9 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     template = model.tokenizer.chat_template
     authenticator = open_keys(config) if link is None else shared_authenticator(read_keys(config.api_keys), link)
     metrics = Metrics()
+    largest = config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len)
+    cpus = len(os.sched_getaffinity(0))
+    desk = Desk(config.request_memory, len(authenticator.callers), cpus, config.queue_seconds, largest)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -55,13 +60,15 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     for router in (routes.router, responses.router, messages.router, websocket.router, service.router):
         app.include_router(router)
     add_handlers(app)
-    app.state.max_body_bytes = config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len)
+    app.state.max_body_bytes = largest
+    app.state.desk = desk
     app.add_middleware(
         Guard,
         authenticator=authenticator,
         metrics=metrics,
         max_header_bytes=config.max_header_bytes,
-        max_body_bytes=app.state.max_body_bytes,
+        max_body_bytes=largest,
+        desk=desk,
         body_seconds=config.body_seconds,
         allowed_hosts=_allowed_hosts(config),
         access_log=bool(authenticator.callers) if config.access_log is None else config.access_log,
@@ -69,7 +76,7 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
     )
     if tracing_is_on():
         app.add_middleware(Traced)
-    app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix)
+    app.add_middleware(Front, metrics=metrics, prefix=config.path_prefix, trusted=config.trusted_proxies)
     # The last one is the first that a request meets: a preflight request has no key and no body.
     app.add_middleware(
         CORSMiddleware,

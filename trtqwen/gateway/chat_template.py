@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.errors import bad_request
 from trtqwen.hf import chat_template as hf
 
+_QUICK_SECONDS = 0.05  # that every stream may wait for a template
+
+
+class NeedsThread(Exception):
+    """A template takes longer than the event loop can wait: try again in a thread."""
+
 
 class ChatTemplate:
-    """Renders what clients send.
+    """Renders what clients send, in another process: a template is a program of a stranger.
 
     Attributes:
+        slow: whether the template once was not quick: the event loop does not wait for such a one again.
         takes_tools: whether there is a place for tools.
         reasons: whether a template knows what a model thinks before it answers.
     """
 
     def __init__(self, template: hf.ChatTemplate) -> None:
         self._template = template
+        self._quick = replace(template, patience=_QUICK_SECONDS)
+        self._calls_as_text = template.calls_as_text
+        self.slow = False
         self.takes_tools = template.takes_tools
         self.reasons = any("<think>" in text or "</think>" in text for text in template.texts.values())
 
@@ -33,14 +45,31 @@ class ChatTemplate:
                 `continue_final_message` the last turn stays open.
 
         Raises:
+            NeedsThread: if an event loop runs in this thread, and the template is not quick.
             ApiError: if the template refuses the messages.
         """
-        if self._template.calls_as_text:
+        if self._calls_as_text:
             messages = _calls_as_text(messages)
+        template = self._quick if _in_event_loop() else self._template
         try:
-            return self._template.render(messages, tools=tools or None, **options)
+            if self.slow and template is self._quick:
+                raise NeedsThread
+            return template.render(messages, tools=tools or None, **options)
+        except hf.SlowTemplate as problem:
+            if template is self._quick:
+                self.slow = True
+                raise NeedsThread from None
+            raise bad_request(problem.what, param="messages") from None
         except InputError as problem:
             raise bad_request(problem.what, param="messages") from None
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

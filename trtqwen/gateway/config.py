@@ -40,6 +40,10 @@ def _rates_url(text: str) -> str:
     return text
 
 
+def _network(text: str) -> str:
+    return str(ipaddress.ip_network(text))
+
+
 def _path_prefix(text: str) -> str:
     if text and (not text.startswith("/") or text.endswith("/")):
         raise ValueError(f"{text!r} is not a path such as /llm")
@@ -97,8 +101,13 @@ class GatewayConfig(BaseModel):
         probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
             Triton needs a second to notice that its python backend was killed: with less than 1.5, such an engine
             counts as silent, and its answers end only when they are stalled.
-        max_connections_per_address: None is half of the files that the gateway may open. Behind a proxy, all
-            connections come from its address.
+        max_connections: of each worker. Where it is reached, the oldest idle connection is closed for a new one.
+        max_connections_per_address: None is half of `max_connections`. Behind a proxy, all connections come from its
+            address: name it among `trusted_proxies`, for which this limit does not hold.
+        trusted_proxies: addresses or networks of proxies. The headers X-Forwarded-For and X-Forwarded-Prefix count
+            only if one of them sends the request.
+        request_memory: bytes of memory that the bodies of requests in work may take in all, by an estimate from their
+            bytes and values; with several keys, one key may take half of it.
         access_log: write a line of JSON for each request to standard error; None does so where there are API keys.
         protect_metrics: ask for an API key for /metrics and /openapi.json too.
         allowed_hosts: names that requests may give in the Host header, without the port. None allows all where there
@@ -144,7 +153,10 @@ class GatewayConfig(BaseModel):
     drain_seconds: Positive = 30
     probe_seconds: Positive = 2
     prompt_tokens_per_second: Positive = 1000
+    max_connections: Count = 4096
     max_connections_per_address: Count | None = None
+    trusted_proxies: tuple[Annotated[str, AfterValidator(_network)], ...] = ()
+    request_memory: Count = 96 << 20
     access_log: bool | None = None
     protect_metrics: bool = False
     allowed_hosts: tuple[str, ...] | None = None

@@ -1,48 +1,136 @@
-"""How many connections the gateway keeps, in all and from one address."""
+"""How many connections the gateway keeps, and what those that wait may hold in memory.
+
+A limit that is reached costs the oldest idle connection its place, not the newcomer: whoever opens many connections
+and sends nothing keeps no other client out.
+"""
 
 from __future__ import annotations
 
+import ipaddress
 import logging
 import resource
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
+from functools import lru_cache
+from typing import Protocol
 
 _RESERVED = 128  # files for everything but clients
 _LOG_SECONDS = 60
+_MOST_PARTIAL = 16 << 20  # bytes of unfinished headers, and of bodies behind a request that runs
+_MOST_UNREAD = 128  # connections whose client does not read: each holds up to 64 KiB and one answer
 _log = logging.getLogger(__name__)
 
 
+class Connection(Protocol):
+    """What is counted.
+
+    Attributes:
+        held: bytes that it has sent and that no request has taken yet.
+    """
+
+    held: int
+
+    def drop(self) -> None:
+        """Close it at once."""
+
+
 class Connections:
-    """Counts the connections of each address.
+    """Counts the connections of each address; IPv6 addresses count by their /64 networks.
 
     Args:
         most: connections in all.
         most_per_address: connections of one address.
+        trusted: networks of proxies, whose connections are those of many clients.
     """
 
-    def __init__(self, most: int, most_per_address: int) -> None:
+    def __init__(self, most: int, most_per_address: int, trusted: tuple[str, ...] = ()) -> None:
         self._most = most
         self._most_per_address = most_per_address
+        self._trusted = trusted
         self._open = Counter[str]()
+        self._idle: dict[str, OrderedDict[Connection, None]] = {}  # by address, the oldest first
+        self._partial: OrderedDict[Connection, None] = OrderedDict()
+        self._held = 0
+        self._unread: OrderedDict[Connection, None] = OrderedDict()
         self._told_at = float("-inf")
 
-    def enter(self, address: str) -> bool:
-        """Count one more of an address; False if it has too many, or all together have."""
-        total = self._open.total()
-        if total >= self._most:
-            self._tell(f"{total} connections are open, which is the most; new ones are closed at once")
-            return False
-        if self._open[address] >= self._most_per_address:
+    def enter(self, connection: Connection, address: str) -> bool:
+        """Count one more of an address; False if it has too many, or all together have, and none of them is idle."""
+        address = _network(address)
+        if self._open[address] >= self._most_per_address and not is_trusted(address, self._trusted):
             self._tell(f"{address} has {self._open[address]} connections, which is the most of one address")
-            return False
+            if not self._evict(address):
+                return False
+        elif self._open.total() >= self._most:
+            self._tell(f"{self._open.total()} connections are open, which is the most")
+            if not any(map(self._evict, sorted(self._idle, key=self._open.__getitem__, reverse=True))):
+                return False
         self._open[address] += 1
+        self.idle(connection, address)
         return True
 
-    def leave(self, address: str) -> None:
+    def leave(self, connection: Connection, address: str) -> None:
         """Count one less of an address."""
+        address = _network(address)
+        self.busy(connection, address)
+        self.release(connection)
+        self._unread.pop(connection, None)
         self._open[address] -= 1
         if not self._open[address]:
             del self._open[address]
+
+    def idle(self, connection: Connection, address: str) -> None:
+        """It waits for a request from now on."""
+        self._idle.setdefault(_network(address), OrderedDict())[connection] = None
+
+    def busy(self, connection: Connection, address: str) -> None:
+        """It has a request from now on."""
+        address = _network(address)
+        mine = self._idle.get(address, OrderedDict())
+        mine.pop(connection, None)
+        if not mine:
+            self._idle.pop(address, None)
+
+    def hold(self, connection: Connection, count: int) -> None:
+        """Count bytes that no request has taken yet; beyond the limit, the oldest connections are closed."""
+        connection.held += count
+        self._held += count
+        self._partial[connection] = None
+        while self._held > _MOST_PARTIAL:
+            oldest, _ = self._partial.popitem(last=False)
+            self._held -= oldest.held
+            oldest.held = 0
+            self._tell(f"unfinished requests hold {_MOST_PARTIAL >> 20} MiB; the oldest connections are closed")
+            oldest.drop()
+
+    def release(self, connection: Connection) -> None:
+        """A request has taken all of its bytes."""
+        if self._partial.pop(connection, self) is None:
+            self._held -= connection.held
+            connection.held = 0
+
+    def unread(self, connection: Connection) -> None:
+        """Its client does not read; beyond the limit, the one that has not read for longest is closed."""
+        self._unread[connection] = None
+        if len(self._unread) > _MOST_UNREAD:
+            oldest, _ = self._unread.popitem(last=False)
+            self._tell(f"more than {_MOST_UNREAD} clients do not read their answers; the oldest are closed")
+            oldest.drop()
+
+    def read(self, connection: Connection) -> None:
+        """Its client reads again."""
+        self._unread.pop(connection, None)
+
+    def _evict(self, address: str) -> bool:
+        """Close the oldest idle connection of an address; False if it has none."""
+        mine = self._idle.get(address)
+        if not mine:
+            return False
+        oldest, _ = mine.popitem(last=False)
+        if not mine:
+            del self._idle[address]
+        oldest.drop()
+        return True
 
     def _tell(self, what: str) -> None:
         if time.monotonic() - self._told_at > _LOG_SECONDS:
@@ -50,12 +138,34 @@ class Connections:
             _log.warning("%s", what)
 
 
-def connection_limits(per_address: int | None) -> Connections:
-    """Limits from how many files this process may open.
+def connection_limits(most: int, per_address: int | None, trusted: tuple[str, ...] = ()) -> Connections:
+    """Limits, within what this process may open.
 
     Args:
-        per_address: None is half of them.
+        per_address: None is half of all.
     """
     files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = (1 << 20 if files == resource.RLIM_INFINITY else files) - _RESERVED
-    return Connections(most, per_address or max(1, most // 2))
+    if files != resource.RLIM_INFINITY:
+        most = max(1, min(most, files - _RESERVED))
+    return Connections(most, per_address or max(1, most // 2), trusted)
+
+
+@lru_cache(4096)
+def is_trusted(address: str, networks: tuple[str, ...]) -> bool:
+    """Whether an address, or the network that it counts by, is in one of the networks."""
+    try:
+        network = ipaddress.ip_network(address)
+        others = [ipaddress.ip_network(other) for other in networks]
+    except ValueError:
+        return False
+    return any(network.version == other.version and network.subnet_of(other) for other in others)  # type: ignore[arg-type]
+
+
+@lru_cache(4096)
+def _network(address: str) -> str:
+    if ":" not in address:
+        return address
+    try:
+        return str(ipaddress.ip_network((address.partition("%")[0], 64), strict=False))
+    except ValueError:
+        return address

@@ -6,6 +6,8 @@ Anthropic's clients find theirs in the same object: it also has `"type": "error"
 from __future__ import annotations
 
 import json
+import logging
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,14 @@ import grpc
 from trtqwen.diagnostics import TrtQwenError
 
 _ENGINE_ERRORS = Path(__file__).with_name("engine_errors.json")
+_INNER = (
+    re.compile(r"\[enforce fail at [^\]]*\]"),
+    re.compile(r"\S+\.(?:cpp|cu|cc|h|py):\d+"),
+    re.compile(r"(?:/[\w.+@-]+){2,}/?"),
+    re.compile(r"\b\d{1,3}(?:\.\d{1,3}){3}(?::\d+)?|\[[0-9a-f:]+\]:\d+"),
+    re.compile(r"\b(?:trtqwen-[0-9a-f]+\S*)"),
+)
+_log = logging.getLogger(__name__)
 _TYPES = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -70,8 +80,16 @@ def from_engine(text: str) -> ApiError:
     for known in _known():
         if known["text"] in text:
             status: int = known["status"]
-            return ApiError(status, text, known["code"], retry_after=1 if status in (429, 503) else None)
-    return ApiError(500, f"the engine failed: {text}", "engine_error")
+            return ApiError(status, public(text), known["code"], retry_after=1 if status in (429, 503) else None)
+    _log.error("the engine failed: %s", text)
+    return ApiError(500, f"the engine failed: {public(text)}", "engine_error")
+
+
+def public(text: str) -> str:
+    """An engine's text without what clients need not know: paths, addresses, places in source files."""
+    for pattern in _INNER:
+        text = pattern.sub("...", text)
+    return text
 
 
 def from_rpc(address: str, problem: grpc.RpcError) -> ApiError:

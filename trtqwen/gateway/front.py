@@ -10,6 +10,7 @@ from contextvars import ContextVar
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trtqwen.gateway.connections import is_trusted
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
@@ -26,13 +27,15 @@ class Front:
     - HEAD is answered as GET, without the body.
 
     Args:
-        prefix: of all paths, such as `/llm`; a proxy may also name it in `X-Forwarded-Prefix`.
+        prefix: of all paths, such as `/llm`; a trusted proxy may also name it in `X-Forwarded-Prefix`.
+        trusted: networks of proxies, whose `X-Forwarded-For` names the client.
     """
 
-    def __init__(self, app: ASGIApp, metrics: Metrics, prefix: str = "") -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics, prefix: str = "", trusted: tuple[str, ...] = ()) -> None:
         self._app = app
         self._metrics = metrics
         self._prefix = prefix
+        self._trusted = trusted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -42,7 +45,10 @@ class Front:
         given = headers.get(b"x-request-id", b"")
         request_id = given.decode() if _ID.fullmatch(given) else uuid.uuid4().hex
         token = _current.set(request_id)
-        scope = {**scope, "path": self._path(scope["path"], headers)}
+        forwarded = bool(self._trusted and scope["client"]) and is_trusted(scope["client"][0], self._trusted)
+        scope = {**scope, "path": self._path(scope["path"], headers if forwarded else {})}
+        if forwarded:
+            scope["client"] = self._client(headers, scope["client"])
         scope["state"] = {**scope.get("state", {}), "request_id": request_id}
         if scope.get("method") == "HEAD":
             scope["method"] = "GET"  # the server itself leaves out the body
@@ -62,6 +68,14 @@ class Front:
                 await self._app(scope, receive, send_with_id)
         finally:
             _current.reset(token)
+
+    def _client(self, headers: dict[bytes, bytes], proxy: tuple[str, int]) -> tuple[str, int]:
+        """The address behind the trusted proxies: each adds the one that it sees at the end."""
+        chain = [part.strip() for part in headers.get(b"x-forwarded-for", b"").decode("latin-1").split(",")]
+        for address in reversed(chain):
+            if address and not is_trusted(address, self._trusted):
+                return (address[:64], 0)
+        return proxy
 
     def _path(self, path: str, headers: dict[bytes, bytes]) -> str:
         path = _SLASHES.sub("/", path)

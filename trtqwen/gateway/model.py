@@ -20,8 +20,8 @@ from trtqwen.triton.launch import replica_count
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
 _CUT_TOKENS = 16
 _EXTENSIONS = {
-    "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt"}),
-    "vllm": frozenset({"min_p"}),
+    "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt", "owner", "tell_stop"}),
+    "vllm": frozenset({"min_p", "tell_stop"}),
 }
 
 
@@ -38,7 +38,7 @@ class ServedModel:
         reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
         extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of likely tokens and
-            of prompts) and `structural_tags`.
+            of prompts), `structural_tags`, `cache_salt`, `owner` and `tell_stop`; see docs/extensions.md.
     """
 
     name: str

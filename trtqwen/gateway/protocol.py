@@ -22,13 +22,14 @@ from trtqwen.gateway.connections import Connections, connection_limits
 _FIRST_PROBE, _LONGEST_PAUSE = 0.2, 5.0  # seconds
 _MOST_PIPELINED = 16  # requests that wait behind one of the same connection
 _UNREAD_SECONDS = 60
+_END_OF_HEADERS = b"\r\n\r\n"
 _PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"  # clients must skip 1xx answers: RFC 9110, 15.2
 
 
 def protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
     """The protocol class with the limits of a config."""
 
-    limits = connection_limits(config.max_connections_per_address)
+    limits = connection_limits(config.max_connections, config.max_connections_per_address, config.trusted_proxies)
 
     class Configured(_Protocol):
         max_header_bytes = config.max_header_bytes
@@ -44,9 +45,10 @@ class _Protocol(HttpToolsProtocol):
     max_header_bytes: int
     header_seconds: float
     connection_limits: Connections
+    held = 0
     _too_late: asyncio.TimerHandle
     _unread: asyncio.TimerHandle | None = None
-    _counted = False
+    _counted = _began = False
     _probe: asyncio.TimerHandle | None = None
     _ignores_upgrade = False
     _method = _version = b""
@@ -54,9 +56,13 @@ class _Protocol(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._expect_headers()
-        self._counted = self.connection_limits.enter(self._address)
+        self._counted = self.connection_limits.enter(self, self._address)
         if not self._counted:
             transport.abort()
+
+    def drop(self) -> None:
+        """Close the connection at once: others need its place."""
+        self.transport.abort()
 
     @property
     def _address(self) -> str:
@@ -65,20 +71,27 @@ class _Protocol(HttpToolsProtocol):
     def pause_writing(self) -> None:
         """Give a client that does not read what it has asked for so long, and no longer."""
         super().pause_writing()
+        self.connection_limits.unread(self)
         if self._unread is None:
             self._unread = self.loop.call_later(_UNREAD_SECONDS, self.transport.abort)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.connection_limits.read(self)
         if self._unread is not None:
             self._unread.cancel()
             self._unread = None
 
     def data_received(self, data: bytes) -> None:
-        if self._in_headers:
-            self._header_bytes += len(data)
         self._unset_keepalive_if_required()
+        self._began = False
         self._feed(data)
+        if self._in_headers:
+            # Of a chunk in which the request began, what comes before it is another's.
+            own = len(data.rpartition(_END_OF_HEADERS)[2]) if self._began else len(data)
+            self._header_bytes += own
+            if not self.transport.is_closing():
+                self.connection_limits.hold(self, own)
         if self._in_headers and self._header_bytes > self.max_header_bytes and not self.transport.is_closing():
             self.transport.write(b"HTTP/1.1 431 \r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
             self.transport.close()
@@ -93,8 +106,18 @@ class _Protocol(HttpToolsProtocol):
         self._probe = self.loop.call_later(_FIRST_PROBE, self._ask, _FIRST_PROBE)
         return True
 
+    def on_body(self, body: bytes) -> None:
+        if self.pipeline:
+            self.connection_limits.hold(self, len(body))  # its request has not begun
+        super().on_body(body)
+
     def on_response_complete(self) -> None:
+        behind = bool(self.pipeline)
         super().on_response_complete()
+        if not behind:
+            self.connection_limits.release(self)
+            if self._counted:
+                self.connection_limits.idle(self, self._address)
         if self._probe is not None and self.cycle.response_complete:
             self.transport.close()
 
@@ -103,6 +126,7 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()
             raise ConnectionAbortedError  # the parser stops here
         self._too_late.cancel()
+        self._began = True
         self._expect_headers()
         super().on_message_begin()
 
@@ -123,6 +147,9 @@ class _Protocol(HttpToolsProtocol):
         self._ignores_upgrade = False
         self._too_late.cancel()
         self._in_headers = False
+        self.connection_limits.busy(self, self._address)
+        if not self.pipeline:
+            self.connection_limits.release(self)
         super().on_headers_complete()
         if self.cycle is None or self.cycle.scope is not self.scope:
             return
@@ -137,7 +164,7 @@ class _Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._too_late.cancel()
         if self._counted:
-            self.connection_limits.leave(self._address)
+            self.connection_limits.leave(self, self._address)
         if self._unread is not None:
             self._unread.cancel()
         self.pipeline.clear()
@@ -169,10 +196,11 @@ class _Protocol(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         protocol: Any = self.transport.get_protocol()
         lost, counted, self._counted = protocol.connection_lost, self._counted, False
+        self.connection_limits.busy(self, self._address)
 
         def connection_lost(problem: Exception | None) -> None:
             if counted:
-                self.connection_limits.leave(self._address)
+                self.connection_limits.leave(self, self._address)
             lost(problem)
 
         protocol.connection_lost = connection_lost

@@ -11,12 +11,12 @@ import os
 import signal
 import socket
 import sys
-import tempfile
 from asyncio.subprocess import DEVNULL, Process
 from contextlib import ExitStack, suppress
 
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.system.leftovers import workspace
 
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # `metrics.SHARED_DIRECTORY`, which may be imported only once it is set
 
@@ -28,8 +28,8 @@ def run_workers(config: GatewayConfig, listener: socket.socket, count: int) -> N
         InputError: if the config cannot be used.
         ServerError: if a worker ends by itself.
     """
-    with tempfile.TemporaryDirectory(prefix="trtqwen-metrics-") as metrics:
-        os.environ[_METRICS] = metrics
+    with workspace("metrics") as metrics:
+        os.environ[_METRICS] = str(metrics)
         asyncio.run(_run(config, listener, count))
 
 

@@ -6,18 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Template, TemplateError, meta, nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import meta
 
 from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.files import shown
+from trtqwen.hf.template_process import PATIENCE, TemplateRefusal, TemplateTimeout, environment, run_template
 
 TEMPLATE_FILE, TEMPLATE_DIRECTORY = "chat_template.jinja", "additional_chat_templates"
 DEFAULT, TOOL_USE = "default", "tool_use"
@@ -30,6 +27,10 @@ _PROBES: tuple[Messages, ...] = (
 )
 
 
+class SlowTemplate(InputError):
+    """A template was not done in time."""
+
+
 @dataclass(frozen=True)
 class ChatTemplate:
     """Turns conversations into prompts.
@@ -37,10 +38,12 @@ class ChatTemplate:
     Attributes:
         texts: Jinja sources by name; `default` is among them.
         special_tokens: variables of every template, such as `bos_token`.
+        patience: seconds that a template may take.
     """
 
     texts: Mapping[str, str]
     special_tokens: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    patience: float = PATIENCE
 
     @property
     def takes_tools(self) -> bool:
@@ -83,6 +86,7 @@ class ChatTemplate:
             arguments: further variables, such as `enable_thinking`; they replace special tokens of the same name.
 
         Raises:
+            SlowTemplate: if it takes longer than `patience`.
             InputError: if the template is broken or refuses the messages.
         """
         if continue_final_message and add_generation_prompt:
@@ -92,16 +96,22 @@ class ChatTemplate:
         name = TOOL_USE if tools is not None and TOOL_USE in self.texts else DEFAULT
         shown_messages = _marked(messages) if continue_final_message else messages
         try:
-            text = _compiled(self.texts[name]).render(
-                **{**self.special_tokens, **arguments},
-                messages=shown_messages,
-                tools=tools,
-                documents=documents,
-                add_generation_prompt=add_generation_prompt,
+            text = run_template(
+                self.texts[name],
+                {
+                    **self.special_tokens,
+                    **arguments,
+                    "messages": shown_messages,
+                    "tools": tools,
+                    "documents": documents,
+                    "add_generation_prompt": add_generation_prompt,
+                },
+                self.patience,
             )
-        except Exception as problem:  # a template is a stranger's program: it can fail in any way
-            raise InputError(
-                f"the chat template refuses these messages: {_words(problem)}",
+        except TemplateRefusal as problem:
+            kind = SlowTemplate if isinstance(problem, TemplateTimeout) else InputError
+            raise kind(
+                f"the chat template refuses these messages: {problem}",
                 "send messages of the roles and fields that the template expects",
             ) from None
         return _cut(text, messages) if continue_final_message else text
@@ -114,10 +124,10 @@ class ChatTemplate:
         """
         for name, text in self.texts.items():
             try:
-                _compiled(text)
-            except TemplateError as problem:
+                run_template(text, None)
+            except TemplateRefusal as problem:
                 raise SourceError(
-                    f"{where}: the chat template {name!r} is broken ({_words(problem)})", "correct the template"
+                    f"{where}: the chat template {name!r} is broken ({problem})", "correct the template"
                 ) from None
         problems = []
         for probe in _PROBES:
@@ -131,7 +141,7 @@ class ChatTemplate:
     def standalone(self) -> str:
         """The default template with the special tokens that it reads set in it: it renders alike without them."""
         text = self.texts[DEFAULT]
-        read = meta.find_undeclared_variables(_environment().parse(text))
+        read = meta.find_undeclared_variables(environment().parse(text))
         lines = [
             f"{{% set {name} = {json.dumps(value, ensure_ascii=False)} %}}\n"
             for name, value in self.special_tokens.items()
@@ -237,54 +247,3 @@ def _cut(text: str, messages: Messages) -> str:
     at = text.rindex(mark)
     # A template that strips contents has dropped the mark's trailing space, and means no space before it either.
     return text[:at] if text[at : at + len(_CUT)] == _CUT else text[:at].rstrip()
-
-
-def _words(problem: Exception) -> str:
-    words = " ".join(str(problem).split())
-    return words if isinstance(problem, TemplateError) and words else f"{type(problem).__name__}: {words}"
-
-
-class _Generation(Extension):
-    """`{% generation %}` marks what the assistant said, for training; a prompt shows its content."""
-
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own declaration)
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return nodes.CallBlock(self.call_method("_content"), [], [], body).set_lineno(line)
-
-    def _content(self, caller: Any) -> str:
-        return str(caller())
-
-
-@cache
-def _compiled(text: str) -> Template:
-    return _environment().from_string(text)
-
-
-@cache
-def _environment() -> ImmutableSandboxedEnvironment:
-    """jinja2's sandbox, because a template is data from a model directory."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
-    )
-    environment.globals["raise_exception"] = _refuse
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes what HTML needs, which a prompt does not.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

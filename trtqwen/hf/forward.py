@@ -41,8 +41,7 @@ class LayerwiseModel:
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Embeddings of a sequence, [tokens, hidden]; reads only the rows asked for."""
-        rows = self._source.tensor("model.embed_tokens.weight")[token_ids]
-        self._source.finish("model.embed_tokens.weight")
+        rows = self._source.rows("model.embed_tokens.weight", token_ids)
         return to_torch(rows).to(self._device, self._dtype)
 
     def layer(self, index: int) -> DecoderLayer:

@@ -1,9 +1,9 @@
-"""The tensors of a Hugging Face model directory, single-file or sharded, read lazily from memory-mapped files."""
+"""The tensors of a Hugging Face model directory, single-file or sharded, read lazily."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -63,8 +63,17 @@ class HfModel:
         return self._reader(name).spec(self._alias.get(name, name))
 
     def tensor(self, name: str) -> Array:
-        """A read-only view of the tensor, in the file's own dtype."""
+        """The tensor, read-only, in the file's own dtype."""
         return self._reader(name).tensor(self._alias.get(name, name))
+
+    def rows(self, name: str, indices: Sequence[int]) -> Array:
+        """A copy of some rows of a tensor; reads nothing else."""
+        return self._reader(name).rows(self._alias.get(name, name), indices)
+
+    def map_files(self, mapped: bool) -> None:
+        """Whether tensors are views of the mapped files: safe while no other process can cut a file short."""
+        for reader in self._readers.values():
+            reader.mapped = mapped
 
     def examine(self, name: str) -> float:
         """Read the tensor, take its digest, and return its largest magnitude.
@@ -106,11 +115,8 @@ class HfModel:
         for name in reader:
             if self._owner[name] is not reader or name not in used:
                 digests[name] = reader.examine(name)[0]
-                reader.release(name)
                 continue
-            if name not in self._examined:
-                self.examine(name)
-                self.finish(name)
+            self.examine(name)
             digests[name] = self._examined[name][0]
         return digests
 

@@ -92,7 +92,7 @@ def _opened(directory: Path, names: Iterable[str]) -> Weights:
         if path.is_file():
             with path.open("rb") as opened:
                 check_downloaded(path, opened.read(128))
-        reader = readers[file] = SafetensorsReader(path, SourceError)
+        reader = readers[file] = SafetensorsReader(path, SourceError, mapped=False)
         for name in reader:
             if name in owner and not same_tensor(owner[name], name, reader, name):
                 first = owner[name].path.relative_to(directory)
@@ -127,7 +127,7 @@ def _beside_index(directory: Path, shards: list[str]) -> Weights:
 
 def _compare(directory: Path, weights: Weights, others: Iterable[str]) -> None:
     for file in others:
-        reader = SafetensorsReader(directory / file, SourceError)
+        reader = SafetensorsReader(directory / file, SourceError, mapped=False)
         for name in reader:
             if name in weights.owner and not same_tensor(weights.owner[name], name, reader, name):
                 raise SourceError(
@@ -148,13 +148,9 @@ def same_tensor(first: SafetensorsReader, name: str, second: SafetensorsReader, 
     """Whether two tensors have equal shapes and values; dtypes may differ."""
     if first.spec(name).shape != second.spec(other).shape:
         return False
-    one, two = (np.atleast_1d(reader.tensor(key)) for reader, key in ((first, name), (second, other)))
-    for start in range(0, len(one), _ROWS):
-        mine, theirs = one[start : start + _ROWS], two[start : start + _ROWS]
+    for mine, theirs in zip(first.blocks(name, _ROWS), second.blocks(other, _ROWS), strict=True):
         if mine.tobytes() != theirs.tobytes() and not np.array_equal(mine, theirs):
             return False
-    first.release(name)
-    second.release(other)
     return True
 
 

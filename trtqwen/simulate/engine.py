@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from trtqwen.executor.request import Request
-from trtqwen.executor.scheduler import Generated, Scheduler, SchedulerConfig, Step
+from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
+from trtqwen.executor.sequence import Generated, Step
 
 
 @dataclass(frozen=True)

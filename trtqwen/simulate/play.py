@@ -10,7 +10,7 @@ from trtqwen.bench.records import RequestRecord
 from trtqwen.bench.workload import Ask
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import Request
-from trtqwen.executor.scheduler import Generated
+from trtqwen.executor.sequence import Generated
 from trtqwen.simulate.engine import VirtualEngine
 
 OnDone = Callable[[int], None]

@@ -6,7 +6,7 @@ that came about (the kernel closes a killed process's pipes). Keys of the object
     command, environment: the program, its arguments and all of its environment.
     directory: where it runs.
     orphaned: [signal, seconds] pairs: what the program gets when the owner has ended, and how long each may take.
-    remove: directories to remove then.
+    remove: directories to remove then, with what `ENVIRONMENTS` in them names.
     shared_memory: prefix of files in /dev/shm to remove then; may be empty.
 
 Every descendant of the program, in any session, becomes a child of this process when its own
@@ -30,6 +30,11 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT = 1  # field of /proc/PID/stat, counted after the program's name
+# Triton's python backend makes an empty directory at its start, always in /tmp, and removes it at an
+# orderly end. A file of this name says which were there before: {"before": [name], "since": Unix time}.
+ENVIRONMENTS = "environments"
+ENVIRONMENT_HOME, ENVIRONMENT_PREFIX = "/tmp", "python_env_"
+ENVIRONMENT_SECONDS = 60  # from the start until the backend is loaded, at most
 
 
 def main() -> None:
@@ -160,11 +165,36 @@ def descendants() -> "set[int]":
     return found
 
 
+def environments() -> "list[str]":
+    """Names of the directories that python backends have made."""
+    with suppress(OSError):
+        return [name for name in os.listdir(ENVIRONMENT_HOME) if name.startswith(ENVIRONMENT_PREFIX)]
+    return []
+
+
+def remove_environments(record: str) -> None:
+    """Remove the empty directories that a python backend has made since the file `record` was written."""
+    try:
+        with open(record) as file:
+            content = json.load(file)
+        before, since = set(content["before"]), float(content["since"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for name in environments():
+        path = os.path.join(ENVIRONMENT_HOME, name)
+        with suppress(OSError):
+            status = os.lstat(path)
+            recent = since - 1 <= status.st_mtime <= since + ENVIRONMENT_SECONDS
+            if name not in before and recent and status.st_uid == os.getuid():
+                os.rmdir(path)
+
+
 def clear(spec: dict[str, Any]) -> None:
     """Remove what the owner would have removed."""
     import shutil
 
     for directory in spec["remove"]:
+        remove_environments(os.path.join(directory, ENVIRONMENTS))
         shutil.rmtree(directory, ignore_errors=True)
     prefix = spec["shared_memory"]
     for name in os.listdir("/dev/shm") if prefix else ():

@@ -1,4 +1,4 @@
-"""What a server keeps outside its directories: a temporary directory and files in /dev/shm.
+"""What commands keep outside their directories: temporary directories, and files in /dev/shm.
 
 Each carries a file that its owner keeps locked. The kernel drops the lock of a process that has ended, however it
 ended, in this container or in another that shares the directory: whoever gets the lock may remove the rest.
@@ -10,20 +10,28 @@ import fcntl
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trtqwen.system.guardian import ENVIRONMENTS, remove_environments
+
 SHARED_MEMORY = Path("/dev/shm")
 _PREFIX = "trtqwen-"
 _OWNER = "owner"  # ends the name of the locked file
+_YOUNG_SECONDS = 60  # a directory without an owner file may get one
 
 
 @contextmanager
-def workspace() -> Iterator[Path]:
-    """A new temporary directory, readable by us alone, until the block ends."""
-    directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
-    descriptor = _lock(directory / _OWNER)
+def workspace(kind: str = "") -> Iterator[Path]:
+    """A new temporary directory, readable by this user alone, until the block ends.
+
+    Args:
+        kind: part of its name, for people.
+    """
+    directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-" if kind else _PREFIX))
+    descriptor = _own(directory / _OWNER)
     try:
         yield directory
     finally:
@@ -34,7 +42,7 @@ def workspace() -> Iterator[Path]:
 @contextmanager
 def shared_memory(prefix: str) -> Iterator[None]:
     """Own every file in /dev/shm whose name begins with `prefix`, until the block ends."""
-    descriptor = _lock(SHARED_MEMORY / f"{prefix}{_OWNER}")
+    descriptor = _own(SHARED_MEMORY / f"{prefix}{_OWNER}")
     try:
         yield
     finally:
@@ -44,14 +52,32 @@ def shared_memory(prefix: str) -> Iterator[None]:
 
 def sweep() -> None:
     """Remove the temporary directories and the files in /dev/shm whose owner has ended."""
-    for owner in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_OWNER}"):
-        if (descriptor := _lock(owner, create=False)) is not None:
-            shutil.rmtree(owner.parent, ignore_errors=True)
-            _close(descriptor)
+    for directory in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            if directory.lstat().st_uid == os.getuid() and directory.is_dir() and not directory.is_symlink():
+                _sweep_directory(directory)
     for owner in SHARED_MEMORY.glob(f"{_PREFIX}*{_OWNER}"):
-        if (descriptor := _lock(owner, create=False)) is not None:
+        if (descriptor := _lock(owner)) is not None:
             _remove_shared_memory(owner.name.removesuffix(_OWNER))
             _close(descriptor)
+    for unlocked in SHARED_MEMORY.glob(f"{_PREFIX}*{_unowned(_OWNER)}"):
+        with suppress(OSError):
+            if time.time() - unlocked.stat().st_mtime > _YOUNG_SECONDS:
+                unlocked.unlink()
+
+
+def _sweep_directory(directory: Path) -> None:
+    owner = directory / _OWNER
+    if not owner.exists():
+        # Its owner has ended, or will take it in a moment. Only an empty one is certainly abandoned.
+        if time.time() - directory.stat().st_mtime > _YOUNG_SECONDS:
+            (directory / _unowned(_OWNER)).unlink(missing_ok=True)
+            directory.rmdir()
+        return
+    if (descriptor := _lock(owner)) is not None:
+        remove_environments(os.fspath(directory / ENVIRONMENTS))
+        shutil.rmtree(directory, ignore_errors=True)
+        _close(descriptor)
 
 
 def _remove_shared_memory(prefix: str) -> None:
@@ -61,10 +87,33 @@ def _remove_shared_memory(prefix: str) -> None:
             file.unlink()
 
 
-def _lock(path: Path, *, create: bool = True) -> int | None:
+def _own(path: Path) -> int | None:
+    """A descriptor that holds the lock of a new file; None if it cannot be made.
+
+    The file gets its name when it is locked: to a sweep, an owner file without a lock is a dead owner's.
+    """
+    unlocked = path.with_name(_unowned(path.name))
+    try:
+        descriptor = os.open(unlocked, os.O_RDWR | os.O_CLOEXEC | os.O_CREAT | os.O_EXCL, 0o600)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(path)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _unowned(name: str) -> str:
+    return f"{name}.new"
+
+
+def _lock(path: Path) -> int | None:
     """A descriptor that holds the lock of a file; None if another process holds it, or the file cannot be used."""
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | (os.O_CREAT if create else 0), 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

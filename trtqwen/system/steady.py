@@ -29,6 +29,11 @@ class SteadyFiles:
         self._states = {path: _state(path) for path in paths}
         self._leases: dict[Path, int] = {}
 
+    @property
+    def leased(self) -> bool:
+        """Whether the kernel makes writers of every file wait."""
+        return self._leases.keys() == self._states.keys()
+
     def check(self) -> None:
         """Compare every file with the state it was in.
 
@@ -47,7 +52,8 @@ class SteadyFiles:
         """Ask the kernel to make writers wait until the block ends, or until `check` has noticed them.
 
         A lease (fcntl(2)) makes whoever opens a file for writing or truncates it wait. Not every file system has
-        leases, and only a file's owner gets one; without them `check` still compares sizes and times.
+        leases, and only a file's owner gets one; without them, which `leased` tells, `check` still compares sizes
+        and times.
         """
         with ExitStack() as stack:
             for path in self._states:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from trtqwen import __version__
-from trtqwen.artifact import REMEDIES, Manifest, read_manifest
-from trtqwen.diagnostics import InputError
+from trtqwen.artifact import REMEDIES, Manifest, clear_leftovers, load_manifest, read_manifest
+from trtqwen.diagnostics import InputError, OutputError
 
 
 def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
@@ -19,6 +20,7 @@ def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
         InputError: if one of them is not finished, a file is not as it was written, the repository was written for
             another engine, or by another version of trtqwen.
     """
+    clear_build_leftovers(repository)
     manifest = read_manifest(repository, "repository", digests=digests)
     if manifest.tool_version != __version__:
         what = f"{repository}: was written by trtqwen {manifest.tool_version}, this is {__version__}"
@@ -29,3 +31,14 @@ def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
         what = f"{repository}: was written for another engine than the one that is in {engine} now"
         raise InputError(what, REMEDIES["repository"])
     return manifest
+
+
+def clear_build_leftovers(repository: Path) -> None:
+    """Remove what killed builds left next to a repository, its engine and their checkpoint, as far as we may."""
+    places = [repository]
+    with suppress(InputError):
+        engine = Path(str(load_manifest(repository, "repository").parameters.get("engine", "")))
+        places += [engine, engine.with_name("checkpoint")] if engine.name else []
+    for place in places:
+        with suppress(OutputError, OSError):  # a directory of another user, or mounted read-only
+            clear_leftovers(place)

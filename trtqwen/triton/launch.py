@@ -126,6 +126,8 @@ def read_deployment(repository: Path) -> Deployment:
 
 
 def _own_ranks(config: ModelConfig) -> int:
+    if config.parameters["device"].string_value == "cpu":
+        return 0
     engine = Path(config.parameters["gpt_model_path"].string_value)
     return read_engine_config(engine).pretrained_config.mapping.world_size
 
@@ -164,7 +166,7 @@ def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str,
     """
     needed = deployment.servers * deployment.gpus
     python_backend = deployment.engine is None
-    if host is None or (python_backend and (deployment.servers == 1 or not host.gpus)):
+    if host is None or not needed or (python_backend and (deployment.servers == 1 or not host.gpus)):
         return [()] * deployment.servers
     visible = len(host.visible_gpus)
     if visible < needed:

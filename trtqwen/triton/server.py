@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -25,6 +26,7 @@ from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.guarded import Farewell, start_guarded
+from trtqwen.system.guardian import ENVIRONMENTS, environments, remove_environments
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
@@ -204,6 +206,9 @@ class TritonServer(Service):
         environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1"}
         environment[HEARTBEAT] = str(heartbeat)
         environment["TMPDIR"] = str(workspace)  # what its processes keep there goes with it
+        record = workspace / ENVIRONMENTS
+        record.write_text(json.dumps({"before": environments(), "since": time.time()}), encoding="utf-8")
+        self._cleanup.callback(remove_environments, str(record))
         self._claims.close()
         with self._log.open("ab" if self._starts else "wb") as log:
             self._log_start, self._starts = log.tell(), self._starts + 1

@@ -21,6 +21,7 @@ from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_
 Array = npt.NDArray[Any]
 OnFinished = Callable[[int, int], None]
 _ERRORS_KEPT = 1024
+STOPPED = "the answer was stopped by another request"
 
 
 class Sender(Protocol):
@@ -264,6 +265,8 @@ class EngineService:
         def take(response: Response) -> None:
             if response.finish_reason is FinishReason.ERROR:
                 fail(response.error or "the engine gave no reason")
+            elif response.finish_reason is FinishReason.CANCELLED and generation.tell_stop:
+                fail(STOPPED)
             else:
                 try:
                     answer.take(response)

@@ -94,6 +94,7 @@ class Generation:
         places: theirs, in the same order.
         exclude_input: leave the prompt out of an unstreamed answer; None if the request does not say.
         count_input, count_output: add the token counts to each response.
+        tell_stop: an answer that another client stops ends with an error.
     """
 
     requests: tuple[Request, ...]
@@ -102,6 +103,7 @@ class Generation:
     exclude_input: bool | None
     count_input: bool
     count_output: bool
+    tell_stop: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,9 @@ class Extensions(BaseModel):
         return_prompt_log_probs: `context_logits` has such a column for each prompt token instead of logits; the first
             token, which follows nothing, has NaN and ids of -1.
         cache_salt: reuse KV cache blocks of requests with the same salt alone.
+        owner: whose request it is: owners take turns at compiling guides.
+        tell_stop: a request that another client stops ends with an error; otherwise with an empty response, as
+            upstream's do.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -147,6 +152,8 @@ class Extensions(BaseModel):
     num_top_log_probs: int = 0
     return_prompt_log_probs: bool = False
     cache_salt: str = ""
+    owner: str = ""
+    tell_stop: bool = False
 
 
 def read_generation(
@@ -172,8 +179,8 @@ def read_generation(
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
         fields["sampling"]["min_p"] = own.min_p
-        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt"})
-        fields["cache_salt"] = own.cache_salt
+        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt", "owner", "tell_stop"})
+        fields["cache_salt"], fields["owner"] = own.cache_salt, own.owner
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
             places.append(Place(row, sequence))
@@ -184,6 +191,7 @@ def read_generation(
         exclude_input=_any(inputs, "exclude_input_in_output"),
         count_input=bool(_any(inputs, "return_num_input_tokens")),
         count_output=bool(_any(inputs, "return_num_output_tokens")),
+        tell_stop=own.tell_stop,
     )
 
 

@@ -7,9 +7,9 @@ import re
 import shutil
 import signal
 import subprocess
-import tempfile
 import uuid
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 
 import aiohttp
@@ -21,6 +21,7 @@ from trtqwen.facts.vllm import vllm_facts
 from trtqwen.layout import HF_MODEL
 from trtqwen.recipe import VllmSettings
 from trtqwen.system.host import read_host
+from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import Relay, die_with_parent
 from trtqwen.vllm.settings import command_line, cpu_cache_gib, model_bytes, server_options
 
@@ -92,7 +93,8 @@ class VllmServer:
 
     def __init__(self, engine: Path, config: EngineConfig, executor: ExecutorConfig) -> None:
         self._settings = config.vllm or VllmSettings()
-        self._home: tempfile.TemporaryDirectory[str] | None = None
+        self._cleanup = ExitStack()
+        self._home: Path | None = None
         self._process: subprocess.Popen[str] | None = None
         self._relay: Relay | None = None
         self.release: str = self._settings.release
@@ -100,7 +102,7 @@ class VllmServer:
         if self._settings.address is not None:
             self.url = self._settings.address
             return
-        self._home = tempfile.TemporaryDirectory(prefix="trtqwen-vllm-")
+        self._home = self._cleanup.enter_context(workspace("vllm"))
         model = (engine / HF_MODEL).resolve()
         self.command = self._command(model, config, executor)
         self._start(cpu_cache_gib(config, executor))
@@ -138,13 +140,12 @@ class VllmServer:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
-        if self._home is not None:
-            self._home.cleanup()
+        self._cleanup.close()
 
     @property
     def _socket(self) -> Path:
         assert self._home is not None
-        return Path(self._home.name) / "socket"
+        return self._home / "socket"
 
     def _command(self, model: Path, config: EngineConfig, executor: ExecutorConfig) -> list[str]:
         gpus = read_host().visible_gpus

@@ -12,7 +12,8 @@ from starlette.types import Scope
 from trtqwen.gateway.metrics import Metrics
 
 _PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
-_GONE = 499
+_GONE = 499  # the client has gone before the answer
+_LONGEST_PATH = 200  # characters
 _log = logging.getLogger("trtqwen.access")
 
 
@@ -24,34 +25,39 @@ class Tokens(Protocol):
 
 
 class AccessLog:
-    """Writes the lines, and counts requests and tokens by API key.
+    """Counts requests and tokens by API key, and writes the lines.
 
     Args:
-        on: whether it does so.
+        on: whether it writes them.
     """
 
     def __init__(self, metrics: Metrics, *, on: bool) -> None:
         self._metrics = metrics
-        self.on = on
+        self._on = on
 
     def write(self, scope: Scope, status: int, seconds: float, usage: Tokens | None) -> None:
-        """Write a request's line.
+        """Count a request, and write its line.
 
         Args:
             status: of the answer; 0 if the client has gone before it.
             usage: None if the request has made no tokens.
         """
-        if not self.on or scope["path"] in _PROBED:
+        if scope["path"] in _PROBED:
             return
         state: dict[str, Any] = scope["state"]
         key = state["caller"].name if "caller" in state else None
         status = status or _GONE
+        self._metrics.key_requests.labels(key or "-", str(status)).inc()
+        if usage is not None:
+            self._metrics.key_tokens.labels(key or "-").inc(usage.prompt_tokens + usage.output_tokens)
+        if not self._on:
+            return
         entry = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
             "address": scope["client"][0] if scope.get("client") else None,
             "key": key,
             "method": scope.get("method", "WEBSOCKET"),
-            "path": scope["path"],
+            "path": scope["path"][:_LONGEST_PATH],
             "status": status,
             "seconds": round(seconds, 4),
             "prompt_tokens": usage.prompt_tokens if usage is not None else None,
@@ -59,6 +65,3 @@ class AccessLog:
             "request_id": state.get("request_id"),
         }
         _log.info("%s", json.dumps(entry))
-        self._metrics.key_requests.labels(key or "-", str(status)).inc()
-        if usage is not None:
-            self._metrics.key_tokens.labels(key or "-").inc(usage.prompt_tokens + usage.output_tokens)

@@ -7,11 +7,13 @@ import json
 import re
 import time
 from collections.abc import Collection
+from contextlib import AsyncExitStack
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller, Guesses
+from trtqwen.gateway.admission.desk import LONG_BODY, Desk, Share, body_memory
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
@@ -19,7 +21,7 @@ _ADDRESS = re.compile(r"[0-9.]+")
 _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
-_POLICY_VIOLATION = 1008  # of a WebSocket
+_POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013  # of a WebSocket
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -29,7 +31,8 @@ class Guard:
     Args:
         max_header_bytes, max_body_bytes: of a request.
         allowed_hosts: names that the Host header may give; None allows all.
-        access_log: write a line for each request, and count requests and tokens by key.
+        desk: bounds the memory of bodies, and lets long ones in by turns.
+        access_log: write a line for each request.
         protect_metrics: ask for a key for the metrics and the description of the routes too.
         body_seconds: for the whole body.
     """
@@ -43,6 +46,7 @@ class Guard:
         max_header_bytes: int,
         max_body_bytes: int,
         body_seconds: float,
+        desk: Desk,
         allowed_hosts: Collection[str] | None = None,
         access_log: bool = False,
         protect_metrics: bool = False,
@@ -53,6 +57,7 @@ class Guard:
         self._max_header_bytes = max_header_bytes
         self._max_body_bytes = max_body_bytes
         self._body_seconds = body_seconds
+        self._desk = desk
         self._allowed_hosts = allowed_hosts
         self._access_log = AccessLog(metrics, on=access_log)
         self._protected = (*_PROTECTED, *(_METRICS if protect_metrics else ()))
@@ -64,10 +69,6 @@ class Guard:
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
-            return
-        if not self._access_log.on:
-            scope.setdefault("state", {})
-            await self._admit(scope, receive, send)
             return
         begun, status = time.monotonic(), 0
         state = scope.setdefault("state", {})
@@ -110,23 +111,37 @@ class Guard:
             await self._refuse(problem, send)
             return
         if not scope["path"].startswith(self._protected):
-            await self._app(scope, receive, send)
+            # The body of such a request, if it has one, is not read: the connection ends with the answer.
+            has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+            await self._app(scope, receive, _closing(send) if has_body else send)
             return
+        async with AsyncExitStack() as stack:
+            await self._serve(scope, receive, send, headers, stack)
+
+    async def _serve(
+        self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes], stack: AsyncExitStack
+    ) -> None:
+        """Let a request in by its key, and hand it on with its whole body."""
         try:
             self._check_size(scope)
             caller = self._authenticate(scope, headers)
             scope["state"]["caller"] = caller
             if scope["method"] == "POST":
                 caller.charge_request(time.monotonic())
-            body = await asyncio.wait_for(self._body(headers, receive), self._body_seconds)
+            share = stack.enter_context(self._desk.share(caller.name))
+            body = await asyncio.wait_for(self._body(headers, receive, share), self._body_seconds)
+            if body is None:
+                return
+            share.grow(body_memory(body))
+            if len(body) >= LONG_BODY:
+                scope["state"]["turn"] = turn = await stack.enter_async_context(AsyncExitStack())
+                await turn.enter_async_context(self._desk.bodies.turn(caller.name, len(body)))
         except ApiError as problem:
             await self._refuse(problem, send)
             return
         except asyncio.TimeoutError:
             message = f"the request's body was not here within {self._body_seconds:g} s; send it faster"
             await self._refuse(ApiError(408, message, "body_timeout"), send)
-            return
-        if body is None:
             return
         CALLER.set(caller)
         pending = [body]
@@ -155,7 +170,14 @@ class Guard:
             return
         state["caller"] = caller
         CALLER.set(caller)
-        await self._app(scope, receive, send)
+        async with self._desk.socket(caller.name) as allowed:
+            if allowed:
+                await self._app(scope, receive, send)
+                return
+        self._access_log.write(scope, 429, 0.0, None)
+        self._metrics.refused.labels("429", "too_many_sockets").inc()
+        await receive()
+        await send({"type": "websocket.close", "code": _TRY_AGAIN, "reason": "the key has too many WebSockets open"})
 
     def _check_size(self, scope: Scope) -> None:
         size = len(scope["raw_path"]) + len(scope["query_string"])
@@ -164,7 +186,7 @@ class Guard:
             message = f"the request's headers have {size} bytes; {self._max_header_bytes} are allowed"
             raise ApiError(431, message, "headers_too_large")
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> bytes | None:
         """The whole body; None if the client has gone meanwhile."""
         too_large = ApiError(
             413, f"the request's body exceeds {self._max_body_bytes} bytes; send less", "body_too_large"
@@ -180,6 +202,7 @@ class Guard:
             body += message.get("body", b"")
             if len(body) > self._max_body_bytes:
                 raise too_large
+            share.grow(len(body))
             if not message.get("more_body", False):
                 return bytes(body)
 
@@ -189,6 +212,17 @@ class Guard:
         headers += [(name.lower().encode(), value.encode()) for name, value in problem.headers.items()]
         await send({"type": "http.response.start", "status": problem.status, "headers": headers})
         await send({"type": "http.response.body", "body": json.dumps(problem.body).encode()})
+
+
+def _closing(send: Send) -> Send:
+    """Announce that the connection ends with the answer."""
+
+    async def closing(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message.get("headers", ()), (b"connection", b"close")]
+        await send(message)
+
+    return closing
 
 
 def _authorization(headers: dict[bytes, bytes]) -> str | None:

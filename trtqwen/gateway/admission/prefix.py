@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import xxhash
 
 
-def prefixes(token_ids: Sequence[int], tokens_per_block: int) -> tuple[int, ...]:
+def prefixes(token_ids: Sequence[int], tokens_per_block: int, salt: str = "") -> tuple[int, ...]:
     """Hashes of a prompt's beginnings, from the shortest to the longest.
 
     A KV cache shares whole blocks, so a beginning is a number of blocks. Their numbers grow by about a half each
@@ -16,9 +16,10 @@ def prefixes(token_ids: Sequence[int], tokens_per_block: int) -> tuple[int, ...]
 
     Args:
         tokens_per_block: of the KV cache.
+        salt: equal beginnings with another one are different: they share no blocks.
     """
     content = memoryview(array("q", token_ids)).cast("B")
-    digest, done, hashes = xxhash.xxh3_64(), 0, []
+    digest, done, hashes = xxhash.xxh3_64(salt.encode()), 0, []
     for blocks in _lengths(len(token_ids) // tokens_per_block):
         end = blocks * tokens_per_block * 8
         digest.update(content[done:end])

@@ -9,6 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -19,11 +20,13 @@ from pydantic import BaseModel
 from starlette.requests import HTTPConnection
 
 from trtqwen.gateway.admission.auth import Caller
+from trtqwen.gateway.admission.desk import LONG_BODY, Desk
 from trtqwen.gateway.api.chat import ChatPlan, plan_chat
 from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
 from trtqwen.gateway.api.fields import missing_model, refuse_unknown, unknown_fields
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
+from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import GenerationPlan, Usage
 from trtqwen.gateway.state import Runtime
@@ -31,7 +34,6 @@ from trtqwen.gateway.state import Runtime
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
 _log = logging.getLogger(__name__)
-_LONG_BODY = 16 << 10  # bytes, tokenized in some milliseconds
 _IGNORED = "x-trtqwen-ignored"
 _MOST_WARNINGS = 1000  # names of fields that the log has seen
 _warned: set[str] = set()
@@ -72,15 +74,28 @@ class _Utf8Request(Request):
 async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], T]) -> T:
     """Work a request out, if it may come in; a long one in a thread: every stream would wait for its tokenizer.
 
+    A long one holds a turn of the desk, which ends here.
+
     Raises:
         ApiError: if there is no room, the model is another, or the plan refuses it.
     """
     runtime = runtime_of(request)
-    check_model(runtime, getattr(body, "model", None))
-    note_unknown(request, body)
-    runtime.gate.check_room(getattr(body, "priority", None) or 0)
-    length = request.headers.get("content-length", "")
-    return plan() if length.isdigit() and int(length) < _LONG_BODY else await asyncio.to_thread(plan)
+    turn: AsyncExitStack | None = getattr(request.state, "turn", None)
+    try:
+        check_model(runtime, getattr(body, "model", None))
+        note_unknown(request, body)
+        runtime.gate.check_room(getattr(body, "priority", None) or 0)
+        if turn is not None:
+            return await asyncio.to_thread(plan)
+        try:
+            return plan()
+        except NeedsThread:
+            desk: Desk = request.app.state.desk
+            async with desk.bodies.turn(request.state.caller.name, LONG_BODY):
+                return await asyncio.to_thread(plan)
+    finally:
+        if turn is not None:
+            await turn.aclose()
 
 
 async def plan_translated(

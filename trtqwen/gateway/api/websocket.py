@@ -7,7 +7,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing, suppress
+from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from starlette.websockets import WebSocketDisconnect
 
 from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import Caller
+from trtqwen.gateway.admission.desk import Desk, body_memory
 from trtqwen.gateway.api.chat import plan_chat
 from trtqwen.gateway.api.chat_response import ChatAnswers
 from trtqwen.gateway.api.failures import OUR_FAULT, runtime_of
@@ -96,14 +97,20 @@ async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> 
     try:
         caller: Caller = socket.state.caller
         caller.charge_request(begun)
-        body = _read(text, schema)
-        generation, answers = await work_out(socket, body, partial(plan, runtime, socket, body))
-        caller.charge_tokens(generation.reserved_tokens, time.monotonic())
-        usage = answers.usage
-        try:
-            await _send(socket, answers.frames())
-        finally:
-            settle(caller, generation, usage)
+        desk: Desk = socket.app.state.desk
+        async with AsyncExitStack() as stack:
+            content = text.encode("utf-8", "surrogatepass")
+            stack.enter_context(desk.share(caller.name)).grow(body_memory(content))
+            socket.state.turn = turn = await stack.enter_async_context(AsyncExitStack())
+            await turn.enter_async_context(desk.bodies.turn(caller.name, len(content)))
+            body = _read(text, schema)
+            generation, answers = await work_out(socket, body, partial(plan, runtime, socket, body))
+            caller.charge_tokens(generation.reserved_tokens, time.monotonic())
+            usage = answers.usage
+            try:
+                await _send(socket, answers.frames())
+            finally:
+                settle(caller, generation, usage)
     except (WebSocketDisconnect, asyncio.CancelledError):
         status = 0
         runtime.metrics.refused.labels("499", "client_gone").inc()

@@ -15,7 +15,7 @@ from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.admission.prefix import prefixes
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.inputs import Sampling, engine_extensions, engine_inputs
+from trtqwen.gateway.generation.inputs import Sampling, cache_salt, engine_extensions, engine_inputs
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
@@ -201,22 +201,33 @@ class Generator:
     def _prefixes(self, plan: GenerationPlan) -> list[tuple[int, ...]]:
         if not self.prefix_routing:
             return []
-        known = {prompt: prefixes(prompt, self.model.limits.tokens_per_block) for prompt in set(plan.prompts)}
+        block, salt = self.model.limits.tokens_per_block, cache_salt(self.model, plan.sampling, self._caller())
+        known = {prompt: prefixes(prompt, block, salt) for prompt in set(plan.prompts)}
         return [known[prompt] for prompt in plan.prompts]
+
+    def _caller(self) -> str:
+        """Whose KV cache blocks the current request may reuse; empty for everyone's."""
+        return CALLER.get().name if self.isolates_keys else ""
 
     async def _sequence(
         self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage, deadline: float
     ) -> AsyncGenerator[Piece, None]:
         prompt = plan.prompts[index]
         inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
-        caller = CALLER.get().name if self.isolates_keys else ""
-        extensions = engine_extensions(self.model, plan.sampling, caller)
+        salt = cache_salt(self.model, plan.sampling, self._caller())
+        extensions = engine_extensions(self.model, plan.sampling, salt, CALLER.get().name)
+        # A bias takes four bytes for each token of the vocabulary: too much for each of a thousand that wait.
+        large = bool(plan.sampling.bias or plan.sampling.allowed)
+        if large:
+            inputs.clear()
         request = current_span()
         queue = request.child("queue")
         try:
             replica = self.replicas[await self.gate.turn(ticket, deadline)]
         finally:
             queue.end()
+        if large:
+            inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
         span = request.child(
             "engine", **{"trtqwen.replica": replica.address, "gen_ai.usage.input_tokens": len(prompt)}
         )

@@ -110,11 +110,23 @@ def engine_inputs(
     return tensors
 
 
-def engine_extensions(model: ServedModel, sampling: Sampling, caller: str = "") -> dict[str, Any]:
+def cache_salt(model: ServedModel, sampling: Sampling, caller: str) -> str:
+    """What separates the KV cache blocks of a request from those of others; empty shares them with all.
+
+    Args:
+        caller: name of the API key, which shares blocks with itself alone; empty shares them with all keys.
+    """
+    if not (model.reuses_kv_cache and "cache_salt" in model.extensions and (caller or sampling.cache_salt)):
+        return ""
+    return hashlib.sha256(f"{caller}\0{sampling.cache_salt}".encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def engine_extensions(model: ServedModel, sampling: Sampling, salt: str = "", owner: str = "") -> dict[str, Any]:
     """What a plan asks of the engine beyond upstream's tensors; empty if nothing.
 
     Args:
-        caller: name of the API key, which shares KV cache blocks with itself alone; empty shares them with all.
+        salt: as `cache_salt` makes it.
+        owner: name of the API key: keys take turns at the compiler of guides.
 
     Raises:
         ApiError: naming the field, if the engine does not do it.
@@ -132,9 +144,12 @@ def engine_extensions(model: ServedModel, sampling: Sampling, caller: str = "") 
         wanted["return_prompt_log_probs"] = True
     if sampling.cache_salt:
         _require(model, "cache_salt", "cache_salt", "this engine shares KV cache blocks between all requests")
-    if model.reuses_kv_cache and "cache_salt" in model.extensions and (caller or sampling.cache_salt):
-        salt = f"{caller}\0{sampling.cache_salt}".encode("utf-8", "surrogatepass")
-        wanted["cache_salt"] = hashlib.sha256(salt).hexdigest()
+    if salt:
+        wanted["cache_salt"] = salt
+    if sampling.guide is not None and "owner" in model.extensions:
+        wanted["owner"] = hashlib.sha256(owner.encode("utf-8", "surrogatepass")).hexdigest()
+    if "tell_stop" in model.extensions:
+        wanted["tell_stop"] = True
     return wanted
 
 
