@@ -91,9 +91,7 @@ def main() -> None:
         "ratio": statistics.median(ratios),
     }
     (options.output / "grid.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        "\n| | configuration | whole runs | seconds | tokens/s, median |\n| --- | --- | --- | --- | --- |"
-    )
+    print("\n| | configuration | whole runs | seconds | tokens/s, median |\n| --- | --- | --- | --- | --- |")
     for name, one, runs, seconds in (
         ("tune", tuned, search.whole_runs, tuned_seconds),
         ("grid", best, float(len(grid)), grid_seconds),
