@@ -122,6 +122,7 @@ def plan_chat(
         ),
         stop=request.stop_strings,
         keep_stop=bool(request.include_stop_str_in_output),
+        priority=request.priority or 0,
     )
     return ChatPlan(
         generation,

@@ -124,8 +124,8 @@ def rendered(index: int, message: Message) -> dict[str, Any]:
     turn: dict[str, Any] = {"role": role, "content": message.text}
     if message.name is not None:
         turn["name"] = message.name
-    if message.reasoning_content:
-        turn["reasoning_content"] = message.reasoning_content
+    if message.thought:
+        turn["reasoning_content"] = message.thought
     if calls:
         ids = [call.id for call in message.tool_calls or ()] or [None]
         turn["tool_calls"] = [

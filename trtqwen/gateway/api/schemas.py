@@ -116,7 +116,7 @@ class SamplingFields(Schema):
     structural_tag: AnyObject | str | None = None
     regex: str | None = None
     ebnf: str | None = None
-    priority: Annotated[Any, NoEffect("requests are served in the order of their arrival")] = None
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # the lowest first, as at vLLM
     user: Annotated[Any, _TRACKING] = None
     metadata: Annotated[Any, _TRACKING] = None
     service_tier: Annotated[Any, _TRACKING] = None
@@ -207,12 +207,18 @@ class Message(Kept):
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: Any = None  # what vLLM calls it since 0.12
     function_call: CalledFunction | None = None
     audio: None = None
 
     @property
     def text(self) -> str:
         return text_of(self.content)
+
+    @property
+    def thought(self) -> str:
+        """What the assistant thought."""
+        return self.reasoning_content or (self.reasoning if isinstance(self.reasoning, str) else "")
 
 
 class Function(Kept):
