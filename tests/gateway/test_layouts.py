@@ -22,7 +22,7 @@ checkpoint: {dtype: float32}
 engine: {backend: torch, max_batch_size: 4, max_num_tokens: 512, max_seq_len: 512, tokens_per_block: 16}
 serve: {max_tokens_in_paged_kv_cache: 2048}
 """
-# The other layouts differ in config and tokenizer files alone, which tests/hf compares; ALL_LAYOUTS=1 serves them too.
+# The others differ in config and tokenizer files alone, which tests/hf compares; ALL_LAYOUTS=1 serves them too.
 SERVED: tuple[str, ...] = ("r1-distill", "qwq")
 if os.environ.get("ALL_LAYOUTS"):
     SERVED += ("qwen2.5-instruct", "qwen2.5-coder", "qwen2.5-math", "qwen2.5-1m")
