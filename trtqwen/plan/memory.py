@@ -117,7 +117,7 @@ def activation_bytes(config: HfConfig, tp_size: int, value_bytes: int) -> int:
 
 
 def head_bytes(recipe: Recipe, config: HfConfig, value_bytes: int) -> int:
-    """Bytes of a step's end, which reuses the layers' memory: hidden states, and a row of logits for each sequence."""
+    """Bytes of a step's end, which reuses the layers' memory: hidden states and a row of logits of each sequence."""
     rows = recipe.engine.max_batch_size
     return value_bytes * (step_tokens(recipe) * config.hidden_size + rows * config.vocab_size)
 
