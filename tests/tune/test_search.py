@@ -166,6 +166,17 @@ def test_tunes_on_the_simulator(tmp_path: Path) -> None:
     assert "forecasts" in (tmp_path / "qwen2.5-7b-bf16-torch-h100-tuned.yaml").read_text()
 
 
+def test_a_missed_target_is_one_object_and_exit_code_1(tmp_path: Path) -> None:
+    words = (*H100, "--sweep", "engine.max_batch_size=256,512", "--requests", 72, "--time-to-first-token", "1ms")
+    result = run(*words, "--output", tmp_path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["best"] is None
+    assert "beyond it" in report["error"]["what"]
+    assert "error: " in result.stderr
+    assert not list(tmp_path.glob("*.yaml"))
+
+
 def test_layouts_are_tuned_on_the_simulator(tmp_path: Path) -> None:
     words = ("qwen2.5-7b-bf16-tp4-4090d", "--on", "simulator", "--workload", "rag", "--concurrency", 32)
     shorter = ("--output-tokens", 16, "--requests", 288)
