@@ -114,13 +114,29 @@ def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None
     assert not any(map(runs, pids))
 
 
-def test_the_end_of_a_worker_ends_the_gateway(another_gateway: Any) -> None:
+def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) -> None:
     running = another_gateway(workers=2)
-    pids = workers(running)
-    os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(ServerError, match="a gateway worker ended with code -9"):
-        wait_for(running.gateway.check)
-    assert not any(map(runs, pids))
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        old, other = sorted(workers(running))
+        os.kill(old, number)
+        assert wait_for(lambda old=old: not runs(old) and len(workers(running)) == 2, 60)
+        assert other in workers(running)
+        assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
+        running.gateway.check()
+
+
+def test_workers_that_are_killed_again_and_again_end_the_gateway(another_gateway: Any) -> None:
+    running = another_gateway(workers=2)
+
+    def kill_one_and_check() -> bool:
+        for pid in workers(running)[:1]:
+            os.kill(pid, signal.SIGKILL)
+        running.gateway.check()
+        return False
+
+    with pytest.raises(ServerError, match="a gateway worker was ended by SIGKILL"):
+        wait_for(kill_one_and_check, 60)
+    assert wait_for(lambda: not workers(running))
 
 
 def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:
