@@ -16,7 +16,6 @@ import pytest
 
 from tests.gateway.conftest import Running, quick_gateway
 from tests.waiting import wait_for
-from trtqwen.diagnostics import ServerError
 from trtqwen.system.processes import runs
 from trtqwen.triton.server import TritonServer
 
@@ -123,20 +122,6 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) ->
         assert other in workers(running)
         assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
         running.gateway.check()
-
-
-def test_workers_that_are_killed_again_and_again_end_the_gateway(another_gateway: Any) -> None:
-    running = another_gateway(workers=2)
-
-    def kill_one_and_check() -> bool:
-        for pid in workers(running)[:1]:
-            os.kill(pid, signal.SIGKILL)
-        running.gateway.check()
-        return False
-
-    with pytest.raises(ServerError, match="a gateway worker was ended by SIGKILL"):
-        wait_for(kill_one_and_check, 60)
-    assert wait_for(lambda: not workers(running))
 
 
 def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:

@@ -22,7 +22,7 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import ending, stopped
 
-_MOST_KILLED, _KILLED_SECONDS = 5, 60.0  # workers that may be killed within so many seconds
+_MOST_KILLED, _KILLED_SECONDS = 5, 120.0  # workers that may be killed within so many seconds
 _STOPPED_SECONDS, _LOOK_SECONDS = 3.0, 0.5
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # `metrics.SHARED_DIRECTORY`, which may be imported only once it is set
 
