@@ -2,7 +2,8 @@
 
 Loads are offline: token ids in and out, temperature 0.6, end ids ignored, no KV cache reuse, random weights in the
 shape of a known model. vLLM runs in a process of its own with dummy weights; `--vllm-path` names a directory that it
-is installed in. Every ratio is of two numbers that this run measured.
+is installed in. Every ratio is of two numbers that this run measured. What our rates mean in operations and in bytes
+read stands next to what the card itself reached in the same run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from gpu_work import Ceilings, measure_ceilings, operations, traffic
 from random_engine import PRECISIONS, make_engine
 
 from trtqwen.executor.config import ExecutorConfig
@@ -68,7 +70,13 @@ class Load:
 
 @dataclass(frozen=True)
 class Row:
-    """One number of both engines; rates in tokens/s, starts in seconds. `ratio` above 1 means that ours is better."""
+    """One number of both engines; rates in tokens/s, starts in seconds. `ratio` above 1 means that ours is better.
+
+    Attributes:
+        tera_per_s: of our run, TFLOP/s or INT8 TOP/s for each card; None for starts.
+        gb_per_s: bytes that our run read at least for each card; None where the number of steps is not known.
+        card_tera_per_s, card_gb_per_s: what one card reached in this run with products and with reading alone.
+    """
 
     load: str
     precision: str
@@ -78,6 +86,10 @@ class Row:
     vllm: float | None
     ratio: float | None
     commit: str
+    tera_per_s: float | None
+    gb_per_s: float | None
+    card_tera_per_s: float
+    card_gb_per_s: float
 
 
 def loads() -> dict[str, Load]:
@@ -171,14 +183,36 @@ def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> di
     return results
 
 
-def rows(ours: dict[str, float], vllm: dict[str, float], precision: str, tp: int) -> Iterator[Row]:
+def rows(
+    ours: dict[str, float], vllm: dict[str, float], precision: str, ceilings: Ceilings, options: argparse.Namespace
+) -> Iterator[Row]:
     """Both sides, load by load."""
+    config = known_config(options.model)
     for name in dict.fromkeys([*ours, *vllm]):
         mine, theirs = ours.get(name), vllm.get(name)
-        ratio = None
+        ratio = tera = read = None
         if mine and theirs:
             ratio = theirs / mine if name == "start" else mine / theirs
-        yield Row(name, precision, tp, torch.cuda.get_device_name(), mine, theirs, ratio, commit())
+        if mine and name != "start":
+            load = loads()[name]
+            seconds = load.counted / mine * options.tp
+            tera = operations(config, load.shapes) / seconds / 1e12
+            least = traffic(config, precision, load.shapes)
+            read = least and least / seconds / 1e9
+        yield Row(
+            load=name,
+            precision=precision,
+            tp=options.tp,
+            card=torch.cuda.get_device_name(),
+            ours=mine,
+            vllm=theirs,
+            ratio=ratio,
+            commit=commit(),
+            tera_per_s=tera,
+            gb_per_s=read,
+            card_tera_per_s=ceilings.products,
+            card_gb_per_s=ceilings.reading,
+        )
 
 
 def chosen(options: argparse.Namespace) -> list[Load]:
@@ -218,7 +252,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.scratch) as directory:
             mine = run_ours(Path(directory), options, precision) if "ours" in options.engines else {}
             theirs = run_vllm(Path(directory), options, precision) if "vllm" in options.engines else {}
-        found += rows(mine, theirs, precision, options.tp)
+        found += rows(mine, theirs, precision, measure_ceilings(precision), options)
         if options.output:
             options.output.write_text(json.dumps([asdict(row) for row in found], indent=1), encoding="utf-8")
     for row in found:

@@ -75,7 +75,7 @@ class Server:
     directory: Path | None = None
     temporary: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="chaos-")))
     pids: dict[int, str] = field(default_factory=dict)
-    seen: set[int] = field(default_factory=set)
+    births: dict[int, str] = field(default_factory=dict)  # in ticks: the kernel gives the ids of the dead to others
 
     def start(self, *, ready: bool = True) -> Server:
         self.out, self.err = self.temporary / "out", self.temporary / "err"
@@ -106,7 +106,13 @@ class Server:
 
     def look(self) -> None:
         """Remember every process that belongs to the server, whoever its parent is later."""
-        self.pids |= descendants(self.process.pid)
+        for pid, command in descendants(self.process.pid).items():
+            if (born := birth(pid)) is not None:
+                self.pids[pid], self.births[pid] = command, born
+
+    def lives(self, pid: int) -> bool:
+        """Whether a process of the server still runs under this id."""
+        return birth(pid) == self.births[pid]
 
     def shared_memory(self) -> list[str]:
         """The server's files in /dev/shm; other servers on this machine have others."""
@@ -115,7 +121,7 @@ class Server:
 
     def pid(self, text: str) -> int:
         self.look()
-        return next(pid for pid, command in self.pids.items() if text in command and Path(f"/proc/{pid}").exists())
+        return next(pid for pid, command in self.pids.items() if text in command and self.lives(pid))
 
     @property
     def memory(self) -> int:
@@ -143,7 +149,7 @@ class Server:
         """What is left of an ended server after some seconds; empty if nothing is."""
         deadline = time.monotonic() + seconds
         while True:
-            living = [pid for pid in self.pids if Path(f"/proc/{pid}").exists() and not _zombie(pid)]
+            living = [pid for pid in self.pids if self.lives(pid)]
             shared = self.shared_memory()
             files = os.listdir(self.temporary / "tmp")
             left = [f"{len(living)} processes"] * bool(living) + shared + files
@@ -158,18 +164,20 @@ class Server:
                 self.process.wait(60)
         for pid in self.pids:
             with suppress(ProcessLookupError, PermissionError):
-                if not _zombie(pid):
+                if self.lives(pid):
                     os.kill(pid, signal.SIGKILL)
         self.process.kill()
         self.process.wait()
         shutil.rmtree(self.temporary, ignore_errors=True)
 
 
-def _zombie(pid: int) -> bool:
+def birth(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None if it has ended."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return True
+        return None
+    return None if fields[0] == "Z" else fields[19]
 
 
 class Load:

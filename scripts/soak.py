@@ -39,7 +39,7 @@ from statistics import median
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scripts.chaos import START_SECONDS, Miss, Server, build
+from scripts.chaos import START_SECONDS, Miss, Server, birth, build
 
 End = Literal["answered", "refused", "failed", "left", "lost", "hung"]
 ENDS: tuple[End, ...] = ("answered", "refused", "failed", "left", "lost", "hung")
@@ -395,19 +395,22 @@ class Watch:
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.lives: dict[int, Life] = {}
+        self.lives: dict[tuple[int, str | None], Life] = {}  # by process id and birth: ids come again
 
     def look(self) -> None:
         self._server.look()
         now = time.monotonic()
-        for pid, command in {**self._server.pids, self._server.process.pid: "trtqwen serve"}.items():
-            with suppress(OSError, StopIteration, ValueError):
+        server = self._server
+        ours = {pid: command for pid, command in server.pids.items() if server.lives(pid)}
+        for pid, command in {**ours, server.process.pid: "trtqwen serve"}.items():
+            with suppress(OSError, KeyError, ValueError):
+                born = birth(pid)
                 status = Path(f"/proc/{pid}/status").read_text()
                 fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
                 if fields["State"].split()[0] == "Z":
                     continue
                 role = next((role for text, role in ROLES.items() if text in command), "other")
-                life = self.lives.setdefault(pid, Life(role, pid))
+                life = self.lives.setdefault((pid, born), Life(role, pid))
                 megabytes = int(fields["RssAnon"].split()[0]) / 1024
                 descriptors = len(os.listdir(f"/proc/{pid}/fd"))
                 life.samples.append(Sample(now, megabytes, descriptors, int(fields["Threads"])))
@@ -528,7 +531,7 @@ async def _kill(server: Server, name: str, text: str, what: signal.Signals) -> A
         status, _ = await asyncio.to_thread(server.get, "/ready")
         red = red or status != 200
         # Until the supervisor has noticed, the service may look ready.
-        gone = not Path(f"/proc/{process}").exists()
+        gone = not server.lives(process)
         if status == 200 and (red or (gone and time.monotonic() - begun > 15)):
             return Away(name, begun, time.monotonic())
         if server.process.poll() is not None:

@@ -1,4 +1,4 @@
-"""Fixtures that several parts share: random Hugging Face models of any shape, the bundled model, built engines."""
+"""Fixtures that several parts share: random models of any shape, the bundled model, built engines, a live server."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import shutil
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import hypothesis
@@ -25,8 +25,9 @@ from trtqwen.artifact import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
 from trtqwen.triton.repository import write_repository
+from trtqwen.triton.server import Ports, TritonServer
 
 hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("busy")
@@ -93,7 +94,23 @@ def bundled_engine(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pa
 @pytest.fixture(scope="session")
 def served_engine(bundled_engine: Callable[..., Path]) -> Path:
     """The engine behind the live servers: the bundled model's, of the backend that TRTQWEN_TEST_BACKEND names."""
-    return bundled_engine(backend=BACKEND)
+    quick = {"vllm": VllmSettings(arguments={"enforce-eager": True})}  # compiling takes a minute
+    return bundled_engine(backend=BACKEND, **(quick if BACKEND == "vllm" else {}))
+
+
+@pytest.fixture(scope="session")
+def served_repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository of that engine: 16 requests in the batch, 512 tokens each."""
+    output = tmp_path_factory.mktemp("served") / "repository"
+    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
+    return output
+
+
+@pytest.fixture(scope="session")
+def served(served_repository: Path) -> Iterator[TritonServer]:
+    """A Triton in front of that engine."""
+    with TritonServer(served_repository, ports=Ports(0, 0, 0), drain_seconds=2) as running:
+        yield running
 
 
 @pytest.fixture

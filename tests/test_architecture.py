@@ -31,6 +31,7 @@ ORDER = (
     "export",
     "engine",
     "executor",
+    "relay",
     "vllm",
     "llmapi",
     "triton",

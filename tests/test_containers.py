@@ -153,6 +153,36 @@ def test_serving_takes_every_replicas_gpus_and_the_hosts_network(tmp_path: Path)
     assert "NCCL_P2P_DISABLE" not in options.env  # four ranks, but each alone
 
 
+VLLM_IMAGE = "nvcr.io/nvidia/tritonserver:26.07-vllm-python-py3"
+
+
+def vllm_recipe(**settings: object) -> Recipe:
+    content = {"checkpoint": {"tp_size": 2}, "serve": {"replicas": 2}, "host": {"card": "rtx-4090d", "gpus": 4}}
+    content["engine"] = {"backend": "vllm", "vllm": settings}
+    return Recipe.model_validate({"name": "r", "description": "d", **content})
+
+
+def test_vllm_runs_in_tritons_image_with_vllm(tmp_path: Path) -> None:
+    engine, repository = tmp_path / "engines" / "e", tmp_path / "repo"
+    finished(engine, "engine", {})
+    finished(repository, "repository", {"engine": str(engine)})
+    options = ContainerOptions(driver="610.43.02")
+    plan = plan_serve_container(vllm_recipe(release="0.24.0"), repository, ["--json"], [], None, options)
+    assert (plan.image, plan.warnings) == (VLLM_IMAGE, ())
+    assert devices(plan) == ["0", "1", "2", "3"]
+    assert parsed(plan).env["NCCL_P2P_DISABLE"] == "1"
+    assert plan.arguments == ("serve", f"--repo={repository}", "--json")
+    newer = plan_serve_container(vllm_recipe(), repository, [], [], None, options)
+    assert [problem.what for problem in newer.warnings] == [
+        f"{VLLM_IMAGE}: holds vLLM 0.24.0, but engine.vllm.release is 0.32.0"
+    ]
+    with pytest.raises(InputError, match=r"needs driver 580 or newer, and this host has 575\.57"):
+        plan_serve_container(vllm_recipe(), repository, [], [], None, ContainerOptions(driver="575.57.08"))
+    for settings in ({"image": "vllm/vllm-openai"}, {"python": "/opt/vllm/bin/python"}):
+        with pytest.raises(InputError, match=next(iter(settings))):
+            plan_serve_container(vllm_recipe(**settings), repository, [], [], None, options)
+
+
 def finished(directory: Path, stage: StageName, parameters: dict[str, str]) -> None:
     with finished_directory(directory) as temporary:
         write_manifest(temporary, stage, {}, parameters)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.commands import check_command, shown_commands
+from trtqwen.recipe import recipe_names
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "examples").glob("*.md"))]
@@ -25,6 +26,8 @@ def test_the_reference_pages_are_those_of_the_code() -> None:
 def test_every_shown_command_exists(page: Path) -> None:
     for words in shown_commands(page.read_text(encoding="utf-8")):
         check_command(words)
+        named = [word for word in words[1:] if re.fullmatch(r"qwen[\w.-]*", word)]  # in small letters: not a model
+        assert {*named} <= {*recipe_names()}, words
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

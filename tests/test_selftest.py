@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from tests.standins.host import install
 from trtqwen.cli import app
 from trtqwen.demo import MODEL
 from trtqwen.demo.walkthrough import load_prompts
-from trtqwen.diagnostics import EngineError
+from trtqwen.diagnostics import EngineError, InputError
+from trtqwen.executor.config import ExecutorConfig
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
-from trtqwen.selftest.run import MAX_TOKENS, DtypeResult, PromptResult, Verdict, judge, run_selftest
+from trtqwen.selftest.run import MAX_TOKENS, DtypeResult, PromptResult, Verdict, compare_devices, judge, run_selftest
 from trtqwen.system.host import Host, read_host
 
 PACKAGES = Path(__file__).parent / "standins" / "packages"
@@ -68,7 +70,7 @@ def test_the_command_tells_the_verdict_by_its_exit_code(
     verdict: Verdict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results = [DtypeResult("float16", (PromptResult("hi", 5, verdict, None if verdict == "same" else 0.05),))]
-    monkeypatch.setattr("trtqwen.selftest.run.run_selftest", lambda host, directory, watch: results)
+    monkeypatch.setattr("trtqwen.selftest.run.run_selftest", lambda host, directory, backend, watch: results)
     for json_flag in ([], ["--json"]):
         result = CliRunner().invoke(app, ["selftest", "--engines", str(tmp_path), *json_flag])
         assert result.exit_code == (1 if verdict == "differs" else 0)
@@ -80,7 +82,7 @@ def test_the_command_tells_the_verdict_by_its_exit_code(
 def test_an_engine_that_does_not_run_is_explained(
     host: Host, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trtqwen.selftest.run._run_embedded", lambda engine, prompts: [[] for _ in prompts])
+    monkeypatch.setattr("trtqwen.selftest.run._run_embedded", lambda engine, prompts, config: [[] for _ in prompts])
     monkeypatch.setenv("STANDIN_FAIL", "run")
     with pytest.raises(EngineError, match=r"did not run \(exit code 1\): the KV cache is exhausted"):
         run_selftest(host, tmp_path / "work", dtypes=["float16"])
@@ -93,6 +95,23 @@ def test_what_is_missing_is_said_in_one_sentence(tmp_path: Path) -> None:
         run_selftest(Host(), tmp_path)
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_embedded_engine_is_held_against_the_cpu(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
+    """On a GPU host the second is a card; here it is the plain attention."""
+    engine = bundled_engine()
+    checkpoint = engine.parent / "checkpoint-tp1"
+    result = compare_devices(checkpoint, engine, "float32", ExecutorConfig(device="cpu", attention="plain"))
+    assert result.ok
+    assert sum(prompt.same_tokens for prompt in result.prompts) > 7 * MAX_TOKENS * 0.9
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA device")
+def test_without_a_card_one_sentence_says_so(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="PyTorch finds no CUDA device"):
+        run_selftest(Host(), tmp_path, backend="torch")
+    result = CliRunner().invoke(app, ["selftest", "--backend", "torch", "--in-container"])
+    assert isinstance(result.exception, InputError)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,9 @@ from trtqwen.diagnostics import ContainerError, Diagnostic, InputError
 from trtqwen.engine.gates import advisory_problem, driver_problem
 from trtqwen.facts.cards import card_facts
 from trtqwen.facts.names import Release
-from trtqwen.facts.releases import known_image, last_engine_release, newest_image
-from trtqwen.recipe import CHECKOUT, Recipe
+from trtqwen.facts.releases import known_image, last_engine_release, newest_image, version
+from trtqwen.facts.vllm import known_vllm_image, vllm_image
+from trtqwen.recipe import CHECKOUT, Recipe, VllmSettings
 from trtqwen.system.host import DIGEST_VARIABLE, IMAGE_VARIABLE, Host
 
 PACKAGE = Path(__file__).parent
@@ -93,6 +94,7 @@ class _Work:
         gpus: how many, from the first on; None for all of them.
         ranks: of one engine; more than one talk through NCCL.
         peer_to_peer: whether the cards can read each other's memory.
+        vllm: release of vLLM that the image has to hold instead; None for TensorRT-LLM.
     """
 
     arguments: Sequence[str]
@@ -100,6 +102,7 @@ class _Work:
     gpus: int | None
     ranks: int = 1
     peer_to_peer: bool = True
+    vllm: str | None = None
     read: Iterable[Path] = ()
     write: Sequence[Path] = ()
     network: str | None = None
@@ -285,15 +288,31 @@ def _project(requirement: str) -> str:
 
 
 def _recipe_work(recipe: Recipe, arguments: Sequence[str], *, gpus: int) -> _Work:
-    if recipe.engine.backend == "vllm":
-        raise InputError(
-            f"{recipe.name}: vLLM has an environment of its own, which --in-container does not start",
-            "set engine.vllm.image to run vLLM in a container, and serve without --in-container",
-        )
     if recipe.engine.backend == "torch":
         return _Work(arguments, recipe.checkpoint.release, gpus=0)
     peer_to_peer = recipe.host is None or card_facts(recipe.host.card).peer_to_peer
-    return _Work(arguments, recipe.checkpoint.release, gpus, recipe.world_size, peer_to_peer)
+    vllm = _vllm_release(recipe) if recipe.engine.backend == "vllm" else None
+    return _Work(arguments, recipe.checkpoint.release, gpus, recipe.world_size, peer_to_peer, vllm)
+
+
+def _vllm_release(recipe: Recipe) -> str:
+    """The vLLM that the image has to hold: Triton's images with vLLM have both.
+
+    Raises:
+        InputError: if the recipe says that vLLM runs elsewhere.
+    """
+    settings = recipe.engine.vllm or VllmSettings()
+    if settings.image is not None:
+        raise InputError(
+            f"{recipe.name}: engine.vllm.image is a container of vLLM's own, which a container cannot start",
+            "serve without --in-container, or leave engine.vllm.image out to use Triton's image with vLLM",
+        )
+    if settings.python is not None:
+        raise InputError(
+            f"{recipe.name}: engine.vllm.python {settings.python} is on this machine, not in the container",
+            "leave engine.vllm.python out: the image has vLLM",
+        )
+    return settings.release
 
 
 def _plan(work: _Work, options: ContainerOptions) -> ContainerPlan:
@@ -329,6 +348,8 @@ def _choose_image(work: _Work, options: ContainerOptions) -> tuple[str, tuple[Di
     Raises:
         InputError: if its release or the driver does not suit, and gates are not skipped.
     """
+    if work.vllm is not None:
+        return _choose_vllm_image(work.vllm, options)
     try:
         known = known_image(options.image) if options.image else newest_image(work.release)
     except KeyError:
@@ -357,6 +378,22 @@ def _choose_image(work: _Work, options: ContainerOptions) -> tuple[str, tuple[Di
         for problem in problems
     ]
     return options.image or known.image, tuple(warnings)
+
+
+def _choose_vllm_image(release: str, options: ContainerOptions) -> tuple[str, tuple[Diagnostic, ...]]:
+    known = known_vllm_image(options.image) if options.image else vllm_image(release)
+    if known is None:
+        return str(options.image), ()
+    warnings = []
+    if known.vllm != release:
+        what = f"{known.image}: holds vLLM {known.vllm}, but engine.vllm.release is {release}"
+        warnings.append(Diagnostic(what, f"set engine.vllm.release to {known.vllm}", level="warning"))
+    if options.driver and version(options.driver) < version(known.driver):
+        what = f"{known.image}: needs driver {known.driver} or newer, and this host has {options.driver}"
+        if not options.skip_gates:
+            raise InputError(what, "update the driver; --skip-gates starts all the same")
+        warnings.append(Diagnostic(f"--skip-gates: {what}", "update the driver", level="warning"))
+    return known.image, tuple(warnings)
 
 
 def _environment(work: _Work, image: str, needs: str, options: ContainerOptions) -> dict[str, str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,14 +14,20 @@ from typing import Any
 
 import pytest
 
+from scripts.stand_in_engine import write_stand_in_repository
+from tests.standins import vllm_server
 from tests.waiting import wait_for
+from trtqwen.artifact import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
 from trtqwen.batch.run import run_batch
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import EngineError, InputError, OutputError
+from trtqwen.diagnostics import EngineError, InputError, OutputError, ServerError
 from trtqwen.executor.executor import Executor
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import ServeRecipe
+from trtqwen.system.processes import child
+from trtqwen.triton.repository import write_repository
+from trtqwen.triton.server import TritonServer
 
 DEFAULTS = Defaults(chat=False, fields={"max_tokens": 8, "temperature": 0})
 
@@ -160,6 +168,68 @@ def test_an_engine_that_dies_keeps_what_is_done(
     done = run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out")
     assert done.failed == 0
     assert done.reused >= 10
+
+
+@pytest.fixture
+def served_engine(
+    request: pytest.FixtureRequest,
+    bundled_engine: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """An engine that Triton serves: on vLLM's stand-in, or of TensorRT, on one that repeats its prompt."""
+    if request.param == "vllm":
+        monkeypatch.setenv("TRTQWEN_VLLM_PYTHON", str(vllm_server.write_python(tmp_path / "python")))
+        monkeypatch.setenv("STAND_IN_VLLM", json.dumps({"gap": 0.02}))
+        return bundled_engine(backend="vllm")
+    engine = Path(shutil.copytree(bundled_engine(), tmp_path / "engine"))
+    config = json.loads((engine / "config.json").read_text())
+    (engine / "config.json").write_text(json.dumps(config | {"backend": "tensorrt_llm", "version": "1.2.1"}))
+    (engine / "manifest.json").unlink()
+    write_manifest(engine, "engine", {}, {})
+
+    def write_stand_in(_: Path, serve: ServeRecipe, output: Path) -> None:
+        write_repository(bundled_engine(), serve, output.with_name("real"))
+        write_stand_in_repository(output.with_name("real"), output, step_ms=20)
+
+    monkeypatch.setattr("trtqwen.batch.run.write_repository", write_stand_in)
+    return engine
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("served_engine", ["vllm", "tensorrt_llm"], indirect=True)
+def test_an_engine_behind_triton_dies_and_the_batch_goes_on(
+    served_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[TritonServer] = []
+    before = TritonServer.start
+
+    def note(self: TritonServer) -> None:
+        before(self)
+        started.append(self)
+
+    monkeypatch.setattr(TritonServer, "start", note)
+    prompts = [{"prompt": f"Say {number}", "max_tokens": 8, "ignore_eos": True} for number in range(80)]
+    lines = read_lines(written(tmp_path / "in.jsonl", *prompts[:40], "{broken", *prompts[40:]), DEFAULTS)
+    finished = 0
+
+    def kill_after_five(count: int, tokens: int) -> None:
+        nonlocal finished
+        finished += count
+        if finished == 6:
+            os.kill(child(started[0].vllm_pid or started[0].pid), signal.SIGKILL)
+
+    output = tmp_path / "out"
+    with pytest.raises(ServerError, match="was ended by SIGKILL"):
+        run_batch(served_engine, ServeRecipe(), lines, output, on_progress=kill_after_five)
+    assert not output.exists()
+    done = run_batch(served_engine, ServeRecipe(), lines, output)
+    assert (done.lines, done.failed) == (81, 1)
+    assert 6 <= done.reused < 81
+    out = results(output)
+    assert "line 41 is not JSON" in out[40]["error"]["message"]
+    assert [row["index"] for row in out] == list(range(81))
+    assert 0 < done.output_tokens <= sum(row["usage"]["completion_tokens"] for row in out if "usage" in row)
 
 
 def test_results_of_failed_requests() -> None:

@@ -21,8 +21,6 @@ from scripts.stand_in_engine import write_stand_in_repository
 from tests.conftest import BACKEND
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
-from trtqwen.recipe import ServeRecipe
-from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import Ports, TritonServer
 
 # After the template of Qwen2.5-Instruct, without its default system prompt.
@@ -98,11 +96,9 @@ class Running:
 
 
 @pytest.fixture(scope="session")
-def engine_repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def engine_repository(served_repository: Path) -> Path:
     """The bundled model: 16 requests in the batch, 512 tokens each."""
-    output = tmp_path_factory.mktemp("gateway") / "repository"
-    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
-    return output
+    return served_repository
 
 
 @pytest.fixture(scope="session")
@@ -143,8 +139,12 @@ def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> It
 
 
 @pytest.fixture(scope="module" if BACKEND == "torch" else "session")
-def live(engine_repository: Path) -> Iterator[Running]:
-    """A gateway in front of the bundled model."""
+def live(engine_repository: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A gateway in front of the bundled model. vLLM starts slowly: there, all tests share one Triton."""
+    if BACKEND != "torch":
+        with quick_gateway(request.getfixturevalue("served"), engine_repository) as running:
+            yield running
+        return
     with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:
         yield running
 

@@ -136,6 +136,35 @@ def test_an_arrival_takes_the_place_of_the_newest_of_who_has_most() -> None:
     assert (admission.queued, admission.queued_tokens) == (4, 40)
 
 
+@given(st.lists(st.tuples(st.integers(-2, 2), st.integers(1, 20)), min_size=1, max_size=30))
+def test_the_lowest_priority_of_a_key_goes_first(asked: list[tuple[int, int]]) -> None:
+    admission = Admission(1, Capacity(1, 100), QueueLimits(1000, 10_000))
+    [running] = [ticket for ticket, _ in admission.arrive([Ticket(100)])]
+    waiting = [Ticket(tokens, priority=priority) for priority, tokens in asked]
+    for ticket in waiting:
+        assert admission.arrive([ticket]) == []
+    served = []
+    for _ in waiting:
+        admission.leave(running)
+        [(running, _)] = admission.admit()
+        served.append(running)
+    assert served == sorted(waiting, key=lambda ticket: ticket.priority)
+
+
+def test_a_full_queue_lets_the_lowest_priority_of_a_key_go() -> None:
+    admission = Admission(1, Capacity(1, 100), QueueLimits(2, 1000))
+    admission.arrive([Ticket(10)])
+    late, usual = Ticket(10, priority=5), Ticket(10)
+    for ticket in (late, usual):
+        admission.arrive([ticket])
+    assert admission.would_refuse(Owner(), 5)
+    assert not admission.would_refuse(Owner(), 4)
+    with pytest.raises(QueueFull):
+        admission.arrive([Ticket(10, priority=5)])
+    admission.arrive([Ticket(10, priority=-1)])
+    assert admission.pushed_out == [late]
+
+
 def test_a_key_s_own_limits_hold() -> None:
     admission = Admission(1, Capacity(10, 1000), QueueLimits(100, 10_000))
     mine = tickets("a", 1, 1, 1, most_in_flight=2, most_queued=1)

@@ -18,6 +18,8 @@ pytestmark = pytest.mark.triton
 PARAMETERS: Any = WEATHER["function"]
 FUNCTION: Any = {"type": "function", **PARAMETERS, "strict": False}
 CLAUDE_TOOL = {"name": "get_weather", "input_schema": PARAMETERS["parameters"]}
+CUSTOM: Any = {"type": "custom", "name": "run", "description": "Run code."}
+PLACES: Any = {"type": "namespace", "name": "places", "description": "Places.", "tools": [FUNCTION]}
 INNER = '{"name": "get_weather", "arguments": {"city": "Bonn"}}'
 
 
@@ -111,7 +113,8 @@ def test_events_of_a_response_keep_to_openai_s_types(obedient: Running, text: st
     ("change", "text"),
     [
         ({"input": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
-        ({"tools": [{"type": "web_search"}]}, "only functions"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "only tools that the client runs"),
+        ({"tools": [{**CUSTOM, "format": {"type": "grammar"}}]}, "leave out the format"),
         ({"background": True}, "not kept"),
         ({"n": 2}, "one answer"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "reads text alone"),
@@ -120,6 +123,55 @@ def test_events_of_a_response_keep_to_openai_s_types(obedient: Running, text: st
 def test_what_a_response_cannot_be_is_refused(obedient: Running, change: dict[str, Any], text: str) -> None:
     status, answer = post(obedient, "/v1/responses", {"input": "x", **change})
     assert (status, text in answer["error"]["message"]) == (400, True), answer
+
+
+def written(name: str, arguments: dict[str, str]) -> str:
+    """A call as the model writes it."""
+    return f"<tool_call>\n{json.dumps({'name': name, 'arguments': arguments})}\n</tool_call>"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_custom_tools_and_namespaces_are_called_by_their_own_names(obedient: Running, stream: bool) -> None:
+    text = written("run", {"input": "print(1)"}) + written("places__get_weather", {"city": "Bonn"})
+    body = {"input": text, "tools": [CUSTOM, PLACES]}
+    _, answer = post(obedient, "/v1/responses", body, stream=stream)
+    if stream:
+        found = events(answer)
+        for event in found:
+            TypeAdapter(ResponseStreamEvent).validate_python(event)
+        assert "response.custom_tool_call_input.done" in [event["type"] for event in found]
+        answer = found[-1]["response"]
+    custom, function = answer["output"]
+    assert (custom["type"], custom["name"], custom["input"]) == ("custom_tool_call", "run", "print(1)")
+    assert (function["namespace"], function["name"]) == ("places", "get_weather")
+    history = [{"role": "user", "content": "x"}, *answer["output"]]
+    history += [{"type": "custom_tool_call_output", "call_id": custom["call_id"], "output": "sunny and 1"}]
+    status, after = post(obedient, "/v1/responses", {**body, "input": history})
+    assert status == 200
+    assert "sunny and 1" in after["output"][0]["content"][0]["text"]
+    chosen = {
+        "tool_choice": {"type": "custom", "name": "run"},
+        "input": '{"name": "run", "arguments": {"input": "2"}}',
+    }
+    assert post(obedient, "/v1/responses", {**body, **chosen})[1]["output"][0]["input"] == "2"
+
+
+def test_tools_that_openai_runs_are_left_out_and_named(obedient: Running) -> None:
+    body = {"model": "qwen", "input": "hello", "tools": [{"type": "web_search"}, FUNCTION]}
+    status, headers, text = obedient.post("/v1/responses", body)
+    assert (status, headers["x-trtqwen-ignored"]) == (200, "tools.0")
+    assert json.loads(text)["output"][0]["content"][0]["text"] == "hello"
+
+
+def test_an_unfinished_message_is_continued(obedient: Running) -> None:
+    part = {"type": "output_text", "text": "one two"}
+    begun = {"type": "message", "role": "assistant", "content": [part], "status": "incomplete"}
+    asked = [{"role": "user", "content": "count"}]
+    counts = [
+        post(obedient, "/v1/responses", {"input": [*asked, {**begun, **status}]})[1]["usage"]["input_tokens"]
+        for status in ({}, {"status": "completed"})
+    ]
+    assert counts[0] < counts[1]  # no new turn begins
 
 
 def test_a_response_that_fails_midway_says_so(obedient: Running) -> None:
@@ -150,6 +202,11 @@ def test_a_message_is_what_anthropic_s_client_expects(claude: Any) -> None:
         model="qwen", system="Be kind.", messages=[{"role": "user", "content": "hello"}]
     )
     assert count.input_tokens == whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0)
+    document = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "hel"}}
+    parts = [{"role": "user", "content": [document, {"type": "text", "text": "lo"}]}]
+    billing = {"type": "text", "text": "x-anthropic-billing-header: cch=1234;"}
+    same = claude.messages.create(messages=parts, **{**ask, "system": [billing, *ask["system"]]})
+    assert (same.content[0].text, same.usage.input_tokens) == ("hello", whole.usage.input_tokens)
     with pytest.raises(anthropic.NotFoundError, match="does not exist"):
         claude.messages.create(messages=[{"role": "user", "content": "x"}], **{**ask, "model": "claude"})
     with pytest.raises(anthropic.BadRequestError, match="reads text alone"):

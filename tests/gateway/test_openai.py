@@ -362,5 +362,5 @@ def test_health_readiness_and_metrics(live: Running) -> None:
 def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
     """The last test with this engine."""
     module = {"torch": "trtqwen.executor.worker", "vllm": "vllm.entrypoints.openai.api_server"}[BACKEND]
-    rank = process(live.triton.pid, module)
+    rank = process(live.triton.vllm_pid or live.triton.pid, module)
     check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

@@ -124,7 +124,10 @@ def test_a_client_that_goes_frees_its_place(obedient: Running, connect: Callable
 
 
 def test_keys_rates_and_origins_hold(
-    another_gateway: Callable[..., Running], connect: Callable[..., Client], tmp_path: Path
+    another_gateway: Callable[..., Running],
+    connect: Callable[..., Client],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     keys = tmp_path / "keys.yaml"
     keys.write_text("keys: [{name: a, key: sk-0123456789abcdef, requests_per_minute: 1}]")
@@ -139,3 +142,18 @@ def test_keys_rates_and_origins_hold(
     assert list(client.messages())
     client.ask(**asked("hello"))
     assert json.loads(client.message())["error"]["code"] == "rate_limit_exceeded"
+    logged = ""
+
+    def lines() -> list[dict[str, Any]]:
+        nonlocal logged
+        logged += capfd.readouterr().err
+        return [json.loads(line) for line in logged.splitlines() if line.startswith('{"time"')]
+
+    assert wait_for(lambda: len(lines()) == 4)  # two refused connections, and two messages
+    assert [(line["method"], line["key"], line["status"]) for line in lines()] == [
+        ("WEBSOCKET", None, 401),
+        ("WEBSOCKET", "a", 403),
+        ("WEBSOCKET", "a", 200),
+        ("WEBSOCKET", "a", 429),
+    ]
+    assert lines()[2]["output_tokens"] > 0

@@ -67,6 +67,7 @@ def test_cumulative_parts_become_new_tokens(executor: LlmApiExecutor) -> None:
     assert (stats.active, stats.used_blocks, stats.max_blocks, stats.generation_requests) == (3, 7, 100, 2)
 
 
+@pytest.mark.parametrize("tells_end_id", [True, False])
 @pytest.mark.parametrize(
     ("fields", "answer", "reason"),
     [
@@ -76,8 +77,9 @@ def test_cumulative_parts_become_new_tokens(executor: LlmApiExecutor) -> None:
     ],
 )
 def test_answers_end_by_the_executors_rules(
-    executor: LlmApiExecutor, fields: dict[str, Any], answer: list[int], reason: FinishReason
+    executor: LlmApiExecutor, fields: dict[str, Any], answer: list[int], reason: FinishReason, tells_end_id: bool
 ) -> None:
+    llm().tells_end_id = tells_end_id
     [responses] = executor.generate([request(**fields)])
     assert joined(responses) == (answer, reason)
     if len(fields.get("stop_words", ((),))[0]) > 1:
@@ -90,8 +92,13 @@ def test_cancel_aborts(executor: LlmApiExecutor) -> None:
     executor.submit(request(max_tokens=100), seen.append)
     assert wait_for(lambda: bool(seen))
     executor.cancel("1")
-    assert seen[-1].finish_reason is FinishReason.CANCELLED
-    assert len(llm().aborted) == 1
+    assert wait_for(lambda: seen[-1].finish_reason is FinishReason.CANCELLED)
+    assert wait_for(lambda: len(llm().aborted) == 1)
+
+
+def test_salts_keep_prompts_apart(executor: LlmApiExecutor) -> None:
+    executor.generate([request(cache_salt="a"), request(id="2")])
+    assert sorted(map(str, llm().salts)) == ["None", "a"]
 
 
 def test_the_death_of_the_llm_is_told(executor: LlmApiExecutor) -> None:
@@ -134,6 +141,7 @@ def test_sampling_params(fields: dict[str, Any], expected: dict[str, Any]) -> No
     [
         ({"output": {"return_context_logits": True}}, "return_context_logits"),
         ({"bad_words": ((4, 5),)}, "bad_words_list"),
+        ({"priority": 1}, "priority"),
         ({"input_token_ids": (1,) * 128}, "Prompt length (128)"),
     ],
 )

@@ -101,6 +101,9 @@ class RequestOutput:
                 one.logprobs.append({99: Logprob(-0.5), token: Logprob(-float(index))})
             if stops or index + 1 == self._params.max_tokens:
                 one.finish_reason, self.finished = "stop" if stops else "length", True
+            cut = not self._llm.tells_end_id if token == self._params.end_id else stops
+            if cut and not (stops and self._params.include_stop_str_in_output and token != self._params.end_id):
+                del one.token_ids[-1]
             yield self
             if self.finished:
                 return
@@ -113,6 +116,7 @@ class LLM:
     """Remembers its arguments and its requests' parameters in `started`, `params` and `aborted`."""
 
     release = "1.2.1"
+    tells_end_id = True
     started: list[LLM] = []  # noqa: RUF012
 
     def __init__(self, model: str, **arguments: Any) -> None:
@@ -123,15 +127,21 @@ class LLM:
             raise RuntimeError("no GPU")
         self.arguments = {"model": model, **arguments}
         self.params: list[SamplingParams] = []
+        self.salts: list[str | None] = []
         self.aborted: list[RequestOutput] = []
         self.gap, self.broken, self.stopped = 0.0, False, False
         self.started.append(self)
 
     def generate_async(
-        self, inputs: list[int], sampling_params: SamplingParams | None = None, streaming: bool = False
+        self,
+        inputs: list[int],
+        sampling_params: SamplingParams | None = None,
+        streaming: bool = False,
+        cache_salt: str | None = None,
     ) -> RequestOutput:
         assert streaming
         assert sampling_params is not None
+        self.salts.append(cache_salt)
         self.params.append(sampling_params)
         return RequestOutput(self, inputs, sampling_params)
 

@@ -1,7 +1,8 @@
 """A vLLM that obeys: the routes and stream format of vLLM 0.32's API server, without a model.
 
 `python` scripts written by `write_python` run it in place of `vllm.entrypoints.openai.api_server`. The environment
-variable STAND_IN_VLLM is a JSON script: `ids` to answer with, `gap` seconds between them, `version`, `name`,
+variable STAND_IN_VLLM is a JSON script: `ids` to answer with, `gap` seconds between them, `version`, `told` (the
+version that it tells, null for none), `name`,
 `exit` (code at the start), `unknown` (an option it refuses), `silent_after` and `die_after` (tokens).
 """
 
@@ -93,10 +94,11 @@ async def main(words: list[str]) -> None:
         sys.exit(2)
     name = SCRIPT.get("name", options.get("served-model-name", "trtqwen"))
     told = {"data": [{"id": name, "max_model_len": int(options.get("max-model-len", 512))}]}
+    version = {} if SCRIPT.get("told", "") is None else {"version": SCRIPT.get("told", "0.32.0")}
     app = web.Application()
     app.router.add_post("/v1/completions", completions)
     app.router.add_get("/health", lambda request: _json({}))
-    app.router.add_get("/version", lambda request: _json({"version": "0.32.0"}))
+    app.router.add_get("/version", lambda request: _json(version))
     app.router.add_get("/v1/models", lambda request: _json(told))
     app.router.add_post(
         "/tokenize", lambda request: _json({"tokens": SCRIPT["tokens"]} if "tokens" in SCRIPT else {})

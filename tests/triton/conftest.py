@@ -20,23 +20,18 @@ from tritonclient.utils import (
     triton_to_np_dtype,
 )
 
-from trtqwen.recipe import ServeRecipe
-from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 
 @pytest.fixture(scope="session")
-def repository(served_engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def repository(served_repository: Path) -> Path:
     """A repository of the bundled model: 16 requests in the batch, 512 tokens each, blocks of 16 tokens."""
-    output = tmp_path_factory.mktemp("triton") / "repository"
-    write_repository(served_engine, ServeRecipe(triton_max_batch_size=8), output)
-    return output
+    return served_repository
 
 
 @pytest.fixture(scope="session")
-def server(repository: Path) -> Iterator[TritonServer]:
-    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as running:
-        yield running
+def server(served: TritonServer) -> TritonServer:
+    return served
 
 
 class Reply:

@@ -1,4 +1,4 @@
-"""The vLLM executor on a vLLM that obeys, dies, hangs or is another one than it should be."""
+"""vLLM's process and the executor in front of it: one that obeys, dies, hangs, or is another than it should be."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,13 @@ import pytest
 from tests.standins import vllm_server
 from tests.waiting import wait_for
 from trtqwen.artifact import write_manifest
-from trtqwen.diagnostics import EngineError, RequestError
+from trtqwen.diagnostics import EngineError, RequestError, ServerError
+from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import FinishReason, OutputConfig, Request, Response
+from trtqwen.system.processes import child, living
 from trtqwen.vllm.executor import VllmExecutor
+from trtqwen.vllm.server import VllmServer
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +41,7 @@ def start(
     """Starts executors on the stand-in, with settings of `engine.vllm` and a script."""
     monkeypatch.setenv("TRTQWEN_VLLM_PYTHON", str(vllm_server.write_python(tmp_path / "python")))
     with ExitStack() as started:
+        servers: list[VllmServer] = []
 
         def make(
             script: dict[str, Any] | None = None,
@@ -53,8 +58,13 @@ def start(
                 (engine / "config.json").write_text(json.dumps(content, indent=4))
                 (engine / "manifest.json").unlink()
                 write_manifest(engine, "engine", {}, {})
-            return started.enter_context(VllmExecutor(engine, config, stall_seconds=stall_seconds))
+            place = None
+            if read_engine_config(engine).starts_vllm:
+                servers.append(started.enter_context(VllmServer(engine, config or ExecutorConfig())))
+                place = servers[-1].place
+            return started.enter_context(VllmExecutor(engine, config, place=place, stall_seconds=stall_seconds))
 
+        make.servers = servers  # type: ignore[attr-defined]
         yield make
 
 
@@ -137,7 +147,7 @@ def test_a_vllm_that_dies_or_hangs_is_an_error_for_everybody(
 ) -> None:
     executor = start(script, stall_seconds=1)
     [responses] = executor.generate([request()])
-    cause = "vLLM ended with code 3" if "die_after" in script else "vLLM sent no token for 1 s"
+    cause = "vLLM does not answer" if "die_after" in script else "it sent no token for 1 s"
     assert responses[-1].finish_reason is FinishReason.ERROR
     assert cause in str(responses[-1].error)
     with pytest.raises(EngineError, match=cause):
@@ -147,12 +157,42 @@ def test_a_vllm_that_dies_or_hangs_is_an_error_for_everybody(
     assert not executor.alive
 
 
-def test_a_killed_vllm_is_noticed_without_requests(start: Callable[..., VllmExecutor]) -> None:
+def test_a_killed_vllm_is_noticed_without_requests(start: Any) -> None:
     executor = start()
-    pid = executor._server.pid
-    assert pid is not None
-    os.kill(pid, signal.SIGKILL)
-    assert wait_for(lambda: not executor.alive)
+    [server] = start.servers
+    os.kill(child(server.pid), signal.SIGKILL)
+
+    with pytest.raises(ServerError, match="vLLM was ended by SIGKILL"):
+        while True:
+            server.check()
+    with pytest.raises(EngineError, match="vLLM does not answer"):
+        while True:
+            executor.stats()
+    assert not executor.alive
+
+
+def test_statistics_wait_for_a_token(start: Any) -> None:
+    """A watchdog reads from them that the engine works: they say nothing while it sends nothing."""
+    executor, begun = start({"silent_after": 1}), threading.Event()
+    executor.submit(request(), lambda response: begun.set())
+    assert begun.wait(60)
+    executor.stats()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(executor.stats)
+        with pytest.raises(TimeoutError):
+            waiting.result(0.3)
+        executor.cancel("1")
+        assert waiting.result(60).max_blocks == 100
+
+
+def test_nothing_of_vllm_is_left(start: Any) -> None:
+    start()
+    [server] = start.servers
+    place = server.place
+    server.stop()
+    assert not list(living(place.pid))
+    assert not place.socket.parent.exists()
+    server.stop()
 
 
 @pytest.mark.parametrize(
@@ -160,6 +200,7 @@ def test_a_killed_vllm_is_noticed_without_requests(start: Callable[..., VllmExec
     [
         ({"exit": 1}, {}, "vLLM ended with code 1: ValueError: the model does not fit"),
         ({"unknown": "block-size"}, {}, "vLLM ended with code 2: error: unrecognized arguments: --block-size"),
+        ({"told": None}, {}, "does not answer as vLLM does"),
         ({"name": "llama"}, {}, "serves llama, not trtqwen"),
         ({"tokens": [1, 2]}, {}, "serves a model with another tokenizer"),
         ({}, {"python": "no-such-python"}, "no-such-python: no such interpreter"),
@@ -175,7 +216,7 @@ def test_what_cannot_start_is_one_sentence(
     message: str,
 ) -> None:
     monkeypatch.setattr("trtqwen.vllm.executor._ASK_SECONDS", 1.0)
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises((EngineError, ServerError)) as caught:
         start(script, settings)
     assert message in caught.value.what
     assert caught.value.hint

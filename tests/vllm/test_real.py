@@ -164,7 +164,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     (home / "job.json").write_text(json.dumps({"models": models, "prompts": PROMPTS, "tokens": TOKENS}))
     (home / "program.py").write_text(PROGRAM)
     command = [os.environ[PYTHON_VARIABLE], str(home / "program.py"), str(home / "job.json"), str(home / "out.json")]
-    environment = server_environment(os.environ, 1)
+    environment = server_environment(os.environ, {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"})
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads((home / "out.json").read_text())

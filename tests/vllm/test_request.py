@@ -29,7 +29,7 @@ TOKENIZER = Tokenizer(MODEL)
 
 def body(release: str = "0.32.0", **fields: Any) -> dict[str, Any]:
     request = Request(**{"id": "1", "input_token_ids": (1, 2), "max_tokens": 9, **fields})
-    return completion_body(request, "trtqwen", 10, vllm_facts(release), TOKENIZER)
+    return completion_body(request, VllmSettings(), 10, vllm_facts(release), TOKENIZER)
 
 
 @pytest.mark.parametrize(
@@ -47,6 +47,7 @@ def body(release: str = "0.32.0", **fields: Any) -> dict[str, Any]:
         ({"end_id": 3, "stop_words": ((4,), (5, 6))}, {"stop_token_ids": [3, 4]}),
         ({"embedding_bias": {7: 2.5, 8: -math.inf, 9: 1e4}}, {"logit_bias": {"7": 2.5, "8": -100, "9": 100}}),
         ({"bad_words": ((9,),)}, {"logit_bias": {"9": -100}}),
+        ({"cache_salt": "a"}, {"cache_salt": "a"}),
         ({"output": {"return_log_probs": True}}, {"logprobs": 0}),
         ({"output": {"return_perf_metrics": True}}, {"stream_options": {"include_usage": True}}),
         ({"guided_decoding": {"guide_type": "json"}}, {"structured_outputs": {"json_object": True}}),
@@ -71,6 +72,7 @@ def test_requests(fields: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"sampling": {"presence_penalty": 3}}, "presence_penalty"),
         ({"sampling": {"top_p": 1.0, "temperature": 2.5}}, "temperature"),
         ({"guided_decoding": {"guide_type": "json_schema", "guide": "{"}}, "guided_decoding_guide"),
+        ({"priority": 1}, "priority"),
         ({"input_token_ids": (1,) * 10}, "Prompt length (10)"),
     ],
 )
@@ -78,6 +80,13 @@ def test_what_vllm_cannot_do_is_refused_by_name(fields: dict[str, Any], tensor: 
     with pytest.raises(RequestError) as caught:
         body(**fields)
     assert caught.value.what.startswith(tensor)
+
+
+def test_priorities_need_a_vllm_that_schedules_by_them() -> None:
+    settings = VllmSettings(arguments={"scheduling-policy": "priority"})
+    request = Request(id="1", input_token_ids=(1,), max_tokens=2, priority=-3)
+    made = completion_body(request, settings, 10, vllm_facts("0.24.0"), TOKENIZER)
+    assert made["priority"] == -3
 
 
 def test_long_bad_words_need_a_newer_vllm() -> None:
@@ -140,7 +149,7 @@ def test_memory_means_what_tensorrt_llm_means() -> None:
 
 def test_the_environment_is_vllms_own() -> None:
     given = {"PYTHONPATH": "/a", "LD_LIBRARY_PATH": "/x/pytriton/lib:/cuda/lib", "PATH": "/bin"}
-    made = server_environment(given, 3)
+    made = server_environment(given, {"VLLM_CPU_KVCACHE_SPACE": "3"})
     assert "PYTHONPATH" not in made
     assert made["LD_LIBRARY_PATH"] == "/cuda/lib"
     assert made["VLLM_CPU_KVCACHE_SPACE"] == "3"
@@ -173,6 +182,7 @@ def test_recipes_without_a_counterpart_are_refused(changes: dict[str, Any], mess
 
 
 def test_images() -> None:
-    assert vllm_image("0.24.0").endswith(":26.07-vllm-python-py3")
+    assert vllm_image("0.24.0").image.endswith(":26.07-vllm-python-py3")
+    assert vllm_image("0.23.0").vllm == "0.22.1"
     assert vllm_facts("0.99.0").release == "0.32.0"
     assert vllm_facts("0.20.0").release == "0.24.0"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,9 +11,7 @@ from typing import Any
 import grpc
 import numpy as np
 import numpy.typing as npt
-from google.protobuf import json_format, text_format
 from tritonclient.grpc import service_pb2
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 from tritonclient.utils import (
     deserialize_bytes_tensor,
     np_to_triton_dtype,
@@ -22,10 +19,10 @@ from tritonclient.utils import (
     triton_to_np_dtype,
 )
 
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import MODEL_CONFIG
 from trtqwen.triton.engines import Engine, open_engine
-from trtqwen.triton.parameters import engine_parameters
+from trtqwen.triton.parameters import repository_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 
@@ -36,16 +33,21 @@ class LocalTriton:
     """Answers `ModelStreamInfer` of the model `tensorrt_llm` from an engine in this process.
 
     Attributes:
-        tokens: sent so far, of all answers.
+        addresses: one, for the gateway alone; no port is open.
     """
 
+    addresses = ("127.0.0.1:1",)
+
     def __init__(self, service: EngineService) -> None:
-        self.tokens = 0
         self._service = service
+
+    def connect(self, address: str) -> Replica:
+        """The gateway's connection to it."""
+        return Replica(address, self)
 
     def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float, metadata: object = ()) -> _Call:
         """A call, as grpc's stub makes it."""
-        return _Call(self, self._service, requests)
+        return _Call(self._service, requests)
 
     def check(self) -> None:
         """Raise an EngineError if the engine has stopped."""
@@ -55,8 +57,7 @@ class LocalTriton:
 class _Call:
     """A stream of responses; `service.Sender` of its request."""
 
-    def __init__(self, triton: LocalTriton, service: EngineService, requests: AsyncIterator[Any]) -> None:
-        self._triton = triton
+    def __init__(self, service: EngineService, requests: AsyncIterator[Any]) -> None:
         self._service = service
         self._requests = requests
         self._loop = asyncio.get_running_loop()
@@ -79,8 +80,6 @@ class _Call:
             self._service.cancel_abandoned()
 
     def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
-        if "output_ids" in tensors:
-            self._triton.tokens += tensors["output_ids"].size
         message = service_pb2.ModelStreamInferResponse()
         for name, value in tensors.items():
             message.infer_response.outputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
@@ -114,12 +113,7 @@ def local_triton(repository: Path) -> Iterator[LocalTriton]:
         InputError: if the repository or its engine cannot be used.
         EngineError: if the engine does not start.
     """
-    directory = repository / "tensorrt_llm"
-    config = text_format.Parse((directory / MODEL_CONFIG).read_text(encoding="utf-8"), ModelConfig())
-    content = json_format.MessageToDict(
-        config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
-    )
-    parameters = engine_parameters({"model_config": json.dumps(content), "model_repository": str(directory)})
+    parameters = repository_parameters(repository)
     engine: Engine = open_engine(parameters.engine, parameters.executor)
     try:
         sizes = engine.engine_config

@@ -1,7 +1,10 @@
-"""Runs a batch: the gateway's own routes, called in this process, in front of an engine in this process.
+"""Runs a batch: the gateway's own routes, called in this process, in front of an engine.
 
-A line gets the answer that the server would give, by the same code. A journal keeps results as they come. When all
-are there, they are written in order of the input. A batch that was killed goes on where its journal ends.
+The embedded engine and the LLM API run in this process, vLLM and TensorRT engines behind the Triton servers that
+`serve` would start. A line gets the answer that the server would give, by the same code.
+
+A journal keeps results as they come. When all are there, they are written in order of the input. A batch that was
+killed goes on where its journal ends.
 """
 
 from __future__ import annotations
@@ -10,8 +13,9 @@ import asyncio
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +23,11 @@ from typing import Any
 from trtqwen.artifact import MANIFEST, load_manifest
 from trtqwen.batch.lines import Line, result
 from trtqwen.batch.local import LocalTriton, local_triton
+from trtqwen.batch.served import ServedTriton, served_triton
 from trtqwen.diagnostics import InputError, OutputError
+from trtqwen.engine.config import read_engine_config
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.recipe import ServeRecipe, load_recipe
 from trtqwen.system.leftovers import workspace
 from trtqwen.triton.repository import write_repository
@@ -30,7 +35,9 @@ from trtqwen.triton.repository import write_repository
 OnProgress = Callable[[int, int], None]
 _FOREVER = 30 * 86400.0
 _MOST_WAITING = 1 << 40
-_PROGRESS_PERIOD = 0.2
+_CHECK_PERIOD = 0.5  # seconds between two looks at the engine
+_DEATH_SECONDS = 3.0  # within which the end of an engine is seen after a request failed
+_IN_PROCESS = ("torch", "llmapi")
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,7 @@ def run_batch(
 
     Raises:
         OutputError: if the output exists, or a journal of another batch, and `force` is not set.
-        EngineError: if the engine does not start, or dies; what is done is kept.
+        EngineError, ServerError: if the engine does not start, or dies; what is done is kept.
     """
     if output.exists() and not force:
         raise OutputError(f"{output}: exists", "pass --force to replace it or choose another file")
@@ -89,17 +96,23 @@ def run_batch(
     reused = len(journal.results)
     on_progress(reused, 0)
     todo = [line for line in lines if line.index not in journal.results]
-    tokens = 0
     for line in [line for line in todo if line.error is not None]:
         journal.add(line.index, result(line, 0, {}))
         on_progress(1, 0)
     todo = [line for line in todo if line.error is None]
     if todo:
-        with _repository(engine, serve) as repository, local_triton(repository) as triton:
+        local = read_engine_config(engine).backend in _IN_PROCESS
+        # Engines in this process are one: the other replicas' GPUs would stay idle.
+        served = serve.model_copy(update={"max_queue_size": 0, **({"replicas": 1} if local else {})})
+        with _repository(engine, served) as repository, _open(repository, local=local) as triton:
             asyncio.run(_answer_all(repository, triton, todo, journal, on_progress))
-            tokens = triton.tokens
     results = journal.finish(len(lines))
-    return BatchResult(len(lines), reused, sum(map(_failed, results)), tokens)
+    new = sum(_tokens(results[line.index]) for line in todo)
+    return BatchResult(len(lines), reused, sum(map(_failed, results)), new)
+
+
+def _open(repository: Path, *, local: bool) -> AbstractContextManager[LocalTriton | ServedTriton]:
+    return local_triton(repository) if local else served_triton(repository)
 
 
 @contextmanager
@@ -107,15 +120,20 @@ def _repository(engine: Path, serve: ServeRecipe) -> Iterator[Path]:
     """A model repository of the engine for as long as the block runs: it tells the gateway all about the model."""
     with workspace("batch") as home:
         repository = home / "repository"
-        write_repository(engine, serve.model_copy(update={"replicas": 1, "max_queue_size": 0}), repository)
+        write_repository(engine, serve, repository)
         yield repository
 
 
 async def _answer_all(
-    repository: Path, triton: LocalTriton, lines: Sequence[Line], journal: _Journal, on_progress: OnProgress
+    repository: Path,
+    triton: LocalTriton | ServedTriton,
+    lines: Sequence[Line],
+    journal: _Journal,
+    on_progress: OnProgress,
 ) -> None:
     config = GatewayConfig(
         repository=repository,
+        triton=triton.addresses,
         model_name="batch",
         queue_seconds=_FOREVER,
         request_seconds=_FOREVER,
@@ -126,9 +144,8 @@ async def _answer_all(
         unknown_fields="refuse",
         max_body_bytes=1 << 40,
     )
-    app = create_app(config, lambda address: Replica(address, triton))
+    app = create_app(config, triton.connect)
     waiting = iter(lines)
-    told = 0
 
     async def worker() -> None:
         for line in waiting:
@@ -139,28 +156,38 @@ async def _answer_all(
                 body["model"] = "batch"
             status, answer = await _post(app, line.url, body)
             if status >= 500:
-                triton.check()
-            journal.add(line.index, result(line, status, answer))
-            on_progress(1, 0)
-
-    async def report() -> None:
-        nonlocal told
-        while True:
-            await asyncio.sleep(_PROGRESS_PERIOD)
-            on_progress(0, triton.tokens - told)
-            told = triton.tokens
+                await _check_for(triton, _DEATH_SECONDS)
+            content = result(line, status, answer)
+            journal.add(line.index, content)
+            on_progress(1, _tokens(content))
 
     async with app.router.lifespan_context(app):
         model, monitor = app.state.runtime.model, app.state.runtime.monitor
         while not monitor.ready:
             triton.check()
             await asyncio.sleep(0.01)
-        reporter = asyncio.create_task(report())
+        # A window twice the batch keeps the engine full.
+        window = 2 * model.limits.max_batch_size * len(triton.addresses)
+        work = asyncio.gather(*(worker() for _ in range(min(len(lines), window))))
+        watch = asyncio.create_task(_check_for(triton, _FOREVER))
         try:
-            # A window twice the batch keeps the engine full.
-            await asyncio.gather(*(worker() for _ in range(min(len(lines), 2 * model.limits.max_batch_size))))
+            running: set[asyncio.Future[Any]] = {work, watch}
+            await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+            if watch.done():
+                watch.result()
+            await work
         finally:
-            reporter.cancel()
+            work.cancel()
+            watch.cancel()
+            await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _check_for(triton: LocalTriton | ServedTriton, seconds: float) -> None:
+    """Look at the engine again and again for so long; raise its error if it has died."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        await asyncio.to_thread(triton.check)
+        await asyncio.sleep(_CHECK_PERIOD)
 
 
 async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
@@ -260,6 +287,13 @@ class _Journal:
     def _write(self, content: dict[str, Any]) -> None:
         self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
         self._file.flush()
+
+
+def _tokens(content: Mapping[str, Any]) -> int:
+    """Answer tokens of a result."""
+    response = content.get("response") or {}
+    usage = content.get("usage") or response.get("body", {}).get("usage") or {}
+    return int(usage.get("completion_tokens", 0))
 
 
 def _failed(content: Mapping[str, Any]) -> bool:

@@ -41,6 +41,7 @@ COMMANDS = {
     "bench": "Measure a running server under load.",
     "top": "Show a running service at a glance.",
     "deploy": "Write files for Prometheus, Grafana, Docker Compose and Kubernetes.",
+    "tune": "Search for the batching parameters that serve a workload best.",
     "compare": "Compare servers under the same load, and their answers.",
     "doctor": "Check this host, and what you built, for known problems.",
     "selftest": "Build and run the bundled model on TensorRT-LLM and compare.",

@@ -103,6 +103,11 @@ class Bars:
 
         return show
 
+    def noted(self, title: str, total: int, *, unit: str) -> Callable[[str], None]:
+        """Add a bar of `unit` that shows a note; call the result with the note of each step."""
+        task = self._progress.add_task(title, total=total, unit=unit)
+        return lambda note: self._progress.update(task, advance=1, description=f"{title}  {escape(note)}")
+
     def tail(self, title: str) -> Callable[[str, int, int], None]:
         """Add a bar of counted results with the latest line of a log. Call the result with line, count and total."""
         task = None

@@ -1,4 +1,4 @@
-"""`trtqwen selftest`: compare TensorRT-LLM on this machine with the embedded engine."""
+"""`trtqwen selftest`: compare this machine's engine with the embedded engine on its CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib.util
 from dataclasses import asdict
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -23,7 +23,7 @@ from trtqwen.cli.output import (
     stdout,
 )
 from trtqwen.containers import container_options, plan_selftest_container, run_container
-from trtqwen.diagnostics import EngineError
+from trtqwen.diagnostics import EngineError, InputError
 from trtqwen.facts.releases import known_image, known_release, last_engine_release
 from trtqwen.selftest import RESULT
 from trtqwen.system.host import read_host
@@ -36,6 +36,10 @@ def command(
     engines: Annotated[Path, typer.Option(help="Write engines and logs below this directory, in `selftest`.")] = Path(
         "engines"
     ),
+    backend: Annotated[
+        Literal["tensorrt_llm", "torch"],
+        typer.Option(help="Test TensorRT-LLM's engine, or the embedded engine on a CUDA device."),
+    ] = "tensorrt_llm",
     dry_run: DryRun = False,
     in_container: Annotated[bool, typer.Option("--in-container", help="Run in NVIDIA's image, with docker.")] = False,
     image: ImageName = None,
@@ -43,13 +47,15 @@ def command(
     skip_gates: SkipGates = False,
     json: Json = False,
 ) -> None:
-    """Build the bundled model with TensorRT-LLM, run it, and compare its greedy tokens with the embedded engine's.
+    """Build the bundled model, run it on the GPU, and compare greedy tokens with the embedded engine on the CPU.
 
-    Run it first on a GPU host, with --in-container where TensorRT-LLM is only in the image. A token that the embedded
-    engine finds as good as its own, up to rounding, counts as a tie. The result is also written to
+    Run it first on a GPU host, with --in-container where TensorRT-LLM is only in the image. A token that the CPU
+    finds as good as its own, up to rounding, counts as a tie. The result is also written to
     ENGINES/selftest/result.json, which `trtqwen report` takes along.
     """
     host = read_host()
+    if in_container and backend == "torch":
+        raise InputError("--in-container runs TensorRT-LLM's image", "leave one of --in-container and --backend out")
     if in_container:
         known = known_image(image)
         release = (known_release(known.tensorrt_llm) if known else None) or last_engine_release()
@@ -68,20 +74,24 @@ def command(
     from trtqwen.selftest.run import check_machine, run_selftest  # the other commands start without PyTorch
 
     directory = engines / "selftest"
+    tested = f"TensorRT-LLM {host.tensorrt_llm}" if backend == "tensorrt_llm" else "the embedded engine on CUDA"
     if dry_run:
-        check_machine(host)
-        steps = f"would convert, build and run the bundled model in {directory} with TensorRT-LLM {host.tensorrt_llm}"
+        check_machine(host, backend)
         if json:
-            print_json({"directory": str(directory), "tensorrt_llm": host.tensorrt_llm})
+            print_json({"directory": str(directory), "backend": backend, "tensorrt_llm": host.tensorrt_llm})
         else:
+            steps = f"would convert, build and run the bundled model in {directory} with {tested}"
             stdout.print(steps, highlight=False, soft_wrap=True)
         return
     with stderr.status("building") as status:
         results = run_selftest(
-            host, directory, watch=lambda progress: status.update(f"building: {progress.line[:80]}")
+            host,
+            directory,
+            backend=backend,
+            watch=lambda progress: status.update(f"building: {progress.line[:80]}"),
         )
     ok = all(result.ok for result in results)
-    content = {"ok": ok, "dtypes": [{"ok": result.ok, **asdict(result)} for result in results]}
+    content = {"ok": ok, "backend": backend, "dtypes": [{"ok": result.ok, **asdict(result)} for result in results]}
     directory.mkdir(parents=True, exist_ok=True)
     (directory / RESULT).write_text(dumps(content, indent=2) + "\n", encoding="utf-8")
     if json:
@@ -90,7 +100,7 @@ def command(
         stdout.print(_table(results))
     if not ok:
         stderr.print(
-            "error: TensorRT-LLM output differs from the embedded engine; do not serve its engine here",
+            f"error: the answers of {tested} differ from those of the CPU; do not serve with it here",
             style="bold red",
             highlight=False,
             soft_wrap=True,

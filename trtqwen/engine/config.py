@@ -55,6 +55,11 @@ class EngineConfig(BaseModel):
     pretrained_config: CheckpointConfig
     build_config: BuildConfig
 
+    @property
+    def starts_vllm(self) -> bool:
+        """Whether it is served by a vLLM that has to be started, unlike one at an address."""
+        return self.backend == "vllm" and (self.vllm is None or self.vllm.address is None)
+
 
 def read_engine_config(directory: Path) -> EngineConfig:
     """Read and check an engine's config.json.

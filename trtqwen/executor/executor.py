@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 from trtqwen.artifact import read_manifest
-from trtqwen.diagnostics import EngineError
+from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig
 from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
@@ -69,8 +69,11 @@ class Executor:
         """Queue a request; its responses come to `on_response`, the last with a finish reason.
 
         Raises:
+            RequestError: if it has a priority: requests are served in the order of their arrival.
             EngineError: if the engine has stopped or the id is in flight already.
         """
+        if request.priority:
+            raise RequestError("priority: this engine serves requests in the order of their arrival", "leave it out")
         with self._lock:
             if self._death is not None:
                 raise EngineError(f"the engine has stopped ({self._death})", "start the server again")

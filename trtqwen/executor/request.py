@@ -102,6 +102,7 @@ class Request(_Message):
         bad_words: token sequences that are never completed.
         embedding_bias: added to the logits, by token id; -inf forbids a token.
         cache_salt: requests reuse KV cache blocks of those with the same salt alone.
+        priority: a smaller one is served first, by engines that serve by priority.
         owner: whose request it is: owners take turns at compiling guides.
     """
 
@@ -116,6 +117,7 @@ class Request(_Message):
     output: OutputConfig = OutputConfig()
     guided_decoding: GuidedDecodingParams | None = None
     cache_salt: Annotated[str, Field(max_length=256)] = ""
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] = 0
     owner: Annotated[str, Field(max_length=256)] = ""
 
 

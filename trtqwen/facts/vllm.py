@@ -50,11 +50,34 @@ def vllm_facts(release: str) -> VllmFacts:
     )
 
 
-def vllm_image(release: str) -> str:
+@dataclass(frozen=True)
+class VllmImage:
+    """An image of Triton with vLLM.
+
+    Attributes:
+        vllm: its release.
+        driver: the oldest NVIDIA driver that runs it.
+    """
+
+    image: str
+    vllm: str
+    driver: str
+
+
+def vllm_image(release: str) -> VllmImage:
     """Triton's newest image whose vLLM is not newer than `release`, or its oldest known one."""
-    images: list[dict[str, str]] = _content()["images"]
-    fitting = [image for image in images if version(image["vllm"]) <= version(release)]
-    return (fitting[-1] if fitting else images[0])["image"]
+    images = _images()
+    fitting = [image for image in images if version(image.vllm) <= version(release)]
+    return fitting[-1] if fitting else images[0]
+
+
+def known_vllm_image(name: str) -> VllmImage | None:
+    """The image of this name; None if it is not known."""
+    return next((image for image in _images() if image.image == name), None)
+
+
+def _images() -> list[VllmImage]:
+    return [VllmImage(**image) for image in _content()["images"]]
 
 
 @cache

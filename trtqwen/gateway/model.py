@@ -21,7 +21,8 @@ _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fi
 _CUT_TOKENS = 16
 _EXTENSIONS = {
     "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt", "owner", "tell_stop"}),
-    "vllm": frozenset({"min_p", "tell_stop"}),
+    "vllm": frozenset({"min_p", "cache_salt", "tell_stop"}),
+    "llmapi": frozenset({"min_p", "cache_salt", "tell_stop"}),
 }
 
 

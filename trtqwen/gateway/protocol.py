@@ -15,6 +15,7 @@ from typing import Any
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from trtqwen.gateway.api.sse import SERVER_SEND
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.connections import Connections, connection_limits
 
@@ -150,8 +151,11 @@ class _Protocol(HttpToolsProtocol):
         if not self.pipeline:
             self.connection_limits.release(self)
         super().on_headers_complete()
-        if self.scope["http_version"] == "1.0" and self.cycle is not None:
+        if self.cycle is None or self.cycle.scope is not self.scope:
+            return
+        if self.scope["http_version"] == "1.0":
             _send_without_chunks(self.cycle)
+        self.scope["state"][SERVER_SEND] = self.cycle.send
 
     def on_message_complete(self) -> None:
         if not self._ignores_upgrade:

@@ -22,6 +22,8 @@ class TextStream:
 
     def push(self, ids: Sequence[int]) -> str:
         known = len(self._token_bytes)
+        if len(ids) == 1 and 0 <= ids[0] < known:
+            return self._decoder.decode(self._token_bytes[ids[0]])
         return self._decoder.decode(b"".join(self._token_bytes[i] for i in ids if 0 <= i < known))
 
     @property

@@ -1,208 +1,123 @@
 """TensorRT-LLM's LLM API with the interface of the embedded executor.
 
-Traps of the API that are handled here: an answer's tokens are cumulative, and only new ones are passed on; without a
-seed all requests use seed 0, so each request's own is sent; `max_tokens` is 32 unless it is sent; the end id is part
-of the tokens in some releases and not in others.
+Traps of the API that are handled here:
+
+- An answer's tokens are cumulative; only new ones are passed on.
+- Without a seed all requests use seed 0; each request's own is sent.
+- `max_tokens` is 32 unless it is sent.
+- A stop word is cut from the tokens unless `include_stop_str_in_output` is set; clients of Triton expect it.
+- The end id is part of the tokens in some releases and not in others.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
-import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from trtqwen.artifact import read_manifest
 from trtqwen.diagnostics import EngineError, RequestError
-from trtqwen.engine.config import EngineConfig, read_engine_config
 from trtqwen.executor.config import ExecutorConfig
-from trtqwen.executor.executor import OnResponse, collect_all
-from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
+from trtqwen.executor.request import IterationStats, Request
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import HF_MODEL, TOKENIZER_DIRECTORY
+from trtqwen.layout import HF_MODEL
 from trtqwen.llmapi.settings import arguments
+from trtqwen.relay.answer import Piece
+from trtqwen.relay.executor import STALL_SECONDS, RelayExecutor
 from trtqwen.system.host import read_host
 from trtqwen.system.processes import resident_bytes
-from trtqwen.vllm.answer import Answer
 
 _STATS_SECONDS = 0.1
 _TOLD = ("return_log_probs", "return_perf_metrics")
 
 
-class LlmApiExecutor:
-    """A running LLM. Thread-safe; use as a context manager or call `shutdown`.
+class LlmApiExecutor(RelayExecutor[Any]):
+    """A running LLM in this process. Thread-safe; use as a context manager or call `shutdown`.
 
-    Callbacks run on the thread of its event loop: they must be quick and must not raise.
+    Args:
+        verify, stall_seconds: see `RelayExecutor`.
 
     Raises:
         InputError: if the directory is not a finished engine.
         EngineError: if TensorRT-LLM is not installed, does not know a setting, or does not start.
     """
 
-    def __init__(self, engine: Path, config: ExecutorConfig | None = None, *, verify: bool = True) -> None:
-        read_manifest(engine, "engine", digests=verify)
-        self.engine_config: EngineConfig = read_engine_config(engine)
-        if self.engine_config.backend != "llmapi":
-            raise EngineError(f"{engine}: is of backend {self.engine_config.backend}", "serve it with that backend")
-        self._config = config or ExecutorConfig()
-        self._tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
-        self._lock = threading.Lock()
-        self._death: str | None = None
-        self._running: dict[str, tuple[OnResponse, Any]] = {}
-        self._stats = IterationStats(max_blocks=1)
-        self._api = _import()
-        names = [gpu.name for gpu in read_host().visible_gpus]
-        given = arguments(self.engine_config, self._config, engine / HF_MODEL, _version(), names)
-        if "quant_config" in given:
-            given["quant_config"] = self._api.QuantConfig(**given["quant_config"])
+    def __init__(
+        self,
+        engine: Path,
+        config: ExecutorConfig | None = None,
+        *,
+        verify: bool = True,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        super().__init__(engine, config, "llmapi", verify=verify, stall_seconds=stall_seconds)
+        self._llm: Any = None
         try:
+            self._api = _import()
+            names = [gpu.name for gpu in read_host().visible_gpus]
+            given = arguments(self.engine_config, self._config, engine / HF_MODEL, _version(), names)
+            if "quant_config" in given:
+                given["quant_config"] = self._api.QuantConfig(**given["quant_config"])
             self._llm = self._api.LLM(**given)
+        except EngineError:
+            self.shutdown()
+            raise
         except Exception as problem:  # TensorRT-LLM raises any type
+            self.shutdown()
             raise EngineError(f"{engine}: the LLM API did not start: {problem}", "see its output above") from None
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-
-    def submit(self, request: Request, on_response: OnResponse) -> None:
-        """Send a request; its responses come to `on_response`, the last with a finish reason.
-
-        Raises:
-            RequestError: if the LLM API cannot do what it asks for, or the queue is full.
-            EngineError: if it has died or the id is in flight already.
-        """
-        build = self.engine_config.build_config
-        params = sampling_params(
-            self._api, request, build.max_seq_len, self.engine_config.pretrained_config.vocab_size, self._tokenizer
-        )
-        with self._lock:
-            if self._death is not None:
-                raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
-            if request.id in self._running:
-                raise EngineError(f"request id {request.id!r} is in flight already", "use a new one")
-            limit = self._config.max_queue_size
-            if limit and len(self._running) >= build.max_batch_size + limit:
-                raise EngineError(f"Maximum queue size of {limit} has been reached, please try again later")
-            self._running[request.id] = (on_response, None)
-        asyncio.run_coroutine_threadsafe(self._run(request, params), self._loop)
-
-    def cancel(self, request_id: str) -> None:
-        """End a request; it answers with finish reason `CANCELLED` unless it has ended already."""
-        with self._lock:
-            entry = self._running.pop(request_id, None)
-        if entry is not None:
-            on_response, output = entry
-            if output is not None:
-                output.abort()
-            on_response(Response(request_id=request_id, finish_reason=FinishReason.CANCELLED))
-
-    def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
-        """Run requests together and wait for all; each one's responses in order."""
-        return collect_all(self.submit, requests)
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are served."""
-        return self._death is None
+        self._watch()
 
     @property
     def resident_bytes(self) -> int:
         """Memory of this process and the LLM's workers."""
         return resident_bytes(os.getpid())
 
-    def stats(self) -> IterationStats:
-        """The LLM's own account of its last step.
+    def _prepare(self, request: Request) -> Any:
+        limit, size = self.engine_config.build_config.max_seq_len, self.engine_config.pretrained_config.vocab_size
+        return sampling_params(self._api, request, limit, size, self._tokenizer)
 
-        Raises:
-            EngineError: if it has died.
-        """
-        if self._death is not None:
-            raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
+    async def _pieces(self, request: Request, prepared: Any) -> AsyncGenerator[Piece, None]:
+        block = self.engine_config.build_config.tokens_per_block
+        output, seen = None, 0
+        try:
+            salt = {"cache_salt": request.cache_salt} if request.cache_salt else {}
+            output = self._llm.generate_async(
+                list(request.input_token_ids), sampling_params=prepared, streaming=True, **salt
+            )
+            async for part in output:
+                [one] = part.outputs
+                if one.finish_reason not in (None, "length", "stop"):
+                    raise EngineError(f"the LLM API ended the request with {one.finish_reason}")
+                ids, log_probs, seen = _new(one, seen)
+                yield Piece(ids, log_probs, one.finish_reason, _reused_blocks(one) * block)
+        except EngineError:
+            raise
+        except Exception as problem:  # TensorRT-LLM raises any type
+            raise EngineError(f"the LLM API fails: {problem}") from None
+        finally:
+            if output is not None and not output.finished:
+                output.abort()
+
+    def _read_stats(self, before: IterationStats) -> IterationStats:
         try:
             steps = self._llm.get_stats(timeout=_STATS_SECONDS)
         except Exception as problem:  # TensorRT-LLM raises any type
             self._die(f"the LLM API tells no statistics: {problem}")
-            raise EngineError(f"the engine has stopped ({self._death})", "start the server again") from None
+            return before
         if steps:
             last = steps[-1]
-            self._stats = read_stats(json.loads(last) if isinstance(last, str) else last, self._stats)
-        elif not self._running:
-            self._stats = self._stats.model_copy(update={"active": 0, "waiting": 0, "generation_requests": 0})
-        return self._stats
+            return read_stats(json.loads(last) if isinstance(last, str) else last, before)
+        if self._running:
+            return before
+        return before.model_copy(update={"active": 0, "waiting": 0, "generation_requests": 0})
 
-    def shutdown(self) -> None:
-        """Stop the LLM; requests in flight end with an error. May be called again."""
-        self._die("it was shut down")
-        if self._loop.is_running():
-            self._loop.call_soon_threadsafe(self._loop.stop)
-            if self._thread is not threading.current_thread():
-                self._thread.join()
+    def _stop_engine(self) -> None:
+        if self._llm is not None:
             self._llm.shutdown()
-
-    def __enter__(self) -> LlmApiExecutor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
-
-    async def _run(self, request: Request, params: Any) -> None:
-        end = request.end_id
-        if end is None and request.guided_decoding is not None:
-            end = self._tokenizer.end_id
-        answer, seen = Answer(request, end, self.engine_config.build_config.tokens_per_block), 0
-        try:
-            output = self._llm.generate_async(list(request.input_token_ids), sampling_params=params, streaming=True)
-            with self._lock:
-                if request.id not in self._running:
-                    output.abort()
-                    return
-                on_response, _ = self._running[request.id]
-                self._running[request.id] = (on_response, output)
-            async for part in output:
-                [one] = part.outputs
-                ids, log_probs, seen = _new(one, seen)
-                response = answer.take(ids, log_probs, one.finish_reason)
-                if response is not None and response.finish_reason is not None:
-                    answer.reused_tokens = _reused_blocks(one) * self.engine_config.build_config.tokens_per_block
-                    response = answer.with_metrics(response)
-                if response is not None and self._deliver(request.id, response):
-                    if not part.finished:
-                        output.abort()
-                    return
-            error = "the LLM API ended the answer without a reason"
-        except Exception as problem:  # TensorRT-LLM raises any type
-            error = f"the LLM API fails: {problem}"
-        self._deliver(request.id, Response(request_id=request.id, finish_reason=FinishReason.ERROR, error=error))
-
-    def _deliver(self, request_id: str, response: Response) -> bool:
-        """Hand a response on; whether it was the request's last."""
-        final = response.finish_reason is not None
-        with self._lock:
-            entry = (self._running.pop if final else self._running.get)(request_id, None)
-        if entry is None:
-            return True
-        entry[0](response)
-        return final
-
-    def _die(self, reason: str) -> None:
-        with self._lock:
-            if self._death is not None:
-                return
-            self._death = reason
-            orphans, self._running = self._running, {}
-        for request_id, (on_response, output) in orphans.items():
-            if output is not None:
-                output.abort()
-            error = f"the engine has stopped ({reason})"
-            on_response(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
 
 
 def sampling_params(api: Any, request: Request, max_seq_len: int, vocab_size: int, tokenizer: Tokenizer) -> Any:
@@ -220,6 +135,8 @@ def sampling_params(api: Any, request: Request, max_seq_len: int, vocab_size: in
             f"Prompt length ({len(request.input_token_ids)}) exceeds maximum input length ({max_seq_len - 1})",
             "shorten the prompt or build the engine with a larger max_seq_len",
         )
+    if request.priority:
+        raise RequestError("priority: this engine serves requests in the order of their arrival", "leave it out")
     for name in type(request.output).model_fields:
         if name not in _TOLD and getattr(request.output, name):
             raise RequestError(f"{name}: is not served by the LLM API", "leave the tensor out")
@@ -230,6 +147,7 @@ def sampling_params(api: Any, request: Request, max_seq_len: int, vocab_size: in
         "detokenize": False,
         "add_special_tokens": False,
         "exclude_input_from_output": True,
+        "include_stop_str_in_output": True,
     }
     if sampling.greedy:
         fields["top_k"] = 1

@@ -62,7 +62,8 @@ def serving_command(
     if backend == "vllm":
         card = None if recipe.host is None else int(card_facts(recipe.host.card).usable_gib * GIB)
         weights = max(rank.weights.total for rank in memory)
-        options = server_options(engine, executor, gpu_bytes=card, weights_bytes=weights)
+        peers = recipe.host is None or card_facts(recipe.host.card).peer_to_peer
+        options = server_options(engine, executor, gpu_bytes=card, weights_bytes=weights, peer_to_peer=peers)
         python = (recipe.engine.vllm or VllmSettings()).python or "python3"
         words = command_line({"model": str(model), **options})
         return python, "-m", "vllm.entrypoints.openai.api_server", *words

@@ -1,4 +1,7 @@
-"""Whether TensorRT-LLM on this machine computes what the embedded engine does: the bundled model through both."""
+"""Whether an engine of this machine computes what the embedded engine computes on its CPU: the bundled model on both.
+
+The engine is TensorRT-LLM's, or the embedded one on a CUDA device.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.explain import explain
 from trtqwen.engine.job import Watch
+from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import Request
 from trtqwen.facts.releases import known_release, last_engine_release, newest_image
@@ -30,7 +34,8 @@ from trtqwen.recipe import CheckpointRecipe, EngineRecipe
 from trtqwen.system.host import Host
 from trtqwen.verify.ranks import CheckpointRanks
 
-Dtype = Literal["float16", "bfloat16"]
+Dtype = Literal["float16", "bfloat16", "float32"]
+Backend = Literal["tensorrt_llm", "torch"]
 Verdict = Literal["same", "tie", "differs"]
 Margin = Callable[[list[int], int], float]
 
@@ -38,9 +43,14 @@ MAX_TOKENS = 48
 # How far below the best logit a token may lie and still be a matter of rounding: four times what was seen. Computing
 # the bundled model in the dtype instead of float32 (transformers, CPU, 512 tokens) moved the difference between two
 # of the eight best logits by 0.022 and 0.24 at most. Half of all best logits lead by more than 6.9.
-TIE = {"float16": 0.1, "bfloat16": 1.0}
+TIE: dict[Dtype, float] = {"float16": 0.1, "bfloat16": 1.0, "float32": 1e-3}
+DTYPES: dict[Backend, tuple[Dtype, ...]] = {
+    "tensorrt_llm": ("float16", "bfloat16"),
+    "torch": ("float32", "float16", "bfloat16"),
+}
 _RUNNER = Path(__file__).with_name("runner.py")
 _SECONDS = 900
+_LIMITS = EngineRecipe(backend="torch", max_batch_size=8, max_num_tokens=512, max_seq_len=512)
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ class PromptResult:
     Attributes:
         same_tokens: how many agree before the first that differs; what follows on that is another text.
         verdict: `tie` if the first differing token is as good as the best one, up to rounding.
-        margin: how far below the best logit the embedded engine puts TensorRT-LLM's token; None if all agree.
+        margin: how far below the best logit the CPU puts the other engine's token; None if all agree.
     """
 
     prompt: str
@@ -75,36 +85,56 @@ def run_selftest(
     host: Host,
     directory: Path,
     *,
-    dtypes: Sequence[Dtype] = ("float16", "bfloat16"),
+    backend: Backend = "tensorrt_llm",
+    dtypes: Sequence[Dtype] | None = None,
     watch: Watch = lambda progress: None,
 ) -> list[DtypeResult]:
-    """Convert the bundled model, build it both ways, and compare the greedy answers.
+    """Convert the bundled model, build it, and compare greedy answers with those of the embedded engine on the CPU.
 
     Args:
         directory: for the checkpoints, engines and build logs; what is there is replaced.
+        backend: what is tested: TensorRT-LLM, or the embedded engine on a CUDA device.
+        dtypes: in turn; those of `DTYPES` by default.
 
     Raises:
         EngineError: if this machine cannot build or run the engine.
     """
-    check_machine(host)
-    tokenizer = Tokenizer(MODEL)
-    assert tokenizer.chat_template is not None
-    texts = [prompt.prompt for prompt in load_prompts()]
-    prompts = [
-        tokenizer.encode(render_chat(tokenizer.chat_template, [{"role": "user", "content": text}])) for text in texts
-    ]
+    check_machine(host, backend)
     results = []
-    for dtype in dtypes:
-        checkpoint, embedded, tensorrt = _build(host, directory / dtype, dtype, watch)
-        answers = zip(
-            texts, prompts, _run_embedded(embedded, prompts), _run_tensorrt(host, tensorrt, prompts), strict=True
-        )
-        margin = _margins(checkpoint)
-        judged = tuple(
-            judge(text, prompt, ours, theirs, margin, TIE[dtype]) for text, prompt, ours, theirs in answers
-        )
-        results.append(DtypeResult(dtype, judged))
+    for dtype in dtypes or DTYPES[backend]:
+        checkpoint, embedded = _build_embedded(host, directory / dtype, dtype)
+        if backend == "torch":
+            results.append(compare_devices(checkpoint, embedded, dtype, ExecutorConfig(device="cuda")))
+            continue
+        prompts = _prompts()
+        theirs = _run_tensorrt(host, _build_tensorrt(host, checkpoint, watch), list(prompts.values()))
+        results.append(_judge_all(checkpoint, embedded, dtype, theirs))
     return results
+
+
+def compare_devices(checkpoint: Path, engine: Path, dtype: Dtype, tested: ExecutorConfig) -> DtypeResult:
+    """The embedded engine as `tested` says against itself on the CPU."""
+    return _judge_all(checkpoint, engine, dtype, _run_embedded(engine, list(_prompts().values()), tested))
+
+
+def _judge_all(checkpoint: Path, embedded: Path, dtype: Dtype, theirs: list[list[int]]) -> DtypeResult:
+    prompts = _prompts()
+    ours = _run_embedded(embedded, list(prompts.values()), ExecutorConfig(device="cpu"))
+    margin = _margins(checkpoint)
+    judged = (
+        judge(text, prompt, mine, other, margin, TIE[dtype])
+        for (text, prompt), mine, other in zip(prompts.items(), ours, theirs, strict=True)
+    )
+    return DtypeResult(dtype, tuple(judged))
+
+
+def _prompts() -> dict[str, list[int]]:
+    """Token ids of the demo's prompts as chats, by text."""
+    tokenizer = Tokenizer(MODEL)
+    template = tokenizer.chat_template
+    assert template is not None
+    texts = [prompt.prompt for prompt in load_prompts()]
+    return {text: tokenizer.encode(render_chat(template, [{"role": "user", "content": text}])) for text in texts}
 
 
 def judge(
@@ -113,7 +143,7 @@ def judge(
     """Compare two greedy answers to one prompt.
 
     Args:
-        ours, theirs: token ids of the embedded engine and of TensorRT-LLM.
+        ours, theirs: token ids of the embedded engine on the CPU, and of the engine that is tested.
         margin: how far below the best logit a token lies after a sequence.
         tie: the largest margin that is a matter of rounding.
     """
@@ -125,12 +155,19 @@ def judge(
     return PromptResult(text, same, "tie" if distance <= tie else "differs", distance)
 
 
-def check_machine(host: Host) -> None:
-    """Refuse a machine without TensorRT-LLM or without a GPU.
+def check_machine(host: Host, backend: Backend) -> None:
+    """Refuse a machine that lacks what is tested.
 
     Raises:
         EngineError: naming what is missing.
     """
+    if backend == "torch":
+        if not torch.cuda.is_available():
+            raise EngineError(
+                "selftest --backend torch compares a CUDA device with the CPU, and PyTorch finds no CUDA device",
+                "run it on a GPU host, with a CUDA build of PyTorch",
+            )
+        return
     present = {"trtllm-build": host.trtllm_build, "a GPU": host.visible_gpus}
     missing = [name for name, found in present.items() if not found]
     if missing:
@@ -144,25 +181,29 @@ def check_machine(host: Host) -> None:
         )
 
 
-def _build(host: Host, directory: Path, dtype: Dtype, watch: Watch) -> tuple[Path, Path, Path]:
-    """The checkpoint, its embedded engine and its TensorRT engine."""
+def _build_embedded(host: Host, directory: Path, dtype: Dtype) -> tuple[Path, Path]:
+    """The checkpoint and its embedded engine."""
     # An unknown release falls to the newest; the builder then says what is wrong with it.
     release = known_release(host.tensorrt_llm) or last_engine_release()
-    checkpoint, embedded, tensorrt = (directory / name for name in ("checkpoint", "embedded", "tensorrt_llm"))
+    checkpoint, embedded = directory / "checkpoint", directory / "embedded"
     run_conversion(plan_conversion(MODEL, CheckpointRecipe(dtype=dtype, release=release)), checkpoint, force=True)
-    recipe = EngineRecipe(backend="torch", max_batch_size=8, max_num_tokens=512, max_seq_len=512)
-    build_engine(checkpoint, recipe, embedded, force=True)
-    recipe = recipe.model_copy(update={"backend": "tensorrt_llm"})
-    build_engine(checkpoint, recipe, tensorrt, force=True, host=host, watch=watch)
-    return checkpoint, embedded, tensorrt
+    build_engine(checkpoint, _LIMITS, embedded, force=True)
+    return checkpoint, embedded
 
 
-def _run_embedded(engine: Path, prompts: list[list[int]]) -> list[list[int]]:
+def _build_tensorrt(host: Host, checkpoint: Path, watch: Watch) -> Path:
+    engine = checkpoint.with_name("tensorrt_llm")
+    recipe = _LIMITS.model_copy(update={"backend": "tensorrt_llm"})
+    build_engine(checkpoint, recipe, engine, force=True, host=host, watch=watch)
+    return engine
+
+
+def _run_embedded(engine: Path, prompts: list[list[int]], config: ExecutorConfig) -> list[list[int]]:
     requests = [
         Request(id=str(index), input_token_ids=tuple(prompt), max_tokens=MAX_TOKENS)
         for index, prompt in enumerate(prompts)
     ]
-    with Executor(engine) as executor:
+    with Executor(engine, config) as executor:
         return [
             [token for response in responses for token in response.token_ids]
             for responses in executor.generate(requests)

@@ -10,6 +10,7 @@ from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig, read_engine_config
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import IterationStats, Request, Response
+from trtqwen.vllm.server import VllmPlace
 
 
 class Engine(Protocol):
@@ -48,10 +49,13 @@ class Engine(Protocol):
         """Stop it; requests in flight end with an error. May be called again."""
 
 
-def open_engine(engine: Path, config: ExecutorConfig, *, verify: bool = True) -> Engine:
-    """Start the engine of a directory, by its backend.
+def open_engine(
+    engine: Path, config: ExecutorConfig, *, vllm: VllmPlace | None = None, verify: bool = True
+) -> Engine:
+    """Start the engine of a directory, by its backend; for vLLM, connect to one that runs.
 
     Args:
+        vllm: where the engine's vLLM listens; None is the address in its settings.
         verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
 
     Raises:
@@ -66,7 +70,7 @@ def open_engine(engine: Path, config: ExecutorConfig, *, verify: bool = True) ->
     if backend == "vllm":
         from trtqwen.vllm.executor import VllmExecutor
 
-        return VllmExecutor(engine, config, verify=verify)
+        return VllmExecutor(engine, config, place=vllm, verify=verify)
     if backend == "llmapi":
         from trtqwen.llmapi.executor import LlmApiExecutor
 

@@ -17,7 +17,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -55,6 +55,7 @@ class Deployment:
         engine: the engine directory of a TensorRT engine; None for the embedded one, which starts its own ranks.
         servers: tritonservers side by side, each with all this on GPUs of its own.
         own_ranks: GPUs that an engine behind the python backend takes for its own ranks.
+        vllm: the engine directory that a vLLM is started for next to each server; None for other engines.
     """
 
     world_size: int = 1
@@ -62,6 +63,7 @@ class Deployment:
     engine: Path | None = None
     servers: int = 1
     own_ranks: int = 1
+    vllm: Path | None = None
 
     @property
     def mode(self) -> Mode:
@@ -91,16 +93,24 @@ class Launch:
 
     Attributes:
         tritonservers: how many of them run while the server is healthy.
+        vllm: the command that starts the engine, for backend vllm; with `vllm_environment`.
     """
 
     command: tuple[str, ...]
     environment: Mapping[str, str]
     tritonservers: int
+    vllm: tuple[str, ...] = ()
+    vllm_environment: Mapping[str, str] = field(default_factory=dict)
 
     def shell(self) -> str:
-        """For a person: the line to paste into a shell."""
-        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
-        return " ".join([*settings, shlex.join(self.command)])
+        """For a person: the lines to paste into a shell."""
+        lines = [_line(self.vllm, self.vllm_environment) + " &"] if self.vllm else []
+        return "\n".join([*lines, _line(self.command, self.environment)])
+
+
+def _line(command: Sequence[str], environment: Mapping[str, str]) -> str:
+    settings = [f"{name}={shlex.quote(value)}" for name, value in environment.items()]
+    return " ".join([*settings, shlex.join(command)])
 
 
 def read_deployment(repository: Path) -> Deployment:
@@ -115,21 +125,18 @@ def read_deployment(repository: Path) -> Deployment:
     except (OSError, UnicodeDecodeError, text_format.ParseError):
         raise InputError(f"{path}: is missing or no model config", "write it again with `trtqwen repo`") from None
     if config.backend != _CPP_BACKEND:
-        servers = server_count(repository)
-        return Deployment(servers=servers, own_ranks=_own_ranks(config) if servers > 1 else 1)
+        servers, engine = server_count(repository), Path(config.parameters["gpt_model_path"].string_value)
+        found, ranks = read_engine_config(engine), 1
+        if servers > 1:
+            on_cpu = config.parameters["device"].string_value == "cpu"
+            ranks = 0 if on_cpu else found.pretrained_config.mapping.world_size
+        return Deployment(servers=servers, own_ranks=ranks, vllm=engine if found.starts_vllm else None)
     engine = Path(config.parameters["gpt_model_path"].string_value)
     world_size = read_engine_config(engine).pretrained_config.mapping.world_size
     missing = [rank for rank in range(world_size) if not (engine / rank_engine(rank)).is_file()]
     if missing:
         raise InputError(f"{engine}: rank{missing[0]}.engine is missing", "build the engine again")
     return Deployment(world_size, replica_count(config), engine, server_count(repository))
-
-
-def _own_ranks(config: ModelConfig) -> int:
-    if config.parameters["device"].string_value == "cpu":
-        return 0
-    engine = Path(config.parameters["gpt_model_path"].string_value)
-    return read_engine_config(engine).pretrained_config.mapping.world_size
 
 
 def replica_count(config: ModelConfig) -> int:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from google.protobuf import json_format, text_format
 from pydantic import ValidationError
+from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import ExecutorConfig
+from trtqwen.layout import MODEL_CONFIG
 from trtqwen.recipe import TORCH_SERVING
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave
@@ -19,6 +22,8 @@ HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond ups
 FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by whoever has compared the digests of engine and repository
 HEARTBEAT = "TRTQWEN_HEARTBEAT"  # a file that `tensorrt_llm` touches whenever its engine answers between two steps
 ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine stopped
+VLLM_SOCKET = "TRTQWEN_VLLM_SOCKET"  # where the vLLM listens that was started for this server
+VLLM_PID = "TRTQWEN_VLLM_PID"  # the process id of its guardian
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,20 @@ def tokenizer_path(args: Mapping[str, str], parameters: Mapping[str, str]) -> Pa
 def flag(parameters: Mapping[str, str], key: str, default: bool) -> bool:
     """A boolean parameter, read as upstream's python models do: `1` or `true` in any case is true."""
     return parameters[key].lower() in ("1", "true") if key in parameters else default
+
+
+def repository_parameters(repository: Path) -> EngineParameters:
+    """The parameters of `tensorrt_llm` in a finished repository.
+
+    Raises:
+        InputError: naming the parameter, if a value cannot be used.
+    """
+    directory = repository / "tensorrt_llm"
+    config = text_format.Parse((directory / MODEL_CONFIG).read_text(encoding="utf-8"), ModelConfig())
+    content = json_format.MessageToDict(
+        config, preserving_proto_field_name=True, always_print_fields_with_no_presence=True
+    )
+    return engine_parameters({"model_config": json.dumps(content), "model_repository": str(directory)})
 
 
 def engine_parameters(args: Mapping[str, str]) -> EngineParameters:

@@ -44,8 +44,16 @@ from trtqwen.triton.launch import (
     read_deployment,
     server_devices,
 )
-from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, HEARTBEAT
+from trtqwen.triton.parameters import (
+    ENGINE_DEATH,
+    FILES_VERIFIED,
+    HEARTBEAT,
+    VLLM_PID,
+    VLLM_SOCKET,
+    repository_parameters,
+)
 from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
+from trtqwen.vllm.server import VllmServer
 
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
 _GONE = "the log has no error; it crashed or was killed"
@@ -129,9 +137,20 @@ class TritonServer(Service):
         self._helpers: dict[int, list[str]] = {}
         self._broken = self._served = False
         self._log_start = self._starts = 0
+        self._vllm = self._vllm_server(log)
+        if self._vllm is not None:
+            self.start_seconds = self._vllm.start_seconds
         self._watchdog_seconds = watchdog_seconds
         self._watchdog: Watchdog | None = None
         self.stop_seconds = drain_seconds
+
+    def _vllm_server(self, log: Path | None) -> VllmServer | None:
+        """The vLLM that the repository's engine needs; its log lies next to Triton's."""
+        if self._deployment.vllm is None:
+            return None
+        executor = repository_parameters(self._repository).executor
+        own_log = log.with_name(f"{log.stem}-vllm{log.suffix}") if log else None
+        return VllmServer(self._deployment.vllm, executor, devices=self._devices, log=own_log)
 
     @property
     def http_url(self) -> str:
@@ -158,6 +177,11 @@ class TritonServer(Service):
         return self._running.pid
 
     @property
+    def vllm_pid(self) -> int | None:
+        """Process id of vLLM's guardian, also its session's; None if no vLLM was started for this server."""
+        return None if self._vllm is None else self._vllm.pid
+
+    @property
     def log(self) -> Path:
         """The file with the server's log."""
         if self._log is None:
@@ -172,7 +196,7 @@ class TritonServer(Service):
         """
         if backends is None and self._installation.home is not None:
             backends = Path(tempfile.gettempdir(), "trtqwen-triton", "backends")
-        return plan_launch(
+        launch = plan_launch(
             self._repository,
             self._deployment,
             self._installation.binary,
@@ -182,6 +206,15 @@ class TritonServer(Service):
             backends=backends,
             host=self._machine,
             devices=self._devices,
+        )
+        if self._vllm is None:
+            return launch
+        socket = Path(tempfile.gettempdir(), "trtqwen-vllm.socket")
+        return replace(
+            launch,
+            environment={**launch.environment, VLLM_SOCKET: str(socket)},
+            vllm=tuple(self._vllm.command(socket)),
+            vllm_environment=self._vllm.settings,
         )
 
     def start(self) -> None:
@@ -210,6 +243,11 @@ class TritonServer(Service):
         record = workspace / ENVIRONMENTS
         record.write_text(json.dumps({"before": environments(), "since": time.time()}), encoding="utf-8")
         self._cleanup.callback(remove_environments, str(record))
+        if self._vllm is not None:
+            self._vllm.start()
+            place = self._vllm.place
+            launch = replace(launch, environment={**launch.environment, VLLM_SOCKET: str(place.socket)})
+            environment[VLLM_PID] = str(place.pid)
         self._claims.close()
         with self._log.open("ab" if self._starts else "wb") as log:
             self._log_start, self._starts = log.tell(), self._starts + 1
@@ -224,7 +262,8 @@ class TritonServer(Service):
             compiled = self._deployment.engine is not None
             progress = IterationCounter(f"http://{self.metrics_url}/metrics") if compiled else Heartbeat(heartbeat)
             strict = compiled or bool(read_host().gpus)
-            self._watchdog = Watchdog(self._process.pid, progress, self._watchdog_seconds, strict=strict)
+            sessions = [self._process.pid, *([self._vllm.pid] if self._vllm is not None else [])]
+            self._watchdog = Watchdog(sessions, progress, self._watchdog_seconds, strict=strict)
 
     def answers(self) -> bool:
         """Whether every model is loaded."""
@@ -244,6 +283,12 @@ class TritonServer(Service):
 
         Triton serves on without them: it starts none of them again.
         """
+        if self._vllm is not None:
+            try:
+                self._vllm.check()
+            except ServerError:
+                self._broken = True
+                raise
         if problem := self._problem():
             self._broken = True
             raise ServerError(problem)
@@ -284,11 +329,15 @@ class TritonServer(Service):
             kill_session(process.pid)
             process.wait()
             self._process = None
+        if self._vllm is not None:
+            self._vllm.stop(drain=drain and not self._broken)
         self._cleanup.close()
 
     def kill(self) -> None:
         if (process := self._process) is not None:
             kill_session(process.pid)
+        if self._vllm is not None:
+            self._vllm.kill()
 
     def _wait_for_end(self, process: subprocess.Popen[str]) -> None:
         """Wait as long as requests run; when only models are left that do not unload, not as long as Triton does."""

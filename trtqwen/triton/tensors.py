@@ -141,6 +141,7 @@ class Extensions(BaseModel):
         return_prompt_log_probs: `context_logits` has such a column for each prompt token instead of logits; the first
             token, which follows nothing, has NaN and ids of -1.
         cache_salt: reuse KV cache blocks of requests with the same salt alone.
+        priority: a smaller one is served first; vLLM with scheduling-policy priority does so.
         owner: whose request it is: owners take turns at compiling guides.
         tell_stop: a request that another client stops ends with an error; otherwise with an empty response, as
             upstream's do.
@@ -152,6 +153,7 @@ class Extensions(BaseModel):
     num_top_log_probs: int = 0
     return_prompt_log_probs: bool = False
     cache_salt: str = ""
+    priority: int = 0
     owner: str = ""
     tell_stop: bool = False
 
@@ -179,8 +181,8 @@ def read_generation(
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
         fields["sampling"]["min_p"] = own.min_p
-        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt", "owner", "tell_stop"})
-        fields["cache_salt"], fields["owner"] = own.cache_salt, own.owner
+        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt", "priority", "owner", "tell_stop"})
+        fields |= {"cache_salt": own.cache_salt, "priority": own.priority, "owner": own.owner}
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
             places.append(Place(row, sequence))

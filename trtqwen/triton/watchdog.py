@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 import time
 import urllib.request
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -87,17 +89,17 @@ class Watchdog:
     there the limit holds.
 
     Args:
-        session: of the server's processes.
+        sessions: of the server's processes and of its engine's.
         limit: seconds between two signs of progress.
         strict: whether the limit holds for processes that compute.
     """
 
-    def __init__(self, session: int, progress: Progress, limit: float, *, strict: bool) -> None:
-        self._session = session
+    def __init__(self, sessions: Sequence[int], progress: Progress, limit: float, *, strict: bool) -> None:
+        self._sessions = tuple(sessions)
         self._progress = progress
         self._limit = limit
         self._strict = strict
-        self._sample: tuple[float, float] | None = None  # when, and CPU seconds of the session
+        self._sample: tuple[float, float] | None = None  # when, and CPU seconds of the sessions
 
     def hung(self) -> str | None:
         """What hangs and since when; None if nothing does."""
@@ -108,14 +110,17 @@ class Watchdog:
         if silence < self._limit:
             self._sample = None
             return None
-        if frozen := [f"process {pid}" for pid in living(self._session) if stopped(pid)]:
+        if frozen := [f"process {pid}" for pid in self._processes() if stopped(pid)]:
             return f"{', '.join(frozen)} is stopped (SIGSTOP), and no step has ended for {silence:.0f} s"
         if self._strict or silence > _PATIENCE * self._limit or self._idle(now):
             return f"no step of the engine has ended for {silence:.0f} s"
         return None
 
+    def _processes(self) -> Iterator[int]:
+        return chain.from_iterable(map(living, self._sessions))
+
     def _idle(self, now: float) -> bool:
-        used = sum(map(cpu_seconds, living(self._session)))
+        used = sum(map(cpu_seconds, self._processes()))
         if self._sample is None:
             self._sample = now, used
         begun, before = self._sample

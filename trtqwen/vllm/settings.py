@@ -17,13 +17,19 @@ _MOST_UTILIZATION = 0.97  # beyond it, cuBLAS and the driver do not find room
 
 
 def server_options(
-    config: EngineConfig, executor: ExecutorConfig, *, gpu_bytes: int | None = None, weights_bytes: int = 0
+    config: EngineConfig,
+    executor: ExecutorConfig,
+    *,
+    gpu_bytes: int | None = None,
+    weights_bytes: int = 0,
+    peer_to_peer: bool = True,
 ) -> dict[str, str | bool]:
     """The options of the API server, without dashes; a bool says whether a switch is on.
 
     Args:
         gpu_bytes: memory of one GPU; None on a machine without.
         weights_bytes: of one rank.
+        peer_to_peer: whether the cards can read each other's memory.
 
     Raises:
         EngineError: if vLLM has no such block size on this machine.
@@ -58,6 +64,8 @@ def server_options(
         options["num-gpu-blocks-override"] = str(blocks)
     if gpu_bytes is not None:
         options["gpu-memory-utilization"] = f"{memory_utilization(executor, gpu_bytes, weights_bytes):.3f}"
+    if not peer_to_peer and checkpoint.mapping.world_size > 1:
+        options["disable-custom-all-reduce"] = True  # it reads the other cards' memory
     for name, value in given.arguments.items():
         options[name] = value if isinstance(value, bool) else str(value)
     return options

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
 import xxhash
 
@@ -55,12 +56,14 @@ class Ticket:
         owner: whose it is.
         arrived: when it came, in seconds of the caller's clock.
         prefixes: what its prompt begins with, as hashes from the shortest beginning to the longest; see `prefix.py`.
+        priority: of those of one owner, the ones with the lowest go first.
     """
 
     tokens: int
     owner: Owner = Owner()
     arrived: float = 0.0
     prefixes: tuple[int, ...] = ()
+    priority: int = 0
 
 
 @dataclass
@@ -91,9 +94,10 @@ class Admission:
     """Bounds what runs and what waits.
 
     Owners take turns by deficit round robin over tokens: each that waits gets as many tokens admitted as the others,
-    whether it sends many requests or few. Tickets of one owner never overtake each other. The ticket whose turn it is
-    waits for room, and all others wait behind it. One that fits on several replicas goes to the one with the fewest
-    tokens to do. A full queue takes an arrival in the place of the newest tickets of the owner that has most waiting.
+    whether it sends many requests or few. Tickets of one owner and priority never overtake each other. The ticket
+    whose turn it is waits for room, and all others wait behind it. One that fits on several replicas goes to the one
+    with the fewest tokens to do. A full queue takes an arrival in the place of the last tickets of the owner that has
+    most waiting.
 
     A head with prefixes goes to the replica that has read most of its beginning, unless that one is loaded: it has
     more than `_BOUND` times the mean of tokens or requests, and more than a quarter of what it can run. A beginning
@@ -136,8 +140,8 @@ class Admission:
     @property
     def oldest(self) -> Ticket | None:
         """The ticket that has waited longest."""
-        firsts = [next(iter(tickets)) for tickets in self._waiting.values()]
-        return min(firsts, key=lambda ticket: ticket.arrived, default=None)
+        waiting = chain.from_iterable(self._waiting.values())
+        return min(waiting, key=lambda ticket: ticket.arrived, default=None)
 
     def running(self, number: int) -> tuple[int, int]:
         """Sequences on a replica, and their tokens."""
@@ -172,16 +176,16 @@ class Admission:
         owner = tickets[0].owner
         for ticket in tickets:
             self._deficits.setdefault(owner, 0)
-            self._waiting.setdefault(owner, OrderedDict())[ticket] = None
+            self._wait(ticket)
             self.queued += 1
             self.queued_tokens += ticket.tokens
         admitted = self.admit()
         mine = self._waiting.get(owner, OrderedDict())
         if any(ticket in mine for ticket in tickets):
             too_many = owner.most_queued is not None and len(mine) > owner.most_queued
-            losers = [] if too_many else self._losers(owner)
+            losers = [] if too_many else self._losers(owner, tickets)
             if losers is None or too_many:
-                # They were their owner's last, and have not run: no other was admitted because of them.
+                # They have not run: no other was admitted because of them.
                 for ticket in tickets:
                     self.leave(ticket)
                 raise QueueFull
@@ -190,12 +194,14 @@ class Admission:
             self.pushed_out += losers
         return admitted
 
-    def would_refuse(self, owner: Owner) -> bool:
-        """Whether one more ticket of this owner, however small, has no place to wait."""
+    def would_refuse(self, owner: Owner, priority: int = 0) -> bool:
+        """Whether one more ticket of this owner and priority, however small, has no place to wait."""
         mine = self._waiting.get(owner, OrderedDict())
         if owner.most_queued is not None and len(mine) >= owner.most_queued > 0:
             return True
         if not 0 < self.queue_limits.requests <= self.queued:
+            return False
+        if mine and next(reversed(mine)).priority > priority:
             return False
         return all(len(mine) + 1 >= len(tickets) for other, tickets in self._waiting.items() if other != owner)
 
@@ -242,6 +248,15 @@ class Admission:
         if not up:
             replica.known.clear()  # when it comes back, its KV cache is empty
 
+    def _wait(self, ticket: Ticket) -> None:
+        """Put a ticket behind those of its owner that go first."""
+        mine = self._waiting.setdefault(ticket.owner, OrderedDict())
+        overtaken = bool(mine) and next(reversed(mine)).priority > ticket.priority
+        mine[ticket] = None
+        if overtaken:
+            for later in [other for other in mine if other.priority > ticket.priority]:
+                mine.move_to_end(later)
+
     def _forget(self, ticket: Ticket) -> None:
         mine = self._waiting[ticket.owner]
         del mine[ticket]
@@ -272,17 +287,17 @@ class Admission:
     def _at_limit(self, owner: Owner) -> bool:
         return owner.most_in_flight is not None and self._running[owner] >= owner.most_in_flight
 
-    def _losers(self, arriving: Owner) -> list[Ticket] | None:
-        """Who has to go so that the queue is within its limits; None if that would be the arriving owner itself."""
+    def _losers(self, arriving: Owner, arrivals: Sequence[Ticket]) -> list[Ticket] | None:
+        """Who has to go so that the queue is within its limits; None if that would be one of the arrivals."""
         requests, tokens = self.queued, self.queued_tokens
         waiting = {owner: list(tickets) for owner, tickets in self._waiting.items()}
         losers: list[Ticket] = []
         while requests > self.queue_limits.requests or tokens > self.queue_limits.tokens:
             sizes = {owner: sum(ticket.tokens for ticket in tickets) for owner, tickets in waiting.items()}
             owner = max(sizes, key=lambda owner: (sizes[owner], owner == arriving))
-            if owner == arriving:
-                return None
             ticket = waiting[owner].pop()
+            if ticket in arrivals:
+                return None
             losers.append(ticket)
             requests, tokens = requests - 1, tokens - ticket.tokens
         return losers

@@ -68,7 +68,7 @@ class Broker:
             *arguments, limits = arguments
             CALLER.set(Caller(**limits))
         if method == "check_room":
-            return self._gate.check_room()
+            return self._gate.check_room(*arguments)
         if method == "charge":
             digest, what, tokens = arguments
             self._authenticator.refresh()
@@ -114,8 +114,10 @@ class _Session:
         self._news = news
         self._held: dict[int, _Held] = {}
 
-    def arrive(self, numbers: Sequence[int], token_counts: Sequence[int], prefixes: Sequence[Prefixes]) -> None:
-        places = self._gate.places(token_counts, prefixes)
+    def arrive(
+        self, numbers: Sequence[int], token_counts: Sequence[int], prefixes: Sequence[Prefixes], priority: int
+    ) -> None:
+        places = self._gate.places(token_counts, prefixes, priority)
         tickets = places.__enter__()
         left = [len(tickets)]
         for number, ticket in zip(numbers, tickets, strict=True):
@@ -206,19 +208,21 @@ class SharedGate(Gate):
         """Take in the broker's news until it ends."""
         await self._link.news(self._told)
 
-    def check_room(self) -> None:
+    def check_room(self, priority: int = 0) -> None:
         if self._draining:
             raise stopping()
-        self._link.call("check_room", _limits())
+        self._link.call("check_room", priority, _limits())
 
     @contextmanager
-    def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
+    def places(
+        self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = (), priority: int = 0
+    ) -> Iterator[list[Ticket]]:
         if self._draining:
             raise stopping()
         tickets = [Ticket(count) for count in token_counts]
         numbers = range(self._next, self._next + len(tickets))
         self._next += len(tickets)
-        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes), _limits())
+        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes), priority, _limits())
         try:
             loop = asyncio.get_running_loop()
             self._numbers |= zip(tickets, numbers, strict=True)

@@ -61,22 +61,28 @@ class Gate:
     def idle(self) -> bool:
         return not self._turns
 
-    def check_room(self) -> None:
+    def check_room(self, priority: int = 0) -> None:
         """Refuse at once what the queue has no place for: under overload, even tokenizing it costs the others.
+
+        Args:
+            priority: of the request among those of its key.
 
         Raises:
             ApiError: as `places` does.
         """
         self._refuse_at_the_door()
-        if self._admission.would_refuse(self._owner()):
+        if self._admission.would_refuse(self._owner(), priority):
             raise self._too_busy(self._full(), "queue_full")
 
     @contextmanager
-    def places(self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = ()) -> Iterator[list[Ticket]]:
+    def places(
+        self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = (), priority: int = 0
+    ) -> Iterator[list[Ticket]]:
         """Queue one ticket for each count, all or none; what is still held afterwards is given back.
 
         Args:
             prefixes: the beginnings of each ticket's prompt; none sends it to the replica with the fewest tokens.
+            priority: of the request among those of its key; the lowest goes first.
 
         Raises:
             ApiError: 429 if the queue is full or requests take too long, 503 if the gateway stops or no replica is
@@ -86,7 +92,8 @@ class Gate:
         owner, now = self._owner(), time.monotonic()
         beginnings = prefixes or [()] * len(token_counts)
         tickets = [
-            Ticket(count, owner, now, tuple(begun)) for count, begun in zip(token_counts, beginnings, strict=True)
+            Ticket(count, owner, now, tuple(begun), priority)
+            for count, begun in zip(token_counts, beginnings, strict=True)
         ]
         loop = asyncio.get_running_loop()
         turns: _Turns = {ticket: loop.create_future() for ticket in tickets}

@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import re
 import time
 from collections.abc import Collection
 from contextlib import AsyncExitStack
-from datetime import datetime, timezone
-from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller, Guesses
 from trtqwen.gateway.admission.desk import LONG_BODY, Desk, Share, body_memory
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
-_log = logging.getLogger("trtqwen.access")
 _ADDRESS = re.compile(r"[0-9.]+")
 _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
-_PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
 _POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013  # of a WebSocket
-_GONE = 499  # the client has gone before the answer
-_LONGEST_PATH = 200  # characters, in the log
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -65,7 +59,7 @@ class Guard:
         self._body_seconds = body_seconds
         self._desk = desk
         self._allowed_hosts = allowed_hosts
-        self._access_log = access_log
+        self._access_log = AccessLog(metrics, on=access_log)
         self._protected = (*_PROTECTED, *(_METRICS if protect_metrics else ()))
         self._guesses = Guesses()
 
@@ -88,34 +82,7 @@ class Guard:
         try:
             await self._admit(scope, receive, noting)
         finally:
-            if scope["path"] not in _PROBED:
-                self._count(state, status or _GONE)
-                if self._access_log:
-                    self._write(scope, state, status or _GONE, time.monotonic() - begun)
-
-    def _count(self, state: dict[str, Any], status: int) -> None:
-        """Count a request and its tokens by key."""
-        key, usage = state["caller"].name if "caller" in state else "-", state.get("usage")
-        self._metrics.key_requests.labels(key, str(status)).inc()
-        if usage is not None:
-            self._metrics.key_tokens.labels(key).inc(usage.prompt_tokens + usage.output_tokens)
-
-    def _write(self, scope: Scope, state: dict[str, Any], status: int, seconds: float) -> None:
-        """One line of the access log: who, what, how it ended; never what was asked or answered."""
-        usage = state.get("usage")
-        entry = {
-            "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
-            "address": scope["client"][0] if scope.get("client") else None,
-            "key": state["caller"].name if "caller" in state else None,
-            "method": scope["method"],
-            "path": scope["path"][:_LONGEST_PATH],
-            "status": status,
-            "seconds": round(seconds, 4),
-            "prompt_tokens": usage.prompt_tokens if usage is not None else None,
-            "output_tokens": usage.output_tokens if usage is not None else None,
-            "request_id": state.get("request_id"),
-        }
-        _log.info("%s", json.dumps(entry))
+            self._access_log.write(scope, status, time.monotonic() - begun, state.get("usage"))
 
     def _check_host(self, headers: dict[bytes, bytes]) -> None:
         if self._allowed_hosts is None:
@@ -189,21 +156,25 @@ class Guard:
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Let a WebSocket in by its host and key; its messages are charged one by one."""
         headers = dict(scope["headers"])
+        state = scope.setdefault("state", {})
+        state["access_log"] = self._access_log
         try:
             self._check_host(headers)
             self._check_size(scope)
             caller = self._authenticate(scope, headers)
         except ApiError as problem:
+            self._access_log.write(scope, problem.status, 0.0, None)
             self._metrics.refused.labels(str(problem.status), problem.code).inc()
             await receive()
             await send({"type": "websocket.close", "code": _POLICY_VIOLATION, "reason": problem.message[:100]})
             return
-        scope.setdefault("state", {})["caller"] = caller
+        state["caller"] = caller
         CALLER.set(caller)
         async with self._desk.socket(caller.name) as allowed:
             if allowed:
                 await self._app(scope, receive, send)
                 return
+        self._access_log.write(scope, 429, 0.0, None)
         self._metrics.refused.labels("429", "too_many_sockets").inc()
         await receive()
         await send({"type": "websocket.close", "code": _TRY_AGAIN, "reason": "the key has too many WebSockets open"})

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
 from json.encoder import encode_basestring_ascii as quoted
-from typing import Any
+from typing import Any, NamedTuple
 
 from trtqwen.gateway.api.chat import ChatPlan
 from trtqwen.gateway.api.envelope import Envelope, stop_reason
@@ -22,16 +21,16 @@ from trtqwen.gateway.generation.generator import Finish, Generator, Piece, Token
 Event = AnswerEvent | Reasoning
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """What one piece adds to one choice.
 
     Attributes:
+        number: of the choice.
         matched: the stop string or stop token that ended it.
         prompt: the prompt's tokens, if asked for.
     """
 
-    index: int
+    number: int
     events: Sequence[Event]
     log_probs: Sequence[TokenLogProb]
     finish: Finish | None
@@ -48,10 +47,10 @@ async def chat_steps(plan: ChatPlan, generator: Generator, usage: Usage) -> Asyn
     choices = [_Choice(plan, generator) for _ in plan.generation.prompts]
     async with aclosing(generator.run(plan.generation, usage)) as pieces:
         async for piece in pieces:
-            choice = choices[piece.index]
+            choice = choices[piece.number]
             if choice.finish is None:
                 events = choice.take(piece)
-                yield Step(piece.index, events, piece.log_probs, choice.finish, piece.matched, piece.prompt)
+                yield Step(piece.number, events, piece.log_probs, choice.finish, piece.matched, piece.prompt)
                 if choice.finish is not None and all(other.finish for other in choices):
                     break
 
@@ -84,7 +83,7 @@ class ChatAnswers:
         prompt: Sequence[TokenLogProb] = ()
         async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
             async for step in steps:
-                choices[step.index].add(step)
+                choices[step.number].add(step)
                 prompt = step.prompt or prompt
         sampling = self._plan.generation.sampling
         objects = [
@@ -105,11 +104,15 @@ class ChatAnswers:
         frame, begun = self._envelope.frame, set()
         async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
             async for step in steps:
-                if step.index not in begun:
-                    begun.add(step.index)
-                    yield frame(step.index, '"delta":{"role":"assistant","content":""},"logprobs":null', first=True)
+                frames = []
+                if step.number not in begun:
+                    begun.add(step.number)
+                    body = '"delta":{"role":"assistant","content":""},"logprobs":null'
+                    frames.append(frame(step.number, body, first=True))
                     if self._plan.echo:
-                        yield frame(step.index, f'"delta":{delta_of(Content(self._plan.echo))},"logprobs":null')
+                        frames.append(
+                            frame(step.number, f'"delta":{delta_of(Content(self._plan.echo))},"logprobs":null')
+                        )
                 log_probs = "null"
                 if step.log_probs:
                     log_probs = json.dumps(chat_log_probs(step.log_probs, self._token_bytes))
@@ -117,10 +120,13 @@ class ChatAnswers:
                 if step.log_probs and not deltas:
                     deltas = ["{}"]
                 for delta in deltas:
-                    yield frame(step.index, f'"delta":{delta},"logprobs":{log_probs}')
+                    frames.append(frame(step.number, f'"delta":{delta},"logprobs":{log_probs}'))
                     log_probs = "null"
                 if step.finish is not None:
-                    yield frame(step.index, f'"delta":{{}},"logprobs":null{stop_reason(step.matched)}', step.finish)
+                    body = f'"delta":{{}},"logprobs":null{stop_reason(step.matched)}'
+                    frames.append(frame(step.number, body, step.finish))
+                if frames:
+                    yield b"".join(frames)
         if self._plan.include_usage:
             yield self._envelope.usage_frame()
         yield DONE
@@ -227,7 +233,7 @@ class CollectedChoice:
         if self.calls:
             message |= {"content": self.content or None, "tool_calls": self.calls}
         if self._thought:
-            message["reasoning_content"] = self.thought
+            message |= {"reasoning_content": self.thought, "reasoning": self.thought}  # older and newer name at vLLM
         choice = {"index": index, "message": message, "logprobs": log_probs, "finish_reason": self.finish}
         return choice if self._matched is None else {**choice, "stop_reason": self._matched}
 
@@ -249,7 +255,7 @@ def delta_of(event: Event) -> str:
     if isinstance(event, CallArguments):
         return f'{{"tool_calls":[{{"index":{event.index},"function":{{"arguments":{quoted(event.text)}}}}}]}}'
     if isinstance(event, Reasoning):
-        return f'{{"reasoning_content":{quoted(event.text)}}}'
+        return f'{{"reasoning_content":{quoted(event.text)},"reasoning":{quoted(event.text)}}}'
     function = {"name": event.name, "arguments": ""}
     call = {"index": event.index, "id": event.id, "type": "function", "function": function}
     return json.dumps({"tool_calls": [call]})

@@ -90,6 +90,7 @@ def plan_completion(
         ),
         stop=request.stop_strings,
         keep_stop=bool(request.include_stop_str_in_output),
+        priority=request.priority or 0,
     )
     return CompletionPlan(
         generation,
@@ -164,11 +165,11 @@ class CompletionAnswers:
         ends: list[Piece | None] = [None] * len(texts)
         async with aclosing(self._generator.run(plan.generation, self.usage)) as pieces:
             async for piece in pieces:
-                prompts[piece.index] = piece.prompt or prompts[piece.index]
-                ends[piece.index] = piece
+                prompts[piece.number] = piece.prompt or prompts[piece.number]
+                ends[piece.number] = piece
                 if not plan.no_answer:
-                    texts[piece.index].append(piece.text)
-                    entries[piece.index] += piece.log_probs
+                    texts[piece.number].append(piece.text)
+                    entries[piece.number] += piece.log_probs
         choices = []
         for index, end in enumerate(ends):
             finish: Finish | None = "length" if plan.no_answer or end is None else end.finish
@@ -197,21 +198,21 @@ class CompletionAnswers:
         frame, begun = self._envelope.frame, set()
         async with aclosing(self._generator.run(self._plan.generation, self.usage)) as pieces:
             async for piece in pieces:
-                text, first = piece.text, piece.index not in begun
+                text, first = piece.text, piece.number not in begun
                 own: Sequence[TokenLogProb] = piece.log_probs
                 if self._plan.no_answer:
                     text, own = "", ()
                 if first:
-                    begun.add(piece.index)
-                    text = self._plan.echoes[piece.index] + text
+                    begun.add(piece.number)
+                    text = self._plan.echoes[piece.number] + text
                 log_probs = "null"
                 if own or (first and piece.prompt):
-                    log_probs = json.dumps(self._log_probs(piece.index, own, piece.prompt))
+                    log_probs = json.dumps(self._log_probs(piece.number, own, piece.prompt))
                 if piece.finish is not None:
                     self._generator.metrics.finished.labels(piece.finish).inc()
                 body = f'"text":{quoted(text)},"logprobs":{log_probs}{stop_reason(piece.matched)}'
                 finish = "length" if piece.finish and self._plan.no_answer else piece.finish
-                yield frame(piece.index, body, finish, first=first)
+                yield frame(piece.number, body, finish, first=first)
         if self._plan.include_usage:
             yield self._envelope.usage_frame()
         yield DONE

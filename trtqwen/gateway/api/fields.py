@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain, islice
 from typing import Annotated, Any, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -89,6 +90,10 @@ class Schema(BaseModel):
     def _few_fields(cls, value: Any) -> Any:
         return check_count(value)
 
+    def ignored(self) -> list[str]:
+        """Paths of what is known and left out all the same, besides unknown fields."""
+        return []
+
 
 class Kept(Schema):
     """Part of a conversation: clients send back what they keep of earlier turns, with fields of their own."""
@@ -115,8 +120,9 @@ def marked(schema: type[BaseModel], kind: type[M]) -> Mapping[str, M]:
 
 
 def unknown_fields(request: BaseModel) -> list[str]:
-    """Paths of the fields that no schema knows, at most a hundred."""
-    return [path for path, _ in zip(_unknown(request, ""), range(100), strict=False)]
+    """Paths of what is left out, above all the fields that no schema knows, at most a hundred."""
+    left_out = request.ignored() if isinstance(request, Schema) else []
+    return list(islice(chain(left_out, _unknown(request, "")), 100))
 
 
 def refuse_unknown(request: BaseModel, names: list[str]) -> None:

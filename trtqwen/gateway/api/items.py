@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Literal
 
-from trtqwen.gateway.api.chat_response import Event
+from trtqwen.gateway.api.chat import ChatPlan
+from trtqwen.gateway.api.chat_response import Event, Step, chat_steps
 from trtqwen.gateway.api.reasoning import Reasoning
 from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content
-from trtqwen.gateway.generation.generator import TokenLogProb
+from trtqwen.gateway.generation.generator import Generator, TokenLogProb, Usage
 
 Kind = Literal["thought", "text", "call"]
 
@@ -91,3 +93,44 @@ class Items:
         self._open = item
         self.all.append(item)
         return Change("begins", item)
+
+
+class ItemizedAnswer:
+    """A chat's answer as items.
+
+    Attributes:
+        last: the last step of it.
+    """
+
+    def __init__(self, plan: ChatPlan, generator: Generator) -> None:
+        self.plan = plan
+        self.generator = generator
+        self.items = Items()
+        self.last: Step | None = None
+        self.usage = Usage()
+
+    async def changes(self) -> AsyncGenerator[Change | None, None]:
+        """What happens to the items; None for a step without.
+
+        Raises:
+            ApiError: if the request is refused or fails.
+        """
+        async with aclosing(chat_steps(self.plan, self.generator, self.usage)) as steps:
+            async for step in steps:
+                self.last = step
+                for change in self.items.push(step.events, step.log_probs):
+                    yield change
+                yield None
+        for change in self.items.finish():
+            yield change
+
+    async def collect(self) -> list[Item]:
+        """All items, at the end of the answer.
+
+        Raises:
+            ApiError: if the request is refused or fails.
+        """
+        async with aclosing(self.changes()) as changes:
+            async for _ in changes:
+                pass
+        return self.items.all

@@ -10,16 +10,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from trtqwen.gateway.api.chat import ChatPlan, plan_chat
-from trtqwen.gateway.api.chat_response import Step, chat_steps
 from trtqwen.gateway.api.failures import Json, runtime_of
-from trtqwen.gateway.api.items import Change, Item, Items
+from trtqwen.gateway.api.items import Change, Item, ItemizedAnswer
 from trtqwen.gateway.api.messages_request import CountTokensRequest, MessagesRequest, chat_of
 from trtqwen.gateway.api.prompt import Conversation
-from trtqwen.gateway.api.respond import Route, answer_id, respond, work_out
+from trtqwen.gateway.api.respond import Route, answer_id, plan_translated, respond, work_out
 from trtqwen.gateway.api.tool_choice import offered_tools
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Generator, Usage
 
 router = APIRouter(route_class=Route)
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -28,15 +25,9 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 @router.post("/v1/messages")
 async def messages(request: Request, body: MessagesRequest) -> Response:
     """An answer to a conversation."""
-    runtime = runtime_of(request)
-    name = answer_id(request, "msg").replace("msg-", "msg_", 1)
-
-    def plan() -> ChatPlan:
-        return plan_chat(runtime.model, runtime.template, runtime.config, chat_of(body), request_id=name)
-
-    planned = await work_out(request, body, plan)
-    answer = MessageAnswer(planned, runtime.generator)
-    return await respond(request, planned.generation, answer, stream=body.stream, failed=_failed)
+    plan = await plan_translated(request, body, chat_of, answer_id(request, "msg_"))
+    answer = MessageAnswer(plan, runtime_of(request).generator)
+    return await respond(request, plan.generation, answer, stream=body.stream, failed=_failed)
 
 
 @router.post("/v1/messages/count_tokens")
@@ -56,15 +47,8 @@ async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     return Json({"input_tokens": await work_out(request, body, count)})
 
 
-class MessageAnswer:
+class MessageAnswer(ItemizedAnswer):
     """The answer of one request."""
-
-    def __init__(self, plan: ChatPlan, generator: Generator) -> None:
-        self._plan = plan
-        self._generator = generator
-        self._items = Items()
-        self._last: Step | None = None
-        self.usage = Usage()
 
     async def whole(self) -> dict[str, Any]:
         """The `message` object.
@@ -72,10 +56,7 @@ class MessageAnswer:
         Raises:
             ApiError: if the request is refused or fails.
         """
-        async with aclosing(self._changes()) as changes:
-            async for _ in changes:
-                pass
-        content = [_block(item) for item in self._items.all]
+        content = [_block(item) for item in await self.collect()]
         return {**self._message(), "content": content, **self._end(), "usage": self._usage()}
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
@@ -85,7 +66,7 @@ class MessageAnswer:
             ApiError: if the request is refused or fails.
         """
         begun = False
-        async with aclosing(self._changes()) as changes:
+        async with aclosing(self.changes()) as changes:
             async for change in changes:
                 if not begun:
                     begun = True
@@ -96,34 +77,23 @@ class MessageAnswer:
         yield _event("message_delta", delta=self._end(), usage=self._usage())
         yield _event("message_stop")
 
-    async def _changes(self) -> AsyncGenerator[Change | None, None]:
-        """What happens to the items; None for a step without."""
-        async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
-            async for step in steps:
-                self._last = step
-                for change in self._items.push(step.events):
-                    yield change
-                yield None
-        for change in self._items.finish():
-            yield change
-
     def _message(self) -> dict[str, Any]:
         return {
-            "id": self._plan.generation.request_id,
+            "id": self.plan.generation.request_id,
             "type": "message",
             "role": "assistant",
-            "model": self._generator.model.name,
+            "model": self.generator.model.name,
             "content": [],
             "stop_reason": None,
             "stop_sequence": None,
         }
 
     def _end(self) -> dict[str, Any]:
-        matched = None if self._last is None else self._last.matched
+        matched = None if self.last is None else self.last.matched
         if isinstance(matched, str):
             return {"stop_reason": "stop_sequence", "stop_sequence": matched}
-        finish = (self._last and self._last.finish) or "stop"
-        called = finish == "stop" and any(item.kind == "call" for item in self._items.all)
+        finish = (self.last and self.last.finish) or "stop"
+        called = finish == "stop" and any(item.kind == "call" for item in self.items.all)
         return {"stop_reason": "tool_use" if called else _REASONS[finish], "stop_sequence": None}
 
     def _usage(self) -> dict[str, int]:

@@ -23,6 +23,7 @@ from trtqwen.gateway.api.translate import as_chat
 from trtqwen.gateway.errors import bad_request, unsupported
 
 _THOUGHTS = ("thinking", "redacted_thinking")
+_BILLING = "x-anthropic-billing-header"  # begins a block of Claude Code's that differs with each request
 
 
 class AnthropicMessage(Kept):
@@ -83,8 +84,8 @@ def chat_of(request: CountTokensRequest) -> ChatRequest:
     """
     refuse_unsupported(request)
     messages: list[dict[str, Any]] = []
-    if request.system:
-        messages.append({"role": "system", "content": _text(request.system, "system")})
+    if system := _system(request.system or ""):
+        messages.append({"role": "system", "content": system})
     for index, message in enumerate(request.messages):
         messages += _turns(message, f"messages.{index}")
     fields: dict[str, Any] = {
@@ -104,6 +105,13 @@ def chat_of(request: CountTokensRequest) -> ChatRequest:
         fields |= {"max_tokens": request.max_tokens, "stop": request.stop_sequences or None}
         fields |= {name: getattr(request, name) for name in ("temperature", "top_p", "top_k")}
     return as_chat(request, fields)
+
+
+def _system(given: str | list[dict[str, Any]]) -> str:
+    """The system prompt, without what would keep it out of the KV cache and says nothing to the model."""
+    if isinstance(given, list):
+        given = [block for block in given if not str(block.get("text", "")).startswith(_BILLING)]
+    return _text(given, "system")
 
 
 def _format(request: CountTokensRequest) -> dict[str, Any] | None:
@@ -127,8 +135,8 @@ def _turns(message: AnthropicMessage, place: str) -> list[dict[str, Any]]:
     results, texts, calls, thoughts = [], [], [], []
     for number, block in enumerate(message.content):
         kind, where = block.get("type"), f"{place}.content.{number}"
-        if kind == "text":
-            texts.append(str(block.get("text", "")))
+        if kind in ("text", "document"):
+            texts.append(_block_text(block, where))
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": json.dumps(block.get("input") or {})}
             calls.append({"id": block.get("id"), "type": "function", "function": function})
@@ -152,10 +160,20 @@ def _text(content: Any, place: str) -> str:
     """The text of blocks."""
     if isinstance(content, str):
         return content
-    texts = []
-    for number, block in enumerate(content if isinstance(content, list) else [content]):
-        kind = block.get("type") if isinstance(block, dict) else None
-        if kind != "text":
-            raise bad_request(f"{place}.{number} is of type {kind!r}, but this model reads text alone; leave it out")
-        texts.append(str(block.get("text", "")))
-    return "".join(texts)
+    blocks = content if isinstance(content, list) else [content]
+    return "".join(_block_text(block, f"{place}.{number}") for number, block in enumerate(blocks))
+
+
+def _block_text(block: Any, place: str) -> str:
+    """The text of a text, of a document that is one, or of the name of a tool that a search has found."""
+    kind = block.get("type") if isinstance(block, dict) else None
+    if kind == "text":
+        return str(block.get("text", ""))
+    if kind == "tool_reference":
+        return str(block.get("tool_name", ""))
+    source = block.get("source") if kind == "document" else None
+    if isinstance(source, dict) and source.get("type") == "text":
+        return str(source.get("data", ""))
+    if isinstance(source, dict) and source.get("type") == "content":
+        return _text(source.get("content") or "", place)
+    raise bad_request(f"{place} is of type {kind!r}, but this model reads text alone; leave it out", param="messages")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from trtqwen.hf.text_stream import held_back
 
@@ -10,8 +10,7 @@ BEGIN = "<think>"
 END = "</think>"
 
 
-@dataclass(frozen=True)
-class Reasoning:
+class Reasoning(NamedTuple):
     """Part of what a model thinks."""
 
     text: str

@@ -9,7 +9,7 @@ import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Coroutine
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack
 from typing import Any, Protocol, TypeVar
 from urllib.parse import quote
 
@@ -21,8 +21,10 @@ from starlette.requests import HTTPConnection
 
 from trtqwen.gateway.admission.auth import Caller
 from trtqwen.gateway.admission.desk import LONG_BODY, Desk
+from trtqwen.gateway.api.chat import ChatPlan, plan_chat
 from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
 from trtqwen.gateway.api.fields import missing_model, refuse_unknown, unknown_fields
+from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
 from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
@@ -30,6 +32,7 @@ from trtqwen.gateway.generation.generator import GenerationPlan, Usage
 from trtqwen.gateway.state import Runtime
 
 T = TypeVar("T")
+B = TypeVar("B", bound=BaseModel)
 _log = logging.getLogger(__name__)
 _IGNORED = "x-trtqwen-ignored"
 _MOST_WARNINGS = 1000  # names of fields that the log has seen
@@ -81,7 +84,7 @@ async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], 
     try:
         check_model(runtime, getattr(body, "model", None))
         note_unknown(request, body)
-        runtime.gate.check_room()
+        runtime.gate.check_room(getattr(body, "priority", None) or 0)
         if turn is not None:
             return await asyncio.to_thread(plan)
         try:
@@ -93,6 +96,22 @@ async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], 
     finally:
         if turn is not None:
             await turn.aclose()
+
+
+async def plan_translated(
+    request: Request, body: B, translate: Callable[[B], ChatRequest], request_id: str
+) -> ChatPlan:
+    """Work out a request that another API makes of a chat.
+
+    Raises:
+        ApiError: as `work_out` does.
+    """
+    runtime = runtime_of(request)
+
+    def plan() -> ChatPlan:
+        return plan_chat(runtime.model, runtime.template, runtime.config, translate(body), request_id=request_id)
+
+    return await work_out(request, body, plan)
 
 
 async def respond(
@@ -127,7 +146,21 @@ async def respond(
         if problem.status in (400, 429, 503):  # nothing was done for it
             caller.refund_tokens(plan.reserved_tokens)
         raise
-    return EventStream(_frames(request, plan, answers, first, frames, failed), headers)
+    refused = runtime_of(request).metrics.refused
+
+    def fail(problem: Exception) -> bytes:
+        error = problem if isinstance(problem, ApiError) else OUR_FAULT
+        if error is OUR_FAULT:
+            _log.error("a stream failed", exc_info=problem)
+        refused.labels(str(error.status), error.code).inc()
+        return failed(error)
+
+    def end(gone: bool) -> None:
+        if gone:
+            refused.labels("499", "client_gone").inc()
+        settle(caller, plan, answers.usage)
+
+    return EventStream(first, frames, fail, end, headers)
 
 
 def settle(caller: Caller, plan: GenerationPlan, usage: Usage) -> None:
@@ -135,43 +168,15 @@ def settle(caller: Caller, plan: GenerationPlan, usage: Usage) -> None:
     caller.take_tokens(max(0, usage.output_tokens - plan.reserved * len(plan.prompts)))
 
 
-async def _frames(
-    request: Request,
-    plan: GenerationPlan,
-    answers: Answers,
-    first: bytes,
-    rest: AsyncGenerator[bytes, None],
-    failed: Callable[[ApiError], bytes],
-) -> AsyncGenerator[bytes, None]:
-    """All events; an error in mid-stream is the last one."""
-    refused = runtime_of(request).metrics.refused
-    async with aclosing(rest):
-        try:
-            yield first
-            async for event in rest:
-                yield event
-        except (GeneratorExit, asyncio.CancelledError):
-            refused.labels("499", "client_gone").inc()
-            raise
-        except Exception as problem:
-            error = problem if isinstance(problem, ApiError) else OUR_FAULT
-            if error is OUR_FAULT:
-                _log.error("a stream failed", exc_info=problem)
-            refused.labels(str(error.status), error.code).inc()
-            yield failed(error)
-        finally:
-            settle(request.state.caller, plan, answers.usage)
-
-
-def answer_id(request: HTTPConnection, kind: str) -> str:
+def answer_id(request: HTTPConnection, prefix: str) -> str:
     """A new id for an answer, which goes with it to the engine and into Triton's traces.
 
     It holds the client's `X-Request-Id`, if there is one that fits.
     """
     given = request.headers.get("x-request-id", "")
     if re.fullmatch(r"[A-Za-z0-9._-]{1,64}", given):
-        return f"{kind}-{given}-{uuid.uuid4().hex[:12]}"
-    return f"{kind}-{uuid.uuid4().hex}"
+        return f"{prefix}{given}-{uuid.uuid4().hex[:12]}"
+    return f"{prefix}{uuid.uuid4().hex}"
 
 
 def check_model(runtime: Runtime, name: str | None) -> None:

@@ -13,15 +13,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from trtqwen.gateway.api.chat import ChatPlan, plan_chat
-from trtqwen.gateway.api.chat_response import chat_steps
+from trtqwen.gateway.api.chat import ChatPlan
 from trtqwen.gateway.api.failures import runtime_of
-from trtqwen.gateway.api.items import Change, Item, Items
+from trtqwen.gateway.api.items import Change, Item, ItemizedAnswer
 from trtqwen.gateway.api.log_probs import chat_log_probs
-from trtqwen.gateway.api.respond import Route, answer_id, respond, work_out
+from trtqwen.gateway.api.respond import Route, answer_id, plan_translated, respond
 from trtqwen.gateway.api.responses_request import ResponseRequest, chat_of
+from trtqwen.gateway.api.responses_tools import ResponseTool, custom_input, response_tools
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Finish, Generator, TokenLogProb, Usage
+from trtqwen.gateway.generation.generator import Finish, Generator, TokenLogProb
 
 router = APIRouter(route_class=Route)
 
@@ -29,32 +29,23 @@ router = APIRouter(route_class=Route)
 @router.post("/v1/responses")
 async def responses(request: Request, body: ResponseRequest) -> Response:
     """An answer to a conversation that comes with the request."""
-    runtime = runtime_of(request)
-    name = answer_id(request, "resp").replace("resp-", "resp_", 1)
-
-    def plan() -> ChatPlan:
-        return plan_chat(runtime.model, runtime.template, runtime.config, chat_of(body), request_id=name)
-
-    planned = await work_out(request, body, plan)
-    answers = ResponseAnswers(body, planned, runtime.generator)
+    plan = await plan_translated(request, body, chat_of, answer_id(request, "resp_"))
+    answers = ResponseAnswers(body, plan, runtime_of(request).generator)
     failed = partial(_failed, answers)
-    return await respond(request, planned.generation, answers, stream=body.stream, failed=failed)
+    return await respond(request, plan.generation, answers, stream=body.stream, failed=failed)
 
 
-class ResponseAnswers:
+class ResponseAnswers(ItemizedAnswer):
     """The answer of one request."""
 
     def __init__(self, request: ResponseRequest, plan: ChatPlan, generator: Generator) -> None:
+        super().__init__(plan, generator)
         self._request = request
-        self._plan = plan
-        self._generator = generator
         self._token_bytes = generator.model.tokenizer.token_bytes
+        self._tools = response_tools(request.tools or ())
         self._created = int(time.time())
-        self._items = Items()
         self._ids: dict[int, str] = {}
         self._number = 0
-        self._finish: Finish | None = None
-        self.usage = Usage()
 
     async def whole(self) -> dict[str, Any]:
         """The `response` object.
@@ -62,10 +53,8 @@ class ResponseAnswers:
         Raises:
             ApiError: if the request is refused or fails.
         """
-        async with aclosing(self._changes()) as changes:
-            async for _ in changes:
-                pass
-        return self._response(self._finish or "stop")
+        await self.collect()
+        return self._response(self._finish)
 
     async def frames(self) -> AsyncGenerator[bytes, None]:
         """Events, by OpenAI's names.
@@ -74,7 +63,7 @@ class ResponseAnswers:
             ApiError: if the request is refused or fails.
         """
         begun = False
-        async with aclosing(self._changes()) as changes:
+        async with aclosing(self.changes()) as changes:
             async for change in changes:
                 if not begun:
                     begun = True
@@ -84,7 +73,12 @@ class ResponseAnswers:
                     for frame in self._change(change):
                         yield frame
         kind = "response.incomplete" if self._finish == "length" else "response.completed"
-        yield self.event(kind, response=self._response(self._finish or "stop"))
+        yield self.event(kind, response=self._response(self._finish))
+
+    @property
+    def _finish(self) -> Finish:
+        """Why the answer ended."""
+        return (self.last and self.last.finish) or "stop"
 
     def event(self, kind: str, **fields: Any) -> bytes:
         """The next event."""
@@ -97,17 +91,6 @@ class ResponseAnswers:
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         failure = {"code": code, "message": error.message}
         return {**self._response(None), "status": "failed", "error": failure}
-
-    async def _changes(self) -> AsyncGenerator[Change | None, None]:
-        """What happens to the items; None for a step without."""
-        async with aclosing(chat_steps(self._plan, self._generator, self.usage)) as steps:
-            async for step in steps:
-                self._finish = step.finish
-                for change in self._items.push(step.events, step.log_probs):
-                    yield change
-                yield None
-        for change in self._items.finish():
-            yield change
 
     def _change(self, change: Change) -> list[bytes]:
         """The events of a change."""
@@ -122,14 +105,32 @@ class ResponseAnswers:
             return frames
         if item.kind == "text":
             return self._text_events(change, part)
-        if item.kind == "thought":
-            kind, content = "response.reasoning_text", part
-        else:
-            kind, content = "response.function_call_arguments", place
+        if item.kind == "call":
+            return self._call_events(change, place)
         if what == "grows":
-            return [self.event(f"{kind}.delta", **content, delta=change.piece)]
-        done = {"arguments": item.text, "name": item.name} if item.kind == "call" else {"text": item.text}
-        return [self.event(f"{kind}.done", **content, **done), self._item_done(item)]
+            return [self.event("response.reasoning_text.delta", **part, delta=change.piece)]
+        return [self.event("response.reasoning_text.done", **part, text=item.text), self._item_done(item)]
+
+    def _call_events(self, change: Change, place: Mapping[str, Any]) -> list[bytes]:
+        """The events of a call that grows or ends; a custom tool's text is told in one piece."""
+        item, tool = change.item, self._tool(change.item)
+        if not tool.custom:
+            kind = "response.function_call_arguments"
+            if change.what == "grows":
+                return [self.event(f"{kind}.delta", **place, delta=change.piece)]
+            return [self.event(f"{kind}.done", **place, arguments=item.text, name=tool.name), self._item_done(item)]
+        if change.what == "grows":
+            return []
+        kind, text = "response.custom_tool_call_input", custom_input(item.text)
+        return [
+            self.event(f"{kind}.delta", **place, delta=text),
+            self.event(f"{kind}.done", **place, input=text),
+            self._item_done(item),
+        ]
+
+    def _tool(self, item: Item) -> ResponseTool:
+        """The tool that a call is to; one that the model has made up is a function."""
+        return self._tools.get(item.name) or ResponseTool(item.name, None, custom=False, fields={})
 
     def _text_events(self, change: Change, part: Mapping[str, Any]) -> list[bytes]:
         item = change.item
@@ -161,7 +162,8 @@ class ResponseAnswers:
         return content
 
     def _id(self, item: Item) -> str:
-        prefix = {"thought": "rs", "text": "msg", "call": "fc"}[item.kind]
+        custom = item.kind == "call" and self._tool(item).custom
+        prefix = "ctc" if custom else {"thought": "rs", "text": "msg", "call": "fc"}[item.kind]
         return self._ids.setdefault(item.index, f"{prefix}_{uuid.uuid4().hex}")
 
     def _item(self, item: Item, complete: bool, status: str = "completed") -> dict[str, Any]:
@@ -172,26 +174,26 @@ class ResponseAnswers:
         if item.kind == "text":
             content = [self._text_part(item)] if complete else []
             return {**fields, "type": "message", "role": "assistant", "content": content}
-        arguments = item.text if complete else ""
-        return {
-            **fields,
-            "type": "function_call",
-            "call_id": item.call_id,
-            "name": item.name,
-            "arguments": arguments,
-        }
+        tool = self._tool(item)
+        call = {"call_id": item.call_id, "name": tool.name}
+        if tool.namespace is not None:
+            call["namespace"] = tool.namespace
+        text = item.text if complete else ""
+        if tool.custom:
+            return {**fields, "type": "custom_tool_call", **call, "input": custom_input(text)}
+        return {**fields, "type": "function_call", **call, "arguments": text}
 
     def _response(self, finish: Finish | None) -> dict[str, Any]:
         """The response object; without a finish, of an answer that goes on."""
         request, cut = self._request, finish == "length"
         status = "in_progress" if finish is None else "incomplete" if cut else "completed"
-        items = self._items.all if finish is not None else []
+        items = self.items.all if finish is not None else []
         output = [
             self._item(item, True, "incomplete" if cut and item is items[-1] else "completed") for item in items
         ]
         settings = request.text.model_dump(exclude_none=True, by_alias=True) if request.text else {}
         return {
-            "id": self._plan.generation.request_id,
+            "id": self.plan.generation.request_id,
             "object": "response",
             "created_at": self._created,
             "status": status,
@@ -199,7 +201,7 @@ class ResponseAnswers:
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "instructions": request.instructions,
             "max_output_tokens": request.max_output_tokens,
-            "model": self._generator.model.name,
+            "model": self.generator.model.name,
             "output": output,
             "parallel_tool_calls": request.parallel_tool_calls is not False,
             "previous_response_id": None,

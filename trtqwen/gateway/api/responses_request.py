@@ -9,12 +9,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from trtqwen.gateway.api.fields import AnyObject, Count, Many, NoEffect, Refused, Schema, refuse_unsupported
+from trtqwen.gateway.api.responses_tools import custom_arguments, offered_by_default, response_tools, told_name
 from trtqwen.gateway.api.schemas import ChatRequest, MostLogProbs, SamplingFields
 from trtqwen.gateway.api.translate import as_chat
 from trtqwen.gateway.errors import bad_request, unsupported
 
+_CALLS = ("function_call", "custom_tool_call")
+_RESULTS = ("function_call_output", "custom_tool_call_output")
 _NOTHING_KEPT = Refused("answers are not kept; send the whole conversation with each request")
-_OWN_TOOLS = ("name", "description", "parameters", "strict")
 
 
 class TextFormat(Schema):
@@ -53,6 +55,9 @@ class ResponseRequest(SamplingFields):
     prompt: Annotated[Any, Refused("prompts are not kept; send instructions and input")] = None
     context_management: Annotated[Any, Refused("send the conversation as the model shall read it")] = None
 
+    def ignored(self) -> list[str]:
+        return [f"tools.{index}" for index, tool in enumerate(self.tools or ()) if offered_by_default(tool)]
+
     @property
     def wants_log_probs(self) -> bool:
         return bool(self.top_logprobs) or "message.output_text.logprobs" in (self.include or ())
@@ -68,14 +73,19 @@ def chat_of(request: ResponseRequest) -> ChatRequest:
     if (request.n or 1) > 1:
         raise unsupported("n", "a response is one answer; send several requests")
     form = request.text.format if request.text else None
+    tools = [
+        {"type": "function", "function": {"name": name, **tool.fields}}
+        for name, tool in response_tools(request.tools or ()).items()
+    ]
     return as_chat(
         request,
         {
             "messages": _messages(request),
             "max_tokens": request.max_output_tokens,
-            "tools": [_tool(index, tool) for index, tool in enumerate(request.tools or ())] or None,
+            "tools": tools or None,
             "tool_choice": _tool_choice(request.tool_choice),
             "parallel_tool_calls": request.parallel_tool_calls,
+            "continue_final_message": _is_unfinished(request.input) or None,
             "response_format": None if form is None else _format(form),
             "logprobs": request.wants_log_probs,
             "top_logprobs": request.top_logprobs,
@@ -90,18 +100,12 @@ def _format(form: TextFormat) -> dict[str, Any]:
     return {"type": form.type, "json_schema": {"name": form.name, "schema": form.schema_, "strict": form.strict}}
 
 
-def _tool(index: int, tool: Mapping[str, Any]) -> dict[str, Any]:
-    kind = tool.get("type")
-    if kind != "function":
-        raise unsupported("tools", f"tools[{index}] is of type {kind!r}; only functions, which the client runs, work")
-    return {"type": "function", "function": {key: tool[key] for key in _OWN_TOOLS if key in tool}}
-
-
 def _tool_choice(choice: Any) -> Any:
     if not isinstance(choice, Mapping):
         return choice
-    if choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
+    if choice.get("type") in ("function", "custom"):
+        name = told_name(choice.get("name"), choice.get("namespace"))
+        return {"type": "function", "function": {"name": name}}
     if choice.get("type") == "allowed_tools":
         named = [_tool_choice(tool) for tool in choice.get("tools") or ()]
         return {"type": "allowed_tools", "allowed_tools": {"mode": choice.get("mode", "auto"), "tools": named}}
@@ -118,24 +122,41 @@ def _messages(request: ResponseRequest) -> list[dict[str, Any]]:
     for index, item in enumerate(request.input):
         kind = item.get("type", "message")
         if kind == "message":
-            turn = {"role": item.get("role"), "content": item.get("content")}
-            if thought and turn["role"] == "assistant":
-                turn["reasoning_content"], thought = thought, ""
-            messages.append(turn)
-        elif kind == "function_call":
-            call = {"id": item.get("call_id"), "type": "function"}
-            call["function"] = {"name": item.get("name"), "arguments": item.get("arguments")}
-            if not messages or messages[-1]["role"] != "assistant":
+            messages.append({"role": item.get("role"), "content": item.get("content")})
+        elif kind in _CALLS:
+            if not messages or messages[-1]["role"] != "assistant" or thought:
                 messages.append({"role": "assistant", "content": None})
-            messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
+            messages[-1].setdefault("tool_calls", []).append(_call(item))
+        elif kind in _RESULTS:
             output = item.get("output")
             shown = output if isinstance(output, (str, list)) else json.dumps(output, ensure_ascii=False)
             messages.append({"role": "tool", "tool_call_id": item.get("call_id"), "content": shown})
         elif kind == "reasoning":
-            thought = "".join(part.get("text", "") for part in item.get("content") or () if isinstance(part, dict))
+            thought = _thought(item)
         else:
             raise bad_request(
                 f"input[{index}] is of type {kind!r}, which is not served here; leave it out", param="input"
             )
+        if thought and kind != "reasoning" and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"], thought = thought, ""
     return messages
+
+
+def _call(item: Mapping[str, Any]) -> dict[str, Any]:
+    custom = item["type"] == "custom_tool_call"
+    arguments = custom_arguments(item.get("input") or "") if custom else item.get("arguments")
+    function = {"name": told_name(item.get("name"), item.get("namespace")), "arguments": arguments}
+    return {"id": item.get("call_id"), "type": "function", "function": function}
+
+
+def _thought(item: Mapping[str, Any]) -> str:
+    """What a reasoning item says: all of it, or else what there is of a summary."""
+    parts = item.get("content") or item.get("summary") or ()
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+
+
+def _is_unfinished(given: str | list[dict[str, Any]]) -> bool:
+    """Whether the last item is an assistant's unfinished message, by its status: the answer goes on with it."""
+    last = {} if isinstance(given, str) else given[-1]
+    message = last.get("type", "message") == "message" and last.get("role") == "assistant"
+    return message and last.get("status") in ("in_progress", "incomplete")

@@ -23,7 +23,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """A chat, by the model's own template."""
     runtime = runtime_of(request)
     planned = partial(plan_chat, runtime.model, runtime.template, runtime.config, body)
-    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "chatcmpl")))
+    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "chatcmpl-")))
     return await respond(request, plan.generation, ChatAnswers(plan, runtime.generator), stream=body.stream)
 
 
@@ -32,7 +32,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     """The continuation of prompts, taken as they are."""
     runtime = runtime_of(request)
     planned = partial(plan_completion, runtime.model, runtime.config, body)
-    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "cmpl")))
+    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "cmpl-")))
     return await respond(request, plan.generation, CompletionAnswers(plan, runtime.generator), stream=body.stream)
 
 
@@ -51,6 +51,6 @@ async def generate_stream(request: Request, body: GenerateRequest) -> Response:
 async def _generate(request: Request, body: GenerateRequest, *, stream: bool) -> Response:
     runtime = runtime_of(request)
     planned = partial(plan_plain, runtime.model, runtime.config, body)
-    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "gen")))
+    plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "gen-")))
     answer = PlainAnswer(plan, runtime.generator)
     return await respond(request, plan.generation, answer, stream=stream or bool(body.stream))

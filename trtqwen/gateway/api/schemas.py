@@ -116,7 +116,7 @@ class SamplingFields(Schema):
     structural_tag: AnyObject | str | None = None
     regex: str | None = None
     ebnf: str | None = None
-    priority: Annotated[Any, NoEffect("requests are served in the order of their arrival")] = None
+    priority: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None  # the lowest first, as at vLLM
     user: Annotated[Any, _TRACKING] = None
     metadata: Annotated[Any, _TRACKING] = None
     service_tier: Annotated[Any, _TRACKING] = None
@@ -207,12 +207,18 @@ class Message(Kept):
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
+    reasoning: Any = None  # what vLLM calls it since 0.12
     function_call: CalledFunction | None = None
     audio: None = None
 
     @property
     def text(self) -> str:
         return text_of(self.content)
+
+    @property
+    def thought(self) -> str:
+        """What the assistant thought."""
+        return self.reasoning_content or (self.reasoning if isinstance(self.reasoning, str) else "")
 
 
 class Function(Kept):
@@ -276,6 +282,7 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: AnyObject | None = None
+    documents: Many[AnyObject] | None = None
     echo: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
@@ -285,7 +292,6 @@ class ChatRequest(SamplingFields):
     stream_reasoning: Annotated[Any, NoEffect("reasoning is streamed with the rest")] = None
     add_special_tokens: Annotated[Any, NoEffect("the chat template writes them")] = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None
-    documents: Annotated[Any, Refused("put them into the messages")] = None
     mm_processor_kwargs: Annotated[Any, Refused("the model reads text alone")] = None
     audio: Annotated[Any, _TEXT_ONLY] = None
     modalities: Annotated[Any, _TEXT_ONLY] = None
@@ -364,6 +370,7 @@ class TokenizeRequest(Schema):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: AnyObject | None = None
+    documents: Many[AnyObject] | None = None
     return_token_strs: bool | None = None
     add_special_tokens: bool | None = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None

@@ -166,6 +166,7 @@ def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
+        documents=body.documents,
     )
     return conversation.ids()
 

@@ -20,6 +20,7 @@ _HEADERS = [
     (b"x-accel-buffering", b"no"),  # nginx would collect the frames
 ]
 
+SERVER_SEND = "server_send"  # in a scope's state: the server's own `send`, which knows of no middleware
 T = TypeVar("T")
 
 
@@ -54,11 +55,23 @@ class EventStream(Response):
     """Sends frames as they come, a comment when none comes for long; stops when the client has gone.
 
     Args:
-        frames: whole events with their blank lines; closed in any case.
+        first, rest: whole events with their blank lines; `rest` is closed in any case.
+        failed: the last event, in place of an exception of `rest`.
+        ended: is told at the end whether the client has gone before.
     """
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
-        self._frames = frames
+    def __init__(
+        self,
+        first: bytes,
+        rest: AsyncGenerator[bytes, None],
+        failed: Callable[[Exception], bytes],
+        ended: Callable[[bool], None],
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        self._first = first
+        self._rest = rest
+        self._failed = failed
+        self._ended = ended
         self._extra = [(name.lower().encode(), value.encode()) for name, value in (headers or {}).items()]
         self._sent_at = time.monotonic()
         self._sending = False
@@ -67,6 +80,7 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": [*_HEADERS, *self._extra]})
+        send = scope.get("state", {}).get(SERVER_SEND, send)  # no middleware has to do with the frames
         tasks = asyncio.create_task(self._send_frames(send)), asyncio.create_task(self._watch(receive, send))
         try:
             await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -76,9 +90,20 @@ class EventStream(Response):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _send_frames(self, send: Send) -> None:
-        async with aclosing(self._frames):
-            async for frame in self._frames:
-                await self._send(send, frame)
+        gone = True
+        try:
+            async with aclosing(self._rest) as rest:
+                frame: bytes | None = self._first
+                while frame is not None:
+                    await self._send(send, frame)
+                    try:
+                        frame = await anext(rest, None)
+                    except Exception as problem:
+                        await self._send(send, self._failed(problem))
+                        break
+            gone = False
+        finally:
+            self._ended(gone)
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _send(self, send: Send, frame: bytes) -> None:

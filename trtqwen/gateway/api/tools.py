@@ -7,7 +7,7 @@ import re
 import secrets
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from trtqwen.hf.text_stream import held_back
 
@@ -22,8 +22,7 @@ _LONGEST_WHOLE = 64 << 10  # characters of a call that is read whole, as one wit
 _SURELY_A_TAG = len("<tool_")  # so much of the tag, at the end of an answer that a limit cuts, is not text
 
 
-@dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """Text outside of calls."""
 
     text: str

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
@@ -14,6 +15,7 @@ from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocketDisconnect
 
+from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import Caller
 from trtqwen.gateway.admission.desk import Desk, body_memory
 from trtqwen.gateway.api.chat import plan_chat
@@ -28,6 +30,7 @@ from trtqwen.gateway.state import Runtime
 
 B = TypeVar("B", bound=BaseModel)
 Plan = Callable[[Runtime, WebSocket, Any], tuple[GenerationPlan, Answers]]
+_log = logging.getLogger(__name__)
 _POLICY_VIOLATION = 1008
 _UNREAD_SECONDS = 60.0  # a client that does not read for so long counts as gone
 
@@ -47,13 +50,13 @@ async def generations(socket: WebSocket) -> None:
 
 
 def _plan_chat(runtime: Runtime, socket: WebSocket, body: ChatRequest) -> tuple[GenerationPlan, Answers]:
-    name = answer_id(socket, "chatcmpl")
+    name = answer_id(socket, "chatcmpl-")
     plan = plan_chat(runtime.model, runtime.template, runtime.config, body, request_id=name)
     return plan.generation, ChatAnswers(plan, runtime.generator)
 
 
 def _plan_plain(runtime: Runtime, socket: WebSocket, body: GenerateRequest) -> tuple[GenerationPlan, Answers]:
-    plan = plan_plain(runtime.model, runtime.config, body, request_id=answer_id(socket, "gen"))
+    plan = plan_plain(runtime.model, runtime.config, body, request_id=answer_id(socket, "gen-"))
     return plan.generation, PlainAnswer(plan, runtime.generator)
 
 
@@ -63,6 +66,8 @@ async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
     config = runtime_of(socket).config
     if origin is not None and not config.allows_origin(origin, socket.headers.get("host", "")):
         # Browsers let any page open a WebSocket to any host: this is the only check.
+        access_log: AccessLog = socket.state.access_log
+        access_log.write(socket.scope, 403, 0.0, None)
         await socket.close(_POLICY_VIOLATION, "this origin is not among allowed_origins")
         return
     await socket.accept()
@@ -88,9 +93,10 @@ async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
 
 async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> None:
     runtime = runtime_of(socket)
+    begun, status, usage = time.monotonic(), 200, None
     try:
         caller: Caller = socket.state.caller
-        caller.charge_request(time.monotonic())
+        caller.charge_request(begun)
         desk: Desk = socket.app.state.desk
         async with AsyncExitStack() as stack:
             content = text.encode("utf-8", "surrogatepass")
@@ -100,24 +106,32 @@ async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> 
             body = _read(text, schema)
             generation, answers = await work_out(socket, body, partial(plan, runtime, socket, body))
             caller.charge_tokens(generation.reserved_tokens, time.monotonic())
+            usage = answers.usage
             try:
                 await _send(socket, answers.frames())
             finally:
-                settle(caller, generation, answers.usage)
+                settle(caller, generation, usage)
     except (WebSocketDisconnect, asyncio.CancelledError):
+        status = 0
         runtime.metrics.refused.labels("499", "client_gone").inc()
         raise
     except Exception as problem:
         error = problem if isinstance(problem, ApiError) else OUR_FAULT
-        runtime.metrics.refused.labels(str(error.status), error.code).inc()
+        status = error.status
+        if error is OUR_FAULT:
+            _log.error("an answer failed", exc_info=problem)
+        runtime.metrics.refused.labels(str(status), error.code).inc()
         await socket.send_text(json.dumps(error.body))
+    finally:
+        access_log: AccessLog = socket.state.access_log
+        access_log.write(socket.scope, status, time.monotonic() - begun, usage)
 
 
 async def _send(socket: WebSocket, frames: AsyncGenerator[bytes, None]) -> None:
     async with aclosing(frames):
-        async for frame in frames:
-            text = frame.decode().removeprefix("data: ").rstrip("\n")
-            await asyncio.wait_for(socket.send_text(text), _UNREAD_SECONDS)
+        async for several in frames:
+            for event in several.decode().split("\n\n")[:-1]:
+                await asyncio.wait_for(socket.send_text(event.removeprefix("data: ")), _UNREAD_SECONDS)
 
 
 def _read(text: str, schema: type[B]) -> B:

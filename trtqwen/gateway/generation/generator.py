@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trtqwen.gateway.admission.admission import Ticket
 from trtqwen.gateway.admission.auth import CALLER
@@ -45,17 +45,16 @@ class TokenLogProb:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """Part of an answer; the last one says why it ended.
 
     Attributes:
-        index: number of the answer.
+        number: of the answer.
         prompt: the prompt's tokens, with the first piece, if asked for.
         matched: the stop string or the id of the stop token that ended it; None for the model's own end.
     """
 
-    index: int
+    number: int
     text: str
     log_probs: tuple[TokenLogProb, ...] = ()
     finish: Finish | None = None
@@ -75,6 +74,7 @@ class GenerationPlan:
         reserved: tokens of each answer that are reserved when it begins; if it gets longer, more are.
         stop: strings that end an answer.
         keep_stop: an answer ends with its stop string, not before it.
+        priority: of those of one API key that wait, the requests with the lowest go first.
     """
 
     request_id: str
@@ -85,6 +85,7 @@ class GenerationPlan:
     reserved: int
     stop: tuple[str, ...] = ()
     keep_stop: bool = False
+    priority: int = 0
 
     @property
     def reserved_tokens(self) -> int:
@@ -184,7 +185,7 @@ class Generator:
         deadline = begun + self.request_seconds
         usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
         counts = [len(prompt) + plan.reserved for prompt in plan.prompts]
-        with self.gate.places(counts, self._prefixes(plan)) as tickets:
+        with self.gate.places(counts, self._prefixes(plan), plan.priority) as tickets:
             sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
             pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
             try:
@@ -316,12 +317,15 @@ class _Answer:
             ApiError: if the engine sends nothing but token 0.
         """
         ids = reply.token_ids
-        self._guard(ids)
+        if ids and ids[-1]:
+            self._zeros = 0
+        else:
+            self._guard(ids)
         if reply.prompt:
             self._prompt = self._prompt_entries(reply)
         kept = self._before_stop(ids)
         self.num_tokens += len(ids)
-        text = self._decode(kept, reply)
+        text = self._decode(kept, reply) if self._plan.sampling.log_probs else self._text.push(kept)
         if self.finish is not None:
             text += self._text.flush()
         text = self._stops.push(text)
@@ -367,8 +371,7 @@ class _Answer:
         return ids
 
     def _decode(self, ids: Sequence[int], reply: Reply) -> str:
-        if not self._plan.sampling.log_probs:
-            return self._text.push(ids)
+        """The text of ids, whose log probabilities go along."""
         text = ""
         count = self._plan.sampling.top_log_probs
         for place, (token_id, log_prob) in enumerate(zip(ids, reply.log_probs, strict=False)):
@@ -391,6 +394,8 @@ class _Answer:
         return self._token_bytes[token_id] if token_id < len(self._token_bytes) else b""
 
     def _piece(self, text: str) -> Piece | None:
+        if not self._plan.sampling.log_probs and self.finish is None and not self._prompt:
+            return Piece(self._index, text) if text else None
         self._sent += len(text)
         # An answer's tokens end with its text; those of a stop string belong to neither.
         all_sent = self.finish is not None and self._stops.found is None

@@ -6,10 +6,9 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping
-from dataclasses import dataclass
 from math import isnan
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
 import numpy as np
@@ -35,8 +34,7 @@ _CHANNEL_OPTIONS = (
 Top = tuple[tuple[int, float], ...]
 
 
-@dataclass(frozen=True)
-class Reply:
+class Reply(NamedTuple):
     """New tokens of a sequence.
 
     Attributes:
@@ -171,12 +169,15 @@ async def _once(request: Any) -> AsyncIterator[Any]:
 
 
 def _reply(response: Any, received: int) -> Reply:
+    outputs, raws = response.outputs, response.raw_output_contents
+    if len(raws) == 1 and outputs[0].name == "output_ids":  # as nearly all are
+        return Reply(tuple(memoryview(raws[0]).cast("i")))
     ids: tuple[int, ...] = ()
     log_probs: tuple[float, ...] = ()
     top: tuple[Top, ...] = ()
     prompt: tuple[tuple[float | None, Top], ...] = ()
     reused: int | None = None
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
+    for output, raw in zip(outputs, raws, strict=True):
         if output.name == "output_ids":
             ids = tuple(memoryview(raw).cast("i"))
         elif output.name == "output_log_probs":

@@ -16,9 +16,18 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import ENGINE_DEATH, FILES_VERIFIED, FROM_PROGRAM, HEARTBEAT, engine_parameters
+from trtqwen.triton.parameters import (
+    ENGINE_DEATH,
+    FILES_VERIFIED,
+    FROM_PROGRAM,
+    HEARTBEAT,
+    VLLM_PID,
+    VLLM_SOCKET,
+    engine_parameters,
+)
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
+from trtqwen.vllm.server import VllmPlace
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -29,7 +38,8 @@ class TritonPythonModel:
         token_bytes = Tokenizer(parameters.tokenizer).token_bytes
         self._metrics = _Metrics({"model": args["model_name"], "version": args["model_version"]})
         verify = FILES_VERIFIED not in os.environ
-        self._executor = open_engine(parameters.engine, parameters.executor, verify=verify)
+        self._executor = open_engine(parameters.engine, parameters.executor, vllm=_vllm(), verify=verify)
+        _beat()  # it has started: from now on, silence is a fault
         config = self._executor.engine_config
         limits = Limits(config.pretrained_config.vocab_size, config.build_config.max_batch_size)
         self._service = EngineService(
@@ -56,10 +66,7 @@ class TritonPythonModel:
 
     def _report(self) -> None:
         gauges = self._service.gauges()  # waits until a step has ended
-        if HEARTBEAT in os.environ:
-            now = time.monotonic_ns()  # time stamps need no room on the disk
-            Path(os.environ[HEARTBEAT]).touch()
-            os.utime(os.environ[HEARTBEAT], ns=(now, now))
+        _beat()
         self._metrics.set(gauges)
 
     def is_ready(self) -> bool:
@@ -87,6 +94,22 @@ class TritonPythonModel:
         thread = threading.Thread(target=repeat, daemon=True)
         thread.start()
         return thread
+
+
+def _beat() -> None:
+    """Tell whoever watches this server that the engine works."""
+    if HEARTBEAT in os.environ:
+        now = time.monotonic_ns()  # time stamps need no room on the disk
+        Path(os.environ[HEARTBEAT]).touch()
+        os.utime(os.environ[HEARTBEAT], ns=(now, now))
+
+
+def _vllm() -> VllmPlace | None:
+    """The vLLM that was started for this server."""
+    if VLLM_SOCKET not in os.environ:
+        return None
+    pid = os.environ.get(VLLM_PID)
+    return VllmPlace(Path(os.environ[VLLM_SOCKET]), int(pid) if pid else None)
 
 
 def _tell_death(problem: str) -> None:

@@ -4,8 +4,26 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from trtqwen.executor.request import FinishReason, PerfMetrics, Request, Response
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What an engine sends of an answer at a time.
+
+    Attributes:
+        token_ids: new tokens.
+        log_probs: one for each of them, if asked for.
+        finish: why the answer ended, with its last piece: `length` or another word.
+        reused_tokens: prompt tokens that the engine found computed, as far as it tells.
+    """
+
+    token_ids: Sequence[int] = ()
+    log_probs: Sequence[float] = ()
+    finish: str | None = None
+    reused_tokens: int = 0
 
 
 class Answer:
@@ -16,13 +34,9 @@ class Answer:
     Args:
         end_id: ends the answer.
         tokens_per_block: of the KV cache.
-
-    Attributes:
-        reused_tokens: prompt tokens that the engine found computed, as far as it has told.
     """
 
     def __init__(self, request: Request, end_id: int | None, tokens_per_block: int) -> None:
-        self.reused_tokens = 0
         self._request = request
         self._end_id = end_id
         self._tokens_per_block = tokens_per_block
@@ -30,15 +44,11 @@ class Answer:
         self._arrival = time.monotonic_ns()
         self._first = self._last = 0
 
-    def take(self, token_ids: Sequence[int], log_probs: Sequence[float], finish: str | None) -> Response | None:
-        """The response for new tokens; None if there is nothing to tell.
-
-        Args:
-            finish: vLLM's finish reason, with the last piece.
-        """
+    def take(self, piece: Piece) -> Response | None:
+        """The response for a piece; None if there is nothing to tell."""
         request, kept = self._request, 0
         reason = None
-        for token_id in token_ids:
+        for token_id in piece.token_ids:
             may_end = len(self._token_ids) >= request.sampling.min_tokens
             if may_end and token_id == self._end_id:
                 reason = FinishReason.END_ID
@@ -48,30 +58,32 @@ class Answer:
             if may_end and any(self._ends_with(word) for word in request.stop_words):
                 reason = FinishReason.STOP_WORDS
                 break
-        if reason is None and finish is not None:
-            reason = FinishReason.LENGTH if finish == "length" else FinishReason.STOP_WORDS
+        if reason is None and piece.finish is not None:
+            # A stop word is among the tokens, so it was found above; the end id is not, in some releases.
+            stopped = FinishReason.STOP_WORDS if self._end_id is None else FinishReason.END_ID
+            reason = FinishReason.LENGTH if piece.finish == "length" else stopped
         self._last = time.monotonic_ns()
         self._first = self._first or self._last
         if not kept and reason is None:
             return None
+        told = reason is not None and request.output.return_perf_metrics
         return Response(
             request_id=request.id,
-            token_ids=tuple(token_ids[:kept]),
-            log_probs=tuple(log_probs[:kept]) if request.output.return_log_probs else (),
+            token_ids=tuple(piece.token_ids[:kept]),
+            log_probs=tuple(piece.log_probs[:kept]) if request.output.return_log_probs else (),
+            perf_metrics=self._metrics(piece.reused_tokens) if told else None,
             finish_reason=reason,
         )
 
-    def with_metrics(self, response: Response) -> Response:
-        """The last response with times and blocks, if the request asks for them.
+    def _metrics(self, reused_tokens: int) -> PerfMetrics:
+        """Times and blocks. Times are those of this process.
 
-        Times are those of this process. The engine does not tell when it scheduled the request: that is the arrival.
+        The engine does not tell when it scheduled the request: that is the arrival.
         """
-        if not self._request.output.return_perf_metrics:
-            return response
         tokens = len(self._request.input_token_ids) + len(self._token_ids)
         total = -(-tokens // self._tokens_per_block)
-        reused = min(total, self.reused_tokens // self._tokens_per_block)
-        metrics = PerfMetrics(
+        reused = min(total, reused_tokens // self._tokens_per_block)
+        return PerfMetrics(
             arrival_time_ns=self._arrival,
             first_scheduled_time_ns=self._arrival,
             first_token_time_ns=self._first,
@@ -80,7 +92,6 @@ class Answer:
             kv_cache_alloc_new_blocks=total - reused,
             kv_cache_reused_blocks=reused,
         )
-        return response.model_copy(update={"perf_metrics": metrics})
 
     def _ends_with(self, word: Sequence[int]) -> bool:
         return len(word) <= len(self._token_ids) and self._token_ids[-len(word) :] == list(word)
