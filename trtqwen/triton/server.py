@@ -30,7 +30,7 @@ from trtqwen.system.guardian import ENVIRONMENTS, environments, remove_environme
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
-from trtqwen.system.limits import check_shared_memory
+from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
@@ -220,6 +220,7 @@ class TritonServer(Service):
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
         sweep()
+        check_loopback()
         check_shared_memory(python_instances(self._repository) * _REGION_BYTES)
         workspace = self._cleanup.enter_context(new_workspace())
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
