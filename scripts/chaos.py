@@ -511,6 +511,43 @@ def heavy_schemas(server: Server, stop: float, number: int) -> None:
     ask(server, max_tokens=8, key=KEYS["alice"], response_format=form)
 
 
+def timing(home: Path) -> str:
+    """A right guess of another key's prompt takes as long as a wrong one, where KV cache blocks are reused."""
+    place = home / "reuse"
+    place.mkdir(exist_ok=True)
+    recipe = place / "reuse.yaml"
+    text = (Path(__file__).parents[1] / "recipes" / f"{RECIPE}.yaml").read_text()
+    recipe.write_text(text.replace("serve:\n", "serve:\n  enable_kv_cache_reuse: true\n"))
+    command = [recipe if word == RECIPE else word for word in build_command(place)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    keys = place / "keys.yaml"
+    keys.write_text(json.dumps({"keys": [{"name": name, "key": key} for name, key in KEYS.items()]}))
+    keys.chmod(0o600)
+    server = Server(place / "repo", (f"--api-keys={keys}",)).start()
+    try:
+
+        def seconds(key: str, text: str) -> float:
+            begun = time.monotonic()
+            messages = [{"role": "user", "content": text}]
+            status, answer = ask(server, key=KEYS[key], max_tokens=1, ignore_eos=True, messages=messages)
+            expect(status == 200, f"status {status}: {answer[:100]}")
+            return time.monotonic() - begun
+
+        own, right, wrong = [], [], []
+        for round in range(7):
+            prompt = " ".join(f"{round} secret {number}" for number in range(60))
+            wrong.append(seconds("bob", f"not {prompt}"))
+            seconds("alice", prompt)
+            right.append(seconds("bob", prompt))
+            own.append(seconds("alice", prompt))
+        known, guessed, other = (sorted(times)[len(times) // 2] for times in (own, right, wrong))
+        expect(known < 0.7 * other, f"one's own prompt takes {known:.3f} s, another {other:.3f} s: nothing is reused")
+        expect(guessed > 0.7 * other, f"a right guess takes {guessed:.3f} s, a wrong one {other:.3f} s")
+        return f"right guess {guessed:.3f} s, wrong guess {other:.3f} s, one's own prompt again {known:.3f} s"
+    finally:
+        server.clean()
+
+
 def frozen(text: str, **fields: Any) -> Callable[[Path], str]:
     """A helper process is stopped: the next request has its answer all the same."""
 
@@ -756,6 +793,7 @@ CASES: dict[str, tuple[bool, Callable[[Path], str]]] = {
     "hostile schemas": (False, hostile_schemas),
     "SIGSTOP the guides' processes": (False, frozen("guide_compiler", **REGEX)),
     "SIGSTOP the templates' processes": (False, frozen("template_process")),
+    "a guess of another key's prompt": (False, timing),
     "flood by one key": (False, fair(many_answers, 60)),
     "40 heavy schemas of one key": (False, fair(heavy_schemas, 40)),
     "Triton's admin protocols": (False, admin_protocols),
