@@ -153,7 +153,7 @@ def test_arguments_that_a_limit_cut_short_come_back_as_they_are(arguments: str, 
 
 
 def test_a_call_that_is_cut_is_no_call(obedient: Running) -> None:
-    tokenizer = Tokenizer(tokenizer_directory(obedient.gateway.config.repository))
+    tokenizer = Tokenizer(tokenizer_directory(obedient.repository))
     cut_short = len(tokenizer.encode(CALL.partition("北")[0]))
     for options in ({"stop": ["北"]}, {"max_tokens": cut_short}):
         cut = obedient.chat(CALL, tools=[WEATHER], **options).choices[0]
@@ -278,7 +278,7 @@ def test_schemas_that_cannot_be_used_are_refused(obedient: Running, inner: Any, 
 
 
 def test_log_probs_belong_to_their_tokens(obedient: Running) -> None:
-    tokenizer = Tokenizer(tokenizer_directory(obedient.gateway.config.repository))
+    tokenizer = Tokenizer(tokenizer_directory(obedient.repository))
     text = "The 🐱 says STOP here"
     ids = tokenizer.encode(text)
     wanted = [(list(tokenizer.token_bytes[token_id]), pytest.approx(-token_id / 1000)) for token_id in ids]

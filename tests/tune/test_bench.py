@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.standins import vllm_server
 from trtqwen.bench.setup import WorkloadOptions, make_workloads
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError
@@ -16,7 +16,7 @@ from trtqwen.executor.request import FinishReason, Request, Response
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import ServeRecipe, load_recipe
 from trtqwen.simulate.run import Load
-from trtqwen.tune.bench import EngineBench, executor_config, needs_servers, plan_candidate
+from trtqwen.tune.bench import EngineBench, ServerBench, executor_config, needs_servers, plan_candidate
 
 CHANGES = ("checkpoint.tp_size=1", "engine.max_batch_size=4")
 
@@ -45,7 +45,7 @@ def test_an_engine_that_serves_nothing_is_a_failure(tmp_path: Path) -> None:
     [measured] = make_workloads(WorkloadOptions("smoke", 3), Tokenizer(MODEL), 1)
     bench = EngineBench(measured, replace(measured, asks=()), Load(2), MODEL, tmp_path)
     with pytest.raises(EngineError, match="no request was served: out of memory"):
-        asyncio.run(bench._measure(Refusing(), 3))  # type: ignore[arg-type]
+        bench.measure(Refusing(), 3)  # type: ignore[arg-type]
 
 
 def test_candidates_share_what_is_equal(tmp_path: Path) -> None:
@@ -76,3 +76,17 @@ def test_an_engine_runs_as_the_recipe_serves_it() -> None:
 def test_replicas_and_tensorrt_engines_need_servers() -> None:
     assert needs_servers(load_recipe("qwen2.5-7b-bf16-tp4-4090d"), layouts=False)
     assert not needs_servers(load_recipe("qwen2-tiny-cpu"), layouts=False)
+
+
+@pytest.mark.triton
+def test_measures_vllm_behind_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRTQWEN_VLLM_PYTHON", str(vllm_server.write_python(tmp_path / "python")))
+    changes = ("engine.backend=vllm", "engine.tokens_per_block=32", "serve.batch_scheduler_policy=max_utilization")
+    recipe = load_recipe("qwen2-tiny-cpu", ("checkpoint.tp_size=1", *changes))
+    measured, other = make_workloads(WorkloadOptions("smoke", 6, output_tokens=8), Tokenizer(MODEL), 2)
+    bench = ServerBench(measured, replace(other, asks=other.asks[:1]), Load(2), MODEL, tmp_path / "engines")
+    assert needs_servers(recipe, layouts=False)
+    found = bench.run(recipe, 4)
+    assert found.rates["success_rate"].avg == 1
+    assert found.rates["request_count"].avg == 4
+    assert found.distributions["output_sequence_length"].avg == 8

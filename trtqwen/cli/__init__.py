@@ -36,6 +36,7 @@ COMMANDS = {
     "repo": "Write the model repository of an engine.",
     "serve": "Serve a model repository with Triton and the web gateway.",
     "gateway": "Serve the web gateway alone, in front of running Triton servers.",
+    "models": "Add, replace, compare and remove the models of a running gateway.",
     "infer": "Stream one answer from a running server.",
     "batch": "Answer a file of requests without a server.",
     "bench": "Measure a running server under load.",

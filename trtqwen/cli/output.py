@@ -56,6 +56,8 @@ Changes = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
 ]
 ApiKeys = Annotated[Path | None, typer.Option(help="Read the API keys of the gateway from a YAML file.")]
+AdminKeys = Annotated[Path | None, typer.Option(help="Read the keys of the gateway's admin routes from a YAML file.")]
+ModelsFile = Annotated[Path | None, typer.Option(help="Serve the models of this table, a YAML file.")]
 GatewaySettings = Annotated[
     Path | None, typer.Option(help="Read limits, deadlines and other settings of the gateway from a YAML file.")
 ]

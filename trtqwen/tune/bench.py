@@ -7,7 +7,8 @@ import hashlib
 import json
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -74,18 +75,32 @@ class EngineBench:
 
     def run(self, recipe: Recipe, requests: int) -> Figures:
         """See `Bench`."""
+        with self.opened(recipe) as engine:
+            return self.measure(engine, requests)
+
+    @contextmanager
+    def opened(self, recipe: Recipe) -> Iterator[Engine]:
+        """Build a recipe's engine, run it, and warm it up."""
         plan = plan_candidate(recipe, self._model, self._home)
         run_build(plan, verify=False)
         engine = open_engine(plan.engine.directory, executor_config(recipe.serve), verify=False)
         try:
-            return asyncio.run(self._measure(engine, requests))
+            warmup = tuple(enumerate(self._warmup.asks))
+            asyncio.run(send_all(EngineEndpoint(engine), Job(warmup, max(1, len(warmup)), time.monotonic())))
+            yield engine
         finally:
             engine.shutdown()
 
+    def measure(self, engine: Engine, requests: int) -> Figures:
+        """Send the first so many requests of the workload to a running engine.
+
+        Raises:
+            EngineError: if it serves none of them.
+        """
+        return asyncio.run(self._measure(engine, requests))
+
     async def _measure(self, engine: Engine, requests: int) -> Figures:
         endpoint, places = EngineEndpoint(engine), self._load.concurrency
-        warmup = tuple(enumerate(self._warmup.asks))
-        await send_all(endpoint, Job(warmup, max(1, len(warmup)), time.monotonic()))
         asks = tuple(enumerate(self._workload.asks[:requests]))
         records = await send_all(endpoint, Job(asks, places, time.monotonic()))
         if not engine.alive or not any(record.ok for record in records):
@@ -199,5 +214,5 @@ def _short(key: str) -> str:
 
 
 def needs_servers(recipe: Recipe, layouts: bool) -> bool:
-    """Whether candidates of this recipe run behind Triton: TensorRT engines and replicas do."""
-    return recipe.engine.backend == "tensorrt_llm" or recipe.serve.replicas > 1 or layouts
+    """Whether candidates of this recipe run behind Triton: all but single embedded engines do."""
+    return recipe.engine.backend != "torch" or recipe.serve.replicas > 1 or layouts
