@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# Serve the bundled model and run benchmark and evaluation clients against it, each unmodified.
-# usage: scripts/clients.sh [DIRECTORY]   the clients are installed into DIRECTORY/venv (default: build/clients)
+# Serve the bundled model and run benchmark and evaluation clients against it, each unmodified. Prints a table.
+# usage: [VLLM=PROGRAM] scripts/clients.sh [DIRECTORY]
+#   DIRECTORY  the clients are installed into DIRECTORY/venv (default: build/clients)
+#   VLLM       the program `vllm` of an environment with vLLM, whose `bench serve` runs too
 set -u
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 HOME_=$(mkdir -p "${1:-$ROOT/build/clients}" && cd "${1:-$ROOT/build/clients}" && pwd)
-PINS="guidellm==0.8.1 aiperf==0.13.0 lm-eval==0.4.13 tenacity"
+GUIDELLM=0.8.1 AIPERF=0.13.0 LM_EVAL=0.4.13
+PINS="guidellm==$GUIDELLM aiperf==$AIPERF lm-eval==$LM_EVAL tenacity"
 PYTHON=$ROOT/.venv/bin/python
 CLIENT=$HOME_/venv/bin
 WORK=$(mktemp -d)
@@ -46,21 +49,35 @@ J
 
 FAILED=0
 run() { # NAME COMMAND...: prints a line of the table; what the client says goes to a log
-    local name=$1 log=$HOME_/$1.log
+    local name=$1 log
+    log=$HOME_/$(tr ' /,' '---' <<< "$1").log
     shift
     if timeout 300 "$@" > "$log" 2>&1; then echo "| $name | ok |"; else echo "| $name | failed, see $log |"; FAILED=1; fi
 }
 export HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 echo "| client | result |"
 echo "| --- | --- |"
-run guidellm "$CLIENT/guidellm" run --backend "kind=openai_http,target=$URL,model=tiny" \
+run "guidellm $GUIDELLM" "$CLIENT/guidellm" run --backend "kind=openai_http,target=$URL,model=tiny" \
     --profile kind=synchronous --constraint kind=max_requests,count=4 --tokenizer "kind=huggingface_auto,model=$WORK/model" \
     --data kind=synthetic_text,prompt_tokens=32,output_tokens=8 --output "kind=json,path=$WORK/guidellm.json"
-run aiperf "$CLIENT/aiperf" profile --model tiny --url "$URL" --endpoint-type chat --streaming --request-count 6 \
-    --concurrency 2 --tokenizer builtin --synthetic-input-tokens-mean 32 --output-tokens-mean 8 \
-    --artifact-dir "$WORK/aiperf" --ui none
-run lm-eval "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice --include_path "$WORK" \
-    --model_args "model=tiny,base_url=$URL/v1/completions,tokenizer=$WORK/model,num_concurrent=2"
-run lm-eval-remote-tokenizer "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice --include_path "$WORK" \
-    --model_args "model=tiny,base_url=$URL/v1/completions,tokenizer_backend=remote,num_concurrent=2"
+for kind in chat completions; do
+    run "aiperf $AIPERF, $kind" "$CLIENT/aiperf" profile --model tiny --url "$URL" --endpoint-type $kind --streaming \
+        --request-count 6 --concurrency 2 --tokenizer "$WORK/model" --synthetic-input-tokens-mean 32 \
+        --output-tokens-mean 8 --artifact-dir "$WORK/aiperf-$kind" --ui none
+done
+EVAL="model=tiny,base_url=$URL/v1/completions,num_concurrent=2"
+run "lm-eval $LM_EVAL, loglikelihood" "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice \
+    --include_path "$WORK" --model_args "$EVAL,tokenizer=$WORK/model"
+run "lm-eval $LM_EVAL, remote tokenizer" "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice \
+    --include_path "$WORK" --model_args "$EVAL,tokenizer_backend=remote"
+if [ -n "${VLLM:-}" ]; then
+    version=$("$(dirname "$VLLM")/python" -c "from importlib.metadata import version; print(version('vllm'))")
+    for backend in vllm:/v1/completions openai-chat:/v1/chat/completions openai-responses:/v1/responses; do
+        run "vllm bench serve $version, ${backend%%:*}" "$VLLM" bench serve --backend "${backend%%:*}" \
+            --endpoint "${backend#*:}" --base-url "$URL" --model tiny --tokenizer "$WORK/model" --dataset-name random \
+            --random-input-len 32 --random-output-len 8 --num-prompts 8 --ignore-eos --ready-check-timeout-sec 0
+    done
+fi
+run "500 connections at once" "$PYTHON" "$ROOT/scripts/sse_load.py" "$URL" tiny --concurrency 500 --requests 500 \
+    --inputs 16 --outputs 8
 exit $FAILED
