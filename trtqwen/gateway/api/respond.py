@@ -28,7 +28,7 @@ from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
 from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import GenerationPlan, Usage
+from trtqwen.gateway.generation.plan import GenerationPlan, Usage
 from trtqwen.gateway.state import Runtime
 
 T = TypeVar("T")

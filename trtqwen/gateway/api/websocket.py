@@ -25,7 +25,7 @@ from trtqwen.gateway.api.generate import PlainAnswer, plan_plain
 from trtqwen.gateway.api.respond import Answers, answer_id, settle, work_out
 from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.generator import GenerationPlan
+from trtqwen.gateway.generation.plan import GenerationPlan
 from trtqwen.gateway.state import Runtime
 
 B = TypeVar("B", bound=BaseModel)
