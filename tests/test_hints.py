@@ -22,6 +22,7 @@ HINT_ARGUMENT = {"found": 1, "Diagnostic": 1, "bad_request": 1, "unsupported": 1
 # Options of other programs that hints name.
 DOCKER = {"--cap-add", "--gpus", "--ipc", "--pids-limit", "--runtime", "--shm-size", "--ulimit"}
 OTHERS = DOCKER | {
+    "--extra-index-url",
     "--allow-run-as-root",  # mpirun
     "--bind-to",  # mpirun
     "--enable-shared",  # Python's configure

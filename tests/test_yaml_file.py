@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trtqwen.diagnostics import InputError, RecipeError
-from trtqwen.yaml_file import read_mapping
+from trtqwen.recipe import find_recipe, recipe_names
+from trtqwen.yaml_file import read_mapping, with_fields
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,72 @@ def test_no_bytes_are_a_traceback(tmp_path_factory: pytest.TempPathFactory, cont
     file.write_bytes(content)
     with suppress(InputError):
         assert isinstance(read_mapping(file), dict)
+
+
+COMMENTED = """\
+# What it costs.
+description: d   # short
+
+engine:
+  backend: torch
+  max_batch_size: 16 # requests
+  # a word on blocks
+  tokens_per_block: 16
+
+serve: {replicas: 1}
+# the end
+"""
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"engine.max_batch_size": 32}, "  max_batch_size: 32 # requests"),
+        ({"engine.max_num_tokens": 512}, "  max_num_tokens: 512"),
+        ({"serve.replicas": 4}, "serve: {replicas: 4}"),
+        ({"serve.enable_chunked_context": False}, "serve: {replicas: 1, enable_chunked_context: false}"),
+        ({"checkpoint.tp_size": 2}, "  tp_size: 2"),
+        ({"description": "yes: no"}, "description: 'yes: no'   # short"),
+        ({"serve.batch_scheduler_policy": "max_utilization", "serve.kv_cache_free_gpu_mem_fraction": 0.95}, ""),
+    ],
+)
+def test_fields_change_and_comments_stay(changes: dict[str, Any], line: str) -> None:
+    changed = with_fields(COMMENTED, changes)
+    assert line in changed.splitlines() or not line
+    assert [part for part in changed.splitlines() if "#" in part] == [
+        part.replace("16", str(changes.get("engine.max_batch_size", 16))).replace(
+            "description: d ", f"description: {_quoted(changes)} "
+        )
+        for part in COMMENTED.splitlines()
+        if "#" in part
+    ]
+    for name, value in changes.items():
+        section, _, field = name.rpartition(".")
+        content = yaml.safe_load(changed)
+        assert (content[section] if section else content)[field] == value
+
+
+def _quoted(changes: dict[str, Any]) -> str:
+    return "'yes: no'" if "description" in changes else "d"
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_takes_changes(recipe: str) -> None:
+    text = find_recipe(recipe).read_text(encoding="utf-8")
+    changes = {
+        "engine.max_batch_size": 24,
+        "engine.tokens_per_block": 64,
+        "serve.enable_kv_cache_reuse": True,
+        "serve.kv_cache_free_gpu_mem_fraction": 0.85,
+        "checkpoint.tp_size": 1,
+        "serve.replicas": 2,
+    }
+    changed = with_fields(text, changes)
+    assert [line for line in changed.splitlines() if line.startswith("#")] == [
+        line for line in text.splitlines() if line.startswith("#")
+    ]
+    assert with_fields(changed, changes) == changed
+
+
+def test_a_section_without_a_value_takes_fields() -> None:
+    assert with_fields("serve:\n", {"serve.replicas": 2}) == "serve: {replicas: 2}\n"

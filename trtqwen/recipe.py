@@ -448,10 +448,7 @@ def load_recipe(recipe: str, changes: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: naming file and field, if the recipe is missing or not valid.
     """
-    path = find_recipe(recipe)
-    content = read_mapping(path, RecipeError)
-    for change in changes:
-        _change(content, change)
+    path, content = find_recipe(recipe), recipe_content(recipe, changes)
     if "name" in content:
         raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name", "remove the field")
     where = f"{path} with {', '.join(changes)}" if changes else str(path)
@@ -459,6 +456,14 @@ def load_recipe(recipe: str, changes: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate({**content, "name": path.stem})
     except ValidationError as problem:
         raise RecipeError(f"{where}: {first_problem(problem)}", _advice(problem, Recipe)) from None
+
+
+def recipe_content(recipe: str, changes: Sequence[str] = ()) -> dict[str, Any]:
+    """What the file of a recipe says, with changes, before it is checked; see `load_recipe`."""
+    content = read_mapping(find_recipe(recipe), RecipeError)
+    for change in changes:
+        _change(content, change)
+    return content
 
 
 def _change(content: dict[str, Any], change: str) -> None:

@@ -18,6 +18,7 @@ from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.recipe import Recipe, load_recipe, recipe_names
 
+ANY_BACKEND = ("serve.device=auto", "serve.batch_scheduler_policy=max_utilization")  # not the embedded engine alone
 EXAMPLE = Path(__file__).parents[2] / "examples" / "compose.yaml"
 
 
@@ -43,10 +44,11 @@ def test_every_command_exists_and_the_gateway_finds_every_server(recipe: str) ->
     assert re.findall(r"127\.0\.0\.1:(\d+)", probe) == [str(port - 1) for port in ports]
     assert "ports" not in services["triton"]  # it has no keys
     assert services["gateway"]["ports"] == ["8080:8080"]
-    if loaded.engine.backend == "tensorrt_llm":
+    if loaded.engine.backend == "tensorrt_llm" or loaded.serve.device == "cuda":
         [devices] = services["triton"]["deploy"]["resources"]["reservations"]["devices"]
         assert len(devices["device_ids"]) == loaded.world_size * loaded.serve.replicas
-        assert ("NCCL_P2P_DISABLE" in services["triton"].get("environment", {})) == (loaded.world_size > 1)
+        without_peers = loaded.world_size > 1 and "4090" in recipe
+        assert ("NCCL_P2P_DISABLE" in services["triton"].get("environment", {})) == without_peers
     else:
         assert "deploy" not in services["triton"]
 
@@ -73,3 +75,29 @@ def test_the_image_holds_the_release_of_the_recipe() -> None:
     assert "FROM python:" in compose_files(plan("qwen2-tiny-cpu"))["Dockerfile"]
     with pytest.raises(InputError, match=r"0\.17\.0"):
         serving_image(load_recipe("qwen2.5-7b-bf16-tp4-4090d", ["checkpoint.release=0.17.0"]))
+
+
+@pytest.mark.parametrize(
+    ("backend", "image", "gpus"),
+    [("vllm", "vllm-python-py3", 4), ("llmapi", "trtllm-python-py3", 4), ("torch", "python:3.12", 4)],
+)
+def test_every_backend_has_an_image_and_its_gpus(backend: str, image: str, gpus: int) -> None:
+    recipe = load_recipe("qwen2.5-7b-bf16-torch-tp4-h100", [f"engine.backend={backend}", *ANY_BACKEND])
+    files = compose_files(plan(recipe))
+    assert re.search(rf"^FROM \S*{image}", files["Dockerfile"], re.MULTILINE)
+    assert ("TRTQWEN_VLLM_PYTHON" in files["Dockerfile"]) == (backend == "vllm")
+    triton = yaml.safe_load(files["compose.yaml"])["services"]["triton"]
+    [devices] = triton["deploy"]["resources"]["reservations"]["devices"]
+    assert len(devices["device_ids"]) == gpus
+
+
+def test_a_vllm_that_serves_elsewhere_takes_no_gpu_and_one_outside_the_image_is_refused() -> None:
+    def changed(setting: str) -> Recipe:
+        changes = ["engine.backend=vllm", f"engine.vllm={{{setting}}}", *ANY_BACKEND]
+        return load_recipe("qwen2.5-7b-bf16-torch-tp4-h100", changes)
+
+    services = yaml.safe_load(compose_text(plan(changed("address: http://vllm:8000"))))["services"]
+    assert "deploy" not in services["triton"]
+    for setting in ("python: /opt/vllm/bin/python", "image: 'vllm/vllm-openai:latest'"):
+        with pytest.raises(InputError, match=setting.partition(":")[0]):
+            plan(changed(setting))

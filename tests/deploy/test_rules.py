@@ -53,6 +53,10 @@ def gauge(name: str, value: float | str) -> dict[str, str]:
     return {f"trtqwen_gateway_{name}{{{GATEWAY}}}": str(value) if isinstance(value, str) else f"{value}+0xN"}
 
 
+def model_up(values: str) -> dict[str, str]:
+    return {f'trtqwen_gateway_model_up{{{GATEWAY},model="qwen"}}': values}
+
+
 def requests(finished: int, **refused: int) -> dict[str, str]:
     """Answers and refusals every 15 seconds; refusals by `sSTATUS`."""
     series = {f'trtqwen_gateway_finished_total{{{GATEWAY},reason="stop"}}': f"0+{finished}xN"}
@@ -101,6 +105,9 @@ CASES = [
     Case("TrtqwenTargetDown", {f"up{{{GATEWAY}}}": "1+0xN", 'up{job="node",instance="b"}': "0+0xN"}, None),
     Case("TrtqwenEngineNotReady", gauge("ready", "1+0x4 0+0xN"), HERE | JOB, "1m45s"),
     Case("TrtqwenEngineNotReady", gauge("ready", "1 0 0 1 0 0 1+0xN"), None),
+    Case("TrtqwenModelDown", model_up("0+0xN") | gauge("ready", 1), HERE | JOB | {"model": "qwen"}),
+    Case("TrtqwenModelDown", model_up("0+0xN") | gauge("ready", 0), None),  # the whole gateway is down
+    Case("TrtqwenModelDown", model_up("1+0xN") | gauge("ready", 1), None),
     Case(
         "TrtqwenReplicaDown",
         {f'trtqwen_gateway_replica_up{{{GATEWAY},replica="a:8001"}}': "0+0xN"},

@@ -71,7 +71,8 @@ LOGS = [
 ]  # fmt: skip
 
 
-CASES = json.loads((Path(__file__).parents[1] / "data" / "failure_logs.json").read_text(encoding="utf-8"))["cases"]
+LOGGED = json.loads((Path(__file__).parents[1] / "data" / "failure_logs.json").read_text(encoding="utf-8"))
+CASES = LOGGED["cases"]
 
 
 def first(lines: Iterable[str]) -> Finding:
@@ -113,6 +114,15 @@ def test_public_logs_are_explained_in_every_shape(case: dict[str, Any], shape: s
         noise = ["I0101 00:00:00.000000 1 server.cc:631] +---+", "[TRT-LLM] [I] Set gemm_plugin to bfloat16."] * 3000
         lines = [*noise, *lines, *noise[:50], "error: creating server: Internal - failed to load all models"]
     assert first(lines).id == case["id"]
+
+
+def test_logs_that_were_unseen_when_they_were_collected() -> None:
+    """Each with the cause that was written down before it was explained; a null names no cause."""
+    for case in LOGGED["unseen"]:
+        found = explain(case["log"])
+        assert (found.first.id if found.first else None) == case["id"], (case["source"], case["expected"])
+        if case["id"] is None:
+            assert found.telling or found.findings
 
 
 def test_an_unknown_log_shows_its_telling_lines() -> None:

@@ -14,10 +14,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from tests.hf.layouts import LAYOUTS
+from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.diagnostics import CheckpointError, InputError
 from trtqwen.export.export import plan_export, run_export
 from trtqwen.export.gather import Checkpoint
+from trtqwen.hf.config import load_config
+from trtqwen.recipe import CheckpointRecipe
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 CASES = sorted(GOLDEN.glob("g*/expected*"))
@@ -77,6 +81,18 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
         one, other = (model(ids).logits for model in models)
     torch.testing.assert_close(one, other, rtol=1e-2, atol=1e-2)  # float16 against float32
     assert torch.equal(one.argmax(-1), other.argmax(-1))
+
+
+def test_the_attention_factor_of_yarn_comes_back(tmp_path: Path) -> None:
+    """TensorRT-LLM's checkpoint holds mscale, Hugging Face's config attention_factor."""
+    [layout] = [layout for layout in LAYOUTS if layout.name == "yarn-attention-small"]
+    directory = layout.make(tmp_path)
+    run_conversion(plan_conversion(directory, CheckpointRecipe(dtype="float32")), tmp_path / "checkpoint")
+    run_export(plan_export(tmp_path / "checkpoint"), tmp_path / "out")
+    scaling = json.loads((tmp_path / "out" / "config.json").read_text())["rope_scaling"]
+    assert scaling["attention_factor"] == pytest.approx(0.7)
+    assert "mscale" not in scaling
+    assert load_config(tmp_path / "out").rope_scaling == pytest.approx(load_config(directory).rope_scaling)
 
 
 @pytest.mark.parametrize("case", WEIGHT_ONLY, ids=name_of)

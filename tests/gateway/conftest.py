@@ -51,6 +51,13 @@ class Running:
         return self.client.chat.completions.create(model=self.model, messages=messages, **options)
 
     @property
+    def repository(self) -> Path:
+        """The repository that it serves."""
+        repository = self.gateway.config.repository
+        assert repository is not None
+        return repository
+
+    @property
     def _headers(self) -> dict[str, str]:
         return {"Content-Type": "application/json", "Authorization": f"Bearer {self.key}"}
 

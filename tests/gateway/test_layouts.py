@@ -107,6 +107,13 @@ def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> 
     assert streamed(running, {"messages": turns, "max_tokens": 2})[2]["prompt_tokens"] == len(ids)
 
 
+def test_documents_without_a_place_are_refused(served: tuple[Path, Running]) -> None:
+    _, running = served
+    body = {"model": running.model, "messages": [QUESTION], "documents": [{"text": "d"}]}
+    status, _, text = running.post("/v1/chat/completions", body)
+    assert (status, "no place for documents" in text) == (400, True)
+
+
 def test_raw_prompts_begin_as_the_tokenizer_begins_them(served: tuple[Path, Running]) -> None:
     directory, running = served
     wanted = len(AutoTokenizer.from_pretrained(directory)("The cat")["input_ids"])

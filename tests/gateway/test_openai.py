@@ -59,7 +59,7 @@ def test_a_streamed_answer_is_the_unstreamed_one(live: Running, prompt: str) -> 
 
 def test_the_answer_is_the_ensemble_s(live: Running) -> None:
     """The same as Triton's own text models make of the same prompt."""
-    tokenizer = Tokenizer(tokenizer_directory(live.gateway.config.repository))
+    tokenizer = Tokenizer(tokenizer_directory(live.repository))
     assert tokenizer.chat_template
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hello!"}]
     prompt = render_chat(tokenizer.chat_template, messages)
@@ -178,7 +178,7 @@ def test_a_bias_bans_and_forces_tokens(live: Running) -> None:
 
 def test_completions_take_prompts_as_they_are(live: Running) -> None:
     options = {"model": "qwen", "max_tokens": 6, **GREEDY}
-    tokenizer = Tokenizer(tokenizer_directory(live.gateway.config.repository))
+    tokenizer = Tokenizer(tokenizer_directory(live.repository))
     texts = ["Hello", "你好"]
     separate = [live.client.completions.create(prompt=text, **options).choices[0].text for text in texts]
     together = live.client.completions.create(prompt=texts, n=2, **options)

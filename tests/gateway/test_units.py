@@ -34,7 +34,7 @@ from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.plan import fit_answer
 from trtqwen.gateway.generation.upstream import _reply
 from trtqwen.gateway.model import ServedModel, load_model
-from trtqwen.gateway.state import plan_admission
+from trtqwen.gateway.state import plan_gate
 from trtqwen.hf import chat_template as hf
 from trtqwen.hf.generation import GenerationDefaults
 
@@ -134,11 +134,11 @@ def test_four_copies_behind_one_triton_run_four_times_as_much(
     trt_repository: Callable[..., Path], engine_repository: Path
 ) -> None:
     """Orchestrator mode: one address, a batch and a KV cache for each copy; a request lives in one of them."""
-    one = plan_admission(GatewayConfig(repository=engine_repository), load_model(engine_repository))
+    one = plan_gate(GatewayConfig(repository=engine_repository), load_model(engine_repository))
     path = trt_repository(1, 4, "orchestrator")
-    four = plan_admission(GatewayConfig(repository=path), load_model(path))
+    four = plan_gate(GatewayConfig(repository=path), load_model(path))
     assert four.capacity == Capacity(4 * one.capacity.requests, 4 * one.capacity.tokens)
-    assert four.queue_limits == one.queue_limits == QueueLimits(1024, 1 << 21)
+    assert four.queue == one.queue == QueueLimits(1024, 1 << 21)
     assert load_model(path).cache_tokens(None) == load_model(engine_repository).cache_tokens(None) == 16 * 512
 
 

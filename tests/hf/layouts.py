@@ -293,7 +293,23 @@ FEATURES = (
     "{% if enable_thinking is defined and enable_thinking is false %}N{% endif %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+MACRO = (
+    "{%- macro turn(role, text) -%}<|im_start|>{{ role }}\n{{ text | trim }}<|im_end|>{%- endmacro -%}"
+    "{%- set ns = namespace(count=0) -%}{%- for m in messages -%}{%- set ns.count = ns.count + 1 -%}"
+    "{{ turn(m.role, m['content'] | default('', true)) }}{{ '\n' }}{%- endfor -%}"
+    "{{ ns.count }}{{ messages | map(attribute='role') | join(',') }}"
+    "{{ tools | default([], true) | tojson(indent=2) }}"
+    "{%- if add_generation_prompt -%}<|im_start|>assistant{{ '\n' }}{%- endif -%}"
+)
+WORD_PIECES = {
+    "type": "WordPiece",
+    "unk_token": "[UNK]",
+    "continuing_subword_prefix": "##",
+    "max_input_chars_per_word": 100,
+    "vocab": {"[UNK]": 0, "a": 1},
+}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
+YARN_5 = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 512}
 TOOL = {"content": "<tool>", **PLAIN}
 
 
@@ -309,6 +325,29 @@ def _legacy_tokens(directory: Path) -> None:
     names = {"<tool>": 4096, "<|endoftext|>": 4093, "<|im_start|>": 4094, "<|im_end|>": 4095}
     (directory / "added_tokens.json").write_text(json.dumps(names))
     grown(4104)(directory)
+
+
+def _dropout(directory: Path) -> None:
+    content = json.loads((directory / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (directory / "tokenizer.json").write_text(json.dumps(content))
+
+
+def _eats_spaces(directory: Path) -> None:
+    grown(4104)(directory)
+    tokens = added(directory, "<tool>", special=False)
+    tokens[-1] |= {"lstrip": True, "rstrip": True}
+    edit(directory / "tokenizer.json", added_tokens=tokens)
+    decoder = {str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in tokens}
+    edit(directory / "tokenizer_config.json", added_tokens_decoder=decoder)
+
+
+def _piece_made_special(directory: Path) -> None:
+    """A piece of the vocabulary that fine-tuning made a special token."""
+    vocabulary = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
+    content = json.loads((directory / "tokenizer_config.json").read_text())
+    content["added_tokens_decoder"][str(vocabulary["name"])] = {"content": "name", **PLAIN}
+    (directory / "tokenizer_config.json").write_text(json.dumps(content))
 
 
 def _other_ids(directory: Path) -> None:
@@ -353,18 +392,34 @@ def _tie(found: Tensors) -> None:
     found["lm_head.weight"] = found["model.embed_tokens.weight"].clone()
 
 
+MATH_TEMPLATE = TEMPLATES["qwen2.5_instruct"].replace(
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    "Please reason step by step, and put your final answer within \\\\boxed{}.",
+)
+
 LAYOUTS = (
     # as published
-    Layout("qwen2.5-instruct", tokenizer_config(chat_template=TEMPLATES["qwen2.5_instruct"])),
+    Layout("qwen2.5-instruct", tokenizer_config(chat_template=TEMPLATES["qwen2.5_instruct"]), weights=True),
     Layout("qwen2.5-base", base_model, warns="do not serve it as chat"),
     Layout("qwen2.5-coder", tokenizer_config(chat_template=TEMPLATES["qwen2.5_instruct"], model_max_length=32768)),
-    Layout("qwen2.5-math", config(max_position_embeddings=4096, rope_theta=1e4, max_window_layers=21), weights=True),
+    Layout(
+        "qwen2.5-math",
+        both(
+            config(max_position_embeddings=4096, rope_theta=1e4, max_window_layers=21),
+            tokenizer_config(chat_template=MATH_TEMPLATE),
+        ),
+        weights=True,
+    ),
     Layout(
         "qwen2.5-1m",
         config(
             max_position_embeddings=1010000,
             rope_theta=1e7,
-            dual_chunk_attention_config={"chunk_size": 262144, "local_size": 8192},
+            dual_chunk_attention_config={
+                "chunk_size": 262144,
+                "local_size": 8192,
+                "original_max_position_embeddings": 262144,
+            },
         ),
         weights=True,
         warns="dual_chunk_attention_config acts beyond 262,144",
@@ -390,8 +445,8 @@ LAYOUTS = (
             }
         ),
     ),
-    Layout("token-in-tokenizer-config", _add_declared),
-    Layout("token-in-added-tokens", _legacy_tokens),
+    Layout("token-in-tokenizer-config", _add_declared, weights=True),
+    Layout("token-in-added-tokens", _legacy_tokens, weights=True),
     Layout(
         "added-tokens-unread",
         lambda directory: (directory / "added_tokens.json").write_text('{"<tool>": 4096}'),
@@ -424,6 +479,28 @@ LAYOUTS = (
             tokenizer_config(tokenizer_class="PreTrainedTokenizerFast", bos_token="<|endoftext|>"),
         ),
     ),
+    Layout("no-tokenizer-config", without("tokenizer_config.json"), warns="no chat template"),
+    Layout("dropout", _dropout, refused="dropout of 0.1"),
+    Layout("token-eats-spaces", _eats_spaces, weights=True),
+    Layout("piece-made-special", _piece_made_special),
+    Layout(
+        "nothing-declared",
+        tokenizer_config(added_tokens_decoder={}, additional_special_tokens=None),
+        oracle=4,
+        warns="added_tokens_decoder lacks <|endoftext|>",
+    ),
+    Layout("prefix-space", tokenizer_config(add_prefix_space=True), oracle=4, warns="add_prefix_space is true"),
+    Layout("pad-of-its-own", both(tokenizer_config(pad_token="[PAD]"), grown(4104)), weights=True),
+    Layout("bos-not-a-token", tokenizer_config(bos_token="<s>"), refused="4097 tokens"),
+    Layout(
+        "tokenizer-not-json", lambda directory: (directory / "tokenizer.json").write_text("{"), refused="tokenizer"
+    ),
+    Layout(
+        "tokenizer-config-a-page",
+        lambda directory: (directory / "tokenizer_config.json").write_text("<!DOCTYPE html><html>"),
+        refused="web page",
+    ),
+    Layout("word-pieces", tokenizer(model=WORD_PIECES, added_tokens=[]), refused="byte-level BPE"),
     Layout("strange-class", tokenizer_config(tokenizer_class="QWenTokenizer"), refused="QWenTokenizer"),
     # ends of answers
     Layout("eos-null", generation(eos_token_id=None)),
@@ -436,13 +513,28 @@ LAYOUTS = (
     ),
     Layout("top-k-minus-1", generation(top_k=-1)),
     Layout("top-p-2", generation(top_p=2.0), refused="top_p"),
+    Layout("min-p", generation(min_p=0.05)),
+    Layout("generation-neutral", generation(num_beams=1, no_repeat_ngram_size=0, typical_p=1.0, stop_strings=None)),
+    Layout("no-repeat", generation(no_repeat_ngram_size=3), warns="no_repeat_ngram_size 3"),
+    Layout("eos-negative", generation(eos_token_id=-1), refused="eos_token_id"),
     # chat templates
     Layout("template-list", template_list),
     Layout("template-folder", folder_template),
     Layout(
         "template-file",
-        lambda directory: (directory / "chat_template.jinja").write_text(TEMPLATES["qwen2.5_instruct"]),
+        both(
+            tokenizer_config(("chat_template",)),
+            lambda directory: (directory / "chat_template.jinja").write_text(TEMPLATES["qwen2.5_instruct"]),
+        ),
     ),
+    Layout(
+        "template-twice",
+        lambda directory: (directory / "chat_template.jinja").write_text(TEMPLATES["qwq"]),
+        warns="another chat template",
+    ),
+    Layout("template-macro", tokenizer_config(chat_template=MACRO)),
+    Layout("template-empty", tokenizer_config(chat_template=""), refused="is empty"),
+    Layout("template-a-number", tokenizer_config(chat_template=7), refused="neither a template"),
     Layout("template-features", tokenizer_config(chat_template=FEATURES), oracle=4),
     Layout("template-none", tokenizer_config(("chat_template",)), warns="no chat template"),
     Layout("template-broken", tokenizer_config(chat_template="{% if x %}"), refused="chat template"),
@@ -479,11 +571,36 @@ LAYOUTS = (
         weights=True,
         warns="original_max",
     ),
-    Layout("yarn-attention", config(rope_scaling=YARN | {"attention_factor": 1.0}), refused="attention_factor"),
+    Layout("yarn-attention", config(rope_scaling=YARN | {"attention_factor": 1.0}), weights=True),
+    Layout("yarn-attention-small", config(rope_scaling=YARN | {"attention_factor": 0.7}), weights=True),
+    Layout(
+        "yarn-attention-alone",
+        config(rope_scaling=YARN | {"factor": 1.0, "attention_factor": 2.0}),
+        refused="attention by 2",
+    ),
+    Layout("yarn-attention-word", config(rope_scaling=YARN | {"attention_factor": "x"}), refused="attention_fac"),
     Layout(
         "yarn-usual-attention", config(rope_scaling=YARN | {"attention_factor": 1.1386294361119891}), weights=True
     ),
-    Layout("yarn-mscale", config(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}), refused="mscale"),
+    Layout("yarn-mscale", config(rope_scaling=YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}), weights=True),
+    Layout("yarn-mscale-alone", config(rope_scaling=YARN | {"mscale": 0.5}), weights=True),
+    Layout(
+        "yarn-type-of-5",
+        config(("rope_theta", "rope_scaling"), rope_parameters=YARN_5),
+        weights=True,
+        oracle=5,
+    ),
+    Layout("rope-factor-alone", config(rope_scaling={"factor": 4.0}), refused="no rope_type"),
+    Layout("rope-of-a-kind-unknown", config(rope_scaling={"type": "su", "factor": 4.0}), refused="'su'"),
+    Layout("rope-factor-a-word", config(rope_scaling=YARN | {"factor": "4"}), refused="factor"),
+    Layout(
+        "rope-default-factor",
+        config(rope_scaling={"rope_type": "default", "factor": 4.0}),
+        weights=True,
+        warns="reads no factor 4.0",
+    ),
+    Layout("eps-infinite", config(rms_norm_eps=float("inf")), refused="rms_norm_eps"),
+    Layout("tied-a-word", config(tie_word_embeddings="true"), refused="tie_word_embeddings"),
     Layout("yarn-truncate", config(rope_scaling=YARN | {"truncate": False}), refused="truncate"),
     Layout("yarn-unknown", config(rope_scaling=YARN | {"wobble": 2}), refused="wobble"),
     Layout("linear", config(rope_scaling={"rope_type": "linear", "factor": 2.0}), weights=True),

@@ -162,12 +162,12 @@ async def _answer_all(
             on_progress(1, _tokens(content))
 
     async with app.router.lifespan_context(app):
-        model, monitor = app.state.runtime.model, app.state.runtime.monitor
-        while not monitor.ready:
+        runtime = app.state.fleet.default.stable.runtime
+        while not runtime.monitor.ready:
             triton.check()
             await asyncio.sleep(0.01)
         # A window twice the batch keeps the engine full.
-        window = 2 * model.limits.max_batch_size * len(triton.addresses)
+        window = 2 * runtime.model.limits.max_batch_size * len(triton.addresses)
         work = asyncio.gather(*(worker() for _ in range(min(len(lines), window))))
         watch = asyncio.create_task(_check_for(triton, _FOREVER))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -75,6 +76,61 @@ def bars_plot(title: str, values: Mapping[str, float], errors: Mapping[str, floa
     axis.invert_yaxis()
     axis.set_xlabel(title)
     axis.grid(alpha=0.3, axis="x")
+    return _svg(figure)
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A configuration in a plot of throughput against latency.
+
+    Attributes:
+        label: next to the spot; empty for none.
+        front: whether it is on the Pareto front.
+        whole: whether it had a whole run; others are drawn hollow.
+    """
+
+    latency: float
+    throughput: float
+    label: str = ""
+    front: bool = False
+    whole: bool = True
+
+
+def pareto_plot(spots: Sequence[Spot]) -> str:
+    """Throughput against mean latency in milliseconds, with the Pareto front as a line."""
+    if not can_plot():
+        return _without_matplotlib()
+    figure, [axis] = _figure(1)
+    figure.set_size_inches(10, 4)
+    for whole in (False, True):
+        part = [spot for spot in spots if spot.whole is whole]
+        axis.scatter(
+            [spot.latency for spot in part],
+            [spot.throughput for spot in part],
+            s=28,
+            facecolors="tab:blue" if whole else "none",
+            edgecolors="tab:blue",
+            alpha=1 if whole else 0.5,
+            label="whole run" if whole else "shorter run",
+        )
+    front = sorted((spot.latency, spot.throughput) for spot in spots if spot.front)
+    if front:
+        axis.step(*zip(*front, strict=True), where="post", color="tab:orange", label="Pareto front")
+    for spot in spots:
+        if spot.label:
+            axis.annotate(
+                spot.label,
+                (spot.latency, spot.throughput),
+                xytext=(6, 4),
+                textcoords="offset points",
+                fontsize=8,
+            )
+    axis.set_xlabel("mean latency of a request, ms")
+    axis.set_ylabel("output tokens/s")
+    axis.set_ylim(bottom=0)
+    axis.set_xlim(left=0)
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 

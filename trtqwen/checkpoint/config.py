@@ -136,7 +136,7 @@ def checkpoint_config(
         "position_embedding_type": "rope_gpt_neox",
         "num_key_value_heads": hf.num_key_value_heads,
         "intermediate_size": hf.intermediate_size,
-        "max_position_embeddings": hf.max_position_embeddings,
+        "max_position_embeddings": hf.context,
         "mapping": {
             "world_size": mapping.world_size,
             "gpus_per_node": 8,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtqwen.cli.output import ApiKeys, Json, ModelName, print_json, stderr, stdout
+from trtqwen.cli.output import AdminKeys, ApiKeys, Json, ModelName, ModelsFile, print_json, stderr, stdout
 from trtqwen.gateway.config import gateway_config
 from trtqwen.gateway.listener import bind
 
@@ -24,7 +24,9 @@ def command(
     port: Annotated[
         int | None, typer.Option(min=0, max=65535, help="Set the port; 0 picks a free one.", show_default="8080")
     ] = None,
+    models: ModelsFile = None,
     api_keys: ApiKeys = None,
+    admin_keys: AdminKeys = None,
     model_name: ModelName = None,
     config: Annotated[Path | None, typer.Option(help="Read these and more settings from a YAML file.")] = None,
     json: Json = False,
@@ -36,7 +38,11 @@ def command(
     answers.
     The gateway reads config, tokenizer and engine limits from the repository.
 
-    Settings of --config, by name: repository, triton, host, port, model_name, api_keys, allow_anonymous, workers;
+    With --models, it serves the models of a table, each with the repository and addresses that the table names.
+    `trtqwen models` changes the table while clients are served.
+
+    Settings of --config, by name: repository, triton, models, host, port, model_name, api_keys, admin_keys,
+    allow_anonymous, workers, engine_start_seconds;
     allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning; prefix_routing,
     throttle_seconds, rates_url;
     max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
@@ -51,16 +57,20 @@ def command(
         triton=tuple(triton) if triton else None,
         host=host,
         port=port,
+        models=models,
         api_keys=api_keys,
+        admin_keys=admin_keys,
         model_name=model_name,
     )
     from trtqwen.gateway.server import serve  # loads the web framework: not for --help and mistakes
 
     def started() -> None:
         if json:
-            print_json({"gateway": url, "triton": settings.triton, "repository": str(settings.repository)})
+            place = {"triton": settings.triton, "repository": str(settings.repository)}
+            print_json({"gateway": url, **(place if settings.models is None else {"models": str(settings.models)})})
         else:
-            stdout.print(f"gateway: {url} in front of {', '.join(settings.triton)}", highlight=False)
+            behind = ", ".join(settings.triton) if settings.models is None else f"the Tritons of {settings.models}"
+            stdout.print(f"gateway: {url} in front of {behind}", highlight=False)
 
     with bind(settings) as listener:
         url = settings.model_copy(update={"port": listener.getsockname()[1]}).url

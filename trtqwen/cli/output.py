@@ -56,6 +56,8 @@ Changes = Annotated[
     typer.Option("--set", metavar="FIELD=VALUE", help="Replace a field of the recipe: engine.max_batch_size=32."),
 ]
 ApiKeys = Annotated[Path | None, typer.Option(help="Read the API keys of the gateway from a YAML file.")]
+AdminKeys = Annotated[Path | None, typer.Option(help="Read the keys of the gateway's admin routes from a YAML file.")]
+ModelsFile = Annotated[Path | None, typer.Option(help="Serve the models of this table, a YAML file.")]
 GatewaySettings = Annotated[
     Path | None, typer.Option(help="Read limits, deadlines and other settings of the gateway from a YAML file.")
 ]
@@ -102,6 +104,11 @@ class Bars:
             self._progress.update(task, advance=count, description=f"{title} {rate:,.0f} {what}")
 
         return show
+
+    def noted(self, title: str, total: int, *, unit: str) -> Callable[[str], None]:
+        """Add a bar of `unit` that shows a note; call the result with the note of each step."""
+        task = self._progress.add_task(title, total=total, unit=unit)
+        return lambda note: self._progress.update(task, advance=1, description=f"{title}  {escape(note)}")
 
     def tail(self, title: str) -> Callable[[str, int, int], None]:
         """Add a bar of counted results with the latest line of a log. Call the result with line, count and total."""

@@ -9,6 +9,7 @@ import typer
 
 from trtqwen.artifact import MANIFEST
 from trtqwen.cli.output import (
+    AdminKeys,
     ApiKeys,
     DryRun,
     GatewaySettings,
@@ -16,6 +17,7 @@ from trtqwen.cli.output import (
     InContainer,
     Json,
     ModelName,
+    ModelsFile,
     NoVerify,
     SkipGates,
     Wheels,
@@ -28,6 +30,8 @@ from trtqwen.containers import container_options, plan_serve_container, run_cont
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.config import gateway_config as plan_gateway
+from trtqwen.gateway.fleet.roster import Roster
+from trtqwen.gateway.fleet.table import Target
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
@@ -43,6 +47,8 @@ LOOPBACK = "127.0.0.1"
 def command(
     recipe: Annotated[str | None, typer.Argument(help="Serve the repository of this recipe in triton_repo/.")] = None,
     repo: Annotated[Path | None, typer.Option(help="Serve this model repository.")] = None,
+    models: ModelsFile = None,
+    admin_keys: AdminKeys = None,
     host: Annotated[str, typer.Option(help="Set the listen address of the gateway.")] = LOOPBACK,
     triton_host: Annotated[
         str, typer.Option(help="Set Triton's listen address. Triton has no authentication and no rate limits.")
@@ -88,6 +94,9 @@ def command(
     The gateway serves the OpenAI routes and a chat page at /. Beyond loopback it requires --api-keys. `trtqwen
     gateway` runs a gateway alone, in front of several Triton servers.
 
+    With --models, serve the models of a table instead: `trtqwen models` adds, replaces and removes them while clients
+    are served. Triton is started for each target without an address, on free ports.
+
     A repository with serve.replicas gets a Triton for each replica, on GPUs of its own and on ports that are higher
     by 10 each; `trtqwen gateway --help` says which replica a request goes to.
 
@@ -95,12 +104,22 @@ def command(
     elsewhere. `trtqwen build --help` says what else a container needs.
     """
 
-    def gateway_settings(repository: Path, triton: tuple[str, ...]) -> GatewayConfig:
-        place = {"repository": repository, "triton": triton, "host": host, "port": gateway_port}
-        return plan_gateway(gateway_config, **place, api_keys=api_keys, model_name=model_name)
+    def gateway_settings(repository: Path | None, triton: tuple[str, ...] | None) -> GatewayConfig:
+        place = {"repository": repository, "triton": triton, "host": host, "port": gateway_port, "models": models}
+        keys = {"api_keys": api_keys, "admin_keys": admin_keys}
+        return plan_gateway(gateway_config, **place, **keys, model_name=model_name)
 
     if no_gateway and host != LOOPBACK:
         raise InputError(f"--host {host} is the gateway's address", "with --no-gateway, give --triton-host")
+    if models is not None:
+        if recipe or repo or no_gateway or in_container or dry_run:
+            raise InputError(
+                "--models is given with another source of models, --no-gateway, --in-container or --dry-run",
+                "give --models alone; its targets name the repositories",
+            )
+        raise_file_limit()
+        _serve_models(models, gateway_settings(None, None), triton_host, watchdog, log, not no_verify, restart, json)
+        return
     if in_container:
         if recipe is None:
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
@@ -112,11 +131,12 @@ def command(
         flags += [f"--grpc-port={grpc_port}", f"--watchdog={watchdog:g}"]
         flags += [f"--metrics-port={metrics_port}", f"--gateway-port={gateway_port}"]
         flags += [f"--api-keys={api_keys.resolve()}"] if api_keys else []
+        flags += [f"--admin-keys={admin_keys.resolve()}"] if admin_keys else []
         flags += [f"--gateway-config={gateway_config.resolve()}"] if gateway_config else []
         flags += [f"--model-name={model_name}"] if model_name else []
         given_flags = {"restart": restart, "no-verify": no_verify, "no-gateway": no_gateway, "json": json}
         flags += [f"--{name}" for name, given in given_flags.items() if given]
-        files = [file.resolve() for file in (gateway_config, settings.api_keys) if file]
+        files = [file.resolve() for file in (gateway_config, settings.api_keys, settings.admin_keys) if file]
         options = container_options(read_host(), image, wheels, skip_gates=skip_gates)
         plan = plan_serve_container(loaded, served, flags, files, log, options)
         print_warnings(plan.warnings)
@@ -153,6 +173,56 @@ def command(
     finally:
         if gateway:
             gateway.close()
+    stderr.print("stopped", highlight=False)
+
+
+def _serve_models(
+    models: Path,
+    settings: GatewayConfig,
+    host: str,
+    watchdog: float,
+    log: Path | None,
+    verify: bool,
+    restart: bool,
+    json: bool,
+) -> None:
+    def make(target: Target) -> TritonReplicas:
+        own_log = log.with_name(f"{log.stem}-{target.name}{log.suffix}") if log else None
+        ports = Ports(None, 0, 0)
+        return TritonReplicas(
+            target.repository,
+            ports=ports,
+            host=host,
+            log=own_log,
+            verify=verify,
+            watchdog_seconds=watchdog,
+            gpus=target.gpus,
+        )
+
+    gateway = GatewayProcess(settings, frozen_seconds=watchdog)
+    roster = Roster(models, make, gateway.told)
+
+    def ready() -> None:
+        if json:
+            servers = [{"grpc": one.grpc_url, "metrics": f"{one.metrics_url}/metrics"} for one in roster.servers]
+            print_json({"models": str(models), "gateway": gateway.url, "servers": servers})
+        else:
+            stdout.print(f"ready: gateway {gateway.url}", highlight=False, soft_wrap=True)
+
+    supervisor = Supervisor(
+        roster.servers,
+        gateway,
+        restart=restart,
+        on_ready=ready,
+        on_change=lambda state: gateway.tell({**state, "engines": roster.told}),
+        say=lambda line: stderr.print(line, markup=False, highlight=False, soft_wrap=True),
+        roster=roster,
+    )
+    stderr.print(f"starting the models of {models} ...", highlight=False)
+    try:
+        supervisor.run()
+    finally:
+        gateway.close()
     stderr.print("stopped", highlight=False)
 
 

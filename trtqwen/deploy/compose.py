@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trtqwen.deploy.files import Files, to_yaml
-from trtqwen.deploy.image import ServingImage
+from trtqwen.deploy.image import ServingImage, gpus_of
 from trtqwen.facts.cards import card_facts
 from trtqwen.recipe import Recipe
 from trtqwen.triton.replicas import PORT_STEP
@@ -88,8 +88,7 @@ def _content(plan: Compose) -> dict[str, Any]:
             "retries": 3,
         },
     }
-    if recipe.engine.backend == "tensorrt_llm":
-        gpus = recipe.world_size * recipe.serve.replicas
+    if gpus := gpus_of(recipe) * recipe.serve.replicas:
         devices = {"driver": "nvidia", "device_ids": [str(gpu) for gpu in range(gpus)], "capabilities": ["gpu"]}
         triton["deploy"] = {"resources": {"reservations": {"devices": [devices]}}}
         if recipe.world_size > 1 and recipe.host is not None and not card_facts(recipe.host.card).peer_to_peer:

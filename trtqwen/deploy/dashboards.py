@@ -142,6 +142,47 @@ SERVICE = Dashboard(
             ),
         ),
         (
+            "Models",
+            (
+                Panel("Model up", "short", ((f"max by (model) ({_gateway('model_up')})", "{{model}}"),), 6),
+                Panel(
+                    "Requests by target",
+                    "reqps",
+                    (
+                        (
+                            f"sum by (model, target, role) (rate({_gateway('target_requests_total')}[1m]))",
+                            "{{model}} {{target}} {{role}}",
+                        ),
+                    ),
+                    6,
+                ),
+                Panel(
+                    "P95 time to first token by target",
+                    "s",
+                    (
+                        (
+                            "histogram_quantile(0.95, sum by (model, target, role, le) "
+                            f"(rate({_gateway('target_time_to_first_token_seconds_bucket')}[5m])))",
+                            "{{model}} {{target}} {{role}}",
+                        ),
+                    ),
+                    6,
+                ),
+                Panel(
+                    "Copies by result",
+                    "reqps",
+                    (
+                        (
+                            f"sum by (target, result) (rate({_gateway('shadow_answers_total')}[5m])) or vector(0)",
+                            "{{target}} {{result}}",
+                        ),
+                    ),
+                    6,
+                    description="What became of the requests that were copied to shadows.",
+                ),
+            ),
+        ),
+        (
             "Gateway",
             (
                 Panel("Memory", "bytes", (('trtqwen:resident_memory:bytes{part="gateway"}', "{{instance}}"),)),

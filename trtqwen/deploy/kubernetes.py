@@ -15,7 +15,7 @@ import yaml
 
 from trtqwen import __version__
 from trtqwen.deploy.files import Files, to_yaml
-from trtqwen.deploy.image import ServingImage
+from trtqwen.deploy.image import ServingImage, gpus_of
 from trtqwen.deploy.rules import Thresholds, alert_file, recording_file
 from trtqwen.facts.cards import card_facts
 from trtqwen.recipe import Recipe
@@ -70,7 +70,7 @@ def kubernetes_files(plan: Kubernetes) -> Files:
 
 def _values(plan: Kubernetes) -> dict[str, Any]:
     recipe = plan.recipe
-    gpus = recipe.world_size if recipe.engine.backend == "tensorrt_llm" else 0
+    gpus = gpus_of(recipe)
     volume = (
         {"image": {"reference": plan.model_image, "pullPolicy": "IfNotPresent"}}
         if plan.model_image

@@ -213,6 +213,14 @@ def alerts(thresholds: Thresholds) -> tuple[Alert, ...]:
             "Read the log of trtqwen serve; trtqwen doctor --help says how to check a live server.",
         ),
         Alert(
+            "TrtqwenModelDown",
+            f"{_GATEWAY}_model_up == 0 and on (instance) {_GATEWAY}_ready == 1",
+            "1m",
+            "critical",
+            "The gateway at {{ $labels.instance }} serves {{ $labels.model }}, but no engine of it answers.",
+            "See `trtqwen models list` for its targets, and their Tritons' logs for the reason.",
+        ),
+        Alert(
             "TrtqwenReplicaDown",
             f"max by (replica) ({_GATEWAY}_replica_up) == 0",
             "1m",

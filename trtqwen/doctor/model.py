@@ -9,8 +9,8 @@ from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Subject
-from trtqwen.hf.checks import end_findings, template_findings, vocabulary_findings
-from trtqwen.hf.generation import generation_defaults
+from trtqwen.hf.checks import end_findings, has_tokenizer, template_findings, vocabulary_findings
+from trtqwen.hf.generation import generation_defaults, generation_findings
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.outliers import BIAS_RATIO, bias_norms
@@ -68,7 +68,7 @@ class StopIds(Check):
             f"{file} {', '.join(map(str, ids)) or 'none'}" for file, ids in tokenizer.end_ids_by_file.items()
         )
         generation_defaults(subject.named_model)
-        problems = list(end_findings(tokenizer, subject.source.config))
+        problems = [*end_findings(tokenizer, subject.source.config), *generation_findings(subject.named_model)]
         return self.judge(problems, f"end ids {', '.join(map(str, tokenizer.stop_ids))}: {named}")
 
 
@@ -140,8 +140,8 @@ class Vocabulary(Check):
 
     def run(self, subject: Subject) -> Result:
         config = subject.source.config
-        has_tokenizer = (subject.source.directory / "tokenizer.json").is_file()
-        problems = list(vocabulary_findings(subject.tokenizer, config)) if has_tokenizer else []
+        there = has_tokenizer(subject.source.directory)
+        problems = list(vocabulary_findings(subject.tokenizer, config)) if there else []
         padding = -config.vocab_size % (subject.recipe.checkpoint.tp_size if subject.recipe else 1)
         padded = f", padded by {padding} for the ranks" if padding else ""
         tied = "tied" if config.tie_word_embeddings else "untied"

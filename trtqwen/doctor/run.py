@@ -13,6 +13,7 @@ from trtqwen.diagnostics import ContainerError, TrtQwenError
 from trtqwen.doctor import (
     cards,
     docker,
+    embedded,
     engine,
     files,
     gpu,
@@ -28,7 +29,7 @@ from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
 from trtqwen.engine.explain import explain
 
-_MODULES = (software, machine, model, recipe, engine, repository, files, gpu, live, parity, docker, cards)
+_MODULES = (software, machine, model, recipe, engine, repository, files, gpu, live, parity, docker, cards, embedded)
 CHECKS: tuple[Check, ...] = tuple(
     sorted((check for module in _MODULES for check in module.CHECKS), key=lambda check: check.id)
 )

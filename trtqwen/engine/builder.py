@@ -56,7 +56,7 @@ def check_max_seq_len(recipe: EngineRecipe, max_position_embeddings: int) -> Non
     if recipe.max_seq_len > max_position_embeddings:
         raise InputError(
             (
-                f"engine.max_seq_len {recipe.max_seq_len} exceeds the model's max_position_embeddings "
+                f"engine.max_seq_len {recipe.max_seq_len} exceeds the checkpoint's max_position_embeddings "
                 f"{max_position_embeddings}"
             ),
             "lower it in the recipe, or stretch the context by checkpoint.yarn_factor",

@@ -24,6 +24,12 @@ def check_computed(backend: Backend, config: HfConfig) -> None:
             f"rope_scaling type {scaling['type']} is not computed by the torch engine",
             "use another backend, or a model without it",
         )
+    if backend in ("vllm", "llmapi") and scaling is not None and "mscale" in scaling:
+        raise InputError(
+            f"rope_scaling has an attention factor of its own (attention_factor or mscale), which backend "
+            f"{backend} does not compute",
+            "use backend tensorrt_llm or torch",
+        )
 
 
 def check_context(recipe: Recipe, config: HfConfig) -> None:

@@ -32,6 +32,7 @@ from trtqwen.export.int8 import (
     shared_smoother,
 )
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
+from trtqwen.hf.rope import attention_ratio
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.hf.weights import INDEX
 from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
@@ -338,6 +339,15 @@ def _hf_config(checkpoint: Checkpoint) -> HfConfig:
     )
 
 
+def _rope_scaling(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A checkpoint's rotary scaling as transformers reads it: it takes no mscale without mscale_all_dim."""
+    if scaling is None or "mscale" not in scaling:
+        return scaling
+    fields = dict(scaling)
+    factor, scales = float(fields["factor"]), (fields.pop("mscale"), fields.pop("mscale_all_dim"))
+    return fields | {"attention_factor": attention_ratio(factor, *scales)}
+
+
 def _config(checkpoint: Checkpoint, writer: _LayerWriter, tied: bool) -> dict[str, Any]:
     config = checkpoint.config
     content: dict[str, Any] = {
@@ -354,7 +364,7 @@ def _config(checkpoint: Checkpoint, writer: _LayerWriter, tied: bool) -> dict[st
         "max_position_embeddings": config.max_position_embeddings,
         "rms_norm_eps": config.norm_epsilon,
         "rope_theta": config.rotary_base,
-        "rope_scaling": config.rotary_scaling,
+        "rope_scaling": _rope_scaling(config.rotary_scaling),
         "tie_word_embeddings": tied,
         "use_sliding_window": False,
         "attention_dropout": 0.0,

@@ -16,15 +16,15 @@ from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.desk import Desk
 from trtqwen.gateway.admission.middleware import Guard
 from trtqwen.gateway.admission.rates import open_keys
-from trtqwen.gateway.api import messages, responses, routes, service, websocket
+from trtqwen.gateway.api import admin, messages, responses, routes, service, websocket
 from trtqwen.gateway.api.failures import add_handlers
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.api.select import Leases
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, LOOPBACK_PATTERN, GatewayConfig
+from trtqwen.gateway.fleet.fleet import Fleet, first_table, load_models
 from trtqwen.gateway.front import Front
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
-from trtqwen.gateway.model import load_model
-from trtqwen.gateway.state import Connect, running
+from trtqwen.gateway.state import Connect
 from trtqwen.gateway.tracing import Traced, tracing_is_on
 
 _BYTES_A_TOKEN = 32  # of a JSON body: English takes 4 to 5, Chinese written as \u escapes 9 to 12
@@ -38,33 +38,38 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
         link: to the broker, in one of several workers.
 
     Raises:
-        InputError: if the repository, its chat template or the keys file cannot be used.
+        InputError: if a repository, its chat template, the table of models or a keys file cannot be used.
     """
-    model = load_model(config.repository, config.model_name)
-    template = model.tokenizer.chat_template
+    table = first_table(config)
+    models = load_models(table)
     authenticator = open_keys(config) if link is None else shared_authenticator(read_keys(config.api_keys), link)
+    admins = None if config.admin_keys is None else read_keys(config.admin_keys)
     metrics = Metrics()
-    largest = config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * model.limits.max_seq_len)
+    context = max(model.limits.max_seq_len for model in models.values())
+    largest = config.max_body_bytes or max(1 << 20, _BYTES_A_TOKEN * context)
     cpus = len(os.sched_getaffinity(0))
     desk = Desk(config.request_memory, len(authenticator.callers), cpus, config.queue_seconds, largest)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        chat = None if template is None else ChatTemplate(template)
-        keys = len(authenticator.callers)
-        async with running(config, model, chat, metrics, connect, link, keys=keys) as runtime:
-            app.state.runtime = runtime
+        fleet = Fleet(config, table, models, metrics, connect, link, len(authenticator.callers))
+        async with fleet.running():
+            app.state.fleet = fleet
             yield
 
     app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     for router in (routes.router, responses.router, messages.router, websocket.router, service.router):
         app.include_router(router)
+    if admins is not None:
+        app.include_router(admin.router)
     add_handlers(app)
     app.state.max_body_bytes = largest
     app.state.desk = desk
+    app.add_middleware(Leases)
     app.add_middleware(
         Guard,
         authenticator=authenticator,
+        admins=admins,
         metrics=metrics,
         max_header_bytes=config.max_header_bytes,
         max_body_bytes=largest,

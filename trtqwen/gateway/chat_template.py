@@ -26,6 +26,7 @@ class ChatTemplate:
     Attributes:
         slow: whether the template once was not quick: the event loop does not wait for such a one again.
         takes_tools: whether there is a place for tools.
+        takes_documents: whether there is a place for documents.
         reasons: whether a template knows what a model thinks before it answers.
     """
 
@@ -35,6 +36,7 @@ class ChatTemplate:
         self._calls_as_text = template.calls_as_text
         self.slow = False
         self.takes_tools = template.takes_tools
+        self.takes_documents = template.takes_documents
         self.reasons = any("<think>" in text or "</think>" in text for text in template.texts.values())
 
     def render(self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any) -> str:

@@ -62,6 +62,10 @@ class GatewayConfig(BaseModel):
 
     Attributes:
         repository: the model repository that Triton serves; tokenizer and engine limits are read from it.
+        models: YAML file with a table of models, in place of repository, triton and model_name. A changed file is
+            read again.
+        admin_keys: YAML file with the keys of the admin routes, in the form of `api_keys`; None has no admin routes.
+        engine_start_seconds: how long an engine that is added may take until it answers.
         triton: host:port of each replica's gRPC endpoint; `prefix_routing` says which one a request goes to.
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None requires no key, which only a loopback address allows
@@ -121,7 +125,10 @@ class GatewayConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    repository: Path
+    repository: Path | None = None
+    models: Path | None = None
+    admin_keys: Path | None = None
+    engine_start_seconds: Positive = 600
     triton: Annotated[tuple[Address, ...], Field(min_length=1)] = ("127.0.0.1:8001",)
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
@@ -191,6 +198,14 @@ class GatewayConfig(BaseModel):
             return False  # a name that begins with 127. is still a name
 
     @model_validator(mode="after")
+    def _one_source_of_models(self) -> GatewayConfig:
+        if (self.repository is None) == (self.models is None):
+            raise ValueError("give either a repository or a table of models")
+        if self.models is not None and self.model_name is not None:
+            raise ValueError("model_name is for a single repository; the table of models has the names")
+        return self
+
+    @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> GatewayConfig:
         if not (self.loopback or self.api_keys or self.allow_anonymous):
             raise ValueError(
@@ -224,7 +239,7 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
 
 def _read(file: Path) -> dict[str, Any]:
     content = read_mapping(file)
-    for name in ("repository", "api_keys"):
+    for name in ("repository", "models", "api_keys", "admin_keys"):
         if isinstance(content.get(name), str):
             content[name] = file.parent / content[name]
     return content

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -19,12 +20,32 @@ _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
 _TOKENS = (1, 8, 32, 128, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 
+_SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is on an engine and waits for it.
+
+    Attributes:
+        since: when the sequence arrived that waits longest, in Unix time; 0 if none waits.
+        cache_tokens: what fits on the engine.
+    """
+
+    in_flight: int
+    in_flight_tokens: int
+    queued: int
+    queued_tokens: int
+    since: float
+    cache_tokens: int
+
 
 class Metrics:
     """Counters, gauges and histograms of one gateway; labels take few values, never a request's own."""
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._loads: dict[object, Load] = {}
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", _LATENCY
         )
@@ -77,6 +98,61 @@ class Metrics:
             "vllm:kv_cache_usage_perc", "Share of the KV cache that is reserved, 0 to 1", prefix=""
         )
 
+        target = ("model", "target", "role")
+        self.model_up = self._gauge("model_up", "Whether a target of a model answers", "model")
+        self.target_weight = self._gauge(
+            "target_weight", "Share of a model's requests that a target answers, 0 to 1", "model", "target"
+        )
+        self.target_stable = self._gauge(
+            "target_stable", "Whether the model's other targets are compared with this one", "model", "target"
+        )
+        self.target_requests = self._counter("target_requests", "Requests of a target by outcome", *target, "outcome")
+        self.target_tokens = self._counter("target_output_tokens", "Tokens of a target's answers", *target)
+        self.target_first_token_seconds = self._histogram(
+            "target_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            _LATENCY,
+            *target,
+        )
+        self.target_token_seconds = self._histogram(
+            "target_token_seconds", "Mean time between the tokens of an answer", _INTER_TOKEN, *target
+        )
+        self.target_seconds = self._histogram("target_request_seconds", "Time of an answer", _LATENCY, *target)
+        self.shadow_answers = self._counter(
+            "shadow_answers",
+            "Copies of requests by what became of them: same or different text, failed, unpaired, skipped",
+            "model",
+            "target",
+            "sampling",
+            "result",
+        )
+        self.shadow_agreement = self._histogram(
+            "shadow_agreement", "Share of an answer's text that a shadow's answer begins with", _SHARES, *target[:2]
+        )
+
+    def show_load(self, source: object, load: Load) -> None:
+        """Tell what is on the engine of one gate; the gauges are sums over all."""
+        self._loads[source] = load
+        self._sum_loads()
+
+    def forget_load(self, source: object) -> None:
+        """Count the engine of a gate no longer."""
+        if self._loads.pop(source, None) is not None:
+            self._sum_loads()
+
+    def _sum_loads(self) -> None:
+        loads = self._loads.values()
+        in_flight, queued = sum(load.in_flight for load in loads), sum(load.queued for load in loads)
+        tokens, room = sum(load.in_flight_tokens for load in loads), sum(load.cache_tokens for load in loads)
+        self.in_flight.set(in_flight)
+        self.in_flight_tokens.set(tokens)
+        self.queued.set(queued)
+        self.queued_tokens.set(sum(load.queued_tokens for load in loads))
+        self.queue_since.set(min((load.since for load in loads if load.since), default=0))
+        self.picker_waiting.set(queued)
+        self.picker_running.set(in_flight)
+        self.picker_cache.set(tokens / room if room else 0)
+
     def value(self, name: str) -> float:
         """What a gauge says now."""
         return self._everybody().get_sample_value(f"{_PREFIX}_{name}") or 0.0
@@ -98,8 +174,8 @@ class Metrics:
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return registry
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"{_PREFIX}_{name}", text, buckets=buckets, registry=self._registry)
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+        return Histogram(f"{_PREFIX}_{name}", text, labels, buckets=buckets, registry=self._registry)
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"{_PREFIX}_{name}", text, labels, registry=self._registry)

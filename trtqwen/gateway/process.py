@@ -11,10 +11,12 @@ import time
 from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from pathlib import Path
+from typing import Any
 
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.admission.auth import read_keys
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.fleet.peers import forget_told, told_in
 from trtqwen.gateway.listener import bind
 from trtqwen.system.guarded import Farewell, python_environment, start_guarded
 from trtqwen.system.leftovers import workspace
@@ -46,11 +48,13 @@ class GatewayProcess(Service):
     start_seconds = 60
 
     def __init__(self, config: GatewayConfig, *, frozen_seconds: float = 0) -> None:
-        read_keys(config.api_keys)  # a mistake in the file is told now, not when the engine is loaded
+        read_keys(config.api_keys)  # a mistake in a file is told now, not when the engine is loaded
+        read_keys(config.admin_keys)
         self._listener = bind(config)
         update: dict[str, object] = {"port": self._listener.getsockname()[1]}
-        update |= {"repository": config.repository.absolute()}  # it runs in another directory
-        update |= {"api_keys": config.api_keys and config.api_keys.absolute()}
+        for name in ("repository", "models", "api_keys", "admin_keys"):  # it runs in another directory
+            path: Path | None = getattr(config, name)
+            update[name] = path and path.absolute()
         self.config = config.model_copy(update=update)
         self.stop_seconds = config.drain_seconds
         self._frozen_seconds = frozen_seconds
@@ -72,9 +76,7 @@ class GatewayProcess(Service):
         """Start the process; `wait_until_ready` tells when it serves."""
         if self._listener.fileno() < 0:  # it was started before
             self._listener = bind(self.config)
-        if self.config.supervisor is None:
-            state = self._cleanup.enter_context(workspace()) / "supervisor.json"
-            self.config = self.config.model_copy(update={"supervisor": state})
+        forget_told(self._state_file().parent)  # by processes that were killed
         self._frozen_since = None
         descriptor = self._listener.fileno()
         self._process = start_guarded(
@@ -134,11 +136,23 @@ class GatewayProcess(Service):
 
     def tell(self, state: Mapping[str, object]) -> None:
         """Say what the supervisor does, for `/ready` and the metrics."""
-        if (path := self.config.supervisor) is not None:
-            with suppress(OSError):  # a full disk must not end a server
-                partial = path.with_suffix(".new")
-                partial.write_text(json.dumps(state), encoding="utf-8")
-                partial.replace(path)
+        path = self._state_file()
+        with suppress(OSError):  # a full disk must not end a server
+            partial = path.with_suffix(".new")
+            partial.write_text(json.dumps(state), encoding="utf-8")
+            partial.replace(path)
+
+    def told(self) -> list[dict[str, Any]]:
+        """What the gateway's processes tell of the models that they serve."""
+        return told_in(self._state_file().parent)
+
+    def _state_file(self) -> Path:
+        """The supervisor's file, in a directory that lasts over restarts."""
+        if self.config.supervisor is None:
+            state = self._cleanup.enter_context(workspace()) / "supervisor.json"
+            self.config = self.config.model_copy(update={"supervisor": state})
+            return state
+        return self.config.supervisor
 
     @property
     def _places(self) -> tuple[Path, ...]:

@@ -16,10 +16,10 @@ from trtqwen.gateway.admission.broker import Link
 from trtqwen.gateway.admission.gate import stopping
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.fleet.fleet import Fleet
 from trtqwen.gateway.front import RequestIds
 from trtqwen.gateway.listener import bind
 from trtqwen.gateway.protocol import protocol
-from trtqwen.gateway.state import Runtime
 from trtqwen.system.limits import raise_file_limit
 
 _CLOSE_SECONDS = 3  # for last frames to reach their clients
@@ -103,13 +103,12 @@ class _Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         if self._asked_at is not None and not self.should_exit:
-            runtime: Runtime = self._app.state.runtime
-            runtime.gate.drain()
-            runtime.gate.send_away(stopping())  # they may still have their turn elsewhere
-            runtime.metrics.ready.set(0)
+            fleet: Fleet = self._app.state.fleet
+            fleet.drain()
+            fleet.send_away(stopping())  # they may still have their turn elsewhere
             if time.monotonic() - self._asked_at > self._drain_seconds:
-                runtime.generator.abort_all(stopping())
+                fleet.abort_all(stopping())
                 self.should_exit = True
-            elif runtime.gate.idle:
+            elif fleet.idle:
                 self.should_exit = True
         return await super().on_tick(counter)

@@ -1,19 +1,16 @@
-"""What lives as long as the gateway: the model's facts, the replicas, the gate in front of them, and their watch."""
+"""What the gateway has for one engine: the model's facts, its replicas, the gate before them, and their watch."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from pathlib import Path
 
-from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
+from trtqwen.gateway.admission.admission import Capacity, QueueLimits
 from trtqwen.gateway.admission.broker import Link, SharedGate
-from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.admission.gate import Gate, GatePlan
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.generation.generator import Generator
@@ -24,14 +21,13 @@ from trtqwen.gateway.model import ServedModel
 
 _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
 Connect = Callable[[str], Replica]  # makes the replica of an address
-_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
 _HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the routes work with."""
+    """What the routes work with: one engine. Its config names this engine's repository and addresses."""
 
     config: GatewayConfig
     model: ServedModel
@@ -42,8 +38,12 @@ class Runtime:
     monitor: Monitor
 
 
-def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
-    """Limits from the engines': what their batches and KV caches hold, with a little more to keep them full."""
+def plan_gate(config: GatewayConfig, model: ServedModel, keys: int = 0) -> GatePlan:
+    """Limits from the engine's: what its batches and KV caches hold, with a little more to keep them full.
+
+    Args:
+        keys: how many API keys there are.
+    """
     limits = model.limits
     batch = model.copies * limits.max_batch_size
     cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
@@ -54,7 +54,8 @@ def plan_admission(config: GatewayConfig, model: ServedModel) -> Admission:
         requests=requests if config.max_queued_requests is None else config.max_queued_requests,
         tokens=tokens if config.max_queued_tokens is None else config.max_queued_tokens,
     )
-    return Admission(replicas, capacity, queue)
+    share = config.key_share if keys > 1 else 1
+    return GatePlan(config.triton, capacity, queue, config.queue_seconds, config.throttle_seconds, share)
 
 
 @asynccontextmanager
@@ -67,15 +68,20 @@ async def running(
     link: Link | None = None,
     *,
     keys: int = 0,
+    identity: str = "",
+    on_change: Callable[[], None] = lambda: None,
 ) -> AsyncIterator[Runtime]:
     """Connect to the replicas and watch them until the block ends.
 
     Args:
         link: to the broker, in one of several workers.
         keys: how many API keys there are.
+        identity: names the engine, the same in all workers.
+        on_change: called when a replica may have begun or ceased to work.
     """
     replicas = [connect(address) for address in config.triton]
-    gate = own_gate(config, model, metrics, keys) if link is None else SharedGate(link)
+    plan = plan_gate(config, model, keys)
+    gate = plan.build(metrics) if link is None else SharedGate(link, identity, plan)
     monitor = Monitor(
         replicas,
         gate,
@@ -83,6 +89,7 @@ async def running(
         probe_seconds=config.probe_seconds,
         stall_seconds=config.stall_seconds,
         prompt_tokens_per_second=config.prompt_tokens_per_second,
+        on_change=on_change,
     )
     for replica in replicas:  # a counter without counts is missing, not 0
         metrics.replica_sequences.labels(replica.address)
@@ -96,37 +103,15 @@ async def running(
     generator = Generator(
         model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix, isolates_keys=isolates
     )
-    tasks = [asyncio.create_task(monitor.watch()), asyncio.create_task(_watch_process(metrics))]
-    if isinstance(gate, SharedGate):
-        tasks.append(asyncio.create_task(gate.listen()))
+    watching = asyncio.create_task(monitor.watch())
     try:
         yield Runtime(config, model, template, metrics, gate, generator, monitor)
     finally:
-        for task in tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+        watching.cancel()
+        with suppress(asyncio.CancelledError):
+            await watching
         for replica in replicas:
             await replica.close()
-
-
-def own_gate(config: GatewayConfig, model: ServedModel, metrics: Metrics, keys: int) -> Gate:
-    """The gate of a gateway's only process, or of the one that its workers ask.
-
-    Args:
-        keys: how many API keys there are.
-    """
-    admission, share = plan_admission(config, model), config.key_share if keys > 1 else 1
-    return Gate(admission, metrics, config.queue_seconds, config.triton, config.throttle_seconds, share)
-
-
-async def _watch_process(metrics: Metrics) -> None:
-    """Tell this process's memory and CPU time until cancelled."""
-    counted = 0.0
-    while True:
-        used = time.process_time()
-        metrics.cpu_seconds.inc(used - counted)
-        counted = used
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
-        await asyncio.sleep(_PROCESS_SECONDS)
+            metrics.replica_up.labels(replica.address).set(0)
+        with suppress(ConnectionError):  # the broker may have ended before its workers
+            gate.close()

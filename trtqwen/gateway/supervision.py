@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,13 @@ class Supervision:
         state: `running`, or `restarting` while an engine is down and will come back.
         restarts: how often something was started again.
         cause: why it last was.
+        engines: of a table of models, by `Target.place`: `triton` (addresses), `running`, `problem`.
     """
 
     state: str = "running"
     restarts: int = 0
     cause: str = ""
+    engines: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def read_supervision(path: Path | None) -> Supervision:

@@ -36,14 +36,11 @@ def run_workers(config: GatewayConfig, listener: socket.socket, count: int) -> N
 async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> None:
     from trtqwen.gateway.admission.broker import Broker
     from trtqwen.gateway.admission.rates import open_keys
+    from trtqwen.gateway.fleet.fleet import first_table, load_models
     from trtqwen.gateway.metrics import Metrics
-    from trtqwen.gateway.model import load_model
-    from trtqwen.gateway.state import own_gate
 
-    authenticator = open_keys(config)
-    model = load_model(config.repository, config.model_name)
-    gate = own_gate(config, model, Metrics(), len(authenticator.callers))
-    broker = Broker(gate, authenticator, len(config.triton))
+    load_models(first_table(config))  # what cannot be used is told once, not by each worker
+    broker = Broker(open_keys(config), Metrics())
     workers: list[Process] = []
     asked = False
 

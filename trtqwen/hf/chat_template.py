@@ -38,17 +38,24 @@ class ChatTemplate:
     Attributes:
         texts: Jinja sources by name; `default` is among them.
         special_tokens: variables of every template, such as `bos_token`.
+        unread: whether tokenizer_config.json has another template, which files replace.
         patience: seconds that a template may take.
     """
 
     texts: Mapping[str, str]
     special_tokens: Mapping[str, str | Sequence[str]] = field(default_factory=dict)
+    unread: bool = False
     patience: float = PATIENCE
 
     @property
     def takes_tools(self) -> bool:
         """Whether there is a place for tools."""
         return TOOL_USE in self.texts or "tools" in self.texts[DEFAULT]
+
+    @property
+    def takes_documents(self) -> bool:
+        """Whether there is a place for documents."""
+        return any("documents" in text for text in self.texts.values())
 
     @cached_property
     def calls_as_text(self) -> bool:
@@ -165,15 +172,16 @@ def read_chat_template(
         configured: `chat_template` of tokenizer_config.json: a template, or a list of named ones.
 
     Raises:
-        SourceError: if there are several and none is named `default`.
+        SourceError: if there are several and none is named `default`, or one is empty.
     """
     texts = {}
     if (path := directory / TEMPLATE_FILE).is_file():
         texts[DEFAULT] = _read(path)
     for path in template_files(directory):
         texts[path.stem] = _read(path)
-    if not texts and configured:
-        texts = _configured(directory, configured)
+    others = {} if configured is None else _configured(directory, configured)
+    unread = bool(texts and others) and texts != others
+    texts = texts or others
     if not texts:
         return None
     if DEFAULT not in texts:
@@ -181,7 +189,12 @@ def read_chat_template(
             f"{directory}: has chat templates {', '.join(sorted(texts))}, and none named {DEFAULT!r}",
             f"name the one that chats use {DEFAULT!r}",
         )
-    return ChatTemplate(texts, special_tokens)
+    if empty := sorted(name for name, text in texts.items() if not text.strip()):
+        raise SourceError(
+            f"{directory}: the chat template {empty[0]!r} is empty: transformers renders every chat as nothing",
+            "remove it, or copy the template of the model as published",
+        )
+    return ChatTemplate(texts, special_tokens, unread)
 
 
 def template_files(directory: Path) -> list[Path]:

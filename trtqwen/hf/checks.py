@@ -12,7 +12,7 @@ from pathlib import Path
 from trtqwen.diagnostics import Diagnostic, InputError, SourceError
 from trtqwen.hf.config import HfConfig, load_config
 from trtqwen.hf.files import read_json
-from trtqwen.hf.generation import GENERATION_CONFIG, generation_defaults
+from trtqwen.hf.generation import GENERATION_CONFIG, generation_defaults, generation_findings
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG
@@ -61,6 +61,7 @@ def check_model(source: HfModel) -> tuple[Tokenizer, tuple[Diagnostic, ...]]:
         *tokenizer.findings,
         *vocabulary_findings(tokenizer, source.config),
         *end_findings(tokenizer, source.config),
+        *generation_findings(source.directory),
         *template_findings(tokenizer),
     ]
     for finding in found:
@@ -148,6 +149,14 @@ def template_findings(tokenizer: Tokenizer) -> Iterator[Diagnostic]:
             "chat-template",
         )
         return
+    if template.unread:
+        yield Diagnostic(
+            "tokenizer_config.json has another chat template than chat_template.jinja or additional_chat_templates; "
+            "the files are used, as in transformers",
+            "remove the one that the model was not trained with",
+            "warning",
+            "chat-template",
+        )
     try:
         text = template.render(_TURNS[:1])
     except InputError:

@@ -62,7 +62,7 @@ class HfConfig(BaseModel):
     num_key_value_heads: Size
     vocab_size: Size
     max_position_embeddings: Size
-    rms_norm_eps: float = Field(gt=0)
+    rms_norm_eps: float = Field(gt=0, allow_inf_nan=False)
     hidden_act: str = "silu"
     head_dim: Size | None = None
     rope_theta: float = rope.DEFAULT_THETA

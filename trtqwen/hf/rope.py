@@ -23,7 +23,7 @@ _FIELDS = {  # what each type reads, besides its name
     "default": set[str](),
     "linear": {"factor"},
     "dynamic": {"factor", "original_max_position_embeddings"},
-    "yarn": _COMMON | {"beta_fast", "beta_slow"},
+    "yarn": _COMMON | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim"},
     "longrope": _COMMON | {"short_factor", "long_factor", "attention_factor"},
     "llama3": _COMMON | {"low_freq_factor", "high_freq_factor"},
 }
@@ -57,6 +57,7 @@ def read_rope(data: Mapping[str, Any], path: Path) -> Rope:
     sources = {key: _flat(data[key], key, path) for key in KEYS[1:] if data.get(key)}
     theta, findings = _theta(data, sources, path)
     kinds = {key: _kind(fields, key, path) for key, fields in sources.items()}
+    findings += [said for key, kind in kinds.items() for said in _unread(kind, sources[key], key, path)]
     scalings = {
         key: _scaling(kind, sources[key], key, data, path) for key, kind in kinds.items() if kind != "default"
     }
@@ -146,15 +147,40 @@ def _kind(fields: Mapping[str, Any], key: str, path: Path) -> str:
     return kind
 
 
+def _unread(kind: str, fields: Mapping[str, Any], key: str, path: Path) -> Iterator[Diagnostic]:
+    """Fields of a scaling whose type does not read them."""
+    others = {name: value for name, value in fields.items() if name not in ("type", "rope_type", "rope_theta")}
+    if kind != "default" or not others:
+        return
+    if others.pop("partial_rotary_factor", 1) != 1:
+        raise SourceError(*_partial(path, key))
+    words = ", ".join(f"{name} {shown(value)}" for name, value in others.items())
+    if "factor" in others and not {"type", "rope_type"} & fields.keys():
+        raise SourceError(
+            f"{path}: {key} has {words} and no rope_type; transformers 4 refuses it, transformers 5 stretches "
+            "nothing",
+            "add rope_type, as the model's card has it, or remove it",
+        )
+    if words:
+        yield Diagnostic(
+            f"{path}: {key} is of type default, which reads no {words}; transformers does not read it either",
+            "add the rope_type that the model was trained with, or remove it",
+            "warning",
+            "config",
+        )
+
+
+def _partial(path: Path, key: str) -> tuple[str, str]:
+    return f"{path}: {key}.partial_rotary_factor turns a part of each head only", "trtqwen turns whole heads"
+
+
 def _scaling(kind: str, fields: Mapping[str, Any], key: str, data: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """The fields of a scaling that act, checked."""
     plain = {
         name: value for name, value in fields.items() if name not in ("type", "rope_type", "rope_theta", "finetuned")
     }
     if plain.pop("partial_rotary_factor", 1) != 1:
-        raise SourceError(
-            f"{path}: {key}.partial_rotary_factor turns a part of each head only", "trtqwen turns whole heads"
-        )
+        raise SourceError(*_partial(path, key))
     if kind == "yarn":
         plain["original_max_position_embeddings"] = _original(plain, key, data, path)
     if "factor" not in plain:
@@ -164,8 +190,7 @@ def _scaling(kind: str, fields: Mapping[str, Any], key: str, data: Mapping[str, 
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise SourceError(f"{path}: {key}.{name} is {shown(value)}, not a positive number", "correct it")
     if kind == "yarn":
-        for name in _not_computed(plain, path, key):
-            del plain[name]
+        plain = _with_attention(plain, path, key)
     if unknown := sorted(plain.keys() - _FIELDS[kind]):
         words = ", ".join(f"{name} {shown(plain[name])}" for name in unknown)
         raise SourceError(
@@ -187,32 +212,49 @@ def _original(plain: Mapping[str, Any], key: str, data: Mapping[str, Any], path:
     return inner or data.get("max_position_embeddings")
 
 
-def _not_computed(plain: Mapping[str, Any], path: Path, key: str) -> Iterator[str]:
-    """Fields of YaRN that say what is computed anyway; others are refused."""
-    usual = attention_factor(plain["factor"])
-    given = plain.get("attention_factor")
-    if given is None and plain.get("mscale") and plain.get("mscale_all_dim"):
-        given = attention_factor(plain["factor"], plain["mscale"]) / attention_factor(
-            plain["factor"], plain["mscale_all_dim"]
-        )
-    fields = [name for name in ("attention_factor", "mscale", "mscale_all_dim") if name in plain]
-    if given is not None and not math.isclose(given, usual, rel_tol=1e-6):
-        words = ", ".join(f"{name} {shown(plain[name])}" for name in fields)
-        raise SourceError(
-            f"{path}: {key} scales attention by {given:g} ({words}), where TensorRT-LLM's YaRN has {usual:g}",
-            f"remove {' and '.join(fields)} if the model was not trained with it",
-        )
-    if plain.get("truncate", True) is not True:
+def _with_attention(plain: Mapping[str, Any], path: Path, key: str) -> dict[str, Any]:
+    """The fields of YaRN with its factor on attention as TensorRT-LLM reads it.
+
+    transformers takes `attention_factor`, else the ratio of `mscale` and `mscale_all_dim` if neither is zero, else
+    what follows from the factor. TensorRT-LLM takes the ratio alone, with defaults of 1 and 0.
+    """
+    fields = dict(plain)
+    factor, given = fields["factor"], fields.pop("attention_factor", None)
+    mscale, all_dim = fields.pop("mscale", None), fields.pop("mscale_all_dim", None)
+    for name, value in (("attention_factor", given), ("mscale", mscale), ("mscale_all_dim", all_dim)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or value < 0):
+            raise SourceError(f"{path}: {key}.{name} is {shown(value)}, not a positive number", "correct it")
+    if fields.pop("truncate", True) is not True:
         raise SourceError(
             f"{path}: {key}.truncate is {shown(plain['truncate'])}, and TensorRT-LLM's YaRN truncates",
             "remove it if the model was not trained with it",
         )
-    yield from (name for name in (*fields, "truncate") if name in plain)
+    usual = attention_factor(factor)
+    if given is None:
+        given = attention_ratio(factor, mscale, all_dim) if mscale and all_dim else usual
+        words = f"mscale {shown(mscale)}, mscale_all_dim {shown(all_dim)}"
+    else:
+        words = f"attention_factor {shown(given)}"
+        mscale, all_dim = (given - 1) / (usual - 1) if factor > 1 else 1.0, 0.0
+    if math.isclose(given, usual, rel_tol=1e-6):
+        return fields
+    if factor <= 1:
+        raise SourceError(
+            f"{path}: {key} scales attention by {given:g} ({words}) at factor {factor:g}, where TensorRT-LLM's YaRN "
+            "does not scale it",
+            "remove it if the model was not trained with it",
+        )
+    return fields | {"mscale": mscale, "mscale_all_dim": all_dim}
 
 
 def attention_factor(factor: float, mscale: float = 1.0) -> float:
     """YaRN's factor on sines and cosines (Peng et al. 2023), as transformers computes it."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
+def attention_ratio(factor: float, mscale: float, mscale_all_dim: float) -> float:
+    """The factor of a model that names both scales, as DeepSeek's do."""
+    return attention_factor(factor, mscale) / attention_factor(factor, mscale_all_dim)
 
 
 def _alike(scalings: Mapping[str, Any]) -> bool:

@@ -75,10 +75,12 @@ def resolve_tokenizer(directory: Path) -> ResolvedTokenizer:
     config = read_json(directory / TOKENIZER_CONFIG)
     kind = _kind(directory, config)
     backend = _backend(directory, kind)
+    _check_model(directory / TOKENIZER, backend)
     padding = backend.padding
     backend.no_truncation()
     backend.no_padding()
     declared, named, listed = _declared(directory, config, _DEFAULTS[kind])
+    findings = [*_of_release_5(directory, config, kind, backend, declared)]
     if padding is not None:
         named.setdefault("pad_token", padding["pad_token"])
     extra = config.get("extra_special_tokens")
@@ -93,10 +95,8 @@ def resolve_tokenizer(directory: Path) -> ResolvedTokenizer:
     backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
     _add_tokens(backend, declared, named, listed)
     _check_ids(directory, backend, declared)
-    if not isinstance(backend.decoder, decoders.ByteLevel):
-        raise SourceError(f"{directory / TOKENIZER}: is not a byte-level BPE tokenizer, as Qwen's are")
     _prefix_space(backend, bool(config.get("add_prefix_space") or False))
-    findings = [*_undeclared(directory, config, backend), *_rebuilt(directory, backend)]
+    findings += [*_undeclared(directory, config, backend), *_rebuilt(directory, backend)]
     if kind == "LlamaTokenizer":
         findings += _begin_and_end(directory, backend, config, named)
     special: dict[str, str | list[str]] = {name: _text(token) for name, token in named.items()}
@@ -162,6 +162,19 @@ def _backend(directory: Path, kind: str) -> tokenizers.Tokenizer:
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend
+
+
+def _check_model(path: Path, backend: tokenizers.Tokenizer) -> None:
+    if not isinstance(backend.model, BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
+        raise SourceError(
+            f"{path}: is not a byte-level BPE tokenizer, as Qwen's are",
+            "take tokenizer.json from the model as published",
+        )
+    if backend.model.dropout:
+        raise SourceError(
+            f"{path}: has a dropout of {backend.model.dropout:g}: a text gets other ids each time",
+            "set model.dropout to null; it is meant for training",
+        )
 
 
 def _qwen_words() -> Any:
@@ -316,6 +329,34 @@ def _undeclared(directory: Path, config: Mapping[str, Any], backend: tokenizers.
             f"{directory}: {ADDED_TOKENS} lists {', '.join(lost[:4])}, which added_tokens_decoder of "
             f"{TOKENIZER_CONFIG} does not: not added, as transformers does",
             f"add them to added_tokens_decoder if the model was trained with them, or remove {ADDED_TOKENS}",
+            "warning",
+            "tokenizer",
+        )
+
+
+def _of_release_5(
+    directory: Path,
+    config: Mapping[str, Any],
+    kind: str,
+    backend: tokenizers.Tokenizer,
+    declared: Mapping[int, AddedToken],
+) -> Iterator[Diagnostic]:
+    """What transformers 5 takes from tokenizer_config.json alone, and release 4 from tokenizer.json too."""
+    added = backend.get_added_tokens_decoder()
+    lost = [token.content for token_id, token in sorted(added.items()) if token_id not in declared]
+    if lost and config.get("added_tokens_decoder") is not None:
+        yield Diagnostic(
+            f"{directory / TOKENIZER_CONFIG}: added_tokens_decoder lacks {', '.join(lost[:4])}, which {TOKENIZER} "
+            "has: transformers 4 and trtqwen know it, transformers 5 gives other ids",
+            "add every token of tokenizer.json to added_tokens_decoder",
+            "warning",
+            "tokenizer",
+        )
+    if kind == "Qwen2Tokenizer" and config.get("add_prefix_space"):
+        yield Diagnostic(
+            f"{directory / TOKENIZER_CONFIG}: add_prefix_space is true: transformers 5 puts a space before a text, "
+            "transformers 4 and trtqwen do as tokenizer.json says",
+            "set it to false, as Qwen's models have it",
             "warning",
             "tokenizer",
         )

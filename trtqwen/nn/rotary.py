@@ -39,7 +39,8 @@ def make_rotary(base: float, head_size: int, scaling: Mapping[str, Any] | None, 
 
     YaRN (Peng et al. 2023, as in transformers): dimensions that turn more than beta_fast times within the original
     context keep their frequency, those that turn less than beta_slow times are slowed by `factor`, with a linear
-    ramp between; the sines are scaled by 0.1 ln(factor) + 1.
+    ramp between; cosines and sines are scaled by 0.1 mscale ln(factor) + 1 over the same of mscale_all_dim, which are
+    1 and 0 if the scaling does not name them, as in TensorRT-LLM.
 
     Raises:
         InputError: if the scaling is of another type, or lacks a field.
@@ -68,7 +69,11 @@ def make_rotary(base: float, head_size: int, scaling: Mapping[str, Any] | None, 
     steps = torch.arange(head_size // 2, device=device).float()
     slowed = ((steps - low) / max(high - low, 0.001)).clamp(0, 1)
     blended = frequencies / factor * slowed + frequencies * (1 - slowed)
-    return Rotary(blended, 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0)
+
+    def amplitude(scale: float) -> float:
+        return 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    return Rotary(blended, amplitude(scaling.get("mscale", 1.0)) / amplitude(scaling.get("mscale_all_dim", 0.0)))
 
 
 def rotate(tensor: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def find(
 
     Args:
         config: as converted, stretched by YaRN if the recipe asks for it.
-        layouts: empty for the torch backend.
+        layouts: empty without a host.
         model: the directory that `config` is from, if it is from one.
     """
     found = [
@@ -229,10 +229,23 @@ def _cards(recipe: Recipe) -> Iterator[Diagnostic]:
         more = replicas > recipe.serve.replicas
         yield Diagnostic(
             f"{used} of the host's {recipe.host.gpus} cards are used",
-            f"set serve.replicas: {replicas}" if more else "raise checkpoint.tp_size, or give the rest other work",
+            _replicate(recipe, replicas) if more else "raise checkpoint.tp_size, or give the rest other work",
             "warning",
             "idle-cards",
         )
+
+
+def _replicate(recipe: Recipe, replicas: int) -> str:
+    """How to have so many replicas; a repository of the embedded engine holds one."""
+    if recipe.engine.backend == "torch":
+        return f"start {replicas} servers, each on cards of its own, and list them at `trtqwen gateway`"
+    return f"set serve.replicas: {replicas}"
+
+
+def _layout_words(recipe: Recipe, sizes: str, replicas: int) -> str:
+    if recipe.engine.backend == "torch":
+        return f"{sizes}, {_replicate(recipe, replicas)}"
+    return f"{sizes} and serve.replicas: {replicas}"
 
 
 def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Diagnostic]:
@@ -250,13 +263,13 @@ def _faster_layout(recipe: Recipe, layouts: tuple[Layout, ...]) -> Iterator[Diag
     merits = ["the latency of one stream"] if mine.one_stream.forecast.high > best.one_stream.forecast.high else []
     if mine.replicas * mine.full_length > best.replicas * best.full_length:
         merits.append("many long requests")
+    sizes = f"set checkpoint.tp_size: {best.tp_size}{', pp_size: 1' * (mine.pp_size > 1)}"
     keep = f"; {mine.name} is for {' and '.join(merits)}" if merits else ""
     yield Diagnostic(
         f"{best.name} is likely to give {low:.1f} to {high:.1f} times the throughput of {mine.name}, with "
         f"{best.load} requests in flight instead of {mine.load}; one stream alone runs at about "
         f"{best.one_stream.forecast.typical:,.0f} tokens/s there, at {mine.one_stream.forecast.typical:,.0f} here",
-        f"set checkpoint.tp_size: {best.tp_size}{', pp_size: 1' * (mine.pp_size > 1)} and serve.replicas: "
-        f"{best.replicas}{keep}",
+        f"{_layout_words(recipe, sizes, best.replicas)}{keep}",
         "warning",
         "layout",
     )

@@ -70,7 +70,7 @@ def typical_request(recipe: Recipe) -> tuple[int, int]:
 
 
 def recipe_roofline(recipe: Recipe, config: HfConfig, dtype: Dtype, memory: tuple[RankMemory, ...]) -> Roofline:
-    """The speed of one replica of a recipe for the backend tensorrt_llm."""
+    """The speed of one replica of a recipe at the data sheet's peaks."""
     settings = recipe.checkpoint
     return Roofline(
         config,

@@ -48,8 +48,8 @@ class Plan:
         model: name or directory that the sizes are from.
         memory: of a rank of each pipeline stage.
         concurrency: requests at once on one replica, by length; the last is max_seq_len.
-        speed: None for the torch backend, and where nothing fits.
-        layouts: the recipe's own among them; empty for the torch backend.
+        speed: None without a host, and where nothing fits.
+        layouts: the recipe's own among them; empty without a host.
         command: the trtllm-build call, vLLM's command line or the LLM API's arguments; empty for the torch backend.
     """
 

@@ -10,7 +10,7 @@ from trtqwen.diagnostics import InputError
 from trtqwen.executor.scheduler import SchedulerConfig
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
-from trtqwen.plan.assumptions import assumptions
+from trtqwen.plan.assumptions import Link, assumptions
 from trtqwen.plan.layouts import recipe_roofline
 from trtqwen.plan.plan import Plan, model_config, plan_recipe
 from trtqwen.plan.speed import recipe_rates
@@ -29,6 +29,7 @@ class Deployment:
     Attributes:
         limits: of the scheduler of each replica.
         overlap: whether a step is scheduled while the one before runs.
+        link: the likely one between the cards of a replica.
     """
 
     recipe: Recipe
@@ -37,6 +38,7 @@ class Deployment:
     cost: CostModel
     limits: SchedulerConfig
     overlap: bool
+    link: Link
 
     def engines(self) -> list[VirtualEngine]:
         """Fresh replicas."""
@@ -65,6 +67,7 @@ def deploy(recipe: Recipe, model: Path | None = None) -> Deployment:
         if finding.level == "error":
             raise InputError(f"{recipe.name}: {finding.what}", finding.hint)
     card, settings = card_facts(recipe.host.card), recipe.checkpoint
+    link = assumptions().links_of(peer_to_peer=card.peer_to_peer).fast
     cost = CostModel(
         config,
         RankMapping(settings.tp_size, settings.pp_size),
@@ -73,10 +76,10 @@ def deploy(recipe: Recipe, model: Path | None = None) -> Deployment:
         card=recipe.host.card,
         engine=recipe.engine.backend,
         precision=_PRECISIONS[settings.quant],
-        link=assumptions().links_of(peer_to_peer=card.peer_to_peer).fast,
+        link=link,
     )
     overlap = recipe.serve.overlap if recipe.engine.backend == "torch" else True
-    return Deployment(recipe, config, plan, cost, _limits(recipe, config, plan), overlap)
+    return Deployment(recipe, config, plan, cost, _limits(recipe, config, plan), overlap, link)
 
 
 def _limits(recipe: Recipe, config: HfConfig, plan: Plan) -> SchedulerConfig:

@@ -87,6 +87,9 @@ class Simulation:
         if recipe.host.card not in own.measured_cards:
             title = card_facts(recipe.host.card).title
             found.append(f"No measurement of the {title} with this engine is known: these figures are forecasts.")
+        if recipe.checkpoint.tp_size > 1:
+            link = self.deployment.link
+            found.append(f"All-reduce is assumed to take {link.latency_us:g} us and {link.bus_gb_per_s:g} GB/s.")
         if not self.load.served:
             found.append("The time between engine and clients is not counted.")
         return tuple(found)

@@ -165,14 +165,23 @@ def server_count(repository: Path) -> int:
     return int(parameters.get("replicas", 1)) if parameters.get("replica_mode") == "servers" else 1
 
 
-def server_devices(deployment: Deployment, host: Host | None) -> list[tuple[str, ...]]:
+def server_devices(
+    deployment: Deployment, host: Host | None, gpus: Sequence[int] | None = None
+) -> list[tuple[str, ...]]:
     """The GPUs of each server, as CUDA_VISIBLE_DEVICES names them; none where a server takes those that it sees.
+
+    Args:
+        gpus: numbers of those to use; None is all that are visible.
 
     Raises:
         InputError: if fewer GPUs are visible than the servers need.
     """
     needed = deployment.servers * deployment.gpus
     python_backend = deployment.engine is None
+    if gpus is not None and needed:
+        if len(gpus) < needed:
+            raise InputError(f"{len(gpus)} GPUs are named and the engine needs {needed}", "name as many GPUs")
+        return [tuple(map(str, gpus[start : start + deployment.gpus])) for start in range(0, needed, deployment.gpus)]
     if host is None or not needed or (python_backend and (deployment.servers == 1 or not host.gpus)):
         return [()] * deployment.servers
     visible = len(host.visible_gpus)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ class TritonReplicas:
 
     Args:
         ports: of the first replica; each further one takes ports that are higher by `PORT_STEP`.
-        verify, watchdog_seconds: see `TritonServer`.
+        verify, watchdog_seconds, gpus: see `TritonServer`.
         log: of a single replica; several append their number, `triton-0.log` for `triton.log`.
 
     Raises:
@@ -33,6 +34,7 @@ class TritonReplicas:
         drain_seconds: int = 30,
         verify: bool = True,
         watchdog_seconds: float = 0,
+        gpus: Sequence[int] | None = None,
     ) -> None:
         count = server_count(repository)
         self.servers = tuple(
@@ -45,6 +47,7 @@ class TritonReplicas:
                 replica=index,
                 verify=verify,
                 watchdog_seconds=watchdog_seconds,
+                gpus=gpus,
             )
             for index in range(count)
         )

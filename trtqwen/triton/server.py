@@ -15,6 +15,7 @@ import tempfile
 import time
 import urllib.request
 import uuid
+from collections.abc import Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -88,6 +89,7 @@ class TritonServer(Service):
         replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
         watchdog_seconds: how long the embedded engine may take for a step before it counts as hung; 0 does not watch.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
+        gpus: numbers of the GPUs for all of the repository's servers; None is all that are visible.
 
     Attributes:
         ports: the ports in use; a 0 has become the port picked.
@@ -110,6 +112,7 @@ class TritonServer(Service):
         replica: int = 0,
         verify: bool = True,
         watchdog_seconds: float = 0,
+        gpus: Sequence[int] | None = None,
     ) -> None:
         check_served_files(repository, digests=verify)
         self._repository = repository.resolve()
@@ -119,7 +122,7 @@ class TritonServer(Service):
             self._machine = read_host()
         if self._deployment.engine is not None and self._machine is not None:
             _check_engine(self._deployment.engine, self._machine)
-        self._devices = server_devices(self._deployment, self._machine)[replica]
+        self._devices = server_devices(self._deployment, self._machine, gpus)[replica]
         if ":" in host:
             raise InputError(f"{host}: Triton takes no IPv6 address", "let it listen on an IPv4 address")
         self._installation = find_tritonserver()

@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
-from trtqwen.diagnostics import ServerError
+from trtqwen.diagnostics import ServerError, TrtQwenError
 from trtqwen.system.processes import Service
 
 _POLL_SECONDS = 0.1
@@ -21,6 +21,25 @@ _STABLE_SECONDS = 300.0  # a service that ran this long begins again with a shor
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 State = Literal["starting", "running", "restarting"]
+
+
+class Roster(Protocol):
+    """Engines that come and go while everything else runs."""
+
+    def arrivals(self) -> Sequence[Service]:
+        """Those to start now."""
+
+    def changed(self) -> bool:
+        """Whether there is news for the gateway since it was last asked."""
+
+    def departures(self) -> Sequence[Service]:
+        """Those to stop now: no request is left on them."""
+
+    def became_ready(self, service: Service) -> None:
+        """One serves."""
+
+    def failed(self, service: Service, problem: TrtQwenError) -> None:
+        """One has never served and will not: it is stopped."""
 
 
 class _Signalled(BaseException):
@@ -35,6 +54,7 @@ class _Watched:
         since: when the state began, in seconds of the monotonic clock.
         retry_at: when it is started again, in state `restarting`.
         failures: how often it has ended since it was last stable.
+        newcomer: it came while others served, which must not suffer if it does not start.
     """
 
     service: Service
@@ -43,6 +63,7 @@ class _Watched:
     retry_at: float = 0.0
     failures: int = 0
     was_ready: bool = False
+    newcomer: bool = False
 
 
 class Supervisor:
@@ -55,6 +76,7 @@ class Supervisor:
         on_ready: called once, when everything serves.
         say: prints a line for the person who watches.
         on_change: called with `state`, `restarts` and `cause` whenever an engine begins to run or to restart.
+        roster: brings further engines and takes them away.
     """
 
     def __init__(
@@ -66,6 +88,7 @@ class Supervisor:
         on_ready: Callable[[], None] = lambda: None,
         say: Callable[[str], None] = lambda line: None,
         on_change: Callable[[Mapping[str, object]], None] = lambda state: None,
+        roster: Roster | None = None,
     ) -> None:
         self._engines = [_Watched(engine) for engine in engines]
         self._gateway = _Watched(gateway) if gateway else None
@@ -73,6 +96,8 @@ class Supervisor:
         self._on_ready = on_ready
         self._say = say
         self._on_change = on_change
+        self._roster = roster
+        self._leaving: list[threading.Thread] = []
         self._restarts = 0
         self._cause = ""
 
@@ -105,7 +130,9 @@ class Supervisor:
         return [*self._engines, *([self._gateway] if self._gateway else [])]
 
     def _look_after_all(self) -> None:
-        for engine in self._engines:
+        if self._roster is not None and (self._gateway is None or self._gateway.was_ready):
+            self._follow(self._roster)
+        for engine in tuple(self._engines):
             self._look_after(engine)
         if self._gateway is None:
             return
@@ -113,6 +140,34 @@ class Supervisor:
             self._look_after(self._gateway)
         elif all(engine.state == "running" for engine in self._engines):
             self._start(self._gateway)
+
+    def _follow(self, roster: Roster) -> None:
+        """Start the engines that have come, and stop those that have left."""
+        for service in roster.arrivals():
+            newcomer = _Watched(service, newcomer=True)
+            self._engines.append(newcomer)
+            self._say(f"starting {service.name}")
+            try:
+                self._start(newcomer)
+            except TrtQwenError as problem:
+                self._give_up(newcomer, problem)
+        if roster.changed():
+            self._report()
+        for service in roster.departures():
+            [left] = [one for one in self._engines if one.service is service]
+            self._engines.remove(left)
+            self._say(f"stopping {service.name}: no model needs it")
+            thread = threading.Thread(target=service.stop, kwargs={"drain": left.state == "running"}, daemon=True)
+            self._leaving.append(thread)
+            thread.start()
+
+    def _give_up(self, newcomer: _Watched, problem: TrtQwenError) -> None:
+        self._engines.remove(newcomer)
+        newcomer.service.stop(drain=False)
+        self._say(f"{newcomer.service.name} did not start: {problem}")
+        if self._roster is not None:
+            self._roster.failed(newcomer.service, problem)
+        self._report()
 
     def _look_after(self, one: _Watched) -> None:
         now = time.monotonic()
@@ -138,9 +193,14 @@ class Supervisor:
         if one.was_ready:
             self._say(f"{one.service.name} serves again after {time.monotonic() - one.since:.0f} s")
         one.state, one.since, one.was_ready = "running", time.monotonic(), True
+        if self._roster is not None:
+            self._roster.became_ready(one.service)
         self._report()
 
     def _failed(self, one: _Watched, problem: ServerError) -> None:
+        if one.newcomer and not one.was_ready:
+            self._give_up(one, problem)
+            return
         if not self._restart or not one.was_ready:
             raise problem
         now = time.monotonic()
@@ -156,7 +216,7 @@ class Supervisor:
         self._report()
 
     def _report(self) -> None:
-        running = all(engine.state == "running" for engine in self._engines)
+        running = all(one.state == "running" for one in self._engines if one.was_ready or not one.newcomer)
         state = "running" if running else "restarting"
         self._on_change({"state": state, "restarts": self._restarts, "cause": self._cause})
 
@@ -174,6 +234,8 @@ class Supervisor:
             with ThreadPoolExecutor(max(1, len(phase))) as pool:
                 done = [pool.submit(one.service.stop, drain=drain and one.was_ready) for one in phase]
                 problems += [problem for future in done if (problem := future.exception())]
+        for thread in self._leaving:
+            thread.join()
         if problems:
             raise problems[0]
 

@@ -12,6 +12,7 @@ import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion
+from trtqwen.hf.checks import read_model
 from trtqwen.hf.config import load_config
 from trtqwen.hf.source import HfModel
 from trtqwen.recipe import Int8LayoutChoice
@@ -104,6 +105,7 @@ def verify(
         InputError: if model or checkpoint cannot be read, or are not of a kind that trtqwen verifies.
     """
     config = read_checkpoint_config(checkpoint)
+    read_model(model)  # what `convert` would refuse is no model to compare with
     layout = stored_layout(checkpoint, int8_layout)
     recipe = implied_recipe(config, layout, load_config(model))
     plausible = {"model_perplexity": plausible_perplexity(samples, config.vocab_size)}

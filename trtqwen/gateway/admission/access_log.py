@@ -29,11 +29,13 @@ class AccessLog:
 
     Args:
         on: whether it writes them.
+        always: beginnings of paths whose lines are written in any case.
     """
 
-    def __init__(self, metrics: Metrics, *, on: bool) -> None:
+    def __init__(self, metrics: Metrics, *, on: bool, always: tuple[str, ...] = ()) -> None:
         self._metrics = metrics
         self._on = on
+        self._always = always
 
     def write(self, scope: Scope, status: int, seconds: float, usage: Tokens | None) -> None:
         """Count a request, and write its line.
@@ -50,7 +52,7 @@ class AccessLog:
         self._metrics.key_requests.labels(key or "-", str(status)).inc()
         if usage is not None:
             self._metrics.key_tokens.labels(key or "-").inc(usage.prompt_tokens + usage.output_tokens)
-        if not self._on:
+        if not self._on and not scope["path"].startswith(self._always):
             return
         entry = {
             "time": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),

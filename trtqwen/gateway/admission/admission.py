@@ -165,6 +165,10 @@ class Admission:
             return False
         return True
 
+    def has_free_replica(self, tokens: int) -> bool:
+        """Whether a ticket of so many tokens would run at once."""
+        return not self.queued and self._free_replica(Ticket(tokens)) is not None
+
     def arrive(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
         """Take in tickets that come together; returns those that may run now, with their replica's number.
 

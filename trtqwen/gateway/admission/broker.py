@@ -1,8 +1,8 @@
-"""One admission for several gateway workers: the process that owns the gate and the keys' rates answers theirs.
+"""One admission for several gateway workers: the process that owns the gates and the keys' rates answers theirs.
 
 A worker has two sockets to the broker. On `calls` it asks and waits for the answer, one JSON object a line each: this
 takes a tenth of a millisecond, and the gate's interface stays that of a single process. On `news` the broker tells it
-when a ticket's turn has come.
+when a ticket's turn has come. There is a gate for each engine: the first worker that opens it says how it is made.
 """
 
 from __future__ import annotations
@@ -15,32 +15,43 @@ import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from trtqwen.gateway.admission.admission import Ticket
+from trtqwen.gateway.admission.admission import Capacity, QueueLimits, Ticket
 from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller
-from trtqwen.gateway.admission.gate import Gate, Prefixes, stopping
+from trtqwen.gateway.admission.gate import Gate, GatePlan, Prefixes, stopping
 from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.metrics import Metrics
+
+
+@dataclass
+class _Shared:
+    """A gate, and for each worker that has it open the replicas that work for it."""
+
+    gate: Gate
+    replicas: int
+    up: dict[int, set[int]] = field(default_factory=dict)
+
+    def show(self) -> None:
+        """A replica takes requests if it works for any worker."""
+        for number in range(self.replicas):
+            self.gate.set_up(number, any(number in working for working in self.up.values()))
 
 
 class Broker:
-    """Answers the workers out of one gate and one set of callers.
+    """Answers the workers out of one gate for each engine, and one set of callers."""
 
-    Args:
-        replicas: Triton servers behind the gate.
-    """
-
-    def __init__(self, gate: Gate, authenticator: Authenticator, replicas: int) -> None:
-        self._gate = gate
+    def __init__(self, authenticator: Authenticator, metrics: Metrics) -> None:
         self._authenticator = authenticator
-        self._up: list[set[int]] = [set() for _ in range(replicas)]  # the workers for whom each replica works
+        self._metrics = metrics
+        self._gates: dict[str, _Shared] = {}
 
     async def serve(self, worker: int, calls: socket.socket, news: socket.socket) -> None:
         """Answer one worker until it ends; then all that it holds is given back."""
         reader, writer = await asyncio.open_connection(sock=calls)
         _, teller = await asyncio.open_connection(sock=news)
-        session = _Session(self._gate, teller)
+        session = _Session(teller)
         try:
             while line := await reader.readline():
                 method, *arguments = json.loads(line)
@@ -53,41 +64,75 @@ class Broker:
             pass
         finally:
             session.end()
-            for number, workers in enumerate(self._up):
-                workers.discard(worker)
-                self._gate.set_up(number, bool(workers))
+            for engine in tuple(self._gates):
+                self._close(worker, engine)
             writer.close()
             teller.close()
 
     def _answer(self, worker: int, session: _Session, method: str, arguments: Sequence[Any]) -> Any:
-        if method == "set_up":
-            replica, up = arguments
-            (self._up[replica].add if up else self._up[replica].discard)(worker)
-            return self._gate.set_up(replica, bool(self._up[replica]))
-        if method in ("check_room", "arrive"):
-            *arguments, limits = arguments
-            CALLER.set(Caller(**limits))
-        if method == "check_room":
-            return self._gate.check_room(*arguments)
         if method == "charge":
-            digest, what, tokens = arguments
-            self._authenticator.refresh()
-            caller = self._authenticator.callers.get(bytes.fromhex(digest))
-            now = time.monotonic()
-            if caller is None:
-                raise ApiError(401, "the API key is not known here; check it", "invalid_api_key")
-            if what == "request":
-                return caller.charge_request(now)
-            if what == "tokens":
-                return caller.charge_tokens(tokens, now)
-            return caller.take_tokens(tokens)
+            return self._charge(*arguments)
+        if method in ("open", "close", "set_up", "check_room", "arrive", "has_free_turn"):
+            engine, *arguments = arguments
+            return self._at_gate(worker, session, method, engine, arguments)
         handlers: dict[str, Callable[..., None]] = {
-            "arrive": session.arrive,
             "turn": session.turn,
             "give_back": session.give_back,
             "grow": session.grow,
         }
         return handlers[method](*arguments)
+
+    def _at_gate(
+        self, worker: int, session: _Session, method: str, engine: str, arguments: Sequence[Any]
+    ) -> bool | None:
+        """What concerns the gate of one engine."""
+        if method == "open":
+            if engine not in self._gates:
+                plan = _plan(arguments[0])
+                self._gates[engine] = _Shared(plan.build(self._metrics), len(plan.replicas))
+            self._gates[engine].up.setdefault(worker, set())
+            return None
+        if method == "close":
+            self._close(worker, engine)
+            return None
+        shared = self._gates[engine]
+        if method == "set_up":
+            replica, up = arguments
+            (shared.up[worker].add if up else shared.up[worker].discard)(replica)
+            shared.show()
+        elif method == "has_free_turn":
+            return shared.gate.has_free_turn(arguments[0])
+        else:
+            *arguments, limits = arguments
+            CALLER.set(Caller(**limits))
+            if method == "check_room":
+                shared.gate.check_room(*arguments)
+            else:
+                session.arrive(shared.gate, *arguments)
+        return None
+
+    def _close(self, worker: int, engine: str) -> None:
+        shared = self._gates.get(engine)
+        if shared is None or shared.up.pop(worker, None) is None:
+            return
+        if shared.up:
+            shared.show()
+        else:
+            del self._gates[engine]
+            shared.gate.close()
+
+    def _charge(self, digest: str, what: str, tokens: int) -> None:
+        self._authenticator.refresh()
+        caller = self._authenticator.callers.get(bytes.fromhex(digest))
+        now = time.monotonic()
+        if caller is None:
+            raise ApiError(401, "the API key is not known here; check it", "invalid_api_key")
+        if what == "request":
+            caller.charge_request(now)
+        elif what == "tokens":
+            caller.charge_tokens(tokens, now)
+        else:
+            caller.take_tokens(tokens)
 
 
 @dataclass
@@ -100,6 +145,7 @@ class _Held:
         waiting: tells the worker when the turn has come.
     """
 
+    gate: Gate
     ticket: Ticket
     places: AbstractContextManager[list[Ticket]]
     left: list[int]
@@ -109,26 +155,30 @@ class _Held:
 class _Session:
     """What one worker holds."""
 
-    def __init__(self, gate: Gate, news: asyncio.StreamWriter) -> None:
-        self._gate = gate
+    def __init__(self, news: asyncio.StreamWriter) -> None:
         self._news = news
         self._held: dict[int, _Held] = {}
 
     def arrive(
-        self, numbers: Sequence[int], token_counts: Sequence[int], prefixes: Sequence[Prefixes], priority: int
+        self,
+        gate: Gate,
+        numbers: Sequence[int],
+        token_counts: Sequence[int],
+        prefixes: Sequence[Prefixes],
+        priority: int,
     ) -> None:
-        places = self._gate.places(token_counts, prefixes, priority)
+        places = gate.places(token_counts, prefixes, priority)
         tickets = places.__enter__()
         left = [len(tickets)]
         for number, ticket in zip(numbers, tickets, strict=True):
-            self._held[number] = _Held(ticket, places, left)
+            self._held[number] = _Held(gate, ticket, places, left)
 
     def turn(self, number: int, deadline: float) -> None:
         held = self._held[number]
 
         async def wait() -> None:
             try:
-                news: dict[str, Any] = {"replica": await self._gate.turn(held.ticket, deadline)}
+                news: dict[str, Any] = {"replica": await held.gate.turn(held.ticket, deadline)}
             except ApiError as problem:
                 news = {"error": _packed(problem)}
             self._news.write(json.dumps({"ticket": number, **news}).encode() + b"\n")
@@ -141,14 +191,14 @@ class _Session:
             return
         if held.waiting is not None:
             held.waiting.cancel()
-        self._gate.give_back(held.ticket, lasted)
+        held.gate.give_back(held.ticket, lasted)
         held.left[0] -= 1
         if held.left[0] == 0:
             held.places.__exit__(None, None, None)
 
     def grow(self, number: int, tokens: int) -> None:
-        if number in self._held:
-            self._gate.grow(self._held[number].ticket, tokens)
+        if (held := self._held.get(number)) is not None:
+            held.gate.grow(held.ticket, tokens)
 
     def end(self) -> None:
         for number in tuple(self._held):
@@ -165,6 +215,8 @@ class Link:
     def __init__(self, calls: socket.socket, news: socket.socket) -> None:
         self._calls = calls.makefile("rwb")
         self._news = news
+        self._next = 0
+        self.waiting: dict[int, asyncio.Future[int]] = {}  # for the turns of tickets, by their numbers
 
     def call(self, method: str, *arguments: Any) -> Any:
         """Ask the broker and wait for its answer.
@@ -182,36 +234,57 @@ class Link:
             raise _unpacked(answer["error"])
         return answer["value"]
 
-    async def news(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        """Pass on what the broker tells until it ends."""
+    def numbers(self, count: int) -> range:
+        """Numbers for new tickets."""
+        self._next += count
+        return range(self._next - count, self._next)
+
+    async def listen(self) -> None:
+        """Take in the broker's news until it ends."""
         reader, _ = await asyncio.open_connection(sock=self._news)
         while line := await reader.readline():
-            tell(json.loads(line))
+            self._told(json.loads(line))
         os.kill(os.getpid(), signal.SIGTERM)  # without the broker no request is served
+
+    def _told(self, news: dict[str, Any]) -> None:
+        future = self.waiting.get(news["ticket"])
+        if future is None or future.done():
+            return
+        if "error" in news:
+            future.set_exception(_unpacked(news["error"]))
+        else:
+            future.set_result(news["replica"])
 
 
 class SharedGate(Gate):
-    """A worker's view of the broker's gate."""
+    """A worker's view of one of the broker's gates.
 
-    def __init__(self, link: Link) -> None:
+    Args:
+        engine: names the gate, the same in all workers.
+        plan: how the broker makes it, unless another worker has opened it before.
+    """
+
+    def __init__(self, link: Link, engine: str, plan: GatePlan) -> None:
         self._link = link
+        self._engine = engine
         self._draining = False
         self._numbers: dict[Ticket, int] = {}
-        self._futures: dict[int, asyncio.Future[int]] = {}
-        self._next = 0
+        link.call("open", engine, asdict(plan))
 
     @property
     def idle(self) -> bool:
         return not self._numbers
 
-    async def listen(self) -> None:
-        """Take in the broker's news until it ends."""
-        await self._link.news(self._told)
+    def close(self) -> None:
+        self._link.call("close", self._engine)
+
+    def has_free_turn(self, tokens: int) -> bool:
+        return not self._draining and bool(self._link.call("has_free_turn", self._engine, tokens))
 
     def check_room(self, priority: int = 0) -> None:
         if self._draining:
             raise stopping()
-        self._link.call("check_room", priority, _limits())
+        self._link.call("check_room", self._engine, priority, _limits())
 
     @contextmanager
     def places(
@@ -220,13 +293,12 @@ class SharedGate(Gate):
         if self._draining:
             raise stopping()
         tickets = [Ticket(count) for count in token_counts]
-        numbers = range(self._next, self._next + len(tickets))
-        self._next += len(tickets)
-        self._link.call("arrive", list(numbers), list(token_counts), list(prefixes), priority, _limits())
+        numbers, engine = self._link.numbers(len(tickets)), self._engine
+        self._link.call("arrive", engine, list(numbers), list(token_counts), list(prefixes), priority, _limits())
         try:
             loop = asyncio.get_running_loop()
             self._numbers |= zip(tickets, numbers, strict=True)
-            self._futures |= {number: loop.create_future() for number in numbers}
+            self._link.waiting |= {number: loop.create_future() for number in numbers}
             yield tickets
         finally:
             for ticket in tickets:
@@ -234,7 +306,7 @@ class SharedGate(Gate):
 
     async def turn(self, ticket: Ticket, deadline: float) -> int:
         number = self._numbers[ticket]
-        future = self._futures[number]
+        future = self._link.waiting[number]
         if not future.done():
             self._link.call("turn", number, deadline)
         return await future
@@ -242,7 +314,7 @@ class SharedGate(Gate):
     def give_back(self, ticket: Ticket, lasted: float | None = None) -> None:
         number = self._numbers.pop(ticket, None)
         if number is not None:
-            self._futures.pop(number).cancel()
+            self._link.waiting.pop(number).cancel()
             self._link.call("give_back", number, lasted)
 
     def grow(self, ticket: Ticket, tokens: int) -> None:
@@ -250,22 +322,14 @@ class SharedGate(Gate):
             self._link.call("grow", self._numbers[ticket], tokens)
 
     def set_up(self, replica: int, up: bool) -> None:
-        self._link.call("set_up", replica, up)
+        self._link.call("set_up", self._engine, replica, up)
 
     def send_away(self, failure: ApiError) -> None:
-        for future in self._futures.values():
+        for number in self._numbers.values():
+            future = self._link.waiting[number]
             if not future.done():
                 future.set_exception(failure)
                 future.exception()  # its request may not wait for it yet
-
-    def _told(self, news: dict[str, Any]) -> None:
-        future = self._futures.get(news["ticket"])
-        if future is None or future.done():
-            return
-        if "error" in news:
-            future.set_exception(_unpacked(news["error"]))
-        else:
-            future.set_result(news["replica"])
 
 
 class SharedCaller(Caller):
@@ -305,6 +369,12 @@ def _limits() -> dict[str, Any]:
     """What the broker's gate has to know of the caller of the current request."""
     caller = CALLER.get()
     return {"name": caller.name, "most_in_flight": caller.most_in_flight, "most_queued": caller.most_queued}
+
+
+def _plan(fields: dict[str, Any]) -> GatePlan:
+    """A plan that came as JSON."""
+    capacity, queue = Capacity(**fields.pop("capacity")), QueueLimits(**fields.pop("queue"))
+    return GatePlan(replicas=tuple(fields.pop("replicas")), capacity=capacity, queue=queue, **fields)
 
 
 def _packed(problem: ApiError) -> dict[str, Any]:

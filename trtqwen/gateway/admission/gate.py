@@ -8,16 +8,33 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from trtqwen.gateway.admission.admission import Admission, Owner, QueueFull, Ticket
+from trtqwen.gateway.admission.admission import Admission, Capacity, Owner, QueueFull, QueueLimits, Ticket
 from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.errors import ApiError, bad_request, late
-from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.metrics import Load, Metrics
 
 _RECENT_SECONDS = 60.0  # that the mean time of requests covers
 _LONGEST_ADVICE = 60  # seconds of Retry-After
 Prefixes = Sequence[int]
 _Turns = dict[Ticket, asyncio.Future[int]]
+
+
+@dataclass(frozen=True)
+class GatePlan:
+    """What a gate is made from; its arguments explain it."""
+
+    replicas: tuple[str, ...]
+    capacity: Capacity
+    queue: QueueLimits
+    queue_seconds: float
+    throttle_seconds: float | None = None
+    share: float = 1
+
+    def build(self, metrics: Metrics) -> Gate:
+        admission = Admission(len(self.replicas), self.capacity, self.queue)
+        return Gate(admission, metrics, self.queue_seconds, self.replicas, self.throttle_seconds, self.share)
 
 
 class Gate:
@@ -181,6 +198,17 @@ class Gate:
         """Refuse newcomers from now on."""
         self._draining = True
 
+    def close(self) -> None:
+        """Count no longer in the metrics: the engine has left the gateway."""
+        self._metrics.forget_load(self)
+        for requests, tokens in self._replicas:
+            requests.set(0)
+            tokens.set(0)
+
+    def has_free_turn(self, tokens: int) -> bool:
+        """Whether a ticket of so many tokens would have its turn at once."""
+        return not self._draining and self._admission.has_free_replica(tokens)
+
     def _grant(self, admitted: Sequence[tuple[Ticket, int]]) -> None:
         for ticket, replica in admitted:
             turn = self._turns[ticket][ticket]
@@ -189,20 +217,20 @@ class Gate:
         self._show()
 
     def _show(self) -> None:
-        admission, metrics = self._admission, self._metrics
-        metrics.in_flight.set(admission.in_flight)
-        metrics.in_flight_tokens.set(admission.in_flight_tokens)
-        metrics.queued.set(admission.queued)
-        metrics.queued_tokens.set(admission.queued_tokens)
-        oldest = admission.oldest
-        metrics.queue_since.set(0 if oldest is None else time.time() - (time.monotonic() - oldest.arrived))
+        admission, oldest = self._admission, self._admission.oldest
+        load = Load(
+            admission.in_flight,
+            admission.in_flight_tokens,
+            admission.queued,
+            admission.queued_tokens,
+            0 if oldest is None else time.time() - (time.monotonic() - oldest.arrived),
+            admission.capacity.tokens * admission.replicas,
+        )
+        self._metrics.show_load(self, load)
         for number, (requests, tokens) in enumerate(self._replicas):
             running, reserved = admission.running(number)
             requests.set(running)
             tokens.set(reserved)
-        metrics.picker_waiting.set(admission.queued)
-        metrics.picker_running.set(admission.in_flight)
-        metrics.picker_cache.set(admission.in_flight_tokens / (admission.capacity.tokens * admission.replicas))
 
     def _owner(self) -> Owner:
         """Whose tickets those of the current request are."""

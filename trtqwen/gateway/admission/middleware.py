@@ -22,6 +22,7 @@ _PORT = re.compile(r":[0-9]*$")
 _METRICS = ("/metrics", "/openapi.json")
 _HARMLESS = ("/health", "/ready")  # asked under any name by load balancers
 _POLICY_VIOLATION, _TRY_AGAIN = 1008, 1013  # of a WebSocket
+_ADMIN = "/admin/"
 _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info")
 
 
@@ -34,6 +35,7 @@ class Guard:
         desk: bounds the memory of bodies, and lets long ones in by turns.
         access_log: write a line for each request.
         protect_metrics: ask for a key for the metrics and the description of the routes too.
+        admins: those who may use the admin routes; None leaves these paths to the application, which has none.
         body_seconds: for the whole body.
     """
 
@@ -50,6 +52,7 @@ class Guard:
         allowed_hosts: Collection[str] | None = None,
         access_log: bool = False,
         protect_metrics: bool = False,
+        admins: Authenticator | None = None,
     ) -> None:
         self._app = app
         self._authenticator = authenticator
@@ -59,8 +62,10 @@ class Guard:
         self._body_seconds = body_seconds
         self._desk = desk
         self._allowed_hosts = allowed_hosts
-        self._access_log = AccessLog(metrics, on=access_log)
+        always = () if admins is None else (_ADMIN,)
+        self._access_log = AccessLog(metrics, on=access_log, always=always)
         self._protected = (*_PROTECTED, *(_METRICS if protect_metrics else ()))
+        self._admins = admins
         self._guesses = Guesses()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -94,9 +99,14 @@ class Guard:
             message = "the Host header names another server; add its name to allowed_hosts"
             raise ApiError(421, message, "unknown_host")
 
+    def _is_admin(self, scope: Scope) -> bool:
+        return self._admins is not None and scope["path"].startswith(_ADMIN)
+
     def _authenticate(self, scope: Scope, headers: dict[bytes, bytes]) -> Caller:
+        admins = self._admins
+        authenticator = admins if admins is not None and self._is_admin(scope) else self._authenticator
         try:
-            return self._authenticator.authenticate(_authorization(headers))
+            return authenticator.authenticate(_authorization(headers))
         except ApiError as problem:
             if problem.code == "invalid_api_key":
                 self._guesses.wrong(scope["client"][0] if scope.get("client") else "", time.monotonic())
@@ -110,7 +120,7 @@ class Guard:
         except ApiError as problem:
             await self._refuse(problem, send)
             return
-        if not scope["path"].startswith(self._protected):
+        if not (scope["path"].startswith(self._protected) or self._is_admin(scope)):
             # The body of such a request, if it has one, is not read: the connection ends with the answer.
             has_body = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
             await self._app(scope, receive, _closing(send) if has_body else send)

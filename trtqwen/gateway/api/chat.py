@@ -90,6 +90,7 @@ def plan_chat(
         add_generation_prompt=request.add_generation_prompt,
         continue_final=bool(request.continue_final_message),
         variables=request.chat_template_kwargs,
+        documents=request.documents,
     )
     if tools.told and template is not None and not template.takes_tools:
         raise unsupported("tools", f"the chat template of {model.name} has no place for tools; leave them out")

@@ -14,7 +14,7 @@ from starlette.routing import Match
 
 from trtqwen.gateway.api.sse import ClientGone
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.state import Runtime
+from trtqwen.gateway.fleet.fleet import Fleet
 
 OUR_FAULT = ApiError(500, "the gateway failed on this request; its log says why", "internal_error")
 _NOT_SERVED = {
@@ -38,10 +38,10 @@ class Json(JSONResponse):
         return json.dumps(content, separators=(",", ":")).encode()
 
 
-def runtime_of(request: Any) -> Runtime:
+def fleet_of(request: Any) -> Fleet:
     """The running gateway that a request, or a WebSocket, came to."""
-    runtime: Runtime = request.app.state.runtime
-    return runtime
+    fleet: Fleet = request.app.state.fleet
+    return fleet
 
 
 def add_handlers(app: FastAPI) -> None:
@@ -70,7 +70,7 @@ def error_of(problem: RequestValidationError) -> ApiError:
 
 async def _on_api_error(request: Request, problem: Exception) -> Response:
     assert isinstance(problem, ApiError)
-    runtime_of(request).metrics.refused.labels(str(problem.status), problem.code).inc()
+    fleet_of(request).metrics.refused.labels(str(problem.status), problem.code).inc()
     return Json(problem.body, problem.status, problem.headers)
 
 
@@ -104,7 +104,7 @@ def _allowed(request: Request) -> set[str]:
 
 
 async def _on_client_gone(request: Request, problem: Exception) -> Response:
-    runtime_of(request).metrics.refused.labels("499", "client_gone").inc()
+    fleet_of(request).metrics.refused.labels("499", "client_gone").inc()
     return Response(status_code=499)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import chain, islice
@@ -162,6 +162,6 @@ def _unknown(value: Any, place: str) -> Iterator[str]:
             yield from _unknown(inner, f"{place}{index}.")
 
 
-def missing_model(name: str, served: str) -> ApiError:
-    message = f"the model {name!r} does not exist; this server has {served!r}"
+def missing_model(name: str, served: Sequence[str]) -> ApiError:
+    message = f"the model {name!r} does not exist; this server has {', '.join(map(repr, served))}"
     return ApiError(404, message, "model_not_found", param="model")

@@ -10,11 +10,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from trtqwen.gateway.api.failures import Json, runtime_of
+from trtqwen.gateway.api.failures import Json
 from trtqwen.gateway.api.items import Change, Item, ItemizedAnswer
 from trtqwen.gateway.api.messages_request import CountTokensRequest, MessagesRequest, chat_of
 from trtqwen.gateway.api.prompt import Conversation
 from trtqwen.gateway.api.respond import Route, answer_id, plan_translated, respond, work_out
+from trtqwen.gateway.api.select import runtime_of, select
 from trtqwen.gateway.api.tool_choice import offered_tools
 from trtqwen.gateway.errors import ApiError
 
@@ -33,7 +34,7 @@ async def messages(request: Request, body: MessagesRequest) -> Response:
 @router.post("/v1/messages/count_tokens")
 async def count_tokens(request: Request, body: CountTokensRequest) -> Response:
     """How many tokens a conversation has."""
-    runtime = runtime_of(request)
+    runtime = select(request, body)
 
     def count() -> int:
         chat = chat_of(body)

@@ -16,7 +16,7 @@ from trtqwen.gateway.api.reasoning import BEGIN
 from trtqwen.gateway.api.schemas import Message, Tool
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.gateway.errors import ApiError, bad_request, unsupported
 from trtqwen.gateway.model import ServedModel
 
 _MARKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # noncharacters, which no text has
@@ -30,6 +30,7 @@ class Conversation:
         add_generation_prompt: the assistant's turn begins behind it; None is yes, unless the last turn is continued.
         continue_final: the last turn, the assistant's, is left open.
         variables: further ones of the template.
+        documents: what the answer is to rest on, for templates of retrieval-augmented generation.
 
     Attributes:
         text: what the template made of it, with the marks.
@@ -49,6 +50,7 @@ class Conversation:
         add_generation_prompt: bool | None = None,
         continue_final: bool = False,
         variables: Mapping[str, Any] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         if template is None:
             raise ApiError(404, f"{model.name} has no chat template; use /v1/completions", "no_chat_template")
@@ -64,18 +66,25 @@ class Conversation:
             raise bad_request(message, param="continue_final_message")
         if own := sorted(_OWN_VARIABLES & (variables or {}).keys()):
             raise bad_request(f"chat_template_kwargs has {own[0]!r}, which has a field of its own; use that")
+        given: Any = dict(variables or {})
+        if documents is not None:
+            if "documents" in given:
+                message = "documents are given twice, in the field of that name and in chat_template_kwargs; send one"
+                raise bad_request(message, param="documents")
+            given["documents"] = documents
+        if given.get("documents") and not template.takes_documents:
+            message = f"the chat template of {model.name} has no place for documents; put them into the messages"
+            raise unsupported("documents", message)
         self._model = model
         self._reasons = template.reasons
         turns: Any = [rendered(index, message) for index, message in enumerate(messages)]
         offered: Any = [tool.model_dump(exclude_none=True) for tool in tools]
         self._mark = ""
         if not config.special_tokens_in_messages:
-            turns, offered = self._marked(turns, offered)
+            turns, offered, given = self._marked(turns, offered, given)
         begin = not continue_final if add_generation_prompt is None else add_generation_prompt
         options = {"continue_final_message": True} if continue_final else {}
-        self.text = template.render(
-            turns, offered, **{**(variables or {}), **options, "add_generation_prompt": begin}
-        )
+        self.text = template.render(turns, offered, **{**given, **options, "add_generation_prompt": begin})
 
     def ids(self, more: str = "") -> tuple[int, ...]:
         """Token ids of the prompt.
@@ -91,17 +100,17 @@ class Conversation:
             return None
         return "inside" if self.text.rstrip().endswith(BEGIN) else "outside"
 
-    def _marked(self, turns: Any, offered: Any) -> tuple[Any, Any]:
+    def _marked(self, *parts: Any) -> tuple[Any, ...]:
         pattern = self._model.tokenizer.special_pattern
-        if not _holds((turns, offered), pattern):
-            return turns, offered
-        used = json.dumps([turns, offered], ensure_ascii=False)
+        if not _holds(parts, pattern):
+            return parts
+        used = json.dumps(parts, ensure_ascii=False)
         self._mark = next((mark for mark in _MARKS if mark not in used), _MARKS[0])
 
         def mark(match: re.Match[str]) -> str:
             return match[0][0] + self._mark + match[0][1:]
 
-        return _replaced(turns, pattern, mark), _replaced(offered, pattern, mark)
+        return tuple(_replaced(part, pattern, mark) for part in parts)
 
 
 def rendered(index: int, message: Message) -> dict[str, Any]:

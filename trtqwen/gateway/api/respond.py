@@ -22,14 +22,14 @@ from starlette.requests import HTTPConnection
 from trtqwen.gateway.admission.auth import Caller
 from trtqwen.gateway.admission.desk import LONG_BODY, Desk
 from trtqwen.gateway.api.chat import ChatPlan, plan_chat
-from trtqwen.gateway.api.failures import OUR_FAULT, Json, runtime_of
-from trtqwen.gateway.api.fields import missing_model, refuse_unknown, unknown_fields
+from trtqwen.gateway.api.failures import OUR_FAULT, Json, fleet_of
+from trtqwen.gateway.api.fields import refuse_unknown, unknown_fields
 from trtqwen.gateway.api.schemas import ChatRequest
+from trtqwen.gateway.api.select import check_room, select
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
 from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.plan import GenerationPlan, Usage
-from trtqwen.gateway.state import Runtime
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)
@@ -77,14 +77,12 @@ async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], 
     A long one holds a turn of the desk, which ends here.
 
     Raises:
-        ApiError: if there is no room, the model is another, or the plan refuses it.
+        ApiError: if there is no room at the engine that `select` has chosen, or the plan refuses it.
     """
-    runtime = runtime_of(request)
     turn: AsyncExitStack | None = getattr(request.state, "turn", None)
     try:
-        check_model(runtime, getattr(body, "model", None))
         note_unknown(request, body)
-        runtime.gate.check_room(getattr(body, "priority", None) or 0)
+        check_room(request, getattr(body, "priority", None) or 0)
         if turn is not None:
             return await asyncio.to_thread(plan)
         try:
@@ -106,7 +104,7 @@ async def plan_translated(
     Raises:
         ApiError: as `work_out` does.
     """
-    runtime = runtime_of(request)
+    runtime = select(request, body)
 
     def plan() -> ChatPlan:
         return plan_chat(runtime.model, runtime.template, runtime.config, translate(body), request_id=request_id)
@@ -146,7 +144,7 @@ async def respond(
         if problem.status in (400, 429, 503):  # nothing was done for it
             caller.refund_tokens(plan.reserved_tokens)
         raise
-    refused = runtime_of(request).metrics.refused
+    refused = fleet_of(request).metrics.refused
 
     def fail(problem: Exception) -> bytes:
         error = problem if isinstance(problem, ApiError) else OUR_FAULT
@@ -179,12 +177,6 @@ def answer_id(request: HTTPConnection, prefix: str) -> str:
     return f"{prefix}{uuid.uuid4().hex}"
 
 
-def check_model(runtime: Runtime, name: str | None) -> None:
-    """Raise an ApiError if a request names another model; without a name, it is the one there is."""
-    if name is not None and name != runtime.model.name:
-        raise missing_model(name, runtime.model.name)
-
-
 def note_unknown(request: HTTPConnection, body: BaseModel) -> None:
     """Do with unknown fields what the setting `unknown_fields` says.
 
@@ -194,7 +186,7 @@ def note_unknown(request: HTTPConnection, body: BaseModel) -> None:
     names = unknown_fields(body)
     if not names:
         return
-    setting = runtime_of(request).config.unknown_fields
+    setting = fleet_of(request).config.unknown_fields
     if setting == "refuse":
         refuse_unknown(body, names)
     if setting == "warn":

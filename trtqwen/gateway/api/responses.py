@@ -14,12 +14,12 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from trtqwen.gateway.api.chat import ChatPlan
-from trtqwen.gateway.api.failures import runtime_of
 from trtqwen.gateway.api.items import Change, Item, ItemizedAnswer
 from trtqwen.gateway.api.log_probs import chat_log_probs
 from trtqwen.gateway.api.respond import Route, answer_id, plan_translated, respond
 from trtqwen.gateway.api.responses_request import ResponseRequest, chat_of
 from trtqwen.gateway.api.responses_tools import ResponseTool, custom_input, response_tools
+from trtqwen.gateway.api.select import runtime_of
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.plan import Finish, TokenLogProb

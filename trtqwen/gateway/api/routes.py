@@ -10,10 +10,10 @@ from fastapi.responses import Response
 from trtqwen.gateway.api.chat import plan_chat
 from trtqwen.gateway.api.chat_response import ChatAnswers
 from trtqwen.gateway.api.completions import CompletionAnswers, plan_completion
-from trtqwen.gateway.api.failures import runtime_of
 from trtqwen.gateway.api.generate import PlainAnswer, plan_plain
 from trtqwen.gateway.api.respond import Route, answer_id, respond, work_out
 from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest, GenerateRequest
+from trtqwen.gateway.api.select import select
 
 router = APIRouter(route_class=Route)
 
@@ -21,7 +21,7 @@ router = APIRouter(route_class=Route)
 @router.post("/v1/chat/completions")
 async def chat_completions(request: Request, body: ChatRequest) -> Response:
     """A chat, by the model's own template."""
-    runtime = runtime_of(request)
+    runtime = select(request, body)
     planned = partial(plan_chat, runtime.model, runtime.template, runtime.config, body)
     plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "chatcmpl-")))
     return await respond(request, plan.generation, ChatAnswers(plan, runtime.generator), stream=body.stream)
@@ -30,7 +30,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
 @router.post("/v1/completions")
 async def completions(request: Request, body: CompletionRequest) -> Response:
     """The continuation of prompts, taken as they are."""
-    runtime = runtime_of(request)
+    runtime = select(request, body)
     planned = partial(plan_completion, runtime.model, runtime.config, body)
     plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "cmpl-")))
     return await respond(request, plan.generation, CompletionAnswers(plan, runtime.generator), stream=body.stream)
@@ -49,7 +49,7 @@ async def generate_stream(request: Request, body: GenerateRequest) -> Response:
 
 
 async def _generate(request: Request, body: GenerateRequest, *, stream: bool) -> Response:
-    runtime = runtime_of(request)
+    runtime = select(request, body)
     planned = partial(plan_plain, runtime.model, runtime.config, body)
     plan = await work_out(request, body, partial(planned, request_id=answer_id(request, "gen-")))
     answer = PlainAnswer(plan, runtime.generator)

@@ -65,12 +65,13 @@ def sampling_values(request: SamplingFields | GenerateRequest, defaults: Generat
         temperature = defaults.temperature if defaults.do_sample else 0.0
     top_p = defaults.top_p if request.top_p is None else request.top_p
     penalty = defaults.repetition_penalty if request.repetition_penalty is None else request.repetition_penalty
+    min_p = getattr(request, "min_p", None)
     values: dict[str, float] = {
         "repetition_penalty": penalty,
         "presence_penalty": request.presence_penalty or 0.0,
         "frequency_penalty": request.frequency_penalty or 0.0,
         "min_tokens": request.min_tokens or 0,
-        "min_p": getattr(request, "min_p", None) or 0.0,
+        "min_p": defaults.min_p if min_p is None else min_p,
     }
     values = {name: value for name, value in values.items() if value != _NEUTRAL[name]}
     if min(temperature, top_p) < _GREEDY_BELOW:

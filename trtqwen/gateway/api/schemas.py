@@ -282,6 +282,7 @@ class ChatRequest(SamplingFields):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: AnyObject | None = None
+    documents: Many[AnyObject] | None = None
     echo: bool | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
@@ -291,7 +292,6 @@ class ChatRequest(SamplingFields):
     stream_reasoning: Annotated[Any, NoEffect("reasoning is streamed with the rest")] = None
     add_special_tokens: Annotated[Any, NoEffect("the chat template writes them")] = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None
-    documents: Annotated[Any, Refused("put them into the messages")] = None
     mm_processor_kwargs: Annotated[Any, Refused("the model reads text alone")] = None
     audio: Annotated[Any, _TEXT_ONLY] = None
     modalities: Annotated[Any, _TEXT_ONLY] = None
@@ -370,6 +370,7 @@ class TokenizeRequest(Schema):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: AnyObject | None = None
+    documents: Many[AnyObject] | None = None
     return_token_strs: bool | None = None
     add_special_tokens: bool | None = None
     chat_template: Annotated[Any, Refused("templates are the server's")] = None

@@ -10,12 +10,14 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from trtqwen import __version__
-from trtqwen.gateway.api.failures import Json, runtime_of
-from trtqwen.gateway.api.fields import refuse_unsupported
+from trtqwen.gateway.api.failures import Json, fleet_of
+from trtqwen.gateway.api.fields import missing_model, refuse_unsupported
 from trtqwen.gateway.api.prompt import Conversation
-from trtqwen.gateway.api.respond import Route, check_model, work_out
+from trtqwen.gateway.api.respond import Route, work_out
 from trtqwen.gateway.api.schemas import DetokenizeRequest, TokenizeRequest
+from trtqwen.gateway.api.select import select
 from trtqwen.gateway.errors import ApiError, bad_request
+from trtqwen.gateway.fleet.fleet import Fleet
 from trtqwen.gateway.state import Runtime
 from trtqwen.gateway.supervision import read_supervision
 
@@ -41,16 +43,15 @@ async def chat_page() -> Response:
 
 @router.get("/v1/models")
 async def models(request: Request) -> Response:
-    """The one model."""
-    return Json({"object": "list", "data": [_model(runtime_of(request))]})
+    """The models, the default first."""
+    fleet = fleet_of(request)
+    return Json({"object": "list", "data": [_model(fleet, name) for name in fleet.names]})
 
 
 @router.get("/v1/models/{name:path}")
 async def model(request: Request, name: str) -> Response:
-    """The one model, by its name."""
-    runtime = runtime_of(request)
-    check_model(runtime, name)
-    return Json(_model(runtime))
+    """A model, by its name or alias."""
+    return Json(_model(fleet_of(request), name))
 
 
 @router.get("/health")
@@ -62,17 +63,20 @@ async def health() -> Response:
 @router.get("/ready")
 @router.api_route("/ping", methods=["GET", "POST"], include_in_schema=False)
 async def ready(request: Request) -> Response:
-    """Whether new requests are taken and the engine makes tokens."""
-    runtime = runtime_of(request)
-    if runtime.gate.draining:
+    """Whether new requests are taken and the engine of a model makes tokens."""
+    fleet = fleet_of(request)
+    if fleet.draining:
         return Json({"status": "stopping"}, 503)
-    supervision = read_supervision(runtime.config.supervisor)
-    restarts = {"restarts": supervision.restarts}
+    supervision = read_supervision(fleet.config.supervisor)
+    more: dict[str, Any] = {"restarts": supervision.restarts}
+    if len(fleet.names) > 1:
+        more["models"] = fleet.states
     restarting = supervision.state == "restarting"
     # The monitor notices the end of an engine that was idle only when it asks the next time.
-    if runtime.monitor.ready and not (restarting and len(runtime.config.triton) == 1):
-        return Json({"status": "ready", **restarts})
-    return Json({"status": "restarting" if restarting else "the engine does not answer", **restarts}, 503)
+    alone = fleet.config.models is None and len(fleet.config.triton) == 1
+    if fleet.ready and not (restarting and alone):
+        return Json({"status": "ready", **more})
+    return Json({"status": "restarting" if restarting else "the engine does not answer", **more}, 503)
 
 
 @router.get("/version")
@@ -84,7 +88,7 @@ async def version() -> Response:
 @router.get("/load")
 async def load(request: Request) -> Response:
     """How many answers are being made and waited for."""
-    metrics = runtime_of(request).metrics
+    metrics = fleet_of(request).metrics
     running, waiting = metrics.value("in_flight"), metrics.value("queued")
     return Json({"server_load": running + waiting, "running": running, "waiting": waiting})
 
@@ -92,16 +96,16 @@ async def load(request: Request) -> Response:
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
     """The gateway's metrics for Prometheus; the engine's are at Triton's own endpoint."""
-    runtime = runtime_of(request)
-    runtime.metrics.set_supervision(read_supervision(runtime.config.supervisor))
-    return Response(runtime.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+    fleet = fleet_of(request)
+    fleet.metrics.set_supervision(read_supervision(fleet.config.supervisor))
+    return Response(fleet.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
 @router.post("/tokenize")
 @router.post("/v1/tokenize", include_in_schema=False)
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of a chat as the model reads it."""
-    runtime = runtime_of(request)
+    runtime = select(request, body)
     ids = await work_out(request, body, lambda: _ids(runtime, body))
     content: dict[str, Any] = {"count": len(ids), "max_model_len": runtime.model.limits.max_seq_len, "tokens": ids}
     tokenizer = runtime.model.tokenizer
@@ -113,17 +117,16 @@ async def tokenize(request: Request, body: TokenizeRequest) -> Response:
 @router.post("/v1/detokenize", include_in_schema=False)
 async def detokenize(request: Request, body: DetokenizeRequest) -> Response:
     """The text of token ids."""
-    tokenizer = runtime_of(request).model.tokenizer
+    tokenizer = select(request, body).model.tokenizer
     skip = bool(body.skip_special_tokens)
     text = await work_out(request, body, lambda: tokenizer.decode(body.tokens, skip_special_tokens=skip))
     return Json({"prompt": text, "text": text})
 
 
 @router.get("/tokenizer_info")
-async def tokenizer_info(request: Request) -> Response:
+async def tokenizer_info(request: Request, model: str | None = None) -> Response:
     """What tokenizer_config.json says, chat template and special tokens among it."""
-    runtime = runtime_of(request)
-    path = runtime.model.tokenizer.directory / "tokenizer_config.json"
+    path = _runtime(fleet_of(request), model).model.tokenizer.directory / "tokenizer_config.json"
     if not path.is_file():
         raise ApiError(404, "the model has no tokenizer_config.json", "no_tokenizer_config")
     return Json(json.loads(path.read_text(encoding="utf-8")))
@@ -145,12 +148,20 @@ def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
         add_generation_prompt=body.add_generation_prompt,
         continue_final=bool(body.continue_final_message),
         variables=body.chat_template_kwargs,
+        documents=body.documents,
     )
     return conversation.ids()
 
 
-def _model(runtime: Runtime) -> dict[str, Any]:
-    model = runtime.model
+def _runtime(fleet: Fleet, name: str | None) -> Runtime:
+    route = fleet.route(name)
+    if route is None:
+        raise missing_model(str(name), fleet.names)
+    return route.stable.runtime
+
+
+def _model(fleet: Fleet, name: str) -> dict[str, Any]:
+    model = _runtime(fleet, name).model
     return {
         "id": model.name,
         "object": "model",

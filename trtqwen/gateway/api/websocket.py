@@ -20,10 +20,11 @@ from trtqwen.gateway.admission.auth import Caller
 from trtqwen.gateway.admission.desk import Desk, body_memory
 from trtqwen.gateway.api.chat import plan_chat
 from trtqwen.gateway.api.chat_response import ChatAnswers
-from trtqwen.gateway.api.failures import OUR_FAULT, runtime_of
+from trtqwen.gateway.api.failures import OUR_FAULT, fleet_of
 from trtqwen.gateway.api.generate import PlainAnswer, plan_plain
 from trtqwen.gateway.api.respond import Answers, answer_id, settle, work_out
 from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
+from trtqwen.gateway.api.select import release, select
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.generation.plan import GenerationPlan
 from trtqwen.gateway.state import Runtime
@@ -63,7 +64,7 @@ def _plan_plain(runtime: Runtime, socket: WebSocket, body: GenerateRequest) -> t
 async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
     """Answer messages until the client goes; an error of one message is its own."""
     origin = socket.headers.get("origin")
-    config = runtime_of(socket).config
+    config = fleet_of(socket).config
     if origin is not None and not config.allows_origin(origin, socket.headers.get("host", "")):
         # Browsers let any page open a WebSocket to any host: this is the only check.
         access_log: AccessLog = socket.state.access_log
@@ -92,7 +93,7 @@ async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
 
 
 async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> None:
-    runtime = runtime_of(socket)
+    refused = fleet_of(socket).metrics.refused
     begun, status, usage = time.monotonic(), 200, None
     try:
         caller: Caller = socket.state.caller
@@ -104,6 +105,7 @@ async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> 
             socket.state.turn = turn = await stack.enter_async_context(AsyncExitStack())
             await turn.enter_async_context(desk.bodies.turn(caller.name, len(content)))
             body = _read(text, schema)
+            runtime = select(socket, body)
             generation, answers = await work_out(socket, body, partial(plan, runtime, socket, body))
             caller.charge_tokens(generation.reserved_tokens, time.monotonic())
             usage = answers.usage
@@ -113,16 +115,17 @@ async def _answer(socket: WebSocket, text: str, schema: type[B], plan: Plan) -> 
                 settle(caller, generation, usage)
     except (WebSocketDisconnect, asyncio.CancelledError):
         status = 0
-        runtime.metrics.refused.labels("499", "client_gone").inc()
+        refused.labels("499", "client_gone").inc()
         raise
     except Exception as problem:
         error = problem if isinstance(problem, ApiError) else OUR_FAULT
         status = error.status
         if error is OUR_FAULT:
             _log.error("an answer failed", exc_info=problem)
-        runtime.metrics.refused.labels(str(status), error.code).inc()
+        refused.labels(str(status), error.code).inc()
         await socket.send_text(json.dumps(error.body))
     finally:
+        release(socket.scope)
         access_log: AccessLog = socket.state.access_log
         access_log.write(socket.scope, status, time.monotonic() - begun, usage)
 

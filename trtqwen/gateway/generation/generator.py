@@ -15,7 +15,7 @@ from trtqwen.gateway.admission.prefix import prefixes
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.answer import Answer
 from trtqwen.gateway.generation.inputs import cache_salt, engine_extensions, engine_inputs
-from trtqwen.gateway.generation.plan import GenerationPlan, Piece, Usage
+from trtqwen.gateway.generation.plan import GenerationPlan, Observation, Piece, Usage
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import ServedModel
@@ -31,6 +31,7 @@ class Generator:
         isolates_keys: whether API keys share no KV cache blocks.
         suspect: is told of a replica that does not answer.
         prefix_routing: whether a request goes to the replica that has read its beginning.
+        observe: is told of each plan that runs; what it returns sees the answers.
     """
 
     model: ServedModel
@@ -41,6 +42,7 @@ class Generator:
     suspect: Callable[[Replica], None]
     prefix_routing: bool = False
     isolates_keys: bool = False
+    observe: Callable[[GenerationPlan], Observation] | None = None
     stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -61,18 +63,31 @@ class Generator:
         deadline = begun + self.request_seconds
         usage.prompt_tokens = sum(map(len, plan.prompts)) // plan.choices
         counts = [len(prompt) + plan.reserved for prompt in plan.prompts]
-        with self.gate.places(counts, self._prefixes(plan), plan.priority) as tickets:
-            sequences = [self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)]
-            pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
-            try:
-                async with aclosing(pieces):
-                    async for piece in pieces:
-                        if first:
-                            self.metrics.first_token_seconds.observe(time.monotonic() - begun)
-                            first = False
-                        yield piece
-            finally:
-                self.metrics.request_seconds.observe(time.monotonic() - begun)
+        observation = None if self.observe is None else self.observe(plan)
+        failure: BaseException | None = None
+        try:
+            with self.gate.places(counts, self._prefixes(plan), plan.priority) as tickets:
+                sequences = [
+                    self._sequence(plan, index, ticket, usage, deadline) for index, ticket in enumerate(tickets)
+                ]
+                pieces = sequences[0] if len(sequences) == 1 else _merged(sequences)
+                try:
+                    async with aclosing(pieces):
+                        async for piece in pieces:
+                            if first:
+                                self.metrics.first_token_seconds.observe(time.monotonic() - begun)
+                                first = False
+                            if observation is not None:
+                                observation.piece(piece)
+                            yield piece
+                finally:
+                    self.metrics.request_seconds.observe(time.monotonic() - begun)
+        except BaseException as problem:
+            failure = problem
+            raise
+        finally:
+            if observation is not None:
+                observation.end(usage, failure)
 
     def _prefixes(self, plan: GenerationPlan) -> list[tuple[int, ...]]:
         if not self.prefix_routing:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
 import numpy as np
@@ -38,6 +38,7 @@ class Monitor:
             death is noticed within twice that.
         stall_seconds: silence after which an answer is ended.
         prompt_tokens_per_second: how slowly a working engine may read.
+        on_change: called when a replica may have begun or ceased to work.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Monitor:
         probe_seconds: float,
         stall_seconds: float,
         prompt_tokens_per_second: float,
+        on_change: Callable[[], None] = lambda: None,
     ) -> None:
         self._replicas = replicas
         self._gate = gate
@@ -56,6 +58,7 @@ class Monitor:
         self._probe_seconds = probe_seconds
         self._stall_seconds = stall_seconds
         self._prompt_tokens_per_second = prompt_tokens_per_second
+        self._on_change = on_change
         self._up = [False] * len(replicas)
         self._told = [""] * len(replicas)
         self._look_now = [asyncio.Event() for _ in replicas]
@@ -130,4 +133,4 @@ class Monitor:
         self._up[number] = up
         self._gate.set_up(number, up)
         self._metrics.replica_up.labels(self._replicas[number].address).set(up)
-        self._metrics.ready.set(self.ready and not self._gate.draining)
+        self._on_change()

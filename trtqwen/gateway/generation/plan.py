@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
@@ -91,6 +91,16 @@ class Usage:
     prompt_tokens: int = 0
     output_tokens: int = 0
     cached_tokens: int | None = None
+
+
+class Observation(Protocol):
+    """Sees one request's answers."""
+
+    def piece(self, piece: Piece) -> None:
+        """The next piece."""
+
+    def end(self, usage: Usage, failure: BaseException | None) -> None:
+        """The end, with what kept the answers from being complete, if anything."""
 
 
 @dataclass(frozen=True)

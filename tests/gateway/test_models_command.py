@@ -1,0 +1,144 @@
+"""`trtqwen serve --models` and `trtqwen models`: Tritons start and stop as the table says."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from scripts.stand_in_engine import write_stand_in_repository
+from tests.waiting import wait_for
+from trtqwen.artifact import read_manifest, write_manifest
+
+pytestmark = pytest.mark.triton
+ADMIN = "sk-admin-0123456789"
+
+
+@pytest.fixture
+def broken_repository(engine_repository: Path, tmp_path: Path) -> Path:
+    """A finished repository whose engine raises an exception as it loads."""
+    output = tmp_path / "broken"
+    write_stand_in_repository(engine_repository, output)
+    manifest = read_manifest(output, "repository")
+    (output / "tensorrt_llm" / "1" / "model.py").write_text("raise RuntimeError('the plan is of another release')\n")
+    (output / "manifest.json").unlink()
+    write_manifest(output, "repository", manifest.inputs, manifest.parameters)
+    return output
+
+
+def of_repository(repository: Path) -> list[int]:
+    """Processes with the repository among their arguments."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (entry / "cmdline").read_text()
+        except OSError:
+            continue
+        if f"--model-repository={repository}\0" in command:
+            found.append(int(entry.name))
+    return found
+
+
+class Service:
+    """A running `serve --models`."""
+
+    def __init__(self, table: Path, admins: Path) -> None:
+        command = [sys.executable, "-m", "trtqwen", "serve", f"--models={table}", f"--admin-keys={admins}"]
+        self.process = subprocess.Popen(
+            [*command, "--gateway-port=0", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        assert self.process.stdout is not None
+        text, line = "", ""
+        while line != "}\n":
+            line = self.process.stdout.readline()
+            assert line, self.process.stderr and self.process.stderr.read()
+            text += line
+        self.url = str(json.loads(text)["gateway"])
+
+    def models(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "trtqwen", "models", *arguments]
+        url = [] if "--url" in arguments else ["--url", self.url]
+        environment = {**os.environ, "TRTQWEN_ADMIN_KEY": ADMIN}
+        return subprocess.run([*command, *url], capture_output=True, text=True, timeout=110, env=environment)
+
+    def ask(self, text: str) -> Any:
+        body = {"model": "qwen", "messages": [{"role": "user", "content": text}], "max_tokens": 200}
+        request = urllib.request.Request(
+            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return json.loads(answer.read())
+
+
+def test_engines_start_and_stop_as_the_table_says(
+    stand_in_repository: Path, unhurried_repository: Path, broken_repository: Path, tmp_path: Path
+) -> None:
+    table, admins = tmp_path / "models.yaml", tmp_path / "admins.yaml"
+    target = {"name": "first", "repository": str(stand_in_repository)}
+    table.write_text(yaml.safe_dump({"models": {"qwen": {"targets": [target]}}}))
+    admins.write_text(f"keys:\n  - {{name: operator, key: {ADMIN}}}\n")
+    others = set(of_repository(stand_in_repository))  # another test's server
+    service = Service(table, admins)
+    try:
+        assert service.ask("hello")["choices"][0]["message"]["content"] == "hello"
+        before = set(of_repository(stand_in_repository)) - others
+        assert len(before) == 1
+        stop = threading.Event()
+        wrong: list[OSError] = []
+        answers: list[int] = []
+
+        def load() -> None:
+            while not stop.is_set():
+                try:
+                    answers.append(service.ask("/again 60 x ")["usage"]["completion_tokens"])
+                except OSError as problem:
+                    wrong.append(problem)
+
+        threads = [threading.Thread(target=load) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        changed = service.models("set", "qwen", "--repo", str(unhurried_repository), "--name", "second")
+        stop.set()
+        for thread in threads:
+            thread.join(60)
+        assert changed.returncode == 0, changed.stderr
+        assert not wrong
+        assert len(set(answers)) == 1  # all of them are whole
+        service.ask("hello")
+        with urllib.request.urlopen(f"{service.url}/metrics", timeout=30) as answer:
+            metrics = answer.read().decode()
+        assert re.findall(r'target_requests_total\{.*outcome="answered",role="serve",target="(\w+)"', metrics) == [
+            "first",
+            "second",
+        ]
+        # The last request on the old one has ended, and so has its Triton.
+        assert wait_for(lambda: not before & set(of_repository(stand_in_repository)))
+        kept = of_repository(unhurried_repository)
+        failed = service.models("set", "qwen", "--repo", str(broken_repository))
+        assert failed.returncode == 1
+        assert "served as before" in failed.stderr
+        assert "the plan is of another release" in failed.stderr
+        assert of_repository(unhurried_repository) == kept
+        assert service.ask("still here")["choices"][0]["message"]["content"] == "still here"
+        assert wait_for(lambda: not of_repository(broken_repository))
+        listed = service.models("list", "--json")
+        [one] = json.loads(listed.stdout)["models"]["qwen"]["targets"]
+        assert (one["name"], one["ready"]) == ("second", True)
+        told = service.models("report")
+        assert told.returncode == 0, told.stderr
+        assert "second" in told.stdout
+    finally:
+        service.process.send_signal(signal.SIGTERM)
+        code = service.process.wait(60)
+    assert code == 0
+    assert not of_repository(unhurried_repository)

@@ -1,0 +1,77 @@
+"""Changes of the table while clients are served: write, wait until every process has switched, or take it back."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+
+from trtqwen.diagnostics import InputError
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.fleet.fleet import Fleet
+from trtqwen.gateway.fleet.table import ModelEntry, ModelTable, exclusively, read_table, revision, write_table
+
+_POLL_SECONDS = 0.05
+_SLACK_SECONDS = 30.0  # beyond the time that an engine may take to start
+
+
+async def change_model(fleet: Fleet, name: str, entry: ModelEntry | None, expected: str | None = None) -> None:
+    """Serve a model by other targets; returns when all new requests go there. Those that run finish where they are.
+
+    Args:
+        entry: None removes the model.
+        expected: the revision that the change was made from; None takes any.
+
+    Raises:
+        ApiError: 409 if the gateway has no table, cannot write it, or another change is under way; 412 if the table
+            has another revision; 404 if the model to remove does not exist; 422 with the reason if a target cannot be
+            used: then the table is as it was, and so is what serves.
+    """
+    path = fleet.config.models
+    if path is None:
+        raise _conflict("this gateway serves a single repository; start it with a table of models (--models)")
+    try:
+        with exclusively(path):
+            before = read_table(path)
+            if expected is not None and expected != revision(before):
+                message = f"the table has changed since revision {expected}; read it again"
+                raise ApiError(412, message, "revision_changed")
+            if entry is None and name not in before.models:
+                raise ApiError(404, f"the model {name!r} does not exist", "model_not_found")
+            after = before.with_entry(name, entry)
+            _write(path, after)
+            fleet.look()
+            problem = await _switched(fleet, after, name)
+            if problem:
+                _write(path, before)
+                fleet.look()
+                raise ApiError(422, f"{name} is served as before: {problem}", "model_not_changed")
+    except BlockingIOError:
+        raise _conflict("another change of the models is under way; try again when it is done") from None
+    except InputError as problem:
+        raise ApiError(422, str(problem), "model_not_changed") from None
+
+
+def _write(path: Path, table: ModelTable) -> None:
+    try:
+        write_table(path, table)
+    except OSError as problem:
+        raise _conflict(f"the table of models cannot be written ({problem.strerror}); change its file") from None
+
+
+async def _switched(fleet: Fleet, table: ModelTable, name: str) -> str:
+    """Wait until every process of the gateway serves what the table says; why one does not, if so."""
+    wanted = revision(table)
+    deadline = time.monotonic() + fleet.config.engine_start_seconds + _SLACK_SECONDS
+    while time.monotonic() < deadline:
+        everybody = fleet.everybody()
+        if problem := next((problem for one in everybody if (problem := one["problems"].get(name))), ""):
+            return str(problem)
+        if all(one["revision"] == wanted and one["switched"] for one in everybody):
+            return ""
+        await asyncio.sleep(_POLL_SECONDS)
+    return "not every process of the gateway has switched in time"
+
+
+def _conflict(message: str) -> ApiError:
+    return ApiError(409, message, "models_not_changeable")

@@ -1,0 +1,621 @@
+"""The engines of one gateway process: opens, warms up, switches to, drains and closes them as the table says.
+
+A model's requests go to new targets at once when all of those that answer are open and warm; until then, and if one
+of them cannot be used, they go where they went before. An engine that no model names any more is closed when the last
+request on it has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from trtqwen.artifact import load_manifest
+from trtqwen.diagnostics import InputError, TrtQwenError
+from trtqwen.gateway.admission.broker import Link
+from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.fleet.observe import SILENT, Observer, Shadow, end_copies
+from trtqwen.gateway.fleet.peers import Peers
+from trtqwen.gateway.fleet.routing import choose
+from trtqwen.gateway.fleet.table import ModelEntry, ModelTable, Target, file_state, read_table, revision
+from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
+from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import ServedModel, load_model
+from trtqwen.gateway.state import Connect, Runtime, running
+from trtqwen.gateway.supervision import read_supervision
+
+_LOOK_SECONDS = 0.5  # between two looks at the table and at the supervisor's file
+_POLL_SECONDS = 0.05
+_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
+_WARM_TOKENS, _WARM_SECONDS = 32, 60.0
+_log = logging.getLogger(__name__)
+State = Literal["starting", "serving", "draining"]
+
+
+@dataclass(eq=False)
+class Engine:
+    """An engine that is open.
+
+    Attributes:
+        identity: the same in all processes of the gateway.
+        requests: that hold it open.
+    """
+
+    identity: str
+    runtime: Runtime
+    stack: AsyncExitStack
+    requests: int = 0
+
+    @contextmanager
+    def hold(self) -> Iterator[None]:
+        """Keep it open until the block ends."""
+        self.requests += 1
+        try:
+            yield
+        finally:
+            self.requests -= 1
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A target with its engine; the runtime measures it as this target."""
+
+    target: Target
+    engine: Engine
+    runtime: Runtime
+    observer: Observer
+
+    @property
+    def ready(self) -> bool:
+        return self.engine.runtime.monitor.ready
+
+
+@dataclass(frozen=True)
+class Route:
+    """Where a model's requests go."""
+
+    name: str
+    entry: ModelEntry
+    serving: tuple[Serving, ...]
+    shadows: tuple[Serving, ...] = ()
+
+    @property
+    def ready(self) -> bool:
+        return any(one.ready for one in self.serving)
+
+    @property
+    def stable(self) -> Serving:
+        """The target that others are compared with."""
+        return self.serving[0]
+
+    def pick(self, who: str | None) -> Serving:
+        """The target of a request; one that does not answer gets none while another does."""
+        weighted = [one for one in self.serving if one.target.share]
+        candidates = [one for one in weighted if one.ready] or weighted
+        return choose(candidates, lambda one: one.target.share, lambda one: one.target.name, who, self.name)
+
+
+@dataclass
+class Change:
+    """A model on its way to other targets.
+
+    Attributes:
+        problem: why it stays where it was.
+    """
+
+    entry: ModelEntry
+    task: asyncio.Task[None] | None = None
+    engines: dict[str, Engine] = field(default_factory=dict)
+    problem: str = ""
+
+
+class Fleet:
+    """All models of a gateway process.
+
+    Args:
+        models: what `load_models` has read for the first table.
+        keys: how many API keys there are.
+    """
+
+    def __init__(
+        self,
+        config: GatewayConfig,
+        table: ModelTable,
+        models: Mapping[tuple[str, str], ServedModel],
+        metrics: Metrics,
+        connect: Connect,
+        link: Link | None,
+        keys: int,
+    ) -> None:
+        self.config = config
+        self.metrics = metrics
+        self.table = table
+        self.draining = False
+        self._models = dict(models)
+        self._connect = connect
+        self._link = link
+        self._keys = keys
+        self._routes: dict[str, Route] = {}
+        self._engines: dict[str, Engine] = {}
+        self._changes: dict[str, Change] = {}
+        self._closing: set[asyncio.Task[None]] = set()
+        self._seen: tuple[int, ...] = file_state(config.models)
+        self._file_problem = ""
+        self._peers = Peers(config.supervisor)
+        self._told: dict[str, Any] = {}
+
+    # --- what requests ask for
+
+    @property
+    def names(self) -> list[str]:
+        """The models that requests can name, without aliases; the default first."""
+        first = self.default.name
+        return [first, *(name for name in self._routes if name != first)]
+
+    @property
+    def default(self) -> Route:
+        """The model of requests that name none."""
+        return self._routes.get(self.table.first) or next(iter(self._routes.values()))
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken and a model answers."""
+        return not self.draining and any(route.ready for route in self._routes.values())
+
+    @property
+    def idle(self) -> bool:
+        return all(engine.runtime.gate.idle for engine in self._engines.values())
+
+    @property
+    def states(self) -> dict[str, bool]:
+        """Whether each model answers."""
+        return {name: route.ready for name, route in self._routes.items()}
+
+    def route(self, name: str | None) -> Route | None:
+        """A model by its name or alias; None for a name that there is not."""
+        if name is None:
+            return self.default
+        found = self._find(name)
+        if found is None and self.config.models is not None:
+            self.look()  # it may have come a moment ago
+            found = self._find(name)
+        return found
+
+    def _find(self, name: str) -> Route | None:
+        if name in self._routes:
+            return self._routes[name]
+        return next((route for route in self._routes.values() if name in route.entry.aliases), None)
+
+    # --- life
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[Fleet]:
+        """Open the engines of the first table and keep to the table until the block ends."""
+        tasks: list[asyncio.Task[None]] = []
+        try:
+            if self._link is not None:
+                tasks.append(asyncio.create_task(self._link.listen()))
+            for name, entry in self.table.models.items():
+                await self._begin(name, entry)
+            tasks += [asyncio.create_task(self._watch()), asyncio.create_task(_watch_process(self.metrics))]
+            yield self
+        finally:
+            ending = [*tasks, *(change.task for change in self._changes.values() if change.task), *self._closing]
+            for task in ending:
+                task.cancel()
+            await asyncio.gather(*ending, return_exceptions=True)
+            for engine in self._engines.values():
+                await engine.stack.aclose()
+            self._peers.leave()
+
+    async def _begin(self, name: str, entry: ModelEntry) -> None:
+        """Install the first route of a model, before its engines answer."""
+        engines = {}
+        for target in entry.targets:
+            key = self._key(name, target)
+            model = self._models.pop((name, target.name))
+            engines[target.name] = self._engines.get(key) or await self._open(key, target, model)
+        self._install(name, entry, engines)
+
+    def drain(self) -> None:
+        """Refuse newcomers from now on."""
+        self.draining = True
+        for change in self._changes.values():
+            if change.task is not None:
+                change.task.cancel()
+        for engine in self._engines.values():
+            engine.runtime.gate.drain()
+        self.show()
+
+    def send_away(self, failure: ApiError) -> None:
+        """End the waiting of all who wait."""
+        for engine in self._engines.values():
+            engine.runtime.gate.send_away(failure)
+
+    def abort_all(self, failure: ApiError) -> None:
+        """End every running answer with an error."""
+        for engine in self._engines.values():
+            engine.runtime.generator.abort_all(failure)
+
+    # --- changes
+
+    @property
+    def revision(self) -> str:
+        return revision(self.table)
+
+    def look(self) -> None:
+        """Read the table again if its file has changed; one that cannot be used changes nothing."""
+        path = self.config.models
+        if path is None or self.draining or (state := file_state(path)) == self._seen:
+            return
+        self._seen = state
+        try:
+            table = read_table(path)
+        except InputError as problem:
+            self._file_problem = str(problem)
+            _log.error("the models are as before: %s", problem)
+            return
+        self._file_problem = ""
+        self.apply(table)
+
+    def apply(self, table: ModelTable) -> None:
+        """Begin to serve what a table says."""
+        self.table = table
+        for name in [*self._changes]:
+            if name not in table.models:
+                self._forget(name)
+        for name in [*self._routes]:
+            if name not in table.models:
+                self._end_shadows(self._routes.pop(name))
+                self.metrics.model_up.labels(name).set(0)
+        for name, entry in table.models.items():
+            route, change = self._routes.get(name), self._changes.get(name)
+            if change is not None and change.entry == entry and not change.problem:
+                continue
+            if change is not None:
+                self._forget(name)
+            if route is None or route.entry != entry or self._outdated(route):
+                change = self._changes[name] = Change(entry)
+                change.task = asyncio.create_task(self._change(name, change))
+        self._release()
+        self.show()
+
+    def _outdated(self, route: Route) -> bool:
+        """Whether a repository was written again since its engine was opened."""
+        try:
+            return any(
+                one.engine.identity != self._key(route.name, one.target) for one in (*route.serving, *route.shadows)
+            )
+        except InputError:
+            return False  # what runs is better than what is gone
+
+    def _forget(self, name: str) -> None:
+        change = self._changes.pop(name)
+        if change.task is not None:
+            change.task.cancel()
+
+    async def _change(self, name: str, change: Change) -> None:
+        """Open and warm up what a model needs, then send its requests there."""
+        try:
+            for target in change.entry.targets:
+                try:
+                    await self._prepare(name, target, change)
+                except ApiError as problem:
+                    raise InputError(f"{target.name}: {problem.message}") from None
+            _check_tokenizers(change.entry, change.engines)
+        except TrtQwenError as problem:
+            change.problem = str(problem)
+            change.engines.clear()
+            _log.error("model %s stays as it was: %s", name, problem)
+        else:
+            self._install(name, change.entry, change.engines)
+            del self._changes[name]
+            _log.warning("model %s is served by %s", name, ", ".join(target.name for target in change.entry.targets))
+        self._release()
+        self.show()
+
+    async def _prepare(self, name: str, target: Target, change: Change) -> None:
+        addresses = await self._addresses(name, target)
+        key = self._key(name, target)
+        engine = self._engines.get(key)
+        if engine is None:
+            model = await asyncio.to_thread(load_model, target.repository, name)
+            engine = self._engines.get(key) or await self._open(key, target, model, addresses)
+        change.engines[target.name] = engine
+        deadline = time.monotonic() + self.config.engine_start_seconds
+        while not engine.runtime.monitor.ready:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{target.name}: {', '.join(engine.runtime.config.triton)} does not answer",
+                    "start a Triton on the repository first",
+                )
+            await asyncio.sleep(_POLL_SECONDS)
+        await _warm_up(engine.runtime)
+
+    async def _addresses(self, name: str, target: Target) -> tuple[str, ...]:
+        """Where the target's Tritons are; waits for those that `serve` starts."""
+        if target.triton is not None:
+            return target.triton
+        if self.config.supervisor is None:
+            raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
+        begun, deadline = time.time(), time.monotonic() + self.config.engine_start_seconds
+        while True:
+            told = read_supervision(self.config.supervisor).engines.get(target.place, {})
+            if told.get("problem") and told["at"] >= begun:  # not that of an earlier try
+                raise InputError(f"{target.name}: {told['problem']}")
+            if told.get("running"):
+                return tuple(told["triton"])
+            if time.monotonic() > deadline:
+                raise InputError(f"{target.name}: `trtqwen serve` has not started it", "see what serve says")
+            await asyncio.sleep(_POLL_SECONDS)
+
+    def _known_addresses(self, target: Target) -> tuple[str, ...]:
+        if target.triton is not None:
+            return target.triton
+        told = read_supervision(self.config.supervisor).engines.get(target.place, {})
+        return tuple(told.get("triton", ()))
+
+    def _key(self, name: str, target: Target) -> str:
+        manifest = load_manifest(target.repository, "repository").key
+        return "\n".join((name, str(target.repository), *self._known_addresses(target), manifest))
+
+    async def _open(
+        self, key: str, target: Target, model: ServedModel, addresses: Sequence[str] | None = None
+    ) -> Engine:
+        triton = tuple(addresses or self._known_addresses(target))
+        if not triton:
+            raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
+        config = self.config.model_copy(update={"repository": target.repository, "triton": triton})
+        template = model.tokenizer.chat_template
+        stack = AsyncExitStack()
+        runtime = await stack.enter_async_context(
+            running(
+                config,
+                model,
+                None if template is None else ChatTemplate(template),
+                self.metrics,
+                self._connect,
+                self._link,
+                keys=self._keys,
+                identity=key,
+                on_change=self.show,
+            )
+        )
+        engine = self._engines[key] = Engine(key, runtime, stack)
+        return engine
+
+    def _install(self, name: str, entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
+        shadows = [
+            Shadow(
+                target.name,
+                target.shadow,
+                self._measured(name, target, engines[target.name], ()).runtime.generator,
+                engines[target.name].runtime.model.limits.max_batch_size,
+                engines[target.name].hold,
+            )
+            for target in entry.targets
+            if target.shadow is not None
+        ]
+        measured = {
+            target.name: self._measured(name, target, engines[target.name], () if target.shadow else shadows)
+            for target in entry.targets
+        }
+        total = sum(target.share for target in entry.targets)
+        if (old := self._routes.get(name)) is not None:
+            self._end_shadows(old)
+            for one in (*old.serving, *old.shadows):
+                self.metrics.target_weight.labels(name, one.target.name).set(0)
+                self.metrics.target_stable.labels(name, one.target.name).set(0)
+        for target in entry.targets:
+            self.metrics.target_weight.labels(name, target.name).set(target.share / total)
+            self.metrics.target_stable.labels(name, target.name).set(target is entry.stable)
+        self._routes[name] = Route(
+            name,
+            entry,
+            tuple(measured[target.name] for target in entry.targets if target.shadow is None),
+            tuple(measured[target.name] for target in entry.targets if target.shadow is not None),
+        )
+        self.show()
+
+    def _end_shadows(self, route: Route) -> None:
+        for one in route.shadows:
+            end_copies(route.name, one.target.name)
+
+    def _measured(self, name: str, target: Target, engine: Engine, shadows: Sequence[Shadow]) -> Serving:
+        """A target's own view of its engine."""
+        role: Literal["serve", "shadow"] = "serve" if target.shadow is None else "shadow"
+        observer = Observer(self.metrics, name, target.name, role, shadows)
+        generator = engine.runtime.generator
+        own = replace(generator, observe=observer, metrics=SILENT if role == "shadow" else generator.metrics)
+        return Serving(target, engine, replace(engine.runtime, generator=own), observer)
+
+    def _release(self) -> None:
+        """Close the engines that no model needs, each when its last request has ended."""
+        used = {one.engine.identity for route in self._routes.values() for one in (*route.serving, *route.shadows)}
+        used |= {engine.identity for change in self._changes.values() for engine in change.engines.values()}
+        for key in [key for key in self._engines if key not in used]:
+            engine = self._engines[key]
+            if not any(task.get_name() == key for task in self._closing):
+                task = asyncio.create_task(self._close(engine), name=key)
+                self._closing.add(task)
+                task.add_done_callback(self._closing.discard)
+
+    async def _close(self, engine: Engine) -> None:
+        while engine.requests or not engine.runtime.gate.idle:
+            await asyncio.sleep(_POLL_SECONDS)
+            if self._needed(engine):
+                return
+        if self._needed(engine):
+            return
+        del self._engines[engine.identity]
+        await engine.stack.aclose()
+        self.show()
+
+    def _needed(self, engine: Engine) -> bool:
+        """Whether a model has come back to an engine."""
+        routes = (one.engine for route in self._routes.values() for one in (*route.serving, *route.shadows))
+        changes = (one for change in self._changes.values() for one in change.engines.values())
+        return any(other is engine for other in (*routes, *changes))
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+            self.look()
+            self.show()
+
+    # --- what it tells
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why models are not what the table says, by their names; "" is the file itself."""
+        found = {name: change.problem for name, change in self._changes.items() if change.problem}
+        return found | ({"": self._file_problem} if self._file_problem else {})
+
+    @property
+    def settled(self) -> bool:
+        """Whether everything is as the table says, and nothing drains."""
+        return not self._changes and not self._closing and not self._file_problem
+
+    def show(self) -> None:
+        """Tell metrics and the gateway's other processes."""
+        for name, route in self._routes.items():
+            self.metrics.model_up.labels(name).set(route.ready)
+        self.metrics.ready.set(self.ready)
+        told = {
+            "revision": self.revision,
+            "settled": self.settled,
+            "switched": not self._changes,
+            "problems": self.problems,
+            "places": sorted({str(engine.runtime.config.repository) for engine in self._engines.values()}),
+            "triton": sorted({address for one in self._engines.values() for address in one.runtime.config.triton}),
+        }
+        if told != self._told:
+            self._told = told
+            self._peers.tell(told)
+
+    def everybody(self) -> list[dict[str, Any]]:
+        """What this process and the gateway's others tell."""
+        self.show()
+        return [self._told, *self._peers.others()]
+
+    def status(self) -> dict[str, Any]:
+        """For people: each model, its targets, and what is under way, as this process sees it."""
+        models = {}
+        for name, entry in self.table.models.items():
+            route, change = self._routes.get(name), self._changes.get(name)
+            targets = [] if route is None else [_status(one) for one in (*route.serving, *route.shadows)]
+            state = "serving" if change is None else "failed" if change.problem else "changing"
+            models[name] = {
+                "state": state,
+                "problem": None if change is None else change.problem or None,
+                "targets": targets,
+                "entry": entry.model_dump(mode="json", exclude_none=True),
+            }
+        draining = [
+            {"triton": list(engine.runtime.config.triton), "requests": engine.requests}
+            for engine in self._engines.values()
+            if not self._needed(engine)
+        ]
+        return {
+            "revision": self.revision,
+            "default": self.table.first,
+            "models": models,
+            "draining": draining,
+            "settled": all(one["settled"] and one["revision"] == self.revision for one in self.everybody()),
+            "problem": self._file_problem or None,
+        }
+
+
+def _status(one: Serving) -> dict[str, Any]:
+    runtime = one.engine.runtime
+    return {
+        "name": one.target.name,
+        "repository": str(one.target.repository),
+        "triton": list(runtime.config.triton),
+        "weight": one.target.share,
+        "shadow": one.target.shadow,
+        "ready": one.ready,
+        "requests": one.engine.requests,
+        "fingerprint": runtime.model.fingerprint,
+    }
+
+
+def first_table(config: GatewayConfig) -> ModelTable:
+    """The table that a gateway begins with: that of its file, or one model from its own settings.
+
+    Raises:
+        InputError: if the file cannot be used.
+    """
+    if config.models is not None:
+        return read_table(config.models)
+    assert config.repository is not None  # the config's own check
+    name = config.model_name or config.repository.resolve().name
+    target = Target.model_construct(
+        name="engine", repository=config.repository, triton=config.triton, gpus=None, weight=None, shadow=None
+    )
+    entry = ModelEntry.model_construct(targets=(target,), aliases=(), sticky="key")
+    return ModelTable.model_construct(models={name: entry}, default=None)
+
+
+def load_models(table: ModelTable) -> dict[tuple[str, str], ServedModel]:
+    """Read every repository of a table, by model and target.
+
+    Raises:
+        InputError: if one cannot be used.
+    """
+    return {
+        (name, target.name): load_model(target.repository, name)
+        for name, entry in table.models.items()
+        for target in entry.targets
+    }
+
+
+def _check_tokenizers(entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
+    """Refuse a shadow that reads other tokens: it gets copies of requests as token ids."""
+    stable = engines[entry.stable.name].runtime.model.tokenizer
+    for target in entry.targets:
+        own = engines[target.name].runtime.model.tokenizer
+        if target.shadow is not None and own.token_bytes != stable.token_bytes:
+            raise InputError(
+                f"{target.name}: its tokenizer differs from that of {entry.stable.name}",
+                "compare it as a canary with a weight, or with `trtqwen compare`",
+            )
+
+
+async def _warm_up(runtime: Runtime) -> None:
+    """Have every replica answer a request of some length before clients wait for it.
+
+    Raises:
+        ApiError: if one fails.
+    """
+    model = runtime.model
+    prompt = tuple(range(min(_WARM_TOKENS, model.vocab_size, max(1, model.limits.max_seq_len // 2))))
+    tokens = min(_WARM_TOKENS, model.limits.max_seq_len - len(prompt))
+    inputs = engine_inputs(model, Sampling({"runtime_top_k": 1}, 0, ignore_eos=True), prompt, tokens, 0)
+    for replica in runtime.generator.replicas:
+        async for reply in replica.generate(f"warm-up-{os.getpid()}", inputs, _WARM_SECONDS):
+            if reply.log_probs and not np.isfinite(reply.log_probs).all():
+                raise InputError(f"{replica.address}: computes no numbers")
+
+
+async def _watch_process(metrics: Metrics) -> None:
+    """Tell this process's memory and CPU time until cancelled."""
+    counted = 0.0
+    while True:
+        used = time.process_time()
+        metrics.cpu_seconds.inc(used - counted)
+        counted = used
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
+        await asyncio.sleep(_PROCESS_SECONDS)
