@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Serve the bundled model and run benchmark and evaluation clients against it, each unmodified. Prints a table.
-# usage: [PYTHON=PROGRAM] [VLLM=PROGRAM] scripts/clients.sh [DIRECTORY]
-#   DIRECTORY  the clients are installed into DIRECTORY/venv (default: build/clients)
-#   PYTHON     of an environment with trtqwen and Triton (default: .venv/bin/python)
-#   VLLM       the program `vllm` of an environment with vLLM, whose `bench serve` runs too
+# usage: [PYTHON=PROGRAM] [VLLM_PYTHON=PROGRAM] scripts/clients.sh [DIRECTORY]
+#   DIRECTORY    the clients are installed into DIRECTORY/venv (default: build/clients)
+#   PYTHON       of an environment with trtqwen and Triton (default: .venv/bin/python)
+#   VLLM_PYTHON  of an environment with vLLM, whose `bench serve` runs too
 set -u
 ROOT=$(cd "$(dirname "$0")/.." && pwd)
 HOME_=$(mkdir -p "${1:-$ROOT/build/clients}" && cd "${1:-$ROOT/build/clients}" && pwd)
@@ -72,12 +72,21 @@ run "lm-eval $LM_EVAL, loglikelihood" "$CLIENT/lm_eval" --model local-completion
     --include_path "$WORK" --model_args "$EVAL,tokenizer=$WORK/model"
 run "lm-eval $LM_EVAL, remote tokenizer" "$CLIENT/lm_eval" --model local-completions --tasks tiny_choice \
     --include_path "$WORK" --model_args "$EVAL,tokenizer_backend=remote"
-if [ -n "${VLLM:-}" ]; then
-    version=$("$(dirname "$VLLM")/python" -c "from vllm.version import __version__; print(__version__)")
+if [ -n "${VLLM_PYTHON:-}" ]; then
+    version=$("$VLLM_PYTHON" -c "from vllm.version import __version__; print(__version__)")
+    # Not the program: in builds for the CPU it does not find its own version.
+    cat > "$WORK/bench.py" <<'P'
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    main(parser.parse_args())
+P
     for backend in vllm:/v1/completions openai-chat:/v1/chat/completions openai-responses:/v1/responses; do
-        run "vllm bench serve $version, ${backend%%:*}" "$VLLM" bench serve --backend "${backend%%:*}" \
+        run "vllm bench serve $version, ${backend%%:*}" "$VLLM_PYTHON" "$WORK/bench.py" --backend "${backend%%:*}" \
             --endpoint "${backend#*:}" --base-url "$URL" --model tiny --tokenizer "$WORK/model" --dataset-name random \
-            --random-input-len 32 --random-output-len 8 --num-prompts 8 --ignore-eos --ready-check-timeout-sec 0
+            --random-input-len 32 --random-output-len 8 --num-prompts 8 --ignore-eos
     done
 fi
 run "500 connections at once" "$PYTHON" "$ROOT/scripts/sse_load.py" "$URL" tiny --concurrency 500 --requests 500 \
