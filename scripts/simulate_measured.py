@@ -106,7 +106,7 @@ def point_row(point: Point) -> Row:
         card=point.card,
         engine=engine,
         precision=precision,
-        link=assumptions().links.fast,
+        link=assumptions().links.typical,
     )
     places = point.in_flight if point.kind == "throughput" else 1
     count = 4 * places if point.kind == "throughput" and "docs/source/performance.md" not in point.source else places

@@ -115,7 +115,8 @@ def pareto_plot(spots: Sequence[Spot]) -> str:
         )
     front = sorted((spot.latency, spot.throughput) for spot in spots if spot.front)
     if front:
-        axis.step(*zip(*front, strict=True), where="post", color="tab:orange", label="Pareto front")
+        ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none"}
+        axis.step(*zip(*front, strict=True), where="post", color="tab:orange", label="Pareto front", **ring)
     for spot in spots:
         if spot.label:
             axis.annotate(
@@ -127,6 +128,7 @@ def pareto_plot(spots: Sequence[Spot]) -> str:
             )
     axis.set_xlabel("mean latency of a request, ms")
     axis.set_ylabel("output tokens/s")
+    axis.margins(x=0.1, y=0.15)
     axis.set_ylim(bottom=0)
     axis.set_xlim(left=0)
     axis.grid(alpha=0.3)

@@ -151,10 +151,10 @@ def _print(search: Search) -> None:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("configuration", min_width=28, overflow="fold")
+    table.add_column("configuration", overflow="fold")
     for name in ("mean ms", "tokens/s", "success", "first ms", "gap ms"):
-        table.add_column(name, justify="right")
-    table.add_column("state")
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("state", no_wrap=True)
     lines = search_table(search)
     for *cells, _, state in lines[:_SHOWN]:
         table.add_row(*cells, state)

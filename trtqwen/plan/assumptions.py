@@ -28,6 +28,15 @@ class Links(_Facts):
     fast: Link
     slow: Link
 
+    @property
+    def typical(self) -> Link:
+        """Between the two ends, by the geometric mean, as `plan.speed` takes its typical forecast."""
+        fast, slow = self.fast, self.slow
+        return Link(
+            bus_gb_per_s=(fast.bus_gb_per_s * slow.bus_gb_per_s) ** 0.5,
+            latency_us=(fast.latency_us * slow.latency_us) ** 0.5,
+        )
+
 
 class ContextMemory(_Facts):
     """GiB of a card that CUDA takes, and NCCL with it where there is more than one rank."""

@@ -67,7 +67,7 @@ def deploy(recipe: Recipe, model: Path | None = None) -> Deployment:
         if finding.level == "error":
             raise InputError(f"{recipe.name}: {finding.what}", finding.hint)
     card, settings = card_facts(recipe.host.card), recipe.checkpoint
-    link = assumptions().links_of(peer_to_peer=card.peer_to_peer).fast
+    link = assumptions().links_of(peer_to_peer=card.peer_to_peer).typical
     cost = CostModel(
         config,
         RankMapping(settings.tp_size, settings.pp_size),

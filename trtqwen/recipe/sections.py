@@ -1,23 +1,16 @@
-"""The recipe: one YAML file that says what to build and how to serve it. All validation lives here."""
+"""What a recipe may say: its sections, and what of them goes together."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from difflib import get_close_matches
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import RecipeError, first_problem
-from trtqwen.facts.llmapi import llm_arguments
-from trtqwen.facts.names import CardName, LlmApiRelease, Release, VllmRelease
-from trtqwen.facts.vllm import vllm_facts
+from trtqwen.facts.names import CardName, Release
 from trtqwen.hf.known import model_names
-from trtqwen.yaml_file import parse_value, read_mapping
+from trtqwen.recipe.engines import LlmApiSettings, Section, VllmSettings
 
-BUNDLED = Path(__file__).parent / "recipes"
-CHECKOUT = Path(__file__).parent.parent / "recipes"
 DtypeChoice = Literal["auto", "float16", "bfloat16", "float32"]
 Quant = Literal["none", "int8_wo", "int8_sq"]
 KvCache = Literal["auto", "int8"]
@@ -28,27 +21,7 @@ TORCH_SERVING = ("device", "cuda_graphs", "overlap")
 _TENSORRT_SERVING = ("enable_context_fmha_fp32_acc", "kv_cache_host_memory_bytes")
 
 
-# Options of vLLM that other fields of the recipe decide.
-_VLLM_OWN = (
-    *("model", "tokenizer", "served-model-name", "dtype", "host", "port", "uds", "generation-config"),
-    *("max-model-len", "max-num-seqs", "max-num-batched-tokens", "block-size", "num-gpu-blocks-override"),
-    *("tensor-parallel-size", "pipeline-parallel-size", "gpu-memory-utilization", "logprobs-mode"),
-    *("enable-prompt-tokens-details", "structured-outputs-config"),
-    *("enable-prefix-caching", "no-enable-prefix-caching", "enable-chunked-prefill", "no-enable-chunked-prefill"),
-)
-
-# Arguments of the LLM API that other fields of the recipe decide.
-_LLMAPI_OWN = (
-    *("model", "tokenizer", "dtype", "tensor_parallel_size", "pipeline_parallel_size", "kv_cache_config"),
-    *("max_batch_size", "max_num_tokens", "max_seq_len", "enable_chunked_prefill", "scheduler_config"),
-)
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-
-class CheckpointRecipe(_Section):
+class CheckpointRecipe(Section):
     """How the weights are converted.
 
     Attributes:
@@ -105,7 +78,7 @@ class CheckpointRecipe(_Section):
         return self
 
 
-class HostRecipe(_Section):
+class HostRecipe(Section):
     """The machine that the engine is built on and served from; `plan` uses it.
 
     Attributes:
@@ -117,73 +90,7 @@ class HostRecipe(_Section):
     gpus: Annotated[int, Field(ge=1, le=8)] = 1
 
 
-class VllmSettings(_Section):
-    """Where vLLM runs, for backend: vllm. At most one of `python`, `image` and `address` is given.
-
-    Attributes:
-        release: the vLLM that serves; its options are checked against the table of this release.
-        python: interpreter of the environment that vLLM is installed in. Without it, `serve` takes the environment
-            variable TRTQWEN_VLLM_PYTHON, or the `python3` on PATH.
-        image: container image to start vLLM in, with docker.
-        address: `http://host:port` of a vLLM that already serves the model.
-        served_name: what the vLLM at the address calls the model.
-        arguments: further options of vLLM's API server, without dashes: `{enforce-eager: true}`.
-    """
-
-    release: VllmRelease = "0.32.0"
-    python: str | None = None
-    image: str | None = None
-    address: Annotated[str, Field(pattern=r"^https?://[^/]+$")] | None = None
-    served_name: str = "trtqwen"
-    arguments: dict[str, bool | int | float | str] = {}
-
-    @model_validator(mode="after")
-    def _one_place(self) -> VllmSettings:
-        given = [name for name in ("python", "image", "address") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
-        if self.address is not None and self.arguments:
-            raise ValueError("arguments have no effect on a vLLM that already serves at an address")
-        return self
-
-    @model_validator(mode="after")
-    def _known_arguments(self) -> VllmSettings:
-        facts = vllm_facts(self.release)
-        for name in self.arguments:
-            if name in _VLLM_OWN:
-                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
-            if name not in facts.flags:
-                near = facts.near(name)
-                guess = f", did you mean {near!r}?" if near else ""
-                raise ValueError(f"arguments: vLLM {self.release} has no option {name!r}{guess}")
-        return self
-
-
-class LlmApiSettings(_Section):
-    """How TensorRT-LLM's LLM API runs, for backend: llmapi.
-
-    Attributes:
-        release: the TensorRT-LLM that serves; 1.3.0 stands for what follows as well.
-        arguments: further arguments of `tensorrt_llm.LLM`, by its names.
-    """
-
-    release: LlmApiRelease = "1.2.1"
-    arguments: dict[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _known_arguments(self) -> LlmApiSettings:
-        known = llm_arguments(self.release)
-        for name in self.arguments:
-            if name in _LLMAPI_OWN:
-                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
-            if name not in known:
-                near = get_close_matches(name, known, n=1)
-                guess = f", did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"arguments: LLM of TensorRT-LLM {self.release} has no argument {name!r}{guess}")
-        return self
-
-
-class EngineRecipe(_Section):
+class EngineRecipe(Section):
     """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
@@ -258,7 +165,7 @@ class EngineRecipe(_Section):
         return self
 
 
-class ServeRecipe(_Section):
+class ServeRecipe(Section):
     """How the engine is run. The names are the keys of the Triton model `tensorrt_llm`.
 
     Attributes:
@@ -304,7 +211,7 @@ class ServeRecipe(_Section):
     skip_special_tokens: bool = True
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A whole recipe; `name` is the file's name without `.yaml`.
 
     Attributes:
@@ -437,91 +344,3 @@ def override(settings: CheckpointRecipe, changes: dict[str, object]) -> Checkpoi
         return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
     except ValidationError as problem:
         raise RecipeError(f"options: {first_problem(problem)}", "change the options") from None
-
-
-def load_recipe(recipe: str, changes: Sequence[str] = ()) -> Recipe:
-    """Load a recipe by path, or by the name of one that ships with trtqwen.
-
-    Args:
-        changes: fields to replace, each as `section.field=value` with the value in YAML: `engine.max_batch_size=32`.
-
-    Raises:
-        RecipeError: naming file and field, if the recipe is missing or not valid.
-    """
-    path, content = find_recipe(recipe), recipe_content(recipe, changes)
-    if "name" in content:
-        raise RecipeError(f"{path}: field 'name': the file's name is the recipe's name", "remove the field")
-    where = f"{path} with {', '.join(changes)}" if changes else str(path)
-    try:
-        return Recipe.model_validate({**content, "name": path.stem})
-    except ValidationError as problem:
-        raise RecipeError(f"{where}: {first_problem(problem)}", _advice(problem, Recipe)) from None
-
-
-def recipe_content(recipe: str, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """What the file of a recipe says, with changes, before it is checked; see `load_recipe`."""
-    content = read_mapping(find_recipe(recipe), RecipeError)
-    for change in changes:
-        _change(content, change)
-    return content
-
-
-def _change(content: dict[str, Any], change: str) -> None:
-    field, separator, text = change.partition("=")
-    sections, _, name = field.strip().rpartition(".")
-    if not separator or not name:
-        raise RecipeError(f"{change!r} is not field=value", "write it like engine.max_batch_size=32")
-    section = content.setdefault(sections, {}) if sections else content
-    if not isinstance(section, dict):
-        raise RecipeError(f"{change!r}: {sections} is not a section of the recipe", "name section and field")
-    section[name] = parse_value(text, RecipeError)
-
-
-def find_recipe(recipe: str) -> Path:
-    """The file of a recipe, by path or by name.
-
-    Raises:
-        RecipeError: if there is none.
-    """
-    path = Path(recipe)
-    if path.suffix in (".yaml", ".yml") or path.exists():
-        if not path.is_file():
-            raise RecipeError(f"{path}: no such recipe file", "check the path, or name one of `trtqwen recipe list`")
-        return path
-    for directory in (CHECKOUT, BUNDLED):
-        if (directory / f"{recipe}.yaml").is_file():
-            return directory / f"{recipe}.yaml"
-    near = get_close_matches(recipe, recipe_names(), n=1)
-    hint = f"did you mean {near[0]!r}?" if near else "name one that `trtqwen recipe list` prints, or a .yaml file"
-    raise RecipeError(f"{recipe}: no such recipe", hint)
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes that ship with trtqwen."""
-    directory = CHECKOUT if CHECKOUT.is_dir() else BUNDLED
-    return sorted(path.stem for path in directory.glob("*.yaml"))
-
-
-def _advice(problem: ValidationError, model: type[BaseModel]) -> str:
-    first = problem.errors()[0]
-    near = _near_field(".".join(map(str, first["loc"])), model) if first["type"] == "extra_forbidden" else None
-    return f"did you mean {near!r}?" if near else "change the recipe"
-
-
-def _near_field(field: str, model: type[BaseModel]) -> str | None:
-    """The known field that an unknown one may stand for: of a like name in its section, or else in another."""
-    section, _, key = field.rpartition(".")
-    inside = {last: name for name, last in _fields(model) if name.removesuffix(last).rstrip(".") == section}
-    elsewhere = {last: name for name, last in _fields(model)}
-    for names in (inside, elsewhere):
-        if match := get_close_matches(key, names, n=1, cutoff=0.75):
-            return names[match[0]]
-    return None
-
-
-def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
-    """Every field that a file may have: its dotted name and the last part of it."""
-    fields = [(name, name) for name in model.model_fields if name != "name"]
-    if model is Recipe:
-        fields += [(f"{name}.{last}", last) for name, section in SECTIONS.items() for last in section.model_fields]
-    return fields
