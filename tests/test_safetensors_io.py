@@ -220,3 +220,23 @@ def test_every_bfloat16_is_cast_as_the_library_casts_it(tmp_path: Path) -> None:
     assert torch.equal(loaded["flat"].nan_to_num(1.25), expected.nan_to_num(1.25))
     assert torch.equal(loaded["columns"].reshape(-1).nan_to_num(1.25), expected.nan_to_num(1.25))
     assert torch.equal(loaded["back"].nan_to_num(1.25), expected.to(torch.bfloat16).nan_to_num(1.25))
+
+
+def test_a_file_that_is_cut_short_is_an_error_where_it_is_not_mapped(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    values = np.arange(300_000, dtype=np.float32).reshape(300, 1000)
+    with SafetensorsWriter(path, {"w": TensorSpec(values.shape, values.dtype)}) as writer:
+        writer.write("w", [values])
+    reader = SafetensorsReader(path, mapped=False)
+    assert np.array_equal(reader.tensor("w"), values)
+    assert np.array_equal(reader.rows("w", [7, 0, 299]), values[[7, 0, 299]])
+    assert np.array_equal(np.concatenate(list(reader.blocks("w", 128))), values)
+    os.truncate(path, 4096)
+    for read in (
+        lambda: reader.tensor("w"),
+        lambda: reader.examine("w"),
+        lambda: reader.rows("w", [299]),
+        lambda: list(reader.blocks("w", 128)),
+    ):
+        with pytest.raises(InputError, match="was cut short while it was read"):
+            read()

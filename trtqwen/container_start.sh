@@ -3,6 +3,8 @@
 # The image's packages may lie in a virtual environment of their own, first on PATH. One made from it would see the
 # packages of the base Python instead, so the new one is told where python3 finds its own.
 set -f
+work=$PWD
+cd / || exit  # Python looks for modules in the working directory
 for home in /opt/trtqwen-venv "${TRTQWEN_CACHE:-/var/cache/trtqwen}"; do
   [ "$(cat "$home/ready" 2>/dev/null)" = "$TRTQWEN_REQUIRES" ] && break
 done
@@ -21,8 +23,20 @@ for path in sys.path:
     if path.endswith(("site-packages", "dist-packages")):
         print(f"import site; site.addsitedir({path!r})")
 ' >"$site/image.pth" || exit
-    python3 -m pip --python "$home/venv/bin/python" install --quiet $TRTQWEN_REQUIRES >&2 || exit
+    # The versions of the host, except of what the image brings itself.
+    python3 -c '
+import os
+from importlib import metadata
+for pin in os.environ.get("TRTQWEN_PINS", "").split():
+    try:
+        metadata.version(pin.partition("==")[0])
+    except metadata.PackageNotFoundError:
+        print(pin)
+' >"$home/pins" || exit
+    python3 -m pip --python "$home/venv/bin/python" install --quiet --constraint "$home/pins" $TRTQWEN_REQUIRES >&2 ||
+      exit
     echo "$TRTQWEN_REQUIRES" >"$home/ready"
   ) 9>"$home/lock" || exit
 fi
+cd "$work" || exit
 exec "$home/venv/bin/python" -m trtqwen "$@"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ from typing import NoReturn
 
 from trtqwen.artifact import make_directory, read_manifest
 from trtqwen.diagnostics import ContainerError, Diagnostic, InputError
-from trtqwen.engine.gates import driver_problem
+from trtqwen.engine.gates import advisory_problem, driver_problem
 from trtqwen.facts.cards import card_facts
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import known_image, last_engine_release, newest_image, version
@@ -262,6 +263,30 @@ def requirements() -> list[str]:
     return [requirement.replace(" ", "") for requirement in named if "extra ==" not in requirement]
 
 
+def pins() -> list[str]:
+    """The versions that are installed here of all that trtqwen needs, as `name==version`.
+
+    A container installs these of what its image lacks, and not what a registry has meanwhile.
+    """
+    found: dict[str, str] = {}
+    new = {"trtqwen"}
+    while new:
+        name = new.pop()
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another system or Python
+        found[name] = distribution.version
+        needs = (need for need in distribution.requires or () if "extra ==" not in need)
+        new |= {_project(need) for need in needs} - found.keys()
+    return sorted(f"{name}=={version}" for name, version in found.items() if name != "trtqwen")
+
+
+def _project(requirement: str) -> str:
+    """The name of a requirement, as PEP 503 normalizes it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()
+
+
 def _recipe_work(recipe: Recipe, arguments: Sequence[str], *, gpus: int) -> _Work:
     if recipe.engine.backend == "torch":
         return _Work(arguments, recipe.checkpoint.release, gpus=0)
@@ -295,6 +320,7 @@ def _plan(work: _Work, options: ContainerOptions) -> ContainerPlan:
     needs = " ".join(requirements())
     cache = _cache_directory(image, needs)
     docker = ["--rm", "--init", "--ipc=host", "--ulimit=memlock=-1", "--ulimit=stack=67108864"]
+    docker += ["--cap-drop=ALL", "--security-opt=no-new-privileges"]
     if work.gpus is None:
         docker.append("--gpus=all")
     elif work.gpus:
@@ -341,6 +367,7 @@ def _choose_image(work: _Work, options: ContainerOptions) -> tuple[str, tuple[Di
     if work.gpus != 0 and options.driver:
         problem = driver_problem(options.driver, known, options.gpus)
         problems += [problem] if problem else []
+    problems += [advisory] if (advisory := advisory_problem(known)) else []
     for problem in problems:
         if problem.level == "error" and not options.skip_gates:
             raise InputError(problem.what, f"{problem.hint}; --skip-gates starts all the same")
@@ -375,7 +402,9 @@ def _environment(work: _Work, image: str, needs: str, options: ContainerOptions)
         "HOME": "/tmp",  # the user has no entry in the image's passwd: caches go by HOME, torch asks for USER
         "USER": "trtqwen",
         "PYTHONPATH": str(HOME),
+        "PYTHONSAFEPATH": "1",  # a module of the working directory, such as a downloaded model's, is never imported
         "TRTQWEN_REQUIRES": needs,
+        "TRTQWEN_PINS": " ".join(pins()),
         "PIP_CONSTRAINT": "",  # NVIDIA's pins are for the image's own packages
     }
     if options.wheels:

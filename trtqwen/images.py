@@ -9,7 +9,7 @@ from pathlib import Path
 
 from trtqwen import __version__
 from trtqwen.artifact import finished_directory
-from trtqwen.containers import HOME, PACKAGE, START, check_docker, image_digest, requirements
+from trtqwen.containers import HOME, PACKAGE, START, check_docker, image_digest, pins, requirements
 from trtqwen.diagnostics import ContainerError, InputError
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import newest_image
@@ -49,7 +49,7 @@ class ImagePlan:
 # Written by trtqwen {__version__}.
 FROM {digest or self.base}
 ENV {IMAGE_VARIABLE}="{self.base}" {DIGEST_VARIABLE}="{digest or ""}" PYTHONPATH="{HOME}" PIP_CONSTRAINT=""
-ENV TRTQWEN_REQUIRES="{" ".join(requirements())}"
+ENV TRTQWEN_REQUIRES="{" ".join(requirements())}" TRTQWEN_PINS="{" ".join(pins())}" PYTHONSAFEPATH="1"
 COPY trtqwen {HOME}/trtqwen
 COPY recipes {HOME}/recipes
 RUN TRTQWEN_CACHE=/opt/trtqwen-venv bash {start} --version && chmod -R a+rX /opt/trtqwen-venv {HOME}

@@ -345,6 +345,12 @@ def pod(bundled_engine: Callable[..., Path], tmp_path: Path) -> Iterator[Pod]:
         running.process.wait(120)
 
 
+def error_code(lines: list[str]) -> str | None:
+    """The code of the error that an answer is, or that a stream ends with; None for a complete one."""
+    last = [line for line in lines if line.strip()][-1].removeprefix("data: ")
+    return None if last.strip() == "[DONE]" else json.loads(last)["error"]["code"]
+
+
 @pytest.mark.triton
 def test_probes_signals_and_drain_of_a_real_server(pod: Pod) -> None:
     grace = pod.spec["terminationGracePeriodSeconds"]
@@ -373,7 +379,7 @@ def test_probes_signals_and_drain_of_a_real_server(pod: Pod) -> None:
     assert pod.process.wait(grace) == 0
     assert time.monotonic() - begun < grace
     # What runs is finished. What waits is told that the server stops, so that its client asks another replica.
-    stopped = [lines for lines in answers if "stopping" in "".join(lines)]
+    stopped = [lines for lines in answers if error_code(lines) == "stopping"]
     finished = [lines for lines in answers if lines not in stopped]
     assert len(finished) >= 16
     for lines in finished:

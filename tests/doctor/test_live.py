@@ -43,6 +43,11 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
 
+    def ModelConfig(self, request: Any, context: Any) -> Any:
+        reply = service_pb2.ModelConfigResponse()
+        reply.config.instance_group.add(count=4 if self.fault == "orchestrates" else 1)
+        return reply
+
     def ModelInfer(self, request: Any, context: Any) -> Any:
         ids = list(deserialize_bytes_tensor(request.raw_input_contents[0])[0])
         outputs = {"INPUT_ID": np.array([ids], np.int32), "OUT_END_ID": np.array([[0]], np.int32)}
@@ -188,6 +193,12 @@ def test_no_server_is_told_once() -> None:
 def test_cancellation_needs_metrics(sick: Subject) -> None:
     result = check("D31", Subject(Host(), url=sick.url, metrics="127.0.0.1:1"))
     assert (result.verdict, "give --metrics" in result.evidence) == ("skip", True)
+
+
+@pytest.mark.parametrize("sick", ["orchestrates"], indirect=True)
+def test_gauges_of_several_replicas_in_one_server_judge_nothing(sick: Subject) -> None:
+    result = check("D31", sick)
+    assert (result.verdict, "4 replicas in one server" in result.evidence) == ("skip", True)
 
 
 @pytest.mark.triton

@@ -16,7 +16,6 @@ import pytest
 
 from tests.gateway.conftest import Running, quick_gateway
 from tests.waiting import wait_for
-from trtqwen.diagnostics import ServerError
 from trtqwen.system.processes import runs
 from trtqwen.triton.server import TritonServer
 
@@ -114,13 +113,15 @@ def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None
     assert not any(map(runs, pids))
 
 
-def test_the_end_of_a_worker_ends_the_gateway(another_gateway: Any) -> None:
+def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) -> None:
     running = another_gateway(workers=2)
-    pids = workers(running)
-    os.kill(pids[0], signal.SIGKILL)
-    with pytest.raises(ServerError, match="a gateway worker ended with code -9"):
-        wait_for(running.gateway.check)
-    assert not any(map(runs, pids))
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        old, other = sorted(workers(running))
+        os.kill(old, number)
+        assert wait_for(lambda old=old: not runs(old) and len(workers(running)) == 2, 60)
+        assert other in workers(running)
+        assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
+        running.gateway.check()
 
 
 def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:

@@ -412,14 +412,17 @@ LAYOUTS = (
     ),
     Layout(
         "qwen2.5-1m",
-        config(
-            max_position_embeddings=1010000,
-            rope_theta=1e7,
-            dual_chunk_attention_config={
-                "chunk_size": 262144,
-                "local_size": 8192,
-                "original_max_position_embeddings": 262144,
-            },
+        both(
+            tokenizer_config(chat_template=TEMPLATES["qwen2.5_instruct"], model_max_length=1010000),
+            config(
+                max_position_embeddings=1010000,
+                rope_theta=1e7,
+                dual_chunk_attention_config={
+                    "chunk_size": 262144,
+                    "local_size": 8192,
+                    "original_max_position_embeddings": 262144,
+                },
+            ),
         ),
         weights=True,
         warns="dual_chunk_attention_config acts beyond 262,144",

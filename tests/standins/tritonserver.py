@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -39,6 +40,18 @@ FLAGS = (
     "enable-peer-access",
     "cuda-memory-pool-byte-size",
 )
+
+
+class Metrics(BaseHTTPRequestHandler):
+    """What the file named by STANDIN_METRICS says now."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(Path(os.environ["STANDIN_METRICS"]).read_bytes())
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
 
 
 class Ready(BaseHTTPRequestHandler):
@@ -75,6 +88,9 @@ def main() -> None:
     if os.environ.get("STANDIN_BROKEN_GPU", "") == record["gpus"]:
         sys.exit(1)
     print("E0101 00:00:00.000000 1 standin.cc:1] the last words of a rank", flush=True)
+    if "STANDIN_METRICS" in os.environ and options["metrics_port"]:
+        metrics = HTTPServer((options["metrics_address"][0], int(options["metrics_port"][0])), Metrics)
+        threading.Thread(target=metrics.serve_forever, daemon=True).start()
     if options["allow_http"] == ["false"]:
         while True:
             time.sleep(60)

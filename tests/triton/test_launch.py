@@ -225,6 +225,34 @@ def records(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["environment"]["OMPI_COMM_WORLD_RANK"])
 
 
+def test_a_tensorrt_engine_that_counts_no_iterations_hangs(
+    trt_repository: Callable[..., Path], standins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = tmp_path / "metrics"
+    monkeypatch.setenv("STANDIN_METRICS", str(metrics))
+
+    def says(iterations: int, active: int) -> None:
+        part = tmp_path / "part"
+        part.write_text(
+            f'nv_trt_llm_general_metrics{{general_type="iteration_counter",model="tensorrt_llm"}} {iterations}\n'
+            f'nv_trt_llm_request_metrics{{model="tensorrt_llm",request_type="active"}} {active}\n'
+        )
+        part.replace(metrics)
+
+    says(5, 0)
+    with TritonServer(trt_repository(1), ports=Ports(0, 0, 0), watchdog_seconds=1.5) as server:
+        until = time.monotonic() + 3
+        while time.monotonic() < until:  # idle
+            server.check()
+            time.sleep(0.05)
+        says(6, 2)
+        begun = time.monotonic()
+        with pytest.raises(ServerError, match=r"the engine hangs: no step of the engine has ended for"):
+            while time.monotonic() - begun < 60:
+                server.check()
+                time.sleep(0.05)
+
+
 def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], standins: Path) -> None:
     with TritonServer(trt_repository(4), ports=Ports(0, 0, 0), drain_seconds=2) as server:
         session = server.pid

@@ -414,8 +414,11 @@ def test_an_error_in_the_middle_of_a_stream_reaches_every_kind_of_client(server:
         request["guided_decoding_guide_type"] = np.array([[b"regex"]], np.object_)
         request["guided_decoding_guide"] = np.array([[b"[0-9]"]], np.object_)
         replies = list(Call(server, model, request, f"fails in {model}"))
-        # An ensemble drops what is between its models when one of them fails.
-        assert all(reply.text.isdigit() for reply in replies[:-1])
+        *before, _ = replies
+        # An ensemble may drop what is between its models when one of them fails; the program sends each token on.
+        assert [reply.text.isdigit() for reply in before] in (
+            [[True]] if model == "tensorrt_llm_bls" else [[], [True]]
+        )
         assert "no token is left to choose" in replies[-1].error
         assert ask(server, "你好", max_tokens=4)[0].text
 

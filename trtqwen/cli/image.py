@@ -29,14 +29,8 @@ def list_images(json: Json = False) -> None:
     if json:
         print_json({"images": [{**image.model_dump(), "oldest_driver": image.oldest_driver} for image in images()]})
         return
-    table = Table(
-        Column("tag of nvcr.io/nvidia/tritonserver", no_wrap=True),
-        "TensorRT-LLM",
-        "TensorRT",
-        "CUDA",
-        "driver from",
-        "built with",
-    )
+    names = ("tag", "TRT-LLM", "TensorRT", "CUDA", "driver", "built with")
+    table = Table(*(Column(name, no_wrap=True) for name in names), box=None)  # fits 80 columns
     for image in images():
         table.add_row(
             image.image.partition(":")[2],
@@ -46,6 +40,7 @@ def list_images(json: Json = False) -> None:
             image.oldest_driver,
             image.driver,
         )
+    stdout.print("Images of nvcr.io/nvidia/tritonserver, with the oldest driver that runs each:", highlight=False)
     stdout.print(table)
 
 

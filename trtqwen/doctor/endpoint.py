@@ -50,6 +50,14 @@ class Endpoint:
         except grpc.RpcError:
             return False
 
+    def instances(self, model: str) -> int:
+        """How many instances of a model one server runs; 1 if it does not tell."""
+        try:
+            reply = self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), timeout=5)
+        except grpc.RpcError:
+            return 1
+        return sum(max(1, group.count) for group in reply.config.instance_group) or 1
+
     def text(self, prompt: str, max_tokens: int, **options: float) -> Iterator[str]:
         """The pieces of an answer from `ensemble`, as they come. Closing the iterator cancels.
 

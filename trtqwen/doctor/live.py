@@ -101,6 +101,8 @@ class Cancellation(LiveCheck):
     title = "cancellation"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
+        if (replicas := endpoint.instances("tensorrt_llm")) > 1:  # serve.replica_mode orchestrator
+            raise Skip(f"{replicas} replicas in one server overwrite each other's gauges; serve.replica_mode servers")
         try:
             before = _settled(endpoint)
         except (ServerError, KeyError):

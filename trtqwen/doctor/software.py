@@ -8,7 +8,7 @@ from pathlib import Path
 from trtqwen.diagnostics import Diagnostic
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject
-from trtqwen.engine.gates import driver_problem
+from trtqwen.engine.gates import advisory_problem, driver_problem
 from trtqwen.facts.cards import has_peer_to_peer
 from trtqwen.facts.releases import (
     Image,
@@ -97,6 +97,21 @@ class Driver(Check):
         return self.judge([problem] if problem else [], f"driver {driver}, {tag} was built with {image.driver}")
 
 
+class Advisories(Check):
+    """Attacks on Triton that are known of the image."""
+
+    id = "D41"
+    level = "warning"
+    title = "security advisories of the image"
+
+    def run(self, subject: Subject) -> Result:
+        if subject.host.image is None and not subject.host.gpus:
+            raise Skip("no image of NVIDIA runs here")
+        image = _image(subject)
+        problem = advisory_problem(image)
+        return self.judge([problem] if problem else [], f"none is known of {image.image.rpartition(':')[2]}")
+
+
 def _image(subject: Subject) -> Image:
     """The image this runs in if it is a known one, else the newest that holds the recipe's release."""
     release = subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
@@ -146,4 +161,4 @@ def _visible(subject: Subject) -> list[Diagnostic]:
     return [Diagnostic(text, "unset CUDA_VISIBLE_DEVICES or name a GPU for each rank")]
 
 
-CHECKS: tuple[Check, ...] = (EnginePath(), TensorRtVersion(), Driver(), Environment())
+CHECKS: tuple[Check, ...] = (EnginePath(), TensorRtVersion(), Driver(), Environment(), Advisories())

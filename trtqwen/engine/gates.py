@@ -41,6 +41,8 @@ def driver_problem(driver: str, image: Image, gpus: Sequence[str] = ()) -> Diagn
         )
     runs = newest_image_for(driver)
     older = f", or set checkpoint.release {runs.tensorrt_llm} for {runs.image}, the newest it runs" if runs else ""
+    if runs and runs.advisories:
+        older += f", which has known security holes that {runs.advisories[0].fixed_in} fixes"
     why = "GeForce cards have no forward compatibility"
     if gpus and not any("GeForce" in name for name in gpus):
         why = "forward compatibility needs the image's own entrypoint, which --in-container does not run"
@@ -49,6 +51,19 @@ def driver_problem(driver: str, image: Image, gpus: Sequence[str] = ()) -> Diagn
         f"update the driver{older}",
         "error",
         "driver",
+    )
+
+
+def advisory_problem(image: Image) -> Diagnostic | None:
+    """What is known of attacks on an image's Triton; None if nothing is."""
+    if not image.advisories:
+        return None
+    [first, *_] = image.advisories
+    return Diagnostic(
+        f"{image.image}: has known security holes ({', '.join(first.names)}): {first.what}",
+        f"use an image from {first.fixed_in} on; until then leave Triton on loopback and its HTTP endpoint off",
+        "warning",
+        "advisory",
     )
 
 

@@ -33,6 +33,22 @@ class ReleaseFacts(BaseModel):
     rope_scalings: list[str]
 
 
+class Advisory(BaseModel):
+    """Known attacks on Triton.
+
+    Attributes:
+        fixed_in: the first image without them, `year.month` as its tag begins.
+        names: of the attacks.
+        what: an attacker can do, in words that follow a colon.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    fixed_in: str
+    names: tuple[str, ...]
+    what: str
+
+
 class Image(BaseModel):
     """A container image with Triton, TensorRT-LLM and its C++ backend.
 
@@ -53,6 +69,13 @@ class Image(BaseModel):
         """The oldest driver that runs it, on GeForce and data-center cards alike: CUDA's major version decides."""
         oldest: str = _facts()["cuda_drivers"][self.cuda.partition(".")[0]]
         return oldest
+
+    @property
+    def advisories(self) -> tuple[Advisory, ...]:
+        """Known attacks that it is open to."""
+        tag = version(self.image.rpartition(":")[2])
+        known = (Advisory.model_validate(content) for content in _facts()["advisories"])
+        return tuple(advisory for advisory in known if tag < version(advisory.fixed_in))
 
 
 def version(text: str) -> tuple[int, ...]:

@@ -57,7 +57,9 @@ def create_app(config: GatewayConfig, connect: Connect = Replica, link: Link | N
             app.state.fleet = fleet
             yield
 
-    app = FastAPI(title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="trtqwen", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None
+    )
     for router in (routes.router, responses.router, messages.router, websocket.router, service.router):
         app.include_router(router)
     if admins is not None:

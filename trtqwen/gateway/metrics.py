@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass
 from typing import Literal
 
@@ -15,6 +16,8 @@ from trtqwen.gateway.supervision import Supervision
 SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 
 _Mode = Literal["mostrecent", "livesum"]  # how the values of several processes become one
+_TEXT_SHARE = 0.1  # of a core, that making the text may take
+_MOST_ALLOWED = 0.5  # seconds of it at once
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
@@ -45,6 +48,7 @@ class Metrics:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._text, self._allowance, self._made_at = b"", _MOST_ALLOWED, time.monotonic()
         self._loads: dict[object, Load] = {}
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds", "From a request's arrival to its first token", _LATENCY
@@ -153,18 +157,24 @@ class Metrics:
         self.picker_running.set(in_flight)
         self.picker_cache.set(tokens / room if room else 0)
 
-    def value(self, name: str) -> float:
-        """What a gauge says now."""
-        return self._everybody().get_sample_value(f"{_PREFIX}_{name}") or 0.0
-
     def set_supervision(self, supervision: Supervision) -> None:
         """Take over what the supervisor says."""
         self.restarts.set(supervision.restarts)
         self.restarting.set(supervision.state == "restarting")
 
     def text(self) -> bytes:
-        """Everything in Prometheus' text format."""
-        return generate_latest(self._everybody())
+        """Everything in Prometheus' text format.
+
+        A request for it needs no key, so a flood of them must not cost much: beyond a tenth of one core, all get the
+        text that was made last.
+        """
+        now = time.monotonic()
+        self._allowance = min(_MOST_ALLOWED, self._allowance + _TEXT_SHARE * (now - self._made_at))
+        self._made_at = now
+        if self._allowance > 0 or not self._text:
+            self._text = generate_latest(self._everybody())
+            self._allowance -= time.monotonic() - now
+        return self._text
 
     def _everybody(self) -> CollectorRegistry:
         """The metrics of all processes of this gateway."""

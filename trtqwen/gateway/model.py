@@ -66,14 +66,15 @@ class ServedModel:
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
 
     def encode(
-        self, text: str, param: str, *, mark: str = "", raw: bool = False, bounded: bool = True
+        self, text: str, param: str, *, mark: str = "", raw: bool = False, most: int | None = None
     ) -> tuple[int, ...]:
         """Token ids of a text.
 
         Args:
             mark: a character that is no text; a special token that holds it is plain text.
             raw: a prompt that no template rendered: with what the tokenizer puts around it, such as BOS.
-            bounded: refuse a text that is certainly longer than the context before all of it is tokenized.
+            most: tokens that the text may certainly not exceed; None is the context. A longer one is refused before
+                all of it is tokenized.
 
         Raises:
             ApiError: naming `param`, if it holds half a surrogate pair, which JSON can carry and UTF-8 cannot, or
@@ -84,22 +85,22 @@ class ServedModel:
         except UnicodeEncodeError as problem:
             what = f"{param}: character {problem.start} is half a surrogate pair"
             raise bad_request(f"{what}; send whole characters", param=param) from None
-        if bounded and len(text) > _PIECE:
-            self._check_length(text, param)
+        if len(text) > _PIECE:
+            self._check_length(text, param, most or self.limits.max_seq_len)
         if mark and mark in text:
             return tuple(self.tokenizer.encode_marked(text, mark))
         return tuple(self.tokenizer.encode_prompt(text) if raw else self.tokenizer.encode(text))
 
-    def _check_length(self, text: str, param: str) -> None:
-        """Refuse a text whose beginning alone exceeds the context: a megabyte of digits is a million tokens."""
-        context, tokens = self.limits.max_seq_len, 0
+    def _check_length(self, text: str, param: str, most: int) -> None:
+        """Refuse a text whose beginning alone has more tokens: a megabyte of digits is a million of them."""
+        tokens = 0
         for start in range(0, len(text), _PIECE):
             # A cut may change the tokens around it.
             tokens += max(0, len(self.tokenizer.encode(text[start : start + _PIECE])) - _CUT_TOKENS)
-            if tokens > context:
+            if tokens > most:
                 raise bad_request(
                     f"{param}: has {len(text)} characters, of which the first {start + _PIECE} alone exceed the "
-                    f"context of {context} tokens; shorten it",
+                    f"{most} tokens that may be; shorten it",
                     param=param,
                     code="context_length_exceeded",
                 )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from trtqwen.checkpoint.config import Dtype
 from trtqwen.diagnostics import Diagnostic, InputError, Level
+from trtqwen.engine.gates import advisory_problem
 from trtqwen.engine.limits import context_words, longer_context, needed_factor
+from trtqwen.facts.releases import newest_image
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
@@ -59,8 +62,17 @@ def find(
             *_cards(recipe),
             *_faster_layout(recipe, layouts),
             *_embedding(recipe, memory),
+            *_advisories(recipe),
         ]
     return by_level(found)
+
+
+def _advisories(recipe: Recipe) -> Iterator[Diagnostic]:
+    if recipe.engine.backend != "tensorrt_llm":
+        return
+    with suppress(KeyError):  # a release without images
+        if problem := advisory_problem(newest_image(recipe.checkpoint.release)):
+            yield problem
 
 
 def by_level(findings: Iterable[Diagnostic]) -> tuple[Diagnostic, ...]:

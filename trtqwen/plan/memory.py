@@ -83,7 +83,10 @@ def plan_memory(recipe: Recipe, config: HfConfig, dtype: Dtype) -> tuple[RankMem
             card=int(card_facts(recipe.host.card).usable_gib * GIB),
             context=int(context * GIB),
             weights=rank_weights(config, settings, value_bytes, stage),
-            activations=tokens * activation_bytes(config, settings.tp_size, value_bytes),
+            activations=max(
+                tokens * activation_bytes(config, settings.tp_size, value_bytes),
+                head_bytes(recipe, config, value_bytes) if stage == settings.pp_size - 1 else 0,
+            ),
             buffers=buffer_bytes(recipe, config, last=stage == settings.pp_size - 1),
             block=engine.tokens_per_block * kv_token_bytes(config, mapping, stage, kv_value),
             kv_blocks=0,
@@ -111,6 +114,12 @@ def activation_bytes(config: HfConfig, tp_size: int, value_bytes: int) -> int:
     """
     matrices = rank_matrices(config, tp_size)
     return value_bytes * (3 * matrices.fc[0] + matrices.qkv[0] + 4 * config.hidden_size)
+
+
+def head_bytes(recipe: Recipe, config: HfConfig, value_bytes: int) -> int:
+    """Bytes of a step's end, which reuses the layers' memory: hidden states and a row of logits of each sequence."""
+    rows = recipe.engine.max_batch_size
+    return value_bytes * (step_tokens(recipe) * config.hidden_size + rows * config.vocab_size)
 
 
 def buffer_bytes(recipe: Recipe, config: HfConfig, *, last: bool) -> int:

@@ -69,6 +69,10 @@ class ForkServer:
             fork.end()
             if time.monotonic() - begun >= min(patience, self._seconds):
                 return None
+            with self._lock:  # what killed or stopped this one has met the others too
+                others, self._idle = self._idle, []
+            for other in others:
+                other.end()
         return None
 
     def _fork(self) -> _Fork:

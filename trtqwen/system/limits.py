@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import socket
 from pathlib import Path
 
 from trtqwen.diagnostics import ServerError
+from trtqwen.system.sockets import listen
 
 FEWEST_FILES = 512  # Triton with its five models opens about 150; the gateway needs one for each connection
 _SHARED_MEMORY = Path("/dev/shm")
@@ -49,3 +51,19 @@ def check_shared_memory(needed: int) -> None:
     if free < needed:
         what = f"{_SHARED_MEMORY}: has {free / 1e6:.1f} MB free, and the models of this repository need "
         raise ServerError(f"{what}{needed / 1e6:.1f} MB", hint)
+
+
+def check_loopback() -> None:
+    """Check that a process reaches another one by 127.0.0.1: Triton, its clients and the ranks do.
+
+    Raises:
+        ServerError: if it does not.
+    """
+    try:
+        with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname(), timeout=5):
+            return
+    except OSError as problem:
+        raise ServerError(
+            f"127.0.0.1 cannot be reached ({problem.strerror or problem})",
+            "bring the loopback interface up: `ip link set lo up`",
+        ) from None

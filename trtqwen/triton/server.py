@@ -31,7 +31,7 @@ from trtqwen.system.guardian import ENVIRONMENTS, environments, remove_environme
 from trtqwen.system.host import Host, read_host
 from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
-from trtqwen.system.limits import check_shared_memory
+from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
@@ -55,10 +55,11 @@ from trtqwen.triton.parameters import (
     VLLM_SOCKET,
     repository_parameters,
 )
-from trtqwen.triton.watchdog import Watchdog
+from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
 from trtqwen.vllm.server import VllmServer
 
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
+_GONE = "the log has no error; it crashed or was killed"
 _CRASHED = "the log has no error; it crashed"
 _NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
 _UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
@@ -89,7 +90,7 @@ class TritonServer(Service):
         log: file for the server's log; None keeps it in a temporary file while the server runs.
         drain_seconds: how long `stop` lets running requests finish.
         replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
-        watchdog_seconds: how long the embedded engine may take for a step before it counts as hung; 0 does not watch.
+        watchdog_seconds: how long the engine may take for a step before it counts as hung; 0 does not watch.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
         gpus: numbers of the GPUs for all of the repository's servers; None is all that are visible.
         spread: the machines of an engine's ranks; None is this one.
@@ -145,7 +146,7 @@ class TritonServer(Service):
         self._process: subprocess.Popen[str] | None = None
         self._ranks: dict[int, list[str]] = {}
         self._helpers: dict[int, list[str]] = {}
-        self._broken = False
+        self._broken = self._served = False
         self._log_start = self._starts = 0
         self._vllm = self._vllm_server(log)
         if self._vllm is not None:
@@ -231,6 +232,7 @@ class TritonServer(Service):
     def start(self) -> None:
         """Start the process; `wait_until_ready` tells when it serves."""
         sweep()
+        check_loopback()
         check_shared_memory(python_instances(self._repository) * _REGION_BYTES)
         workspace = self._cleanup.enter_context(new_workspace())
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
@@ -242,7 +244,7 @@ class TritonServer(Service):
                 "run in NVIDIA's Triton container",
             )
         self._tritonservers = launch.tritonservers
-        self._ranks, self._helpers, self._broken = {}, {}, False
+        self._ranks, self._helpers, self._broken, self._served = {}, {}, False, False
         if self._log is None:
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
@@ -270,13 +272,16 @@ class TritonServer(Service):
                 farewell=Farewell(remove=(workspace,), shared_memory=self._shm_prefix),
             )
         if self._watchdog_seconds:
-            strict = self._deployment.engine is not None or bool(read_host().gpus)
+            compiled = self._deployment.engine is not None
+            progress = IterationCounter(f"http://{self.metrics_url}/metrics") if compiled else Heartbeat(heartbeat)
+            strict = compiled or bool(read_host().gpus)
             sessions = [self._process.pid, *([self._vllm.pid] if self._vllm is not None else [])]
-            self._watchdog = Watchdog(sessions, heartbeat, self._watchdog_seconds, strict=strict)
+            self._watchdog = Watchdog(sessions, progress, self._watchdog_seconds, strict=strict)
 
     def answers(self) -> bool:
         """Whether every model is loaded."""
         ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
+        self._served = self._served or ready
         if ready and not self._helpers:
             self._helpers = programs(self.pid, _HELPERS)
             for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
@@ -304,7 +309,7 @@ class TritonServer(Service):
     @property
     def hung(self) -> str | None:
         """Why the server counts as hung; None if it does not, or is not watched."""
-        return self._watchdog.hung() if self._watchdog is not None and self._helpers else None
+        return self._watchdog.hung() if self._watchdog is not None and self._served else None
 
     def _problem(self) -> str | None:
         if self._tritonservers > max(1, len(self._ranks)):
@@ -320,7 +325,7 @@ class TritonServer(Service):
             if death := self._engine_death.read_text("utf-8"):
                 return f"{death} ({self._advice})"
         if ended:
-            return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_KILLED)}"
+            return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_GONE)}"
         return f"the engine hangs: {hung} ({self._advice})" if (hung := self.hung) else None
 
     def stop(self, *, drain: bool = True) -> None:

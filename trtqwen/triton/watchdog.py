@@ -1,21 +1,88 @@
-"""Whether an engine hangs: its model touches a file whenever the engine answers between two steps."""
+"""Whether an engine hangs: by the file that our models touch, or by the iterations that TensorRT-LLM counts."""
 
 from __future__ import annotations
 
+import re
 import time
+import urllib.request
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
 from trtqwen.system.processes import cpu_seconds, living, stopped
 
 _PATIENCE = 10  # times the limit: how long a step may take whose processes compute
 _SAMPLE_SECONDS = 3.0
 _IDLE = 0.1  # share of one core below which nothing computes
+_LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.5
+_ITERATIONS = re.compile(
+    r'^nv_trt_llm_general_metrics\{[^}]*general_type="iteration_counter"[^}]*\} (\S+)', re.MULTILINE
+)
+_ACTIVE = re.compile(r'^nv_trt_llm_request_metrics\{[^}]*request_type="active"[^}]*\} (\S+)', re.MULTILINE)
+
+
+class Progress(Protocol):
+    """Where an engine shows that it works."""
+
+    def silence(self) -> float | None:
+        """Seconds since it last did; None if it has not begun to."""
+
+
+class Heartbeat:
+    """A file whose modification time is the last time that the engine answered between two steps.
+
+    Args:
+        path: the time is in seconds of the monotonic clock.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def silence(self) -> float | None:
+        """Seconds since the engine's last answer; None while it loads."""
+        try:
+            return time.monotonic() - self._path.stat().st_mtime
+        except FileNotFoundError:
+            return None
+
+
+class IterationCounter:
+    """The counter of TensorRT-LLM's C++ backend in Triton's metrics. An engine without requests need not count.
+
+    Args:
+        url: of the metrics.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._count: str | None = None
+        self._worked_at: float | None = None
+        self._next_look = float("-inf")
+
+    def silence(self) -> float | None:
+        """Seconds since the counter moved or no request was active; None before the metrics are there."""
+        now = time.monotonic()
+        if now >= self._next_look:
+            self._next_look = now + _LOOK_SECONDS
+            self._look(now)
+        return None if self._worked_at is None else now - self._worked_at
+
+    def _look(self, now: float) -> None:
+        try:
+            with urllib.request.urlopen(self._url, timeout=_ANSWER_SECONDS) as response:
+                text = response.read().decode("utf-8", "replace")
+        except OSError:
+            return  # a Triton that does not answer does not work either
+        count, active = _ITERATIONS.search(text), _ACTIVE.search(text)
+        if count is None or active is None:
+            return
+        if count[1] != self._count or float(active[1]) == 0 or self._worked_at is None:
+            self._count, self._worked_at = count[1], now
 
 
 class Watchdog:
-    """Watches the heartbeat of one server's engine.
+    """Watches the progress of one server's engine.
 
     A long prompt on a slow CPU may take a minute for one step. So an engine that is late hangs only when its
     processes do not compute, or after ten times the limit. On GPUs, steps are short and a rank that waits computes:
@@ -23,14 +90,13 @@ class Watchdog:
 
     Args:
         sessions: of the server's processes and of its engine's.
-        heartbeat: file whose modification time is the engine's last answer, in seconds of the monotonic clock.
-        limit: seconds between two answers.
+        limit: seconds between two signs of progress.
         strict: whether the limit holds for processes that compute.
     """
 
-    def __init__(self, sessions: Sequence[int], heartbeat: Path, limit: float, *, strict: bool) -> None:
+    def __init__(self, sessions: Sequence[int], progress: Progress, limit: float, *, strict: bool) -> None:
         self._sessions = tuple(sessions)
-        self._heartbeat = heartbeat
+        self._progress = progress
         self._limit = limit
         self._strict = strict
         self._sample: tuple[float, float] | None = None  # when, and CPU seconds of the sessions
@@ -38,9 +104,8 @@ class Watchdog:
     def hung(self) -> str | None:
         """What hangs and since when; None if nothing does."""
         now = time.monotonic()
-        try:
-            silence = now - self._heartbeat.stat().st_mtime
-        except FileNotFoundError:
+        silence = self._progress.silence()
+        if silence is None:
             return None  # another kind of engine, or it still loads
         if silence < self._limit:
             self._sample = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from trtqwen.gateway.state import Runtime
 from trtqwen.gateway.supervision import read_supervision
 
 router = APIRouter(route_class=Route)
+_MOST_COUNTED = 4  # times the context: longer texts are not tokenized
 _PAGE = Path(__file__).with_name("chat.html").read_bytes()
 _POLICY = (
     "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:; connect-src 'self'"
@@ -79,6 +81,15 @@ async def ready(request: Request) -> Response:
     return Json({"status": "restarting" if restarting else "the engine does not answer", **more}, 503)
 
 
+@router.get("/openapi.json", include_in_schema=False)
+async def openapi(request: Request) -> Response:
+    """The description of the routes, made once."""
+    state = request.app.state
+    if not hasattr(state, "openapi"):
+        state.openapi = json.dumps(request.app.openapi()).encode()
+    return Response(state.openapi, media_type="application/json")
+
+
 @router.get("/version")
 async def version() -> Response:
     """The version of trtqwen."""
@@ -88,8 +99,11 @@ async def version() -> Response:
 @router.get("/load")
 async def load(request: Request) -> Response:
     """How many answers are being made and waited for."""
-    metrics = fleet_of(request).metrics
-    running, waiting = metrics.value("in_flight"), metrics.value("queued")
+    text = fleet_of(request).metrics.text().decode()
+    running, waiting = (
+        float(found[1]) if (found := re.search(rf"^trtqwen_gateway_{name} (\S+)$", text, re.MULTILINE)) else 0.0
+        for name in ("in_flight", "queued")
+    )
     return Json({"server_load": running + waiting, "running": running, "waiting": waiting})
 
 
@@ -106,11 +120,16 @@ async def metrics(request: Request) -> Response:
 async def tokenize(request: Request, body: TokenizeRequest) -> Response:
     """Token ids of a prompt, or of a chat as the model reads it."""
     runtime = select(request, body)
-    ids = await work_out(request, body, lambda: _ids(runtime, body))
-    content: dict[str, Any] = {"count": len(ids), "max_model_len": runtime.model.limits.max_seq_len, "tokens": ids}
-    tokenizer = runtime.model.tokenizer
-    strings = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
-    return Json({**content, "token_strs": strings if body.return_token_strs else None})
+
+    def answer() -> Json:
+        ids, tokenizer = _ids(runtime, body), runtime.model.tokenizer
+        strings = None
+        if body.return_token_strs:
+            strings = [tokenizer.decode([token], skip_special_tokens=False) for token in ids]
+        content = {"count": len(ids), "max_model_len": runtime.model.limits.max_seq_len, "tokens": ids}
+        return Json({**content, "token_strs": strings})
+
+    return await work_out(request, body, answer)
 
 
 @router.post("/detokenize")
@@ -138,7 +157,9 @@ def _ids(runtime: Runtime, body: TokenizeRequest) -> tuple[int, ...]:
         raise bad_request("send either a prompt or messages", param="prompt")
     if body.prompt is not None:
         raw = body.add_special_tokens is not False
-        return runtime.model.encode(body.prompt, "prompt", raw=raw, bounded=False)
+        return runtime.model.encode(
+            body.prompt, "prompt", raw=raw, most=_MOST_COUNTED * runtime.model.limits.max_seq_len
+        )
     conversation = Conversation(
         runtime.model,
         runtime.template,

@@ -109,6 +109,8 @@ class Monitor:
                     pass
         except ApiError as problem:
             result, says = problem.code, problem.message
+            if result == "timeout":
+                says = f"no token came within {timeout:.0f} s"
             if problem.status == 503:
                 replica.abort_all(problem)
         self._metrics.probes.labels(result).inc()

@@ -1,0 +1,63 @@
+"""Processes with limits, asked through the one that runs chat templates."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from trtqwen.hf import template_process
+from trtqwen.hf.template_process import TemplateRefusal, TemplateTimeout, run_template
+from trtqwen.system.processes import runs, stopped
+
+
+def children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def wait_for_stop(pid: int) -> None:
+    while not stopped(pid):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("who", ["fork", "parent"])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_process_that_is_killed_or_stopped_is_replaced(who: str, number: signal.Signals) -> None:
+    assert run_template("{{ x }}", {"x": 1}) == "1"
+    server = template_process._server()
+    parent = server._parent.pid
+    [fork] = children(parent)
+    pids = [fork] if who == "fork" else [parent, fork]
+    for pid in pids:
+        os.kill(pid, number)
+        if number is signal.SIGSTOP:
+            wait_for_stop(pid)
+    begun = time.monotonic()
+    assert run_template("{{ x }}", {"x": 2}) == "2"
+    assert time.monotonic() - begun < 10
+    assert not runs(fork)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'a' * 10 ** 10 }}",
+        "{% set n = namespace(x='0123456789') %}{% for a in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+        "{{ 'x' * 30000000 }}",
+        "{{ %}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    ],
+)
+def test_a_hostile_template_is_an_error_within_seconds(template: str) -> None:
+    with pytest.raises(TemplateRefusal):
+        run_template(template, {})
+    assert run_template("{{ x }}", {"x": 1}) == "1"
+
+
+def test_who_cannot_wait_is_told_soon() -> None:
+    with pytest.raises(TemplateTimeout):
+        run_template("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", {}, 0.05)

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from trtqwen.system import guardian
+from trtqwen.system.leftovers import SHARED_MEMORY, sweep, workspace
+
+OWNER = """
+import sys
+from contextlib import ExitStack
+from trtqwen.system.leftovers import shared_memory, workspace
+with ExitStack() as stack:
+    print(stack.enter_context(workspace("test")), flush=True)
+    stack.enter_context(shared_memory(sys.argv[1]))
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    return tmp_path
+
+
+def test_what_a_killed_owner_left_is_swept_and_the_rest_stays(temporary: Path) -> None:
+    prefix = f"trtqwen-{os.getpid()}test-"
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER, prefix],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    assert owner.stdout is not None
+    assert owner.stdin is not None
+    directory = Path(owner.stdout.readline().strip())
+    region = SHARED_MEMORY / f"{prefix}region"
+    region.write_bytes(b"")
+    (directory / "file").write_text("kept while its owner lives")
+    try:
+        sweep()
+        assert (directory / "file").exists()
+        assert region.exists()
+        owner.kill()
+        owner.wait()
+        with workspace() as mine:
+            sweep()
+            assert list(temporary.iterdir()) == [mine]
+        assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
+    finally:
+        region.unlink(missing_ok=True)
+        owner.stdin.close()
+        owner.stdout.close()
+
+
+def test_a_directory_without_an_owner_may_get_one_for_a_minute(temporary: Path) -> None:
+    young, old, full = (temporary / f"trtqwen-{name}" for name in ("young", "old", "full"))
+    for directory in (young, old, full):
+        directory.mkdir()
+    (full / "file").write_text("someone's")
+    for directory in (old, full):
+        os.utime(directory, (0, time.time() - 120))
+    sweep()
+    assert sorted(temporary.iterdir()) == [full, young]
+
+
+def test_triton_s_empty_directories_go_with_their_server(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guardian, "ENVIRONMENT_HOME", str(temporary))
+    other = temporary / "python_env_before"
+    other.mkdir()
+    record = temporary / guardian.ENVIRONMENTS
+    record.write_text(json.dumps({"before": guardian.environments(), "since": time.time()}))
+    ours, used = temporary / "python_env_ours", temporary / "python_env_used"
+    ours.mkdir()
+    used.mkdir()
+    (used / "python").write_text("an environment that was unpacked")
+    guardian.remove_environments(str(record))
+    assert sorted(path.name for path in temporary.glob("python_env_*")) == ["python_env_before", "python_env_used"]
