@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from tests.hf.layouts import LAYOUTS
 from trtqwen.artifact import read_manifest
+from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.engine.builder import build_engine, engine_key
-from trtqwen.engine.config import read_engine_config
-from trtqwen.recipe import EngineRecipe
+from trtqwen.engine.config import Backend, read_engine_config
+from trtqwen.engine.limits import check_computed
+from trtqwen.hf.config import load_config
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe
 
 TORCH = EngineRecipe(backend="torch", max_batch_size=8, max_num_tokens=64, max_seq_len=256)
 TENSORRT = TORCH.model_copy(update={"backend": "tensorrt_llm"})
@@ -55,6 +59,27 @@ def test_the_rank_files_are_copied_where_links_cannot_go(
     copy = tmp_path / "engine" / "rank1.safetensors"
     assert copy.read_bytes() == (checkpoint / "rank1.safetensors").read_bytes()
     assert copy.stat().st_nlink == 1
+
+
+def test_an_engine_of_a_1m_model_ends_where_dual_chunk_attention_begins(tmp_path: Path) -> None:
+    """Built from the checkpoint alone, without the model's config.json."""
+    [layout] = [layout for layout in LAYOUTS if layout.name == "qwen2.5-1m"]
+    run_conversion(plan_conversion(layout.make(tmp_path), CheckpointRecipe(dtype="float32")), tmp_path / "checkpoint")
+    beyond = TORCH.model_copy(update={"max_seq_len": 262145})
+    with pytest.raises(InputError, match="262145 exceeds the checkpoint's max_position_embeddings 262144"):
+        build_engine(tmp_path / "checkpoint", beyond, tmp_path / "engine")
+    build_engine(tmp_path / "checkpoint", TORCH.model_copy(update={"max_seq_len": 262144}), tmp_path / "engine")
+
+
+def test_an_attention_factor_is_refused_for_engines_that_do_not_read_it(tmp_path: Path) -> None:
+    [layout] = [layout for layout in LAYOUTS if layout.name == "yarn-attention"]
+    config = load_config(layout.make(tmp_path))
+    refusing: tuple[Backend, ...] = ("vllm", "llmapi")
+    for backend in refusing:
+        with pytest.raises(InputError, match=f"attention factor of its own.*backend {backend} does not compute"):
+            check_computed(backend, config)
+    check_computed("torch", config)
+    check_computed("tensorrt_llm", config)
 
 
 def test_limits_beyond_the_model_are_refused(checkpoint: Path, tmp_path: Path) -> None:

@@ -19,13 +19,17 @@ from typer.testing import CliRunner, Result
 
 from trtqwen.bench.figures import Figures, figures
 from trtqwen.bench.records import RequestRecord
+from trtqwen.bench.setup import WorkloadOptions, named_workloads
 from trtqwen.cli import app
+from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError, InputError, OutputError
 from trtqwen.recipe import Recipe, load_recipe, recipe_content
+from trtqwen.simulate.run import Load
+from trtqwen.tune.bench import SimulatorBench
 from trtqwen.tune.journal import JOURNAL, Journal
 from trtqwen.tune.report import write_recipe, write_search
 from trtqwen.tune.search import Searcher, SearchSettings, TargetMissed, pareto_front, search_digest
-from trtqwen.tune.space import parse_space
+from trtqwen.tune.space import configurations, parse_space
 from trtqwen.tune.target import Measures, Target
 
 RECIPE = "qwen2-tiny-cpu"
@@ -166,6 +170,30 @@ def test_tunes_on_the_simulator(tmp_path: Path) -> None:
     assert "forecasts" in (tmp_path / "qwen2.5-7b-bf16-torch-h100-tuned.yaml").read_text()
 
 
+def test_a_trace_is_sent_at_its_times_and_a_short_file_makes_short_runs(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"token_ids": [300, 301], "max_tokens": 3, "at": 2.0 * number} for number in range(18)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("qwen2-tiny-cpu", "--set", "host.card=h100-sxm", "--set", "host.gpus=2", "--model", MODEL)
+    sweep = ("--sweep", "engine.max_batch_size=8,16", "--workload", trace)
+    result = run(*words, *sweep, "--on", "simulator", "--output", tmp_path / "out", "--json")
+    report = json.loads(result.stdout)
+    assert report["settings"]["requests"] == 18
+    assert report["about"]["load"] == "at the times of the workload"
+    assert report["best"]["measures"]["throughput"] == pytest.approx(18 * 3 / 34, rel=0.01)
+
+
+def test_a_missed_target_is_one_object_and_exit_code_1(tmp_path: Path) -> None:
+    words = (*H100, "--sweep", "engine.max_batch_size=256,512", "--requests", 72, "--time-to-first-token", "1ms")
+    result = run(*words, "--output", tmp_path, "--json")
+    assert result.exit_code == 1
+    report = json.loads(result.stdout)
+    assert report["best"] is None
+    assert "beyond it" in report["error"]["what"]
+    assert "error: " in result.stderr
+    assert not list(tmp_path.glob("*.yaml"))
+
+
 def test_layouts_are_tuned_on_the_simulator(tmp_path: Path) -> None:
     words = ("qwen2.5-7b-bf16-tp4-4090d", "--on", "simulator", "--workload", "rag", "--concurrency", 32)
     shorter = ("--output-tokens", 16, "--requests", 288)
@@ -209,3 +237,25 @@ def test_goes_on_after_kill_9(tmp_path: Path) -> None:
     report = json.loads(run(*words[1:]).stdout)
     assert 3 <= report["reused_runs"] < report["runs"]
     assert report == {**json.loads(run(*words[1:]).stdout), "reused_runs": report["reused_runs"]}
+
+
+def test_finds_the_best_of_a_grid_on_the_simulator_in_a_third_of_the_runs(tmp_path: Path) -> None:
+    changes = ("engine.max_batch_size=4", "engine.max_num_tokens=256", "engine.max_seq_len=256")
+    recipe, content = load_recipe(H100[0], changes), recipe_content(H100[0], changes)
+    sweeps = ["engine.max_batch_size=2,4,8", "engine.max_num_tokens=64,256,1024", "engine.tokens_per_block=16,32,64"]
+    space = parse_space(recipe, sweeps)
+    [workload] = named_workloads(WorkloadOptions("smoke", 72), range(1000), 1)
+    bench = SimulatorBench(workload, Load(8), None)
+    settings = SearchSettings(candidates=27, requests=72)
+    search = Searcher(
+        recipe, content, space, NO_LIMITS, settings, bench, Journal(tmp_path, ""), model=None, about=ABOUT
+    ).run()
+    assert search.whole_runs == pytest.approx(9)
+    grid = [
+        NO_LIMITS.measures(bench.run(Recipe.model_validate({**one.apply(content), "name": "x"}), 72)).throughput
+        for one in configurations(recipe, space, 0)
+    ]
+    assert len(grid) == 27
+    assert search.best is not None
+    assert search.best.measures is not None
+    assert search.best.measures.throughput == max(grid) > 1.5 * grid[0]

@@ -20,8 +20,8 @@ from trtqwen.cli.bench import (
 )
 from trtqwen.cli.output import Bars, Changes, Force, Json, print_json, progress_bars, stderr, stdout
 from trtqwen.tune.report import search_table, write_recipe, write_search
-from trtqwen.tune.search import OnProgress, Progress, Search, SearchSettings
-from trtqwen.tune.setup import TuneOptions, make_searcher
+from trtqwen.tune.search import OnProgress, Progress, Search, SearchSettings, TargetMissed
+from trtqwen.tune.setup import PLACES, TuneOptions, make_searcher
 from trtqwen.tune.target import Target, milliseconds
 
 _SHOWN = 12  # rows of the table in the terminal
@@ -95,8 +95,8 @@ def command(
         inter_token_latency=None if inter_token_latency is None else milliseconds(inter_token_latency),
         percentile=int(percentile),
     )
-    places = None if rate is not None else concurrency or 16
-    whole = requests or 18 * (places or 16)
+    places = None if rate is not None else concurrency
+    whole = requests or 18 * (places or PLACES)
     options = TuneOptions(
         recipe=recipe,
         changes=tuple(changes or ()),
@@ -115,13 +115,20 @@ def command(
     written = write_search(search, output)
     if search.best is not None:
         written.append(write_recipe(search, recipe, output / f"{search.recipe.name}-tuned.yaml", options.changes))
-    if json:
-        print_json(search.as_json())
-    else:
-        _print(search)
     for path in written:
         stderr.print(f"wrote {path}", highlight=False, soft_wrap=True)
-    search.check()
+    if not json:
+        _print(search)
+        search.check()
+        return
+    try:
+        search.check()
+    except TargetMissed as problem:  # still one object
+        print_json({**search.as_json(), "error": problem.diagnostic.as_json()})
+        for line in (f"error: {problem.what}", f"hint: {problem.hint}"):
+            stderr.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(problem.exit_code) from None
+    print_json(search.as_json())
 
 
 def _progress(bars: Bars) -> OnProgress:
