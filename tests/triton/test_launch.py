@@ -25,6 +25,7 @@ from trtqwen.recipe import ServeRecipe, load_recipe, recipe_names
 from trtqwen.system.host import Gpu, Host
 from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
+from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
     MPIRUN,
     Deployment,
@@ -223,6 +224,18 @@ def standins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def records(path: Path) -> list[dict[str, Any]]:
     found = [json.loads(line) for line in path.read_text().splitlines()]
     return sorted(found, key=lambda record: record["environment"]["OMPI_COMM_WORLD_RANK"])
+
+
+def test_what_killed_builds_left_is_removed_before_it_is_served(
+    trt_repository: Callable[..., Path], tmp_path: Path
+) -> None:
+    repository = trt_repository(1)
+    left = [tmp_path / f".{name}.tmp" for name in ("repository", "engine", "checkpoint")]
+    for directory in left:
+        directory.mkdir()
+        (directory / "weights").write_bytes(b"half")
+    check_served_files(repository)
+    assert not any(directory.exists() for directory in left)
 
 
 def test_a_tensorrt_engine_that_counts_no_iterations_hangs(
