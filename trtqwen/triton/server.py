@@ -41,6 +41,8 @@ from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
     Endpoint,
     Launch,
+    RankHosts,
+    check_spread,
     clean_environment,
     plan_launch,
     python_instances,
@@ -95,6 +97,7 @@ class TritonServer(Service):
         watchdog_seconds: how long the engine may take for a step before it counts as hung; 0 does not watch.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
         gpus: numbers of the GPUs for all of the repository's servers; None is all that are visible.
+        spread: the machines of an engine's ranks; None is this one.
 
     Attributes:
         ports: the ports in use; a 0 has become the port picked.
@@ -118,6 +121,7 @@ class TritonServer(Service):
         verify: bool = True,
         watchdog_seconds: float = 0,
         gpus: Sequence[int] | None = None,
+        spread: RankHosts | None = None,
     ) -> None:
         check_served_files(repository, digests=verify)
         self._repository = repository.resolve()
@@ -127,7 +131,11 @@ class TritonServer(Service):
             self._machine = read_host()
         if self._deployment.engine is not None and self._machine is not None:
             _check_engine(self._deployment.engine, self._machine)
-        self._devices = server_devices(self._deployment, self._machine, gpus)[replica]
+        self._spread = spread
+        if spread is not None:
+            check_spread(self._deployment, spread)
+        here = self._deployment if spread is None else replace(self._deployment, world_size=spread.here)
+        self._devices = server_devices(here, self._machine, gpus)[replica]
         if ":" in host:
             raise InputError(f"{host}: Triton takes no IPv6 address", "let it listen on an IPv4 address")
         self._installation = find_tritonserver()
@@ -214,6 +222,7 @@ class TritonServer(Service):
             backends=backends,
             host=self._machine,
             devices=self._devices,
+            spread=self._spread,
         )
         if self._vllm is None:
             return launch
