@@ -12,12 +12,11 @@ demo: .venv/user
 test: .venv/developer .venv/transformers5
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
-# A real vLLM, in an environment of its own: its own tests, then the client tests of the serving layer on it.
-VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
+# A real vLLM, in an environment of its own: the client tests of the serving layer on one server, and the exports.
 test-vllm: .venv/developer .venv-vllm/installed
-	$(VLLM) $(BIN)/pytest --numprocesses=0 tests/vllm/test_real.py
-	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --numprocesses=2 --dist=loadfile --timeout=300 \
-		tests/triton/test_serving.py tests/gateway/test_openai.py
+	TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python TRTQWEN_TEST_BACKEND=vllm \
+		$(BIN)/pytest --numprocesses=2 --dist=loadgroup --timeout=600 \
+		tests/triton/test_serving.py tests/gateway/test_openai.py tests/vllm/test_real.py
 
 .venv-vllm/installed: scripts/install_vllm.py
 	$(PYTHON) scripts/install_vllm.py .venv-vllm

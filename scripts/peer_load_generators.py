@@ -1,9 +1,10 @@
 """Put the load generator beside vLLM's and AIPerf on one server whose token times are known.
 
-    python scripts/peer_load_generators.py --vllm-python .venv-vllm/bin/python [--aiperf AIPERF]
+    python scripts/peer_load_generators.py --vllm-python .venv-vllm/bin/python [--aiperf AIPERF] [--repeats 3]
 
-The server sends the first token after 250 ms, each further one after 50 ms. All generators keep four requests open,
-each of 64 prompt tokens and 32 answer tokens. Prints the figures side by side and the ratio to trtqwen's.
+The server sends the first token after one second, each further one after 200 ms: what a busy machine adds is small
+next to that. All generators keep four requests open, each of 64 prompt tokens and 8 answer tokens. They take turns.
+Prints what the server's script says, the medians side by side, and their ratios to trtqwen's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,23 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 MODEL = Path(__file__).parent.parent / "trtqwen" / "demo" / "model"
-SCRIPT = {"first": 0.25, "gap": 0.05}
-REQUESTS, OPEN, INPUTS, OUTPUTS = 48, 4, 64, 32
+SCRIPT = {"first": 1.0, "gap": 0.2}
+REQUESTS, OPEN, INPUTS, OUTPUTS = 16, 4, 64, 8
+_SECONDS = SCRIPT["first"] + SCRIPT["gap"] * (OUTPUTS - 1)  # of each request
+TRUTH = {
+    "output_token_throughput": OPEN * OUTPUTS / _SECONDS,
+    "request_throughput": OPEN / _SECONDS,
+    "time_to_first_token": 1000 * SCRIPT["first"],
+    "inter_token_latency": 1000 * SCRIPT["gap"],
+}
 _VLLM = """
 from vllm.benchmarks.serve import add_cli_args, main
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -75,22 +85,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--vllm-python")
     parser.add_argument("--aiperf")
+    parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     command = [sys.executable, "-m", "tests.bench.scripted", json.dumps(SCRIPT)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             assert server.stdout is not None
             url = f"http://127.0.0.1:{int(server.stdout.readline())}"
-            figures = {"trtqwen": ours(url)}
+            sides: dict[str, Callable[[], dict[str, float]]] = {"trtqwen": lambda: ours(url)}
             if given.vllm_python:
-                figures["vllm"] = vllms(given.vllm_python, url)
+                sides["vllm"] = lambda: vllms(given.vllm_python, url)
             if given.aiperf:
-                figures["aiperf"] = aiperfs(given.aiperf, url)
+                sides["aiperf"] = lambda: aiperfs(given.aiperf, url)
+            turns = [{who: measure() for who, measure in sides.items()} for _ in range(given.repeats)]
         finally:
             server.kill()
     for name in _VLLM_NAMES:
-        line = f"{name:<26}" + "".join(f"{who} {values[name]:9.2f}  " for who, values in figures.items())
-        ratios = [f"{who}/trtqwen {values[name] / figures['trtqwen'][name]:.3f}" for who, values in figures.items()]
+        medians = {who: statistics.median(turn[who][name] for turn in turns) for who in sides}
+        line = f"{name:<24} script {TRUTH[name]:8.2f}  "
+        line += "".join(f"{who} {value:8.2f}  " for who, value in medians.items())
+        ratios = [f"{who}/trtqwen {value / medians['trtqwen']:.3f}" for who, value in medians.items()]
         print(line + "  ".join(ratios[1:]))
 
 

@@ -1,8 +1,8 @@
 """A closed loop of streaming requests to an OpenAI completions server: python scripts/sse_load.py --help
 
 Prints one JSON object: output tokens/s, and median and 95th percentile of the time to the first piece and between
-pieces. Tokens are those that the server counts in `usage`. Only the standard library, and little work for each piece:
-the client shares the machine with the server that it measures.
+pieces. Tokens are those that the server counts in `usage`. Ends with 1 if a request was not answered. Only the
+standard library, and little work for each piece: the client shares the machine with the server that it measures.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
@@ -107,7 +108,9 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--outputs", type=int, default=64, help="tokens of each answer")
     options = vars(parser.parse_args())
-    print(json.dumps(asyncio.run(load(options.pop("url"), options.pop("model"), **options))))
+    figures = asyncio.run(load(options.pop("url"), options.pop("model"), **options))
+    print(json.dumps(figures))
+    sys.exit(bool(figures["errors"]))
 
 
 if __name__ == "__main__":

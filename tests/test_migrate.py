@@ -13,7 +13,7 @@ import yaml
 
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.migrate import Backend, plan_migration, write_migration
-from trtqwen.recipe import load_recipe, recipe_names
+from trtqwen.recipe import find_recipe, load_recipe, recipe_names
 
 
 def told(migration: Any, kind: str) -> str:
@@ -44,6 +44,11 @@ def test_every_bundled_recipe_migrates(name: str, to: Backend, tmp_path: Path) -
     if source.checkpoint.quant == "int8_sq":
         assert ("SmoothQuant" in told(migration, "lost")) == (to == "llmapi")
     assert any(command.startswith("trtqwen serve") for _, command in migration.commands)
+    noted = "\n".join(told(migration, kind) for kind in ("same", "changed", "lost"))
+    raw = yaml.safe_load(find_recipe(name).read_text())
+    for section in ("checkpoint", "engine", "serve"):
+        for field in raw.get(section, {}):
+            assert field in noted or field in ("backend", "builder"), f"{section}.{field} is dropped without a word"
 
 
 def written(tmp_path: Path, **sections: Any) -> Path:

@@ -12,7 +12,7 @@ import yaml
 
 from trtqwen.artifact import destination
 from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.recipe import TORCH_SERVING, EngineRecipe, Recipe, ServeRecipe, find_recipe, load_recipe
+from trtqwen.recipe import TORCH_SERVING, Recipe, ServeRecipe, find_recipe, load_recipe
 from trtqwen.yaml_file import read_mapping
 
 Backend = Literal["vllm", "llmapi", "torch"]
@@ -31,6 +31,7 @@ _KEPT = {
         *("max_tokens_in_paged_kv_cache", "max_queue_size"),
     ),
 }
+_CALIBRATION = ("calib", "act_ranges", "chat_template")
 _NAMES = {"vllm": "vLLM", "llmapi": "the LLM API", "torch": "the embedded engine"}
 # What TensorRT-LLM's names become.
 _TRANSLATED: dict[str, dict[str, str]] = {
@@ -134,6 +135,7 @@ def plan_migration(recipe: str, to: Backend, output: Path | None = None) -> Migr
             if name in sections["serve"]:
                 value = sections["serve"].pop(name)
                 migration.lost.append(Note(f"serve.{name}: {value}", "is a setting of the embedded engine"))
+    _rest(migration, sections)
     content = {name: value for name, value in raw.items() if name not in sections}
     if to == "torch" and content.pop("host", None) is not None:
         migration.changed.append(Note("host", "is left out: the embedded engine runs where it is started"))
@@ -183,12 +185,10 @@ def _translate(migration: Migration) -> None:
 
 
 def _engine(migration: Migration, engine: dict[str, Any]) -> None:
-    defaults = EngineRecipe.model_fields
     for name in _BUILD_ONLY:
         if name in engine:
             value = engine.pop(name)
-            if value != defaults[name].default:
-                migration.lost.append(Note(f"engine.{name}: {_word(value)}", "is a setting of trtllm-build alone"))
+            migration.lost.append(Note(f"engine.{name}: {_word(value)}", "is a setting of trtllm-build alone"))
     if engine.pop("gather_context_logits", False):
         migration.lost.append(
             Note("engine.gather_context_logits", "logits are not told: requests for them are refused")
@@ -210,13 +210,12 @@ def _checkpoint(migration: Migration, checkpoint: dict[str, Any]) -> None:
             Note("checkpoint.kv_cache: int8", "the KV cache is 16 bits wide and holds half the tokens")
         )
     if settings.quant == "int8_sq" and to == "llmapi":
-        for name in ("quant", "sq_alpha", "per_channel", "per_token", "calib", "act_ranges", "chat_template"):
-            checkpoint.pop(name, None)
+        checkpoint.pop("quant", None)
+        _lose(migration, checkpoint, "belongs to SmoothQuant", "sq_alpha", "per_channel", "per_token", *_CALIBRATION)
         what = "the LLM API has no SmoothQuant: weights are 16 bits; int8_wo or an FP8 model are the alternatives"
         migration.lost.append(Note("checkpoint.quant: int8_sq", what))
     elif to != "torch" and settings.kv_cache == "int8" and settings.quant != "int8_sq":
-        for name in ("calib", "act_ranges", "chat_template"):
-            checkpoint.pop(name, None)
+        _lose(migration, checkpoint, "belongs to the INT8 KV cache", *_CALIBRATION)
     if settings.quant == "int8_sq" and to == "vllm":
         what = "stays INT8 as compressed-tensors W8A8; o_proj is 16 bits wide where query heads share a KV head"
         migration.changed.append(Note("checkpoint.quant: int8_sq", what))
@@ -230,6 +229,12 @@ def _checkpoint(migration: Migration, checkpoint: dict[str, Any]) -> None:
         if to == "llmapi" and settings.int8_layout != "plain":
             checkpoint.pop("int8_layout", None)
             migration.changed.append(Note("checkpoint.int8_layout", "becomes plain"))
+
+
+def _lose(migration: Migration, checkpoint: dict[str, Any], why: str, *names: str) -> None:
+    for name in names:
+        if name in checkpoint:
+            migration.lost.append(Note(f"checkpoint.{name}: {_word(checkpoint.pop(name))}", why))
 
 
 def _serve(migration: Migration, serve: dict[str, Any]) -> None:
@@ -254,12 +259,22 @@ def _serve(migration: Migration, serve: dict[str, Any]) -> None:
             what = "vLLM always works as max_utilization does: the youngest requests may be computed again"
             migration.lost.append(Note("serve.batch_scheduler_policy: guaranteed_no_evict", what))
     else:
-        migration.same.append(Note(f"serve.batch_scheduler_policy: {policy}", "stays"))
+        told = _TRANSLATED[to].get("serve.batch_scheduler_policy")
+        migration.same.append(Note(f"serve.batch_scheduler_policy: {policy}", f"becomes {told}" if told else "stays"))
     if to in ("vllm", "llmapi"):
         for tensor in ("return_context_logits", "return_generation_logits"):
             migration.lost.append(Note(tensor, "a request for it is refused by name"))
     if to == "vllm":
         migration.changed.append(Note("temperature, penalties", "vLLM takes 0 to 2, and -2 to 2; others are refused"))
+
+
+def _rest(migration: Migration, sections: Mapping[str, Mapping[str, Any]]) -> None:
+    """Every other field of the new recipe means what it meant."""
+    noted = {note.setting.partition(":")[0] for notes in notes_of(migration).values() for note in notes}
+    for section, fields in sections.items():
+        for name, value in fields.items():
+            if f"{section}.{name}" not in noted and name != "backend":
+                migration.same.append(Note(f"{section}.{name}: {_word(value)}", "stays"))
 
 
 def _commands(migration: Migration, recipe: str, output: Path) -> None:
@@ -291,6 +306,6 @@ def _word(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def notes(migration: Migration) -> Mapping[str, list[Note]]:
+def notes_of(migration: Migration) -> Mapping[str, list[Note]]:
     """The three lists, by title."""
     return {"Stays": migration.same, "Changes": migration.changed, "Lost": migration.lost}

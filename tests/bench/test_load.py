@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from tests.bench.conftest import Scripted
+from trtqwen.bench import load
 from trtqwen.bench.endpoint import Outcome
-from trtqwen.bench.figures import Goodput, figures
+from trtqwen.bench.figures import Goodput, client_health, figures
 from trtqwen.bench.load import Job, send_all
 from trtqwen.bench.records import ClientLoad
 from trtqwen.bench.run import BenchReport, LoadSettings, probe, run_bench
@@ -184,7 +187,20 @@ def test_a_client_that_cannot_keep_up_says_so(scripted: Callable[..., Scripted])
         )
     measured = report.figures.rates["output_token_throughput"].avg
     assert report.figures.client.bottleneck or measured == pytest.approx(np.mean(rates), rel=0.02)
-    assert report.figures.client.cpu_share > 0
+
+
+def test_a_clients_cpu_share_is_its_cpu_time_by_the_time_that_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    clocks = {"process_time": iter([10.0, 11.8]), "monotonic": iter([5.0, 7.0])}
+    monkeypatch.setattr(
+        load, "time", SimpleNamespace(**{name: partial(next, ticks) for name, ticks in clocks.items()})
+    )
+
+    async def measure() -> ClientLoad:
+        return load._LagMeter().stop()
+
+    measured = asyncio.run(measure())
+    assert measured.cpu_share == pytest.approx(0.9)
+    assert "90% of a processor" in str(client_health([measured], {}).bottleneck)
 
 
 def test_what_makes_a_client_the_bottleneck() -> None:

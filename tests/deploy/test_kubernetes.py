@@ -19,12 +19,14 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from tests.commands import check_command
 from tests.deploy.conftest import free_port
 from tests.deploy.programs import kubernetes_program, program
 from tests.waiting import wait_for
 from trtqwen.cli.deploy import command
 from trtqwen.deploy.image import serving_image
 from trtqwen.deploy.kubernetes import Kubernetes, adapter_values, kubernetes_files, signals
+from trtqwen.diagnostics import InputError
 from trtqwen.recipe import load_recipe
 
 RECIPES = ("qwen2.5-7b-bf16-tp1x4-4090d", "qwen2.5-7b-int8-wo-tp4-4090d", "qwen2-tiny-cpu")
@@ -128,6 +130,56 @@ def test_kustomize_and_helm_make_the_same_valid_objects(
             for (kind, _), item in full.items():
                 if kind not in kinds or kind == "HorizontalPodAutoscaler":  # the others are no kinds of Kubernetes
                     validate.validate(item, release, strict=True)
+
+
+def test_ranks_over_nodes_are_a_group_of_pods(
+    kubectl: str, helm: str, deployed: Callable[..., Path], tmp_path: Path
+) -> None:
+    validate = pytest.importorskip("kubernetes_validate", reason="install the package kubernetes-validate")
+    directory = deployed("qwen2.5-7b-bf16-tp4-4090d", "--nodes=2")
+    chart = str(directory / "helm" / "trtqwen")
+    run(helm, "lint", "--strict", chart)
+    found = kustomized(kubectl, directory, "keda", "inference-extension")
+    switches = ["--set", SWITCHES["keda"], "--set", SWITCHES["inference-extension"]]
+    assert objects(run(helm, "template", "trtqwen", chart, "--namespace", "trtqwen", *switches)) == found
+    known = {"ConfigMap", "Service", "NetworkPolicy", "PodDisruptionBudget", "ServiceAccount", "Role", "RoleBinding"}
+    assert {kind for kind, _ in found} == known | {"LeaderWorkerSet", "ScaledObject", "InferencePool", "HTTPRoute"}
+    for (kind, _), item in found.items():
+        if kind in known:
+            validate.validate(item, RELEASES[-1], strict=True)
+    group = found["LeaderWorkerSet", "trtqwen"]["spec"]["leaderWorkerTemplate"]
+    pods = [group["leaderTemplate"]["spec"], group["workerTemplate"]["spec"]]
+    assert group["size"] == 2
+    for pod in pods:  # each is a pod that Kubernetes takes, with half of the GPUs
+        head = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}}
+        validate.validate({**head, "spec": pod}, RELEASES[-1], strict=True)
+        assert pod["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == 2
+    arguments = pods[0]["containers"][0]["args"]
+    check_command(arguments)
+    assert [word for word in arguments if word.startswith("--rank-host")] == [
+        "--rank-host=$(POD_NAME):2",
+        "--rank-host=$(POD_NAME)-1:2",
+    ]
+    leader = {"leaderworkerset.sigs.k8s.io/worker-index": "0"}
+    assert found["Service", "trtqwen"]["spec"]["selector"].items() >= leader.items()
+    assert found["InferencePool", "trtqwen"]["spec"]["selector"]["matchLabels"].items() >= leader.items()
+    assert found["ScaledObject", "trtqwen"]["spec"]["scaleTargetRef"]["kind"] == "LeaderWorkerSet"
+    shell, fake = tmp_path / "shell", tmp_path / "bin" / "kubectl"
+    shell.write_text(found["ConfigMap", "trtqwen"]["data"]["rank-shell"])
+    fake.parent.mkdir()
+    fake.write_text('#!/bin/sh\nfor word in "$@"; do echo "<$word>"; done\n')
+    fake.chmod(0o755)
+    environment = {"PATH": f"{fake.parent}:/usr/bin:/bin"}
+    command = ["/bin/sh", str(shell), "trtqwen-0-1", "PATH=/x ; orted", "-mca", "a"]
+    said = subprocess.run(command, capture_output=True, text=True, env=environment).stdout.splitlines()
+    begin = ["<exec>", "<trtqwen-0-1>", "<--container=trtqwen>", "<-->", "</bin/sh>", "<-c>"]
+    assert said == [*begin, "<PATH=/x ; orted -mca a>"]
+
+
+@pytest.mark.parametrize(("recipe", "nodes"), [("qwen2.5-7b-bf16-tp4-4090d", 3), ("qwen2-tiny-cpu", 2)])
+def test_ranks_that_do_not_divide_are_refused(recipe: str, nodes: int) -> None:
+    with pytest.raises(InputError, match=recipe):
+        plan_files(recipe, nodes=nodes)
 
 
 def test_the_schemas_refuse_what_is_wrong() -> None:

@@ -135,6 +135,13 @@ def executor(bundled_engine: MakeEngine) -> Iterator[Executor]:
         yield running
 
 
+def test_kernels_that_are_kept_are_bounded(executor: Executor) -> None:
+    """Without bounds a rank's memory grows with each number of tokens that a step has for the first time."""
+    for process in executor._processes:
+        variables = Path(f"/proc/{process.pid}/environ").read_text().split("\0")
+        assert {"LRU_CACHE_CAPACITY=256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY=256"} <= set(variables)
+
+
 def test_requests_share_steps(executor: Executor, prompts: list[tuple[int, ...]]) -> None:
     before = executor.stats().iterations
     answers = executor.generate([ask(p[:16], str(i), 40, end_id=None) for i, p in enumerate(prompts[:16])])

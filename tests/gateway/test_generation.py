@@ -13,8 +13,9 @@ import pytest
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import GenerationPlan, Generator, Usage
+from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.inputs import Sampling
+from trtqwen.gateway.generation.plan import GenerationPlan, Usage
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
 from trtqwen.gateway.model import load_model

@@ -148,3 +148,13 @@ def test_the_access_log_says_who_and_how_it_ended(tmp_path: Path, caplog: pytest
     ]
     assert all(entry["request_id"] == "r1" and entry["address"] == "10.0.0.1" for entry in entries)
     assert KEY not in caplog.text
+
+
+def test_requests_are_counted_by_key_without_an_access_log(tmp_path: Path) -> None:
+    keys = read_keys(write(tmp_path / "keys.yaml", f"keys: [{{name: alice, key: {KEY}}}]"))
+    counted = guard(keys, access_log=False)
+    for authorization in (KEY, KEY, "wrong-secret-key-000"):
+        request(counted, "/v1/models", {"Authorization": f"Bearer {authorization}"})
+    text = counted._metrics.text().decode()
+    assert 'trtqwen_gateway_key_requests_total{key="alice",status="200"} 2.0' in text
+    assert 'trtqwen_gateway_key_requests_total{key="-",status="401"} 1.0' in text

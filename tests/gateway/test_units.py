@@ -29,9 +29,9 @@ from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig, gateway_config
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import fit_answer
 from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide
 from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
+from trtqwen.gateway.generation.plan import fit_answer
 from trtqwen.gateway.generation.upstream import _reply
 from trtqwen.gateway.model import ServedModel, load_model
 from trtqwen.gateway.state import plan_gate

@@ -7,6 +7,7 @@ it does not notice, as happens when a rank's own launcher hangs.
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,9 +15,24 @@ import time
 from types import FrameType
 
 
+def remote(options: list[str]) -> list[list[str]]:
+    """What starts each rank on its machine: nothing here, elsewhere the shell for ranks with the host."""
+    if not options:
+        return []
+    shell = options[options.index("plm_rsh_agent") + 1]
+    hosts = [entry.partition(":") for entry in options[options.index("--host") + 1].split(",")]
+    return [
+        [] if number == 0 else [shell, name]
+        for number, (name, _, count) in enumerate(hosts)
+        for _ in range(int(count))
+    ]
+
+
 def main() -> int:
-    options, rest = sys.argv[1:5], sys.argv[5:]
-    assert options == ["--allow-run-as-root", "--bind-to", "none", "--oversubscribe"]
+    begin = sys.argv.index("-n")
+    options, rest = sys.argv[1:begin], sys.argv[begin:]
+    assert options[:4] == ["--allow-run-as-root", "--bind-to", "none", "--oversubscribe"]
+    launchers = remote(options[4:])
     commands: list[list[str]] = [[]]
     for word in rest:
         if word == ":":
@@ -27,6 +43,8 @@ def main() -> int:
     for rank, (option, count, *command) in enumerate(commands):
         assert (option, count) == ("-n", "1")
         environment = {**os.environ, "OMPI_COMM_WORLD_RANK": str(rank)}
+        if launchers and launchers[rank]:
+            command = [*launchers[rank], shlex.join(command)]  # a line for a shell, as ssh takes it
         ranks.append(subprocess.Popen(command, env=environment, preexec_fn=os.setpgrp))
 
     def end(number: int, frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -24,12 +25,14 @@ from trtqwen.recipe import ServeRecipe, load_recipe, recipe_names
 from trtqwen.system.host import Gpu, Host
 from trtqwen.system.processes import living
 from trtqwen.triton.installation import find_tritonserver
+from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
     MPIRUN,
     Deployment,
     Endpoint,
     Launch,
     plan_launch,
+    rank_hosts,
     read_deployment,
     server_devices,
 )
@@ -223,6 +226,18 @@ def records(path: Path) -> list[dict[str, Any]]:
     return sorted(found, key=lambda record: record["environment"]["OMPI_COMM_WORLD_RANK"])
 
 
+def test_what_killed_builds_left_is_removed_before_it_is_served(
+    trt_repository: Callable[..., Path], tmp_path: Path
+) -> None:
+    repository = trt_repository(1)
+    left = [tmp_path / f".{name}.tmp" for name in ("repository", "engine", "checkpoint")]
+    for directory in left:
+        directory.mkdir()
+        (directory / "weights").write_bytes(b"half")
+    check_served_files(repository)
+    assert not any(directory.exists() for directory in left)
+
+
 def test_a_tensorrt_engine_that_counts_no_iterations_hangs(
     trt_repository: Callable[..., Path], standins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -263,6 +278,79 @@ def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], st
         ]
         assert set(living(session)) >= {record["pid"] for record in ranks}
     assert not list(living(session))
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> tuple[Path, Path]:
+    """A shell for ranks that starts them here, and the file in which it notes the hosts."""
+    program, noted = tmp_path / "shell", tmp_path / "hosts"
+    program.write_text(f'#!/bin/sh\necho "$1" >> {noted}\nshift\nexec sh -c "$*"\n')
+    program.chmod(0o755)
+    return program, noted
+
+
+def test_ranks_are_spread_over_hosts(
+    trt_repository: Callable[..., Path], standins: Path, shell: tuple[Path, Path]
+) -> None:
+    program, noted = shell
+    spread = rank_hosts([f"{socket.gethostname()}:2", "127.0.0.2:2"], str(program))
+    with TritonServer(trt_repository(4), ports=Ports(0, 0, 0), drain_seconds=2, spread=spread) as server:
+        deadline = time.monotonic() + 60
+        while len(records(standins)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert len(records(standins)) == 4
+        server.check()
+        assert set(noted.read_text().splitlines()) == {"127.0.0.2"}
+        session = server.pid
+    assert not list(living(session))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "replicas", "hosts", "says"),
+    [
+        (4, 1, ["a:2", "b:1"], "named for 3 ranks and the engine has 4"),
+        (1, 1, ["a:1"], "one TensorRT engine of several ranks"),
+        (2, 2, ["a:1", "b:1"], "2 replicas of 2 ranks"),
+    ],
+)
+def test_hosts_that_do_not_fit_the_engine_are_refused(
+    trt_repository: Callable[..., Path], standins: Path, ranks: int, replicas: int, hosts: list[str], says: str
+) -> None:
+    with pytest.raises(InputError, match=says):
+        TritonServer(trt_repository(ranks, replicas), ports=Ports(0, 0, 0), spread=rank_hosts(hosts))
+
+
+@pytest.mark.parametrize("texts", [["a"], ["a:0"], ["a:x"], [":2"], ["a b:2"], ["-a:2"], ["a:1", "a:2"]])
+def test_hosts_are_written_as_host_and_ranks(texts: list[str]) -> None:
+    with pytest.raises(InputError):
+        rank_hosts(texts)
+
+
+@REAL_MPIRUN
+def test_the_real_mpirun_spreads_ranks_by_the_options(shell: tuple[Path, Path], tmp_path: Path) -> None:
+    program, noted = shell
+    program.write_text(f'#!/bin/sh\necho "$1" >> {noted}\nshift\nexec sh -c "$*"\n')  # it gets a line, as ssh does
+    spread = rank_hosts([f"{socket.gethostname()}:1", "127.0.0.2:2"], str(program))
+    launch = plan_launch(
+        Path("/repo"),
+        Deployment(3, engine=Path("engine")),
+        Path("tritonserver"),
+        ENDPOINT,
+        shm_prefix="x-",
+        drain_seconds=1,
+        spread=spread,
+    )
+    options = launch.command[: launch.command.index("-n")]
+    assert launch.tritonservers == 1
+    code = f"import os; os.mkdir(os.path.join({str(tmp_path)!r}, os.environ['OMPI_COMM_WORLD_RANK']))"
+    command = [*options, "-n", "1", sys.executable, "-c", code]
+    for _ in range(2):
+        command += [":", "-n", "1", sys.executable, "-c", code]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    assert shown.returncode == 0, shown.stderr
+    assert {entry.name for entry in tmp_path.iterdir()} >= {"0", "1", "2"}
+    assert noted.read_text().splitlines() == ["127.0.0.2"]
 
 
 def test_two_replicas_run_side_by_side(trt_repository: Callable[..., Path], standins: Path) -> None:

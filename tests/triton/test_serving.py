@@ -46,11 +46,18 @@ def drain(call: Callable[[], Any]) -> list[Any]:
     return list(call())
 
 
-def assert_leaving_frees_blocks(server: TritonServer, call: Call) -> None:
-    """A call that goes away in mid-stream frees its KV cache blocks within a second, and takes no further step."""
-    replies = iter(call)
-    next(replies)
-    assert wait_for(lambda: metrics(server)[USED] > 0)
+def assert_leaving_frees_blocks(server: TritonServer, begin: Callable[[], Call]) -> None:
+    """A call that goes away in mid-stream frees its KV cache blocks within a second, and takes no further step.
+
+    On a busy machine an answer may be over before its first reply is read: then another call begins.
+    """
+
+    def blocks_are_used() -> Call | None:
+        call = begin()
+        next(iter(call))
+        return call if wait_for(lambda: metrics(server)[USED] > 0, 2) else None
+
+    call = next(filter(None, (blocks_are_used() for _ in range(10))))
     call.cancel()
     assert wait_for(lambda: metrics(server)[USED] == 0)
     steps = metrics(server)[STEPS]
@@ -178,8 +185,8 @@ def test_stop_words_end_the_answer(server: TritonServer, tokenizer: Tokenizer) -
 
 
 def test_a_client_that_goes_away_frees_its_blocks_within_a_second(server: TritonServer) -> None:
-    call = Call(server, "tensorrt_llm", id_request([5, 6, 7], 500, streaming=True))
-    assert_leaving_frees_blocks(server, call)
+    request = id_request([5, 6, 7], 500, streaming=True)
+    assert_leaving_frees_blocks(server, lambda: Call(server, "tensorrt_llm", request))
 
 
 def test_a_stop_request_ends_a_stream(server: TritonServer) -> None:
@@ -343,8 +350,12 @@ def test_the_program_answers_as_the_ensemble(server: TritonServer) -> None:
     for prompt in ("你好", "Hello, who are you?"):
         request = text_request(prompt, max_tokens=24, **typed({"end_id": -1, "stream": True}))
         expected = "".join(reply.text for reply in Call(server, "ensemble", request))
-        replies = [reply.text for reply in Call(server, "tensorrt_llm_bls", request)]
-        assert "".join(replies) == expected
+        # Tokens that come while the program is busy go into one reply: on a busy machine, all of them may.
+        for _ in range(10):
+            replies = [reply.text for reply in Call(server, "tensorrt_llm_bls", request)]
+            assert "".join(replies) == expected
+            if len(replies) > 2:
+                break
         assert len(replies) > 2
         unstreamed = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
         assert texts(list(Call(server, "tensorrt_llm_bls", unstreamed))) == "".join(expected)
@@ -363,7 +374,7 @@ def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
 
 def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None:
     request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
-    assert_leaving_frees_blocks(server, Call(server, "tensorrt_llm_bls", request))
+    assert_leaving_frees_blocks(server, lambda: Call(server, "tensorrt_llm_bls", request))
 
 
 def test_the_programs_clients_may_use_one_id(server: TritonServer) -> None:

@@ -21,6 +21,7 @@ from trtqwen.bench.figures import Figures, figures
 from trtqwen.bench.records import RequestRecord
 from trtqwen.bench.setup import WorkloadOptions, named_workloads
 from trtqwen.cli import app
+from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError, InputError, OutputError
 from trtqwen.recipe import Recipe, load_recipe, recipe_content
 from trtqwen.simulate.run import Load
@@ -167,6 +168,19 @@ def test_tunes_on_the_simulator(tmp_path: Path) -> None:
     tuned = load_recipe(str(tmp_path / "qwen2.5-7b-bf16-torch-h100-tuned.yaml"))
     assert tuned.engine.max_batch_size == 8
     assert "forecasts" in (tmp_path / "qwen2.5-7b-bf16-torch-h100-tuned.yaml").read_text()
+
+
+def test_a_trace_is_sent_at_its_times_and_a_short_file_makes_short_runs(tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"token_ids": [300, 301], "max_tokens": 3, "at": 2.0 * number} for number in range(18)]
+    trace.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ("qwen2-tiny-cpu", "--set", "host.card=h100-sxm", "--set", "host.gpus=2", "--model", MODEL)
+    sweep = ("--sweep", "engine.max_batch_size=8,16", "--workload", trace)
+    result = run(*words, *sweep, "--on", "simulator", "--output", tmp_path / "out", "--json")
+    report = json.loads(result.stdout)
+    assert report["settings"]["requests"] == 18
+    assert report["about"]["load"] == "at the times of the workload"
+    assert report["best"]["measures"]["throughput"] == pytest.approx(18 * 3 / 34, rel=0.01)
 
 
 def test_a_missed_target_is_one_object_and_exit_code_1(tmp_path: Path) -> None:

@@ -226,6 +226,9 @@ def test_an_older_vllm_without_an_option(start: Callable[..., VllmExecutor], mon
     monkeypatch.setenv("STAND_IN_VERSION", "0.24.0")
     with pytest.raises(EngineError, match=r"vLLM 0\.24\.0 has no option --log-level"):
         start({}, {"arguments": {"log-level": "info"}})
+    monkeypatch.setenv("STAND_IN_VERSION", "0.11.0")
+    with pytest.raises(EngineError, match=r"vLLM 0\.11\.0 is older than 0\.24\.0, the oldest that is served"):
+        start()
 
 
 def test_a_vllm_at_an_address(start: Callable[..., VllmExecutor], vllm_engine: Path) -> None:

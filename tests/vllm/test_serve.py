@@ -94,7 +94,7 @@ def test_a_vllm_that_hangs_is_named(vllm_repository: Path, monkeypatch: pytest.M
     ("script", "message"),
     [
         ({"exit": 1}, "vLLM ended with code 1: ValueError: the model does not fit"),
-        ({"name": "llama"}, "serves llama, not trtqwen"),
+        ({"name": "llama"}, "the model tensorrt_llm does not load: vLLM: serves llama, not trtqwen"),
     ],
 )
 def test_a_vllm_that_does_not_serve_ends_the_start(
@@ -104,7 +104,8 @@ def test_a_vllm_that_does_not_serve_ends_the_start(
     server = TritonServer(vllm_repository, ports=Ports(None, 0, 0))
     with pytest.raises(ServerError) as caught, server:
         pass
-    assert message in str(caught.value)
+    assert caught.value.what == message
+    assert caught.value.hint
 
 
 def test_an_option_that_vllm_lacks_ends_it_before_the_start(

@@ -115,6 +115,9 @@ def kubernetes(
     ] = None,
     namespace: Annotated[str, typer.Option(help="Set the namespace of the kustomize files.")] = "trtqwen",
     max_replicas: Annotated[int, typer.Option(min=1, help="Set the largest number of pods for autoscalers.")] = 8,
+    nodes: Annotated[
+        int, typer.Option(min=1, help="Spread the ranks of each replica over this many nodes (LeaderWorkerSet).")
+    ] = 1,
     queue_depth: Annotated[
         int, typer.Option(min=1, help="Add pods when more requests than this wait for each pod.")
     ] = 8,
@@ -131,6 +134,8 @@ def kubernetes(
 
     Optional components: autoscaling with KEDA or prometheus-adapter, monitors and rules for the Prometheus operator,
     and an InferencePool for the Gateway API inference extension. docs/kubernetes.md explains them.
+
+    With --nodes, a replica is a group of pods, and the LeaderWorkerSet controller must be installed.
     """
     if claim and model_image:
         raise InputError("--claim and --model-image both name where the engine is", "give one of them")
@@ -146,6 +151,7 @@ def kubernetes(
         throttle_seconds,
         prometheus,
         namespace,
+        nodes,
     )
     _write(kubernetes_files(plan), output, force, json, f"kubectl apply -k {output / 'kustomize'}")
 

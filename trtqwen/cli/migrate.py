@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from trtqwen.cli.output import DryRun, Force, Json, print_json, stderr, stdout
-from trtqwen.migrate import Backend, default_output, notes, plan_migration, write_migration
+from trtqwen.migrate import Backend, default_output, notes_of, plan_migration, write_migration
 
 
 def command(
@@ -32,7 +32,7 @@ def command(
     if json:
         print_json({"output": None if dry_run else str(target), **migration.as_json()})
         return
-    for title, found in notes(migration).items():
+    for title, found in notes_of(migration).items():
         stdout.print(f"{title}:", style="bold", highlight=False)
         for note in found:
             stdout.print(f"  {note.setting}: {note.text}", markup=False, highlight=False, soft_wrap=True)

@@ -36,6 +36,7 @@ from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
 from trtqwen.system.limits import raise_file_limit
+from trtqwen.triton.launch import rank_hosts
 from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.server import Ports
 from trtqwen.triton.supervisor import Supervisor
@@ -66,6 +67,19 @@ def command(
     gateway_port: Annotated[
         int, typer.Option(min=0, max=65535, help="Set the port of the gateway; 0 picks a free one.")
     ] = 8080,
+    rank_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="HOST:RANKS",
+            help="Start so many ranks of a TensorRT engine on this host. Repeat it; this machine comes first.",
+        ),
+    ] = None,
+    rank_shell: Annotated[
+        str | None,
+        typer.Option(
+            help="Start ranks on other hosts with this program, called with host and command.", show_default="ssh"
+        ),
+    ] = None,
     api_keys: ApiKeys = None,
     gateway_config: GatewaySettings = None,
     model_name: ModelName = None,
@@ -112,15 +126,19 @@ def command(
     if no_gateway and host != LOOPBACK:
         raise InputError(f"--host {host} is the gateway's address", "with --no-gateway, give --triton-host")
     if models is not None:
-        if recipe or repo or no_gateway or in_container or dry_run:
+        if recipe or repo or no_gateway or in_container or dry_run or rank_host:
             raise InputError(
-                "--models is given with another source of models, --no-gateway, --in-container or --dry-run",
+                "--models is given with another source of models or an option that is for one repository",
                 "give --models alone; its targets name the repositories",
             )
         raise_file_limit()
         _serve_models(models, gateway_settings(None, None), triton_host, watchdog, log, not no_verify, restart, json)
         return
     if in_container:
+        if rank_host:
+            raise InputError(
+                "--rank-host is for ranks outside of a container", "start serve in a container on each host"
+            )
         if recipe is None:
             raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
         loaded = load_recipe(recipe)
@@ -147,7 +165,13 @@ def command(
     repository = _choose(recipe, repo)
     ports = Ports(http_port, grpc_port, metrics_port)
     server = TritonReplicas(
-        repository, ports=ports, host=triton_host, log=log, verify=not no_verify, watchdog_seconds=watchdog
+        repository,
+        ports=ports,
+        host=triton_host,
+        log=log,
+        verify=not no_verify,
+        watchdog_seconds=watchdog,
+        spread=rank_hosts(rank_host or (), rank_shell),
     )
     if dry_run:
         launches = server.launches()

@@ -21,7 +21,7 @@ from trtqwen.cli.bench import (
 from trtqwen.cli.output import Bars, Changes, Force, Json, print_json, progress_bars, stderr, stdout
 from trtqwen.tune.report import search_table, write_recipe, write_search
 from trtqwen.tune.search import OnProgress, Progress, Search, SearchSettings, TargetMissed
-from trtqwen.tune.setup import TuneOptions, make_searcher
+from trtqwen.tune.setup import PLACES, TuneOptions, make_searcher
 from trtqwen.tune.target import Target, milliseconds
 
 _SHOWN = 12  # rows of the table in the terminal
@@ -95,8 +95,8 @@ def command(
         inter_token_latency=None if inter_token_latency is None else milliseconds(inter_token_latency),
         percentile=int(percentile),
     )
-    places = None if rate is not None else concurrency or 16
-    whole = requests or 18 * (places or 16)
+    places = None if rate is not None else concurrency
+    whole = requests or 18 * (places or PLACES)
     options = TuneOptions(
         recipe=recipe,
         changes=tuple(changes or ()),

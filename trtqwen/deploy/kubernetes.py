@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 
 from trtqwen import __version__
+from trtqwen.deploy import nodes
 from trtqwen.deploy.files import Files, to_yaml
 from trtqwen.deploy.image import ServingImage, gpus_of
 from trtqwen.deploy.rules import Thresholds, alert_file, recording_file
@@ -42,6 +43,7 @@ class Kubernetes:
         throttle_seconds: mean latency beyond which requests that would have to wait are refused.
         queue_depth: waiting requests for each pod above which pods are added.
         prometheus: address of the Prometheus that KEDA asks.
+        nodes: of one replica; more than one needs the LeaderWorkerSet controller.
     """
 
     recipe: Recipe
@@ -54,6 +56,11 @@ class Kubernetes:
     throttle_seconds: float = 3
     prometheus: str = "http://prometheus-operated.monitoring.svc:9090"
     namespace: str = "trtqwen"
+    nodes: int = 1
+
+    def __post_init__(self) -> None:
+        if self.nodes > 1:
+            nodes.check_nodes(self.recipe, self.nodes)
 
     @property
     def engine_directory(self) -> str:
@@ -62,7 +69,8 @@ class Kubernetes:
 
 def kubernetes_files(plan: Kubernetes) -> Files:
     """The files by their paths below the output directory."""
-    return {"Dockerfile": plan.image.dockerfile, **_kustomize(plan), **_chart(plan)}
+    dockerfile = plan.image.dockerfile + (nodes.KUBECTL if plan.nodes > 1 else "")
+    return {"Dockerfile": dockerfile, **_kustomize(plan), **_chart(plan)}
 
 
 # Values: what a person sets. Kustomize gets them as they are, the chart as references to values.yaml.
@@ -70,7 +78,7 @@ def kubernetes_files(plan: Kubernetes) -> Files:
 
 def _values(plan: Kubernetes) -> dict[str, Any]:
     recipe = plan.recipe
-    gpus = gpus_of(recipe)
+    gpus = gpus_of(recipe) // plan.nodes
     volume = (
         {"image": {"reference": plan.model_image, "pullPolicy": "IfNotPresent"}}
         if plan.model_image
@@ -104,8 +112,9 @@ def _values(plan: Kubernetes) -> dict[str, Any]:
 class _Names:
     """Names of objects, and values, for kustomize or for Helm."""
 
-    def __init__(self, values: Mapping[str, Any], *, name: str, namespace: str) -> None:
+    def __init__(self, values: Mapping[str, Any], *, name: str, namespace: str, several_nodes: bool = False) -> None:
         self.values = values
+        self.several_nodes = several_nodes
         self.name = name
         self.namespace = namespace
 
@@ -115,6 +124,17 @@ class _Names:
     @property
     def labels(self) -> dict[str, str]:
         return {"app.kubernetes.io/name": "trtqwen", "app.kubernetes.io/instance": self.name}
+
+    @property
+    def serving(self) -> dict[str, str]:
+        """The labels of the pods that clients reach."""
+        return {**self.labels, **(nodes.LEADER if self.several_nodes else {})}
+
+    @property
+    def workload(self) -> dict[str, str]:
+        """What autoscalers scale."""
+        kind = (nodes.API, "LeaderWorkerSet") if self.several_nodes else ("apps/v1", "Deployment")
+        return {"apiVersion": kind[0], "kind": kind[1], "name": self.name}
 
     def object(
         self, kind: str, version: str, spec: Mapping[str, Any], *, suffix: str = "", **metadata: Any
@@ -132,6 +152,8 @@ def _base(names: _Names, plan: Kubernetes) -> list[Object]:
         f"{plan.recipe.name}.yaml": to_yaml(serve),
         "gateway.yaml": to_yaml({"drain_seconds": DRAIN_SECONDS, "throttle_seconds": plan.throttle_seconds}),
     }
+    if plan.nodes > 1:
+        files[nodes.SHELL] = nodes.SHELL_TEXT
     config = {
         "apiVersion": "v1",
         "kind": "ConfigMap",
@@ -139,15 +161,18 @@ def _base(names: _Names, plan: Kubernetes) -> list[Object]:
         "data": files,
     }
     service = {
-        "selector": names.labels,
+        "selector": names.serving,
         "ports": [
             {"name": "http", "port": 80, "targetPort": "http"},
             {"name": "metrics", "port": METRICS_PORT, "targetPort": "metrics"},
         ],
     }
+    ingress: list[Object] = [{"ports": [{"port": "http"}, {"port": "metrics"}]}]
+    if plan.nodes > 1:  # ranks talk to each other on ports of their own
+        ingress.append({"from": [{"podSelector": {"matchLabels": names.labels}}]})
     return [
         config,
-        names.object("Deployment", "apps/v1", _deployment(names, plan)),
+        *_workload(names, plan),
         names.object("Service", "v1", service),
         # Triton's own HTTP and gRPC ports have no keys and no limits: nothing outside the pod reaches them.
         names.object(
@@ -156,7 +181,7 @@ def _base(names: _Names, plan: Kubernetes) -> list[Object]:
             {
                 "podSelector": {"matchLabels": names.labels},
                 "policyTypes": ["Ingress"],
-                "ingress": [{"ports": [{"port": "http"}, {"port": "metrics"}]}],
+                "ingress": ingress,
             },
         ),
         names.object(
@@ -165,6 +190,15 @@ def _base(names: _Names, plan: Kubernetes) -> list[Object]:
             {"maxUnavailable": 1, "selector": {"matchLabels": names.labels}},
         ),
     ]
+
+
+def _workload(names: _Names, plan: Kubernetes) -> list[Object]:
+    if plan.nodes == 1:
+        return [names.object("Deployment", "apps/v1", _deployment(names, plan))]
+    ranks = nodes.check_nodes(plan.recipe, plan.nodes)
+    drain = _LEAVE_SECONDS + DRAIN_SECONDS
+    spec = nodes.group(names["replicas"], names.labels, _pod(names, plan), plan.nodes, ranks, names.name, drain)
+    return [names.object("LeaderWorkerSet", nodes.API, spec), *nodes.role(names.name, names.namespace, names.labels)]
 
 
 def _deployment(names: _Names, plan: Kubernetes) -> Object:
@@ -311,7 +345,7 @@ def _keda(names: _Names, plan: Kubernetes) -> list[Object]:
         return {"type": "prometheus", "name": name, "metricType": metric_type, "metadata": metadata}
 
     spec = {
-        "scaleTargetRef": {"name": names.name},
+        "scaleTargetRef": names.workload if names.several_nodes else {"name": names.name},
         "minReplicaCount": names["replicas"],
         "maxReplicaCount": names["maxReplicas"],
         "pollingInterval": 10,
@@ -341,7 +375,7 @@ def _hpa(names: _Names, plan: Kubernetes) -> list[Object]:
         return {"type": "External", "external": {"metric": identity, "target": target}}
 
     spec = {
-        "scaleTargetRef": {"apiVersion": "apps/v1", "kind": "Deployment", "name": names.name},
+        "scaleTargetRef": names.workload,
         "minReplicas": names["replicas"],
         "maxReplicas": names["maxReplicas"],
         "behavior": _BEHAVIOR,
@@ -389,7 +423,7 @@ def _operator(names: _Names, plan: Kubernetes) -> list[Object]:
         return {"port": port, "interval": "5s", "relabelings": relabel}
 
     monitor = {
-        "selector": {"matchLabels": names.labels},
+        "selector": {"matchLabels": names.serving},
         "podMetricsEndpoints": [endpoint("http", "trtqwen-gateway"), endpoint("metrics", "trtqwen-triton")],
     }
     groups = recording_file()["groups"] + alert_file(Thresholds())["groups"]
@@ -402,7 +436,7 @@ def _operator(names: _Names, plan: Kubernetes) -> list[Object]:
 def _picker(names: _Names, plan: Kubernetes) -> list[Object]:
     """The gateways publish the figures that the endpoint picker reads under its default names, `vllm:*`."""
     pool = {
-        "selector": {"matchLabels": names.labels},
+        "selector": {"matchLabels": names.serving},
         "targetPorts": [{"number": GATEWAY_PORT}],
         "endpointPickerRef": {"name": names.name + "-epp", "port": {"number": 9002}},
     }
@@ -426,7 +460,7 @@ _COMPONENTS = {
 
 
 def _kustomize(plan: Kubernetes) -> dict[str, str]:
-    names = _Names(_values(plan), name="trtqwen", namespace=plan.namespace)
+    names = _Names(_values(plan), name="trtqwen", namespace=plan.namespace, several_nodes=plan.nodes > 1)
     top = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     component = {"apiVersion": "kustomize.config.k8s.io/v1alpha1", "kind": "Component"}
     files = {
@@ -467,7 +501,12 @@ def _chart(plan: Kubernetes) -> dict[str, str]:
     references = {
         name: f"{{{{ toJson .Values.{name} }}}}" if name in _JSON else f"{{{{ .Values.{name} }}}}" for name in values
     }
-    names = _Names(references, name="{{ .Release.Name }}", namespace="{{ .Release.Namespace }}")
+    names = _Names(
+        references,
+        name="{{ .Release.Name }}",
+        namespace="{{ .Release.Namespace }}",
+        several_nodes=plan.nodes > 1,
+    )
     chart = {
         "apiVersion": "v2",
         "name": "trtqwen",

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from trtqwen.diagnostics import EngineError
 from trtqwen.facts.names import VllmRelease
 from trtqwen.facts.releases import version
 
@@ -48,6 +49,15 @@ def vllm_facts(release: str) -> VllmFacts:
         frozenset([*content["flags"], *more["more_flags"]]),
         frozenset([*content["request_fields"], *more["more_request_fields"]]),
     )
+
+
+def check_release(release: str) -> None:
+    """Raise an EngineError if a vLLM is older than the oldest known one; newer ones are read as the newest."""
+    oldest = min(_content()["releases"], key=version)
+    if version(release) < version(oldest):
+        raise EngineError(
+            f"vLLM {release} is older than {oldest}, the oldest that is served", f"install vLLM {oldest} or newer"
+        )
 
 
 @dataclass(frozen=True)

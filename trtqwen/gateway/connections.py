@@ -56,7 +56,7 @@ class Connections:
 
     def enter(self, connection: Connection, address: str) -> bool:
         """Count one more of an address; False if it has too many, or all together have, and none of them is idle."""
-        address = _network(address)
+        address = network_of(address)
         if self._open[address] >= self._most_per_address and not is_trusted(address, self._trusted):
             self._tell(f"{address} has {self._open[address]} connections, which is the most of one address")
             if not self._evict(address):
@@ -71,7 +71,7 @@ class Connections:
 
     def leave(self, connection: Connection, address: str) -> None:
         """Count one less of an address."""
-        address = _network(address)
+        address = network_of(address)
         self.busy(connection, address)
         self.release(connection)
         self._unread.pop(connection, None)
@@ -81,11 +81,11 @@ class Connections:
 
     def idle(self, connection: Connection, address: str) -> None:
         """It waits for a request from now on."""
-        self._idle.setdefault(_network(address), OrderedDict())[connection] = None
+        self._idle.setdefault(network_of(address), OrderedDict())[connection] = None
 
     def busy(self, connection: Connection, address: str) -> None:
         """It has a request from now on."""
-        address = _network(address)
+        address = network_of(address)
         mine = self._idle.get(address, OrderedDict())
         mine.pop(connection, None)
         if not mine:
@@ -162,7 +162,8 @@ def is_trusted(address: str, networks: tuple[str, ...]) -> bool:
 
 
 @lru_cache(4096)
-def _network(address: str) -> str:
+def network_of(address: str) -> str:
+    """What an address counts by: itself, or the /64 network of an IPv6 address, all of which one host may use."""
     if ":" not in address:
         return address
     try:

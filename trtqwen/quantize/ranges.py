@@ -24,7 +24,7 @@ def read_ranges(path: Path, num_layers: int) -> dict[str, ActivationRange]:
     Raises:
         InputError: if the file is damaged, lacks a layer, or holds values that cannot be ranges.
     """
-    reader = SafetensorsReader(path)
+    reader = SafetensorsReader(path, mapped=False)
     ranges = {}
     for layer in range(num_layers):
         for linear in LINEARS:

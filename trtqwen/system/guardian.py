@@ -34,7 +34,7 @@ PARENT = 1  # field of /proc/PID/stat, counted after the program's name
 # orderly end. A file of this name says which were there before: {"before": [name], "since": Unix time}.
 ENVIRONMENTS = "environments"
 ENVIRONMENT_HOME, ENVIRONMENT_PREFIX = "/tmp", "python_env_"
-ENVIRONMENT_SECONDS = 60  # from the start until the backend is loaded, at most
+ENVIRONMENT_SECONDS = 120  # from the start until the backend is loaded, at most
 
 
 def main() -> None:

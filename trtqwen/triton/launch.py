@@ -14,6 +14,7 @@ same ports; NVIDIA's Kubernetes tutorial switches the workers' ports off, as is 
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shlex
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,9 @@ MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe
 # Known attacks on Triton before 25.07 begin with them (CVE-2025-23319, 23320, 23334).
 _GRPC_PROTOCOLS = "shared-memory,model-repository,trace,logging"
 _HTTP_PROTOCOLS = _GRPC_PROTOCOLS
+# What `TritonServer` sets, and what people set for NCCL and its transports, for ranks on other machines.
+_REMOTE = ("LC_ALL", "PATH", "PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "PYTHONSAFEPATH")
+_REMOTE_PREFIXES = ("NCCL_", "UCX_", "CUDA_")
 Mode = Literal["single", "leader", "orchestrator"]
 
 
@@ -75,6 +79,50 @@ class Deployment:
     def gpus(self) -> int:
         """GPUs that each server needs."""
         return self.world_size * self.replicas * self.own_ranks
+
+
+@dataclass(frozen=True)
+class RankHosts:
+    """The machines that the ranks of a TensorRT engine run on, this one first.
+
+    Attributes:
+        hosts: names that Open MPI reaches them by, with the number of ranks on each.
+        shell: program that starts a command on another machine, `shell HOST COMMAND...`; None is ssh.
+    """
+
+    hosts: tuple[tuple[str, int], ...]
+    shell: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        return sum(count for _, count in self.hosts)
+
+    @property
+    def here(self) -> int:
+        """Ranks on this machine."""
+        return self.hosts[0][1]
+
+
+def rank_hosts(texts: Sequence[str], shell: str | None = None) -> RankHosts | None:
+    """The machines that a person names as HOST:RANKS; None if none is named.
+
+    Raises:
+        InputError: if a text has another form, or a machine is named twice.
+    """
+    hosts = []
+    for text in texts:
+        name, _, count = text.rpartition(":")
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name) or not re.fullmatch(r"[1-9][0-9]{0,2}", count):
+            raise InputError(f"{text!r} is not HOST:RANKS", "write it as node-1:4")
+        hosts.append((name, int(count)))
+    names = [name for name, _ in hosts]
+    if len(set(names)) < len(names):
+        raise InputError(
+            f"the host {max(names, key=names.count)} is named twice", "name each once, with all its ranks"
+        )
+    if shell is not None and not hosts:
+        raise InputError("a shell for ranks is named, and no hosts", "name the hosts with --rank-host")
+    return RankHosts(tuple(hosts), shell) if hosts else None
 
 
 @dataclass(frozen=True)
@@ -210,6 +258,7 @@ def plan_launch(
     backends: Path | None = None,
     host: Host | None = None,
     devices: Sequence[str] = (),
+    spread: RankHosts | None = None,
 ) -> Launch:
     """Work out the command.
 
@@ -219,6 +268,7 @@ def plan_launch(
         backends: directory with Triton's backends, where they are not next to the program.
         host: the machine, for the environment that its GPUs need.
         devices: GPUs to restrict the server to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
+        spread: the machines of the ranks, as `check_spread` takes them; None is this one.
     """
     common = [
         str(binary),
@@ -256,10 +306,12 @@ def plan_launch(
             ]
             for rank in range(1, deployment.world_size)
         ]
-        command = [*MPIRUN, "-n", "1", *leader]
+        machines = [] if spread is None else _machines(spread, environment)
+        command = [*MPIRUN, *machines, "-n", "1", *leader]
         for rank_command in ranks:
             command += [":", "-n", "1", *rank_command]
-        return Launch(tuple(command), environment, deployment.world_size)
+        here = deployment.world_size if spread is None else spread.here
+        return Launch(tuple(command), environment, here)
     if deployment.mode == "orchestrator":
         # The workers own the GPUs; what Triton itself would reserve on them is lost to the KV cache.
         leader += ["--pinned-memory-pool-byte-size=0", "--enable-peer-access=false"]
@@ -267,6 +319,36 @@ def plan_launch(
         environment |= {"TRTLLM_ORCHESTRATOR": "1", "TRTLLM_ORCHESTRATOR_SPAWN_PROCESSES": "1"}
         leader = [*MPIRUN, "-n", "1", *leader]
     return Launch(tuple(leader), environment, 1)
+
+
+def check_spread(deployment: Deployment, spread: RankHosts) -> None:
+    """Raise an InputError unless a deployment's ranks can be spread so."""
+    if deployment.mode != "leader" or deployment.servers > 1:
+        raise InputError(
+            "ranks on several hosts are for one TensorRT engine of several ranks, and this repository has "
+            f"{deployment.servers * deployment.replicas} replicas of {deployment.world_size} ranks of that kind",
+            "serve each replica on its own host, and put `trtqwen gateway` in front of them",
+        )
+    if spread.ranks != deployment.world_size:
+        raise InputError(
+            f"the hosts are named for {spread.ranks} ranks and the engine has {deployment.world_size}",
+            "name as many ranks as tp_size times pp_size",
+        )
+
+
+def _machines(spread: RankHosts, environment: Mapping[str, str]) -> list[str]:
+    """Options of mpirun that start ranks on several machines.
+
+    What a rank needs of our environment goes along by name; a directory of this machine may not exist there.
+    """
+    hosts = ",".join(f"{name}:{count}" for name, count in spread.hosts)
+    options = ["--host", hosts, "--wdir", "/", "--mca", "plm_rsh_no_tree_spawn", "1"]
+    if spread.shell is not None:
+        options += ["--mca", "plm_rsh_agent", spread.shell]
+    known = [name for name in os.environ if name.startswith(_REMOTE_PREFIXES) or name == "LD_LIBRARY_PATH"]
+    for name in sorted({*_REMOTE, *known, *environment}):
+        options += ["-x", name]
+    return [*options, "-x", "TMPDIR=/tmp"]
 
 
 def _http(endpoint: Endpoint) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from trtqwen.triton.launch import Launch, server_count
+from trtqwen.triton.launch import Launch, RankHosts, server_count
 from trtqwen.triton.server import Ports, TritonServer
 
 PORT_STEP = 10  # between the ports of one replica and of the next
@@ -17,7 +17,7 @@ class TritonReplicas:
 
     Args:
         ports: of the first replica; each further one takes ports that are higher by `PORT_STEP`.
-        verify, watchdog_seconds, gpus: see `TritonServer`.
+        verify, watchdog_seconds, gpus, spread: see `TritonServer`.
         log: of a single replica; several append their number, `triton-0.log` for `triton.log`.
 
     Raises:
@@ -35,6 +35,7 @@ class TritonReplicas:
         verify: bool = True,
         watchdog_seconds: float = 0,
         gpus: Sequence[int] | None = None,
+        spread: RankHosts | None = None,
     ) -> None:
         count = server_count(repository)
         self.servers = tuple(
@@ -48,6 +49,7 @@ class TritonReplicas:
                 verify=verify,
                 watchdog_seconds=watchdog_seconds,
                 gpus=gpus,
+                spread=spread,
             )
             for index in range(count)
         )

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import socket
@@ -15,9 +16,10 @@ import tempfile
 import time
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -39,6 +41,8 @@ from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
     Endpoint,
     Launch,
+    RankHosts,
+    check_spread,
     clean_environment,
     plan_launch,
     python_instances,
@@ -54,7 +58,7 @@ from trtqwen.triton.parameters import (
     repository_parameters,
 )
 from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
-from trtqwen.vllm.server import VllmServer
+from trtqwen.vllm.server import VllmPlace, VllmServer
 
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
 _GONE = "the log has no error; it crashed or was killed"
@@ -65,6 +69,8 @@ _UNLOAD_SECONDS = 5
 _REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
+# An error that trtqwen itself raised in a model; its text is `what; hint`.
+_OWN_ERROR = re.compile(r"failed to load '(\w+)' version \d+: Internal: (?:Input|Engine)Error: (.+?)(?:\\n|\n)")
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
 
 
@@ -91,6 +97,7 @@ class TritonServer(Service):
         watchdog_seconds: how long the engine may take for a step before it counts as hung; 0 does not watch.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
         gpus: numbers of the GPUs for all of the repository's servers; None is all that are visible.
+        spread: the machines of an engine's ranks; None is this one.
 
     Attributes:
         ports: the ports in use; a 0 has become the port picked.
@@ -114,6 +121,7 @@ class TritonServer(Service):
         verify: bool = True,
         watchdog_seconds: float = 0,
         gpus: Sequence[int] | None = None,
+        spread: RankHosts | None = None,
     ) -> None:
         check_served_files(repository, digests=verify)
         self._repository = repository.resolve()
@@ -123,7 +131,11 @@ class TritonServer(Service):
             self._machine = read_host()
         if self._deployment.engine is not None and self._machine is not None:
             _check_engine(self._deployment.engine, self._machine)
-        self._devices = server_devices(self._deployment, self._machine, gpus)[replica]
+        self._spread = spread
+        if spread is not None:
+            check_spread(self._deployment, spread)
+        here = self._deployment if spread is None else replace(self._deployment, world_size=spread.here)
+        self._devices = server_devices(here, self._machine, gpus)[replica]
         if ":" in host:
             raise InputError(f"{host}: Triton takes no IPv6 address", "let it listen on an IPv4 address")
         self._installation = find_tritonserver()
@@ -143,6 +155,7 @@ class TritonServer(Service):
         self._vllm = self._vllm_server(log)
         if self._vllm is not None:
             self.start_seconds = self._vllm.start_seconds
+        self._waiting: Callable[[], None] | None = None  # starts Triton, once vLLM listens
         self._watchdog_seconds = watchdog_seconds
         self._watchdog: Watchdog | None = None
         self.stop_seconds = drain_seconds
@@ -209,6 +222,7 @@ class TritonServer(Service):
             backends=backends,
             host=self._machine,
             devices=self._devices,
+            spread=self._spread,
         )
         if self._vllm is None:
             return launch
@@ -221,7 +235,7 @@ class TritonServer(Service):
         )
 
     def start(self) -> None:
-        """Start the process; `wait_until_ready` tells when it serves."""
+        """Start the processes; `wait_until_ready` tells when they serve. Triton starts when its vLLM listens."""
         sweep()
         check_loopback()
         check_shared_memory(python_instances(self._repository) * _REGION_BYTES)
@@ -240,6 +254,14 @@ class TritonServer(Service):
             self._log = workspace / "triton.log"
             self._cleanup.callback(setattr, self, "_log", None)
         self._engine_death = workspace / "engine-death"
+        if self._vllm is None:
+            self._start_triton(launch, workspace)
+        else:
+            self._vllm.start()
+            self._waiting = partial(self._start_triton, launch, workspace, self._vllm.place)
+
+    def _start_triton(self, launch: Launch, workspace: Path, vllm: VllmPlace | None = None) -> None:
+        self._waiting = None
         heartbeat = workspace / "heartbeat"
         environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1"}
         environment[HEARTBEAT] = str(heartbeat)
@@ -247,13 +269,11 @@ class TritonServer(Service):
         record = workspace / ENVIRONMENTS
         record.write_text(json.dumps({"before": environments(), "since": time.time()}), encoding="utf-8")
         self._cleanup.callback(remove_environments, str(record))
-        if self._vllm is not None:
-            self._vllm.start()
-            place = self._vllm.place
-            launch = replace(launch, environment={**launch.environment, VLLM_SOCKET: str(place.socket)})
-            environment[VLLM_PID] = str(place.pid)
+        if vllm is not None:
+            launch = replace(launch, environment={**launch.environment, VLLM_SOCKET: str(vllm.socket)})
+            environment[VLLM_PID] = str(vllm.pid)
         self._claims.close()
-        with self._log.open("ab" if self._starts else "wb") as log:
+        with self.log.open("ab" if self._starts else "wb") as log:
             self._log_start, self._starts = log.tell(), self._starts + 1
             self._process = start_guarded(
                 launch.command,
@@ -266,11 +286,15 @@ class TritonServer(Service):
             compiled = self._deployment.engine is not None
             progress = IterationCounter(f"http://{self.metrics_url}/metrics") if compiled else Heartbeat(heartbeat)
             strict = compiled or bool(read_host().gpus)
-            sessions = [self._process.pid, *([self._vllm.pid] if self._vllm is not None else [])]
+            sessions = [self._process.pid, *([vllm.pid] if vllm is not None and vllm.pid is not None else [])]
             self._watchdog = Watchdog(sessions, progress, self._watchdog_seconds, strict=strict)
 
     def answers(self) -> bool:
         """Whether every model is loaded."""
+        if self._waiting is not None:
+            if self._vllm is not None and self._vllm.answers():
+                self._waiting()
+            return False
         ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
         self._served = self._served or ready
         if ready and not self._helpers:
@@ -280,6 +304,8 @@ class TritonServer(Service):
         return ready
 
     def late(self) -> str:
+        if self._waiting is not None and self._vllm is not None:
+            return self._vllm.late()
         return f"{super().late()}: {self._telling_line()}"
 
     def check(self) -> None:
@@ -293,9 +319,11 @@ class TritonServer(Service):
             except ServerError:
                 self._broken = True
                 raise
+        if self._waiting is not None:
+            return
         if problem := self._problem():
             self._broken = True
-            raise ServerError(problem)
+            raise ServerError(*(self._own_error() or (problem,)))
 
     @property
     def hung(self) -> str | None:
@@ -325,6 +353,7 @@ class TritonServer(Service):
         After `check` has found it broken, nothing is waited for: what runs on a dead engine would not finish.
         """
         self._claims.close()
+        self._waiting = None
         process = self._process
         if process is not None:
             if process.poll() is None and drain and not self._broken:
@@ -394,6 +423,13 @@ class TritonServer(Service):
     @property
     def _advice(self) -> str:
         return f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
+
+    def _own_error(self) -> tuple[str, str] | None:
+        """What kept a model of trtqwen from loading, and the hint; None if it is an error of Triton's."""
+        if (found := _OWN_ERROR.search(self._log_text())) is None or self._running.poll() is None:
+            return None
+        what, _, hint = found[2].partition("; ")
+        return f"the model {found[1]} does not load: {what}", f"{hint or 'see the log'} ({self._advice})"
 
     def _telling_line(self, without_error: str | None = None) -> str:
         """The log's line that says most about a failure, and where the rest is.

@@ -22,6 +22,7 @@ from trtqwen.tune.space import LAYOUT, default_space, parse_space
 from trtqwen.tune.target import Target
 
 On = Literal["engine", "simulator"]
+PLACES = 16  # requests open at a time, where neither the user nor the workload says
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class TuneOptions:
         recipe: name or file.
         changes: of its fields, before the search begins.
         sweeps: `FIELD=VALUE,VALUE`; empty sweeps every field that matters.
-        concurrency: requests open at a time; None sends them at their times.
+        concurrency: requests open at a time; None sends them at their times, or `PLACES` at a time where they have
+            none.
         model: Hugging Face directory; needed on an engine.
         served: measure through Triton where the engine could run alone.
     """
@@ -63,7 +65,9 @@ def make_searcher(options: TuneOptions, on_progress: OnProgress, *, force: bool 
     servers = options.served or needs_servers(recipe, LAYOUT in space and recipe.engine.backend != "torch")
     measured, warmup = _workloads(options, recipe)
     if options.concurrency is None and not measured.timed:
-        raise InputError(f"workload {measured.name} has no arrival times", "pass --rate or --concurrency")
+        options = replace(options, concurrency=PLACES)
+    # A file may hold fewer requests than a whole run was to have.
+    options = replace(options, search=replace(options.search, requests=len(measured.asks)))
     shortest = budgets(options.search.requests, options.search.rungs, options.search.factor)[0]
     if shortest < (options.concurrency or 1):
         least = (options.concurrency or 1) * options.search.factor ** (options.search.rungs - 1)
@@ -108,11 +112,13 @@ def _workloads(options: TuneOptions, recipe: Recipe) -> tuple[Workload, Workload
     else:
         made = make_workloads(options.workload, Tokenizer(options.model), 2)
     measured, other = made
-    places = options.concurrency or 1
+    places = options.concurrency or PLACES
     return measured, replace(other, asks=other.asks[:places])
 
 
 def _about(options: TuneOptions, workload: Workload, *, servers: bool) -> dict[str, Any]:
     where = {"simulator": "on the simulator", "engine": "behind Triton" if servers else "on the engine alone"}
-    load = f"{options.concurrency} requests open" if options.concurrency else f"{options.workload.rate or 'timed'}/s"
+    load = f"{options.workload.rate} requests/s" if options.workload.rate else "at the times of the workload"
+    if options.concurrency:
+        load = f"{options.concurrency} requests open"
     return {"on": where[options.on], "workload": workload.name, "load": load, "sha256": workload.digest}

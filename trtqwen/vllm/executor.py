@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from trtqwen.diagnostics import EngineError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import IterationStats, Request
-from trtqwen.facts.vllm import vllm_facts
+from trtqwen.facts.vllm import check_release, vllm_facts
 from trtqwen.recipe import VllmSettings
 from trtqwen.relay.answer import Piece
 from trtqwen.relay.executor import STALL_SECONDS, RelayExecutor
@@ -25,8 +25,9 @@ from trtqwen.vllm.request import completion_body
 from trtqwen.vllm.server import VllmPlace
 
 _ASK_SECONDS = 10.0
+_OWN_SECONDS = 60.0  # a vLLM that was started here may be slow on a busy machine: `serve` watches it
 _POLL_SECONDS = 0.1
-_STATS_SECONDS = 0.5  # vLLM's metrics are long: asking ten times a second would cost both sides a tenth of a core
+_STATS_SECONDS = 0.25  # vLLM's metrics are long: asking more often costs both sides a share of a core
 _FINGERPRINT = "The tokenizer's fingerprint: 你好, Ünïcode 12345"
 
 
@@ -64,7 +65,9 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
                     "serve the repository with `trtqwen serve`, or set engine.vllm.address in the recipe",
                 )
             self._url = "http://vllm" if place is not None else str(self._settings.address)
+            self._where = "vLLM" if place is not None else self._url
             release = self._wait(self._connect())
+            check_release(release)
             self._facts = vllm_facts(release)
         except BaseException:
             self.shutdown()
@@ -90,35 +93,35 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
         deadline = time.monotonic() + _ASK_SECONDS
         while not await self._healthy():
             if self._place is None and time.monotonic() > deadline:
-                raise EngineError(f"{self._url}: no vLLM answers", "start it, or correct engine.vllm.address")
+                raise EngineError(f"{self._where}: no vLLM answers", "start it, or correct engine.vllm.address")
             await asyncio.sleep(_POLL_SECONDS)
         try:
             release = str((await self._get_json("/version"))["version"])
             await self._check_model((await self._get_json("/v1/models"))["data"])
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, KeyError, TypeError):
-            raise EngineError(f"{self._url}: does not answer as vLLM does", "correct engine.vllm.address") from None
+            raise EngineError(f"{self._where}: does not answer as vLLM does", "correct engine.vllm.address") from None
         return release
 
     async def _check_model(self, listed: list[dict[str, Any]]) -> None:
-        name, url = self._settings.served_name, self._url
+        name, where = self._settings.served_name, self._where
         serving = {str(entry["id"]): entry for entry in listed}
         if name not in serving:
             raise EngineError(
-                f"{url}: serves {', '.join(serving)}, not {name}",
+                f"{where}: serves {', '.join(serving)}, not {name}",
                 "correct engine.vllm.served_name, or start vLLM there under that name",
             )
         longest, needed = serving[name].get("max_model_len"), self.engine_config.build_config.max_seq_len
         if isinstance(longest, int) and longest < needed:
             raise EngineError(
-                f"{url}: serves {longest} tokens a request, the engine's max_seq_len is {needed}",
+                f"{where}: serves {longest} tokens a request, the engine's max_seq_len is {needed}",
                 "start vLLM there with a longer context, or build with a smaller max_seq_len",
             )
         body = {"model": name, "prompt": _FINGERPRINT, "add_special_tokens": False}
-        async with self._open.post(f"{url}/tokenize", json=body) as answer:
+        async with self._open.post(f"{self._url}/tokenize", json=body) as answer:
             content = await answer.json() if answer.status == 200 else {}
         expected = self._tokenizer.encode(_FINGERPRINT)
         if content.get("tokens", expected) != expected:
-            raise EngineError(f"{url}: serves a model with another tokenizer", "correct engine.vllm.address")
+            raise EngineError(f"{where}: serves a model with another tokenizer", "correct engine.vllm.address")
 
     @property
     def _open(self) -> aiohttp.ClientSession:
@@ -133,7 +136,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
         return True
 
     async def _get(self, path: str) -> str:
-        timeout = aiohttp.ClientTimeout(total=_ASK_SECONDS)
+        timeout = aiohttp.ClientTimeout(total=_ASK_SECONDS if self._place is None else _OWN_SECONDS)
         async with self._open.get(f"{self._url}{path}", timeout=timeout) as answer:
             answer.raise_for_status()
             return await answer.text()

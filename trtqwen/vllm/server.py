@@ -18,7 +18,7 @@ from trtqwen.diagnostics import EngineError, ServerError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.facts.cards import has_peer_to_peer
-from trtqwen.facts.vllm import vllm_facts
+from trtqwen.facts.vllm import check_release, vllm_facts
 from trtqwen.layout import HF_MODEL
 from trtqwen.recipe import VllmSettings
 from trtqwen.system.guarded import Farewell, start_guarded
@@ -160,6 +160,7 @@ class VllmServer(Service):
             return [*docker, "--entrypoint=python3", str(self._settings.image), "-m", _MODULE, *command_line(options)]
         python = find_python(self._settings)
         release = installed_version(python)
+        check_release(release)
         facts = vllm_facts(release)
         for name in options:
             if name not in facts.flags:
@@ -188,6 +189,8 @@ class VllmServer(Service):
 
     def answers(self) -> bool:
         """Whether it listens; what it serves, the executor that connects to it checks."""
+        if self._process is None:
+            return False
         with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
             connection.connect(str(self.place.socket))
             return True

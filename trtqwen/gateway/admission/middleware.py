@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from trtqwen.gateway.admission.access_log import AccessLog
 from trtqwen.gateway.admission.auth import CALLER, Authenticator, Caller, Guesses
 from trtqwen.gateway.admission.desk import LONG_BODY, Desk, Share, body_memory
+from trtqwen.gateway.connections import network_of
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.metrics import Metrics
 
@@ -109,7 +110,8 @@ class Guard:
             return authenticator.authenticate(_authorization(headers))
         except ApiError as problem:
             if problem.code == "invalid_api_key":
-                self._guesses.wrong(scope["client"][0] if scope.get("client") else "", time.monotonic())
+                address = scope["client"][0] if scope.get("client") else ""
+                self._guesses.wrong(network_of(address), time.monotonic())
             raise
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:

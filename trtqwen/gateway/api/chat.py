@@ -23,7 +23,7 @@ from trtqwen.gateway.api.tools import OPEN
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request, unsupported
-from trtqwen.gateway.generation.generator import GenerationPlan, fit_answer
+from trtqwen.gateway.generation.plan import GenerationPlan, fit_answer
 from trtqwen.gateway.model import ServedModel
 
 

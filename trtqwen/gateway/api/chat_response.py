@@ -16,7 +16,8 @@ from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, ToolCallParser
 from trtqwen.gateway.api.tools import Event as AnswerEvent
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Finish, Generator, Piece, TokenLogProb, Usage
+from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.plan import Finish, Piece, TokenLogProb, Usage
 
 Event = AnswerEvent | Reasoning
 

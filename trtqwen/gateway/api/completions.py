@@ -20,15 +20,8 @@ from trtqwen.gateway.api.schemas import CompletionRequest
 from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import (
-    Finish,
-    GenerationPlan,
-    Generator,
-    Piece,
-    TokenLogProb,
-    Usage,
-    fit_answer,
-)
+from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Piece, TokenLogProb, Usage, fit_answer
 from trtqwen.gateway.model import ServedModel
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import Finish, GenerationPlan, Usage
+from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Usage
 from trtqwen.gateway.model import ServedModel
 
 

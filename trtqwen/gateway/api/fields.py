@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from trtqwen.gateway.errors import ApiError, bad_request, unsupported
 
 _MOST_FIELDS = 1024  # of an object, known or not
+_LARGEST_WHOLE = 2**53  # up to which a float carries whole numbers exactly
 _DEEPEST = 128  # levels of an object inside another; what walks through them is recursive
 _EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {})
 
@@ -80,6 +81,12 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 Count = Annotated[int, Field(ge=1)]
 
 
+def _as_whole(value: Any) -> Any:
+    """A number such as 16.0, which languages without integers write for 16, as a whole one."""
+    whole = type(value) is float and value.is_integer() and abs(value) < _LARGEST_WHOLE
+    return int(value) if whole else value
+
+
 class Schema(BaseModel):
     """An object of a request. Fields that it does not know are kept, for `unknown_fields` to find."""
 
@@ -87,8 +94,11 @@ class Schema(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _few_fields(cls, value: Any) -> Any:
-        return check_count(value)
+    def _read(cls, value: Any) -> Any:
+        check_count(value)
+        if isinstance(value, dict) and any(type(number) is float for number in value.values()):
+            return {name: _as_whole(inner) for name, inner in value.items()}
+        return value
 
     def ignored(self) -> list[str]:
         """Paths of what is known and left out all the same, besides unknown fields."""

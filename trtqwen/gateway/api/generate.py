@@ -19,8 +19,9 @@ from trtqwen.gateway.api.schemas import GenerateRequest
 from trtqwen.gateway.api.sse import frame
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import GenerationPlan, Generator, Usage, fit_answer
+from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.inputs import Sampling
+from trtqwen.gateway.generation.plan import GenerationPlan, Usage, fit_answer
 from trtqwen.gateway.model import ServedModel
 from trtqwen.hf.generation import GenerationDefaults
 

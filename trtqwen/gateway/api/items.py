@@ -11,7 +11,8 @@ from trtqwen.gateway.api.chat import ChatPlan
 from trtqwen.gateway.api.chat_response import Event, Step, chat_steps
 from trtqwen.gateway.api.reasoning import Reasoning
 from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content
-from trtqwen.gateway.generation.generator import Generator, TokenLogProb, Usage
+from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.plan import TokenLogProb, Usage
 
 Kind = Literal["thought", "text", "call"]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from trtqwen.gateway.generation.generator import TokenLogProb
+from trtqwen.gateway.generation.plan import TokenLogProb
 
 TokenBytes = Sequence[bytes]
 

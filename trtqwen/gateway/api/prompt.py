@@ -118,7 +118,7 @@ def rendered(index: int, message: Message) -> dict[str, Any]:
     calls = [call.function for call in message.tool_calls or ()]
     if message.function_call is not None and not calls:
         calls = [message.function_call]
-    if message.content is None and not (message.role == "assistant" and calls):
+    if message.content is None and message.role != "assistant":
         raise bad_request(f"messages[{index}]: has no content; add it", param="messages")
     role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     turn: dict[str, Any] = {"role": role, "content": message.text}

@@ -29,7 +29,7 @@ from trtqwen.gateway.api.select import check_room, select
 from trtqwen.gateway.api.sse import EventStream, frame, unless_gone
 from trtqwen.gateway.chat_template import NeedsThread
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import GenerationPlan, Usage
+from trtqwen.gateway.generation.plan import GenerationPlan, Usage
 
 T = TypeVar("T")
 B = TypeVar("B", bound=BaseModel)

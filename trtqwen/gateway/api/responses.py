@@ -21,7 +21,8 @@ from trtqwen.gateway.api.responses_request import ResponseRequest, chat_of
 from trtqwen.gateway.api.responses_tools import ResponseTool, custom_input, response_tools
 from trtqwen.gateway.api.select import runtime_of
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Finish, Generator, TokenLogProb
+from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.plan import Finish, TokenLogProb
 
 router = APIRouter(route_class=Route)
 

@@ -26,7 +26,7 @@ from trtqwen.gateway.api.respond import Answers, answer_id, settle, work_out
 from trtqwen.gateway.api.schemas import ChatRequest, GenerateRequest
 from trtqwen.gateway.api.select import release, select
 from trtqwen.gateway.errors import ApiError, bad_request
-from trtqwen.gateway.generation.generator import GenerationPlan
+from trtqwen.gateway.generation.plan import GenerationPlan
 from trtqwen.gateway.state import Runtime
 
 B = TypeVar("B", bound=BaseModel)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.errors import ApiError
@@ -39,24 +38,19 @@ async def change_model(fleet: Fleet, name: str, entry: ModelEntry | None, expect
             if entry is None and name not in before.models:
                 raise ApiError(404, f"the model {name!r} does not exist", "model_not_found")
             after = before.with_entry(name, entry)
-            _write(path, after)
+            write_table(path, after)
             fleet.look()
             problem = await _switched(fleet, after, name)
             if problem:
-                _write(path, before)
+                write_table(path, before)
                 fleet.look()
                 raise ApiError(422, f"{name} is served as before: {problem}", "model_not_changed")
     except BlockingIOError:
         raise _conflict("another change of the models is under way; try again when it is done") from None
+    except OSError as problem:  # a table on a read-only file system
+        raise _conflict(f"the table of models cannot be written ({problem.strerror}); change its file") from None
     except InputError as problem:
         raise ApiError(422, str(problem), "model_not_changed") from None
-
-
-def _write(path: Path, table: ModelTable) -> None:
-    try:
-        write_table(path, table)
-    except OSError as problem:
-        raise _conflict(f"the table of models cannot be written ({problem.strerror}); change its file") from None
 
 
 async def _switched(fleet: Fleet, table: ModelTable, name: str) -> str:

@@ -20,8 +20,9 @@ from typing import Any, Literal, cast
 
 from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import GenerationPlan, Generator, Piece, Usage
+from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.inputs import Sampling
+from trtqwen.gateway.generation.plan import GenerationPlan, Piece, Usage
 from trtqwen.gateway.metrics import Metrics
 
 Role = Literal["serve", "shadow"]
