@@ -5,11 +5,14 @@ Each is either computed and served as transformers does, or refused with a sente
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,19 @@ class Layout:
 
 
 def _linked(source: str, target: str) -> None:
-    """Weights are linked, so that seventy copies cost nothing; small files are copied."""
+    """Weights are linked, so that a hundred copies cost nothing; small files are copied."""
     if source.endswith(".safetensors"):
-        os.link(source, target)
+        os.link(bundled_weights(), target)
     else:
         shutil.copyfile(source, target)
+
+
+@cache
+def bundled_weights() -> Path:
+    """A copy of this process: a link changes its file, and a conversion refuses a file that changes meanwhile."""
+    directory = Path(tempfile.mkdtemp(prefix="layouts-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(shutil.copyfile(MODEL / "model.safetensors", directory / "model.safetensors"))
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
