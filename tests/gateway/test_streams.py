@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trtqwen.gateway.api.reasoning import ReasoningParser
-from trtqwen.gateway.api.tools import CLOSE, OPEN, CallArguments, CallBegins, Content, Event, ToolCallParser
+from trtqwen.gateway.tools import CLOSE, OPEN, CallArguments, CallBegins, Content, Event, ToolCallParser
 
 OUTPUTS = 10_000
 NAMES = ("get_weather", "mcp/server.tool", "天气", "a b", 'q"uote', "x" * 128)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from trtqwen.gateway.api.schemas import Tool
 from trtqwen.gateway.api.tool_choice import call_schema
-from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, Event, ToolCallParser
+from trtqwen.gateway.tools import CallArguments, CallBegins, Content, Event, ToolCallParser
 
 JSON_VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text('a{}[]"\\<>/ é', max_size=6),

@@ -19,12 +19,12 @@ from trtqwen.gateway.api.response_format import plan_guide
 from trtqwen.gateway.api.sampling import plan_sampling
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.gateway.api.tool_choice import call_guide, calls_or_answer, offered_tools
-from trtqwen.gateway.api.tools import OPEN
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.generation.plan import GenerationPlan, fit_answer
 from trtqwen.gateway.model import ServedModel
+from trtqwen.gateway.tools import OPEN
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from trtqwen.gateway.api.envelope import Envelope, stop_reason
 from trtqwen.gateway.api.log_probs import chat_log_probs, prompt_log_probs
 from trtqwen.gateway.api.reasoning import Reasoning, ReasoningParser
 from trtqwen.gateway.api.sse import DONE
-from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content, ToolCallParser
-from trtqwen.gateway.api.tools import Event as AnswerEvent
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.plan import Finish, Piece, TokenLogProb, Usage
+from trtqwen.gateway.tools import CallArguments, CallBegins, Content, ToolCallParser
+from trtqwen.gateway.tools import Event as AnswerEvent
 
 Event = AnswerEvent | Reasoning
 

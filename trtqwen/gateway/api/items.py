@@ -10,9 +10,9 @@ from typing import Literal
 from trtqwen.gateway.api.chat import ChatPlan
 from trtqwen.gateway.api.chat_response import Event, Step, chat_steps
 from trtqwen.gateway.api.reasoning import Reasoning
-from trtqwen.gateway.api.tools import CallArguments, CallBegins, Content
 from trtqwen.gateway.generation.generator import Generator
 from trtqwen.gateway.generation.plan import TokenLogProb, Usage
+from trtqwen.gateway.tools import CallArguments, CallBegins, Content
 
 Kind = Literal["thought", "text", "call"]
 

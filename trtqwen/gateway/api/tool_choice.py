@@ -9,11 +9,11 @@ from typing import Any
 
 from trtqwen.gateway.api.response_format import require_guides, require_structural_tags, schema_guide
 from trtqwen.gateway.api.schemas import AllowedTools, ChatRequest, NamedTool, Tool
-from trtqwen.gateway.api.tools import CLOSE, OPEN
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.generation.guide import Guide
 from trtqwen.gateway.generation.json_schema import loosened
 from trtqwen.gateway.model import ServedModel
+from trtqwen.gateway.tools import CLOSE, OPEN
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 _ANY_PARAMETERS = {"type": "object"}
