@@ -13,10 +13,10 @@ test: .venv/developer .venv/transformers5
 	$(BIN)/pytest --numprocesses=2 --dist=loadfile
 
 # A real vLLM, in an environment of its own: the client tests of the serving layer on one server, and the exports.
+VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
 test-vllm: .venv/developer .venv-vllm/installed
-	TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python TRTQWEN_TEST_BACKEND=vllm \
-		$(BIN)/pytest --numprocesses=2 --dist=loadgroup --timeout=600 \
-		tests/triton/test_serving.py tests/gateway/test_openai.py tests/vllm/test_real.py
+	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --timeout=600 tests/triton/test_serving.py tests/gateway/test_openai.py
+	$(VLLM) $(BIN)/pytest tests/vllm/test_real.py
 
 .venv-vllm/installed: scripts/install_vllm.py
 	$(PYTHON) scripts/install_vllm.py .venv-vllm

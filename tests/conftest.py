@@ -133,11 +133,8 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what only the embedded engine does while another one serves; all other tests share its server."""
+    """Skip what only the embedded engine does while another one serves."""
     for item in items:
-        if BACKEND != "torch":
-            shares = "served_repository" in getattr(item, "fixturenames", ())
-            item.add_marker(pytest.mark.xdist_group("served" if shares else item.path.name))
         mark = item.get_closest_marker("embedded")
         if mark is not None and BACKEND != "torch":
             item.add_marker(pytest.mark.skip(reason=f"not on {BACKEND}: {mark.args[0]}"))
