@@ -42,7 +42,7 @@ def parsed(plan: ContainerPlan) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     for flag in ("rm", "init"):
         parser.add_argument(f"--{flag}", action="store_true")
-    for option in ("ipc", "gpus", "network", "user", "workdir", "entrypoint"):
+    for option in ("ipc", "gpus", "network", "user", "workdir", "entrypoint", "cap-drop", "security-opt"):
         parser.add_argument(f"--{option}")
     for option in ("env", "mount", "ulimit"):
         parser.add_argument(f"--{option}", action="append")
