@@ -103,10 +103,15 @@ class Server:
             deadline = time.monotonic() + START_SECONDS
             while True:
                 with suppress(ValueError):
-                    self.info = json.loads(self.out.read_text())
-                    break
-                expect(self.process.poll() is None, f"serve ended: {self.err.read_text()[-300:]}")
-                expect(time.monotonic() < deadline, "serve was not ready in time")
+                    info = json.loads(self.out.read_text())
+                    if "gateway" in info:
+                        self.info = info
+                        break
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    said, ended = self.err.read_text()[-300:], self.process.poll()
+                    self.look()
+                    self.clean()
+                    raise Miss(f"serve was not ready, code {ended}: {said}")
                 time.sleep(0.1)
             self.port = int(self.info["gateway"].rpartition(":")[2])
         self.look()

@@ -104,7 +104,9 @@ def draw(dashboard: Dashboard, prometheus: Prometheus, begin: float, end: float,
             continue
         box = (place["x"] / 24 + 0.012, bottom + 0.22 * unit, place["w"] / 24 - 0.016, place["h"] * unit - 0.4 * unit)
         figure.add_artist(
-            matplotlib.patches.Rectangle(box[:2], box[2], box[3], facecolor=CARD, transform=figure.transFigure)
+            matplotlib.patches.Rectangle(
+                box[:2], box[2], box[3], facecolor=CARD, transform=figure.transFigure, zorder=-1
+            )
         )
         figure.text(box[0] + 0.005, box[1] + box[3] - 0.85 * unit, panel["title"], color=INK, fontsize=9)
         found = [

@@ -168,7 +168,8 @@ def _log(path: Path) -> Iterable[str]:
     yield f"## Log {path}\n"
     first = explanation.first
     if first is not None:
-        yield f"Line {first.number}: `{first.line}`\n\nCause: {first.cause}. Hint: {first.hint}.\n"
+        label = "Cause" if first.role == "cause" else "Means"
+        yield f"Line {first.number}: `{first.line}`\n\n{label}: {first.cause}. Hint: {first.hint}.\n"
     for number, line in explanation.telling:
         yield f"Line {number}: `{line}`\n"
     yield from _block(f"Last lines of {path.name}", tail)

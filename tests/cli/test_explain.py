@@ -24,6 +24,15 @@ def test_a_log_file_is_explained_for_people_and_as_json(tmp_path: Path) -> None:
     assert printed["log"] == "standard input"
 
 
+def test_a_line_that_is_no_cause_is_not_called_one() -> None:
+    log = "ok\nNCCL WARN something odd\nFATAL it ends\n"
+    lines = explain("-", text=log).stdout.splitlines()
+    assert lines[0] == "standard input: no line names the cause for certain; these say where to look"
+    assert lines[1:3] == ["line 2: NCCL WARN something odd", lines[2]]
+    assert lines[2].startswith("  means:  NCCL reports a failure")
+    assert lines[-1] == "line 3: FATAL it ends"
+
+
 def test_nothing_found_is_said_and_told_by_the_exit_code(tmp_path: Path) -> None:
     result = explain("-", text="all is well\n")
     assert (result.returncode, result.stdout) == (

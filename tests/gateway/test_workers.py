@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -113,12 +114,16 @@ def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None
     assert not any(map(runs, pids))
 
 
+def replaced(running: Running, old: int) -> bool:
+    return not runs(old) and len(workers(running)) == 2
+
+
 def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) -> None:
     running = another_gateway(workers=2)
     for number in (signal.SIGKILL, signal.SIGSTOP):
         old, other = sorted(workers(running))
         os.kill(old, number)
-        assert wait_for(lambda old=old: not runs(old) and len(workers(running)) == 2, 60)
+        assert wait_for(partial(replaced, running, old), 60)
         assert other in workers(running)
         assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
         running.gateway.check()

@@ -5,11 +5,14 @@ Each is either computed and served as transformers does, or refused with a sente
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +55,19 @@ class Layout:
 
 
 def _linked(source: str, target: str) -> None:
-    """Weights are linked, so that seventy copies cost nothing; small files are copied."""
+    """Weights are linked, so that a hundred copies cost nothing; small files are copied."""
     if source.endswith(".safetensors"):
-        os.link(source, target)
+        os.link(bundled_weights(), target)
     else:
         shutil.copyfile(source, target)
+
+
+@cache
+def bundled_weights() -> Path:
+    """A copy of this process: a link changes its file, and a conversion refuses a file that changes meanwhile."""
+    directory = Path(tempfile.mkdtemp(prefix="layouts-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return Path(shutil.copyfile(MODEL / "model.safetensors", directory / "model.safetensors"))
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **changes: Any) -> None:
@@ -494,6 +505,9 @@ LAYOUTS = (
     ),
     Layout("prefix-space", tokenizer_config(add_prefix_space=True), oracle=4, warns="add_prefix_space is true"),
     Layout("pad-of-its-own", both(tokenizer_config(pad_token="[PAD]"), grown(4104)), weights=True),
+    Layout("declared-as-a-list", tokenizer_config(added_tokens_decoder=[TOOL]), refused="not an object"),
+    Layout("eos-a-number", tokenizer_config(eos_token=5), refused="eos_token is 5, not a token"),
+    Layout("specials-a-word", tokenizer_config(additional_special_tokens="<tool>"), refused="not a list"),
     Layout("bos-not-a-token", tokenizer_config(bos_token="<s>"), refused="4097 tokens"),
     Layout(
         "tokenizer-not-json", lambda directory: (directory / "tokenizer.json").write_text("{"), refused="tokenizer"
@@ -603,6 +617,11 @@ LAYOUTS = (
         warns="reads no factor 4.0",
     ),
     Layout("eps-infinite", config(rms_norm_eps=float("inf")), refused="rms_norm_eps"),
+    Layout("eps-absent", config(("rms_norm_eps",)), weights=True, warns="has no rms_norm_eps"),
+    Layout(
+        "positions-absent", config(("max_position_embeddings",)), weights=True, warns="has no max_position_embeddings"
+    ),
+    Layout("architecture-a-word", config(architectures="Qwen2ForCausalLM"), refused='architectures is "Qwen2'),
     Layout("tied-a-word", config(tie_word_embeddings="true"), refused="tie_word_embeddings"),
     Layout("yarn-truncate", config(rope_scaling=YARN | {"truncate": False}), refused="truncate"),
     Layout("yarn-unknown", config(rope_scaling=YARN | {"wobble": 2}), refused="wobble"),

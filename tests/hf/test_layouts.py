@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.hf.layouts import LAYOUTS, Layout
+from tests.hf.layouts import LAYOUTS, Layout, bundled_weights
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, TrtQwenError
@@ -183,7 +183,7 @@ def test_as_transformers(
         return  # transformers does not compute it; "rope-absent" has the same config
     if not layout.weights:  # the perplexity is that of the bundled model, which other layouts compare
         assert computed(plan.source) == computed(HfModel(MODEL))
-        assert (plan.source.directory / "model.safetensors").samefile(MODEL / "model.safetensors")
+        assert (plan.source.directory / "model.safetensors").samefile(bundled_weights())
     else:
         ranks = CheckpointRanks(tmp_path / "checkpoint", "plain", torch.device("cpu"))
         head = compare(plan, ranks, samples, torch.device("cpu")).head

@@ -20,6 +20,7 @@ from tritonclient.utils import (
     triton_to_np_dtype,
 )
 
+from tests.waiting import wait_for
 from trtqwen.triton.server import TritonServer
 
 
@@ -105,9 +106,14 @@ def id_request(ids: list[int], max_tokens: int, **inputs: Any) -> dict[str, npt.
 
 
 def metrics(server: TritonServer) -> dict[str, float]:
-    """The engine's gauges, by `family/label value`."""
-    with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:
-        lines = response.read().decode().splitlines()
+    """The engine's gauges, by `family/label value`; they come a second after the engine has loaded."""
+
+    def text() -> str:
+        with urllib.request.urlopen(f"http://{server.metrics_url}/metrics") as response:
+            return str(response.read().decode())
+
+    assert wait_for(lambda: "nv_trt_llm_general_metrics" in text())
+    lines = text().splitlines()
     gauges = {}
     for line in lines:
         if line.startswith("nv_trt_llm_"):

@@ -49,15 +49,20 @@ def _print(name: str, explanation: Explanation) -> None:
         for finding in explanation.findings:
             _print_finding(finding)
         return
-    for finding in explanation.findings:
-        if finding.role == first.role:
-            _print_finding(finding)
+    if first.role != "cause":
+        _say(f"{name}: no line names the cause for certain; these say where to look")
+    shown = [finding for finding in explanation.findings if finding.role == first.role]
+    for finding in shown:
+        _print_finding(finding)
+    for number, line in explanation.telling:
+        if number not in {finding.number for finding in shown}:
+            _say(f"line {number}: {line}")
 
 
 def _print_finding(finding: Finding) -> None:
     more = f" (and {finding.times - 1} more like it)" if finding.times > 1 else ""
     _say(f"line {finding.number}: {finding.line}{more}", style="bold")
-    _say(f"  cause:  {finding.cause}")
+    _say(f"  {'cause' if finding.role == 'cause' else 'means'}:  {finding.cause}")
     _say(f"  hint: {finding.hint}")
 
 

@@ -69,7 +69,7 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
                 own, other = socket.socketpair()
                 ours.append(own)
                 ends.append(theirs.enter_context(other))
-            sessions.append(asyncio.create_task(broker.serve(index, ours[0], ours[1])))
+            sessions.append(asyncio.create_task(broker.serve(ours[0], ours[1])))
             descriptors = [listener.fileno(), *(end.fileno() for end in ends)]
             workers[index] = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -26,6 +26,7 @@ HfDtype = Literal["float16", "bfloat16", "float32"]
 Size = Annotated[int, Field(gt=0, le=1 << 24)]  # a larger one is a slip, and would take all memory
 _KEYS = Path(__file__).with_name("config_keys.json")
 _SILU = ("silu", "swish")
+_DEFAULTS = {"max_position_embeddings": 32768, "rms_norm_eps": 1e-6}  # transformers' for Qwen2
 _WINDOW_KEYS = {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
 _CHECKED_KEYS = {
     "dtype",
@@ -132,8 +133,9 @@ def load_config(directory: Path) -> HfConfig:
     data = {key: value for key, value in raw.items() if value is not None}
     _check_family(data, path)
     _check_quantization(data, path)
+    absent = _defaults(data, path)
     rotary = rope.read_rope(data, path)
-    findings = [*rotary.findings, *_check_keys(data, path)]
+    findings = [*absent, *rotary.findings, *_check_keys(data, path)]
     _check_window(raw, path)
     if data.get("hidden_act", "silu") not in _SILU:
         raise SourceError(
@@ -183,7 +185,7 @@ def _check_family(data: dict[str, Any], path: Path) -> None:
         )
     architectures = data.get("architectures", [ARCHITECTURE])
     if architectures != [ARCHITECTURE]:
-        found = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures
+        found = ", ".join(map(str, architectures)) if isinstance(architectures, list) else shown(architectures)
         raise SourceError(
             f"{path}: architectures is {found or 'none'}",
             f"trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)",
@@ -206,6 +208,21 @@ def _check_quantization(data: dict[str, Any], path: Path) -> None:
             raise SourceError(
                 f"{path}: the weights are quantized already (quant_method {method})", "use the 16-bit original"
             )
+
+
+def _defaults(data: dict[str, Any], path: Path) -> list[Diagnostic]:
+    """Fill in what transformers takes for absent constants."""
+    absent = {name: value for name, value in _DEFAULTS.items() if name not in data}
+    data |= absent
+    return [
+        Diagnostic(
+            f"{path}: has no {name}: {value:g} is used, as transformers does",
+            "add the model's own to the file",
+            "warning",
+            "config",
+        )
+        for name, value in absent.items()
+    ]
 
 
 def _check_keys(data: dict[str, Any], path: Path) -> list[Diagnostic]:

@@ -84,6 +84,8 @@ def resolve_tokenizer(directory: Path) -> ResolvedTokenizer:
     if padding is not None:
         named.setdefault("pad_token", padding["pad_token"])
     extra = config.get("extra_special_tokens")
+    for token in extra.values() if isinstance(extra, dict) else extra or []:
+        _check_token(directory / TOKENIZER_CONFIG, "extra_special_tokens", token)
     if isinstance(extra, dict):
         named |= {name: _token(value) for name, value in extra.items()}
     elif isinstance(extra, list):
@@ -194,10 +196,19 @@ def _declared(
     declared: dict[int, AddedToken] = {}
     path = directory / TOKENIZER_CONFIG
     if config.get("added_tokens_decoder") is not None:
-        for key, value in config["added_tokens_decoder"].items():
+        entries = config["added_tokens_decoder"]
+        if not isinstance(entries, dict):
+            raise SourceError(f"{path}: added_tokens_decoder is {shown(entries)}, not an object", "correct it")
+        for key, value in entries.items():
             declared[_id(path, key)] = _added(path, value)
     else:
         _legacy(directory, config, declared)
+    for name in NAMED:
+        _check_token(path, name, config.get(name))
+    if not isinstance(config.get(_LIST) or [], list):
+        raise SourceError(f"{path}: {_LIST} is {shown(config[_LIST])}, not a list", "correct it")
+    for token in config.get(_LIST) or []:
+        _check_token(path, _LIST, token)
     named = dict(defaults) | {name: _token(config[name]) for name in NAMED if name in config}
     listed = [token for token in map(_token, config.get(_LIST) or []) if token is not None]
     return declared, named, listed
@@ -390,6 +401,12 @@ def _prefix_space(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None
     if isinstance(part, pre_tokenizers.ByteLevel) and part.add_prefix_space != add_prefix_space:
         part.add_prefix_space = add_prefix_space
         backend.pre_tokenizer = part
+
+
+def _check_token(path: Path, name: str, value: Any) -> None:
+    whole = isinstance(value, dict) and isinstance(value.get("content"), str)
+    if value is not None and not isinstance(value, str) and not whole:
+        raise SourceError(f"{path}: {name} is {shown(value)}, not a token", "write the token's text")
 
 
 def _token(value: Any) -> Any:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import count
 from typing import Any
 
 from trtqwen.gateway.admission.admission import Capacity, QueueLimits, Ticket
@@ -46,9 +47,11 @@ class Broker:
         self._authenticator = authenticator
         self._metrics = metrics
         self._gates: dict[str, _Shared] = {}
+        self._workers = count()
 
-    async def serve(self, worker: int, calls: socket.socket, news: socket.socket) -> None:
+    async def serve(self, calls: socket.socket, news: socket.socket) -> None:
         """Answer one worker until it ends; then all that it holds is given back."""
+        worker = next(self._workers)
         reader, writer = await asyncio.open_connection(sock=calls)
         _, teller = await asyncio.open_connection(sock=news)
         session = _Session(teller)

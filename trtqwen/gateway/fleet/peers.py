@@ -32,7 +32,7 @@ class Peers:
         if self._own is not None:
             with suppress(OSError):  # a full disk must not end a server
                 partial = self._own.with_suffix(".new")
-                partial.write_text(json.dumps(content), encoding="utf-8")
+                partial.write_text(json.dumps({**content, "born": _born(os.getpid())}), encoding="utf-8")
                 partial.replace(self._own)
 
     def others(self) -> list[dict[str, Any]]:
@@ -50,10 +50,17 @@ def told_in(directory: Path, but: Path | None = None) -> list[dict[str, Any]]:
     told = []
     for path in directory.glob(f"{_PREFIX}*.json"):
         pid = path.stem.removeprefix(_PREFIX)
-        if path != but and pid.isdecimal() and Path(f"/proc/{pid}").exists():
-            with suppress(OSError, ValueError):
-                told.append(json.loads(path.read_text(encoding="utf-8")))
+        if path != but and pid.isdecimal():
+            with suppress(OSError, ValueError, KeyError):
+                content = json.loads(path.read_text(encoding="utf-8"))
+                if content["born"] == _born(int(pid)):  # not another process that has got its id
+                    told.append(content)
     return told
+
+
+def _born(pid: int) -> str:
+    """When a process began, in the kernel's ticks."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def forget_told(directory: Path) -> None:

@@ -29,6 +29,9 @@ from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 from trtqwen.vllm.server import VllmPlace
 
+# Metrics go to Triton as messages. On a busy machine they may meet the one with which `initialize` returns: one start
+# of 50, at a load of 30, waited for that forever.
+_SETTLE_SECONDS = 1.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
 
@@ -52,7 +55,7 @@ class TritonPythonModel:
         self._stopping = threading.Event()
         self._threads = [
             self._every(parameters.cancellation_check_period, self._service.cancel_abandoned),
-            self._every(parameters.stats_check_period, self._report),
+            self._every(parameters.stats_check_period, self._report, _SETTLE_SECONDS),
         ]
 
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
@@ -79,8 +82,9 @@ class TritonPythonModel:
         for thread in self._threads:
             thread.join()
 
-    def _every(self, period: float, action: Callable[[], None]) -> threading.Thread:
+    def _every(self, period: float, action: Callable[[], None], delay: float = 0) -> threading.Thread:
         def repeat() -> None:
+            self._stopping.wait(delay)
             while not self._stopping.wait(period):
                 try:
                     action()
