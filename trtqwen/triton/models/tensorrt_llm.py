@@ -29,8 +29,8 @@ from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 from trtqwen.vllm.server import VllmPlace
 
-# Metrics go to Triton as messages. On a busy machine they may meet the one with which `initialize` returns: one start
-# of 50, at a load of 30, waited for that forever.
+# One start of about 50, at a load of 30, hung after `initialize` had returned. Metrics are messages to Triton too and
+# began at that moment; that they caused it is a guess, so they begin later.
 _SETTLE_SECONDS = 1.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
