@@ -13,7 +13,7 @@ import pytest
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.inputs import Sampling
 from trtqwen.gateway.generation.plan import GenerationPlan, Usage
 from trtqwen.gateway.generation.upstream import Replica, Reply
@@ -49,7 +49,7 @@ def test_an_answer_that_ended_shortens_the_advice(
     async def test() -> None:
         metrics = Metrics()
         gate = Gate(Admission(1, Capacity(1, 1000), QueueLimits(19, 1000)), metrics, 1)
-        generator = Generator(model, [Quick(second)], gate, metrics, 10, lambda replica: None)
+        generator = AnswerGenerator(model, [Quick(second)], gate, metrics, 10, lambda replica: None)
         plan = GenerationPlan("id", ((1,),), 1, 2, Sampling({}, seed=1), reserved=2)
         try:
             async with aclosing(generator.run(plan, Usage())) as pieces:

@@ -13,7 +13,7 @@ from trtqwen.gateway.admission.broker import Link, SharedGate
 from trtqwen.gateway.admission.gate import Gate, GatePlan
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.health import Monitor
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics
@@ -34,7 +34,7 @@ class Runtime:
     template: ChatTemplate | None
     metrics: Metrics
     gate: Gate
-    generator: Generator
+    generator: AnswerGenerator
     monitor: Monitor
 
 
@@ -100,7 +100,7 @@ async def running(
     isolates = keys > 1 and not config.share_kv_cache
     if isolates and model.reuses_kv_cache and "cache_salt" not in model.extensions:
         _log.warning("API keys share the KV cache of this engine: by timing, one finds out prompts of another")
-    generator = Generator(
+    generator = AnswerGenerator(
         model, replicas, gate, metrics, config.request_seconds, monitor.suspect, by_prefix, isolates_keys=isolates
     )
     watching = asyncio.create_task(monitor.watch())

@@ -14,7 +14,7 @@ from trtqwen.gateway.api.log_probs import chat_log_probs, prompt_log_probs
 from trtqwen.gateway.api.reasoning import Reasoning, ReasoningParser
 from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import Finish, Piece, TokenLogProb, Usage
 from trtqwen.gateway.tools import CallArguments, CallBegins, Content, ToolCallParser
 from trtqwen.gateway.tools import Event as AnswerEvent
@@ -39,7 +39,7 @@ class Step(NamedTuple):
     prompt: Sequence[TokenLogProb] = ()
 
 
-async def chat_steps(plan: ChatPlan, generator: Generator, usage: Usage) -> AsyncGenerator[Step, None]:
+async def chat_steps(plan: ChatPlan, generator: AnswerGenerator, usage: Usage) -> AsyncGenerator[Step, None]:
     """The answers of a chat as they come: text, reasoning and calls separated.
 
     Raises:
@@ -59,7 +59,7 @@ async def chat_steps(plan: ChatPlan, generator: Generator, usage: Usage) -> Asyn
 class ChatAnswers:
     """The answers of one request."""
 
-    def __init__(self, plan: ChatPlan, generator: Generator) -> None:
+    def __init__(self, plan: ChatPlan, generator: AnswerGenerator) -> None:
         self._plan = plan
         self._generator = generator
         self._token_bytes = generator.model.tokenizer.token_bytes
@@ -136,7 +136,7 @@ class ChatAnswers:
 class _Choice:
     """Takes one answer apart into content and calls, and decides why it ended."""
 
-    def __init__(self, plan: ChatPlan, generator: Generator) -> None:
+    def __init__(self, plan: ChatPlan, generator: AnswerGenerator) -> None:
         self._plan = plan
         self._reasoning = None if plan.reasoning is None else ReasoningParser(inside=plan.reasoning == "inside")
         self._parser = ToolCallParser(inside=plan.forced_call) if plan.parse_calls else None

@@ -20,7 +20,7 @@ from trtqwen.gateway.api.schemas import CompletionRequest
 from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Piece, TokenLogProb, Usage, fit_answer
 from trtqwen.gateway.model import ServedModel
 
@@ -130,7 +130,7 @@ def _listed(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[st
 class CompletionAnswers:
     """The answers of one request, streamed or whole."""
 
-    def __init__(self, plan: CompletionPlan, generator: Generator) -> None:
+    def __init__(self, plan: CompletionPlan, generator: AnswerGenerator) -> None:
         self._plan = plan
         self._generator = generator
         self._token_bytes = generator.model.tokenizer.token_bytes

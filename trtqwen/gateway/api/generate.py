@@ -19,7 +19,7 @@ from trtqwen.gateway.api.schemas import GenerateRequest
 from trtqwen.gateway.api.sse import frame
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.inputs import Sampling
 from trtqwen.gateway.generation.plan import GenerationPlan, Usage, fit_answer
 from trtqwen.gateway.model import ServedModel
@@ -84,7 +84,7 @@ def _listed(words: str | list[str] | None) -> tuple[str, ...]:
 class PlainAnswer:
     """The answer of one plain request, streamed or whole."""
 
-    def __init__(self, plan: PlainPlan, generator: Generator) -> None:
+    def __init__(self, plan: PlainPlan, generator: AnswerGenerator) -> None:
         self._plan = plan
         self._generator = generator
         self._fields = {"id": plan.client_id, "model_name": generator.model.name, "model_version": "1"}

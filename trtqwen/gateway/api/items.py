@@ -10,7 +10,7 @@ from typing import Literal
 from trtqwen.gateway.api.chat import ChatPlan
 from trtqwen.gateway.api.chat_response import Event, Step, chat_steps
 from trtqwen.gateway.api.reasoning import Reasoning
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import TokenLogProb, Usage
 from trtqwen.gateway.tools import CallArguments, CallBegins, Content
 
@@ -103,7 +103,7 @@ class ItemizedAnswer:
         last: the last step of it.
     """
 
-    def __init__(self, plan: ChatPlan, generator: Generator) -> None:
+    def __init__(self, plan: ChatPlan, generator: AnswerGenerator) -> None:
         self.plan = plan
         self.generator = generator
         self.items = Items()

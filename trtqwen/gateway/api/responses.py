@@ -21,7 +21,7 @@ from trtqwen.gateway.api.responses_request import ResponseRequest, chat_of
 from trtqwen.gateway.api.responses_tools import ResponseTool, custom_input, response_tools
 from trtqwen.gateway.api.select import runtime_of
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import Finish, TokenLogProb
 
 router = APIRouter(route_class=Route)
@@ -39,7 +39,7 @@ async def responses(request: Request, body: ResponseRequest) -> Response:
 class ResponseAnswers(ItemizedAnswer):
     """The answer of one request."""
 
-    def __init__(self, request: ResponseRequest, plan: ChatPlan, generator: Generator) -> None:
+    def __init__(self, request: ResponseRequest, plan: ChatPlan, generator: AnswerGenerator) -> None:
         super().__init__(plan, generator)
         self._request = request
         self._token_bytes = generator.model.tokenizer.token_bytes

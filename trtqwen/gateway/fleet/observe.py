@@ -20,7 +20,7 @@ from typing import Any, Literal, cast
 
 from trtqwen.gateway.admission.auth import CALLER
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.generator import Generator
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.inputs import Sampling
 from trtqwen.gateway.generation.plan import GenerationPlan, Piece, Usage
 from trtqwen.gateway.metrics import Metrics
@@ -57,7 +57,7 @@ class Shadow:
 
     name: str
     share: float
-    generator: Generator
+    generator: AnswerGenerator
     most: int
     hold: Callable[[], AbstractContextManager[None]]
 

@@ -23,7 +23,7 @@ from trtqwen.gateway.tracing import current_span
 
 
 @dataclass
-class Generator:
+class AnswerGenerator:
     """Runs plans on the replicas.
 
     Args:
