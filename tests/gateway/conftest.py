@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import urllib.request
@@ -100,6 +101,23 @@ class Running:
         with urllib.request.urlopen(f"http://{self.triton.metrics_url}/metrics", timeout=30) as answer:
             [line] = [line for line in answer.read().decode().splitlines() if 'block_type="used"' in line]
         return float(line.split()[-1])
+
+
+@contextmanager
+def access_log(path: Path) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """Reads what gateways write to their access log, which is this process's standard error, as it grows.
+
+    pytest's own capture loses what comes while it is read.
+    """
+    before = os.dup(2)
+    with path.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    try:
+        lines = re.compile(r'\{"time".*(?=\n)')
+        yield lambda: [json.loads(line) for line in lines.findall(path.read_text())]
+    finally:
+        os.dup2(before, 2)
+        os.close(before)
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ import pytest
 import yaml
 
 from tests.conftest import BACKEND
-from tests.gateway.conftest import Running, quick_triton
+from tests.gateway.conftest import Running, access_log, quick_triton
 from tests.gateway.test_fleet import within
 from tests.waiting import wait_for
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
@@ -257,24 +257,16 @@ def test_changes_from_an_old_revision_are_refused(service: Fleet) -> None:
     assert (status, answer["error"]["code"]) == (412, "revision_changed")
 
 
-def test_only_the_admin_key_opens_the_admin_routes(
-    service: Fleet, obedient: Running, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert service.admin("GET", "/admin/models", key="sk-none-0123456789ab")[0] == 401
-    connection = http.client.HTTPConnection("127.0.0.1", service.gateway.config.port, timeout=30)
-    connection.request("PUT", "/admin/models/qwen", "{}")
-    assert connection.getresponse().status == 401
-    assert obedient.get("/admin/models")[0] == 404
-    assert service.admin("PUT", "/admin/models/qwen", {"targets": []})[0] == 400
-    logged = ""
-
-    def entries() -> list[Any]:
-        nonlocal logged
-        logged += capfd.readouterr().err
-        return [json.loads(line) for line in logged.splitlines() if line.startswith('{"time"')]
-
-    assert wait_for(lambda: any(entry["key"] == "operator" and entry["status"] == 400 for entry in entries()))
-    assert {(entry["path"], entry["status"]) for entry in entries()} >= {("/admin/models", 401)}
+def test_only_the_admin_key_opens_the_admin_routes(service: Fleet, obedient: Running, tmp_path: Path) -> None:
+    with access_log(tmp_path / "access.log") as entries:
+        assert service.admin("GET", "/admin/models", key="sk-none-0123456789ab")[0] == 401
+        connection = http.client.HTTPConnection("127.0.0.1", service.gateway.config.port, timeout=30)
+        connection.request("PUT", "/admin/models/qwen", "{}")
+        assert connection.getresponse().status == 401
+        assert obedient.get("/admin/models")[0] == 404
+        assert service.admin("PUT", "/admin/models/qwen", {"targets": []})[0] == 400
+        assert wait_for(lambda: any(entry["key"] == "operator" and entry["status"] == 400 for entry in entries()))
+        assert {(entry["path"], entry["status"]) for entry in entries()} >= {("/admin/models", 401)}
 
 
 def test_a_canary_gets_its_share_and_keeps_its_users(service: Fleet) -> None:

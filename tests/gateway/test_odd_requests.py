@@ -124,7 +124,9 @@ def test_benchmarks_run_with_their_own_bodies(live: Running) -> None:
         status, _, text = live.post(path, {"model": "qwen", **fields})
         assert status == 200, (path, fields, text)
         if path == "/generate_stream":
-            assert text.count("data: {") >= 4  # one for each token, though the end token is none of the model's
+            assert text.count("data: {") >= 1  # though the end token is none of the model's
         elif "stream_options" in fields:
             [*_, last, done] = [line for line in text.splitlines() if line]
-            assert (json.loads(last[6:])["usage"]["completion_tokens"], done) == (4, "data: [DONE]")
+            least = 4 if "ignore_eos" in fields else 1
+            assert least <= json.loads(last[6:])["usage"]["completion_tokens"] <= 4
+            assert done == "data: [DONE]"

@@ -20,7 +20,7 @@ from wsproto.events import (
     TextMessage,
 )
 
-from tests.gateway.conftest import Running
+from tests.gateway.conftest import Running, access_log
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.triton
@@ -127,33 +127,26 @@ def test_keys_rates_and_origins_hold(
     another_gateway: Callable[..., Running],
     connect: Callable[..., Client],
     tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    keys = tmp_path / "keys.yaml"
-    keys.write_text("keys: [{name: a, key: sk-0123456789abcdef, requests_per_minute: 1}]")
-    target = another_gateway(api_keys=keys, allowed_origins=("https://chat.example.com",))
-    assert isinstance(connect(target).first, (RejectConnection, CloseConnection))
-    key = {"authorization": "Bearer sk-0123456789abcdef"}
-    assert isinstance(
-        connect(target, origin="https://evil.example", **key).first, (RejectConnection, CloseConnection)
-    )
-    client = connect(target, origin="https://chat.example.com", **key)
-    client.ask(**asked("hello"))
-    assert list(client.messages())
-    client.ask(**asked("hello"))
-    assert json.loads(client.message())["error"]["code"] == "rate_limit_exceeded"
-    logged = ""
-
-    def lines() -> list[dict[str, Any]]:
-        nonlocal logged
-        logged += capfd.readouterr().err
-        return [json.loads(line) for line in logged.splitlines() if line.startswith('{"time"')]
-
-    assert wait_for(lambda: len(lines()) == 4)  # two refused connections, and two messages
-    assert [(line["method"], line["key"], line["status"]) for line in lines()] == [
-        ("WEBSOCKET", None, 401),
-        ("WEBSOCKET", "a", 403),
-        ("WEBSOCKET", "a", 200),
-        ("WEBSOCKET", "a", 429),
-    ]
-    assert lines()[2]["output_tokens"] > 0
+    with access_log(tmp_path / "access.log") as entries:
+        keys = tmp_path / "keys.yaml"
+        keys.write_text("keys: [{name: a, key: sk-0123456789abcdef, requests_per_minute: 1}]")
+        target = another_gateway(api_keys=keys, allowed_origins=("https://chat.example.com",))
+        assert isinstance(connect(target).first, (RejectConnection, CloseConnection))
+        key = {"authorization": "Bearer sk-0123456789abcdef"}
+        assert isinstance(
+            connect(target, origin="https://evil.example", **key).first, (RejectConnection, CloseConnection)
+        )
+        client = connect(target, origin="https://chat.example.com", **key)
+        client.ask(**asked("hello"))
+        assert list(client.messages())
+        client.ask(**asked("hello"))
+        assert json.loads(client.message())["error"]["code"] == "rate_limit_exceeded"
+        assert wait_for(lambda: len(entries()) == 4)  # two refused connections, and two messages
+        assert [(line["method"], line["key"], line["status"]) for line in entries()] == [
+            ("WEBSOCKET", None, 401),
+            ("WEBSOCKET", "a", 403),
+            ("WEBSOCKET", "a", 200),
+            ("WEBSOCKET", "a", 429),
+        ]
+        assert entries()[2]["output_tokens"] > 0

@@ -41,15 +41,13 @@ def command(
     With --models, it serves the models of a table, each with the repository and addresses that the table names.
     `trtqwen models` changes the table while clients are served.
 
-    Settings of --config, by name: repository, triton, models, host, port, model_name, api_keys, admin_keys,
-    allow_anonymous, workers, engine_start_seconds;
-    allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning; prefix_routing,
-    throttle_seconds, rates_url;
-    max_queued_requests, max_queued_tokens, kv_cache_tokens; default_max_tokens, max_tokens, max_choices;
-    max_body_bytes, max_header_bytes; queue_seconds, request_seconds, stall_seconds, body_seconds, drain_seconds,
-    probe_seconds, prompt_tokens_per_second; workers, key_share, max_connections_per_address, supervisor,
-    access_log, protect_metrics, allowed_hosts, share_kv_cache;
-    allowed_origins, path_prefix, unknown_fields, special_tokens_in_messages, reasoning.
+    Settings of --config, by name: repository, triton, model_name; models, admin_keys, engine_start_seconds; host,
+    port, workers, api_keys, allow_anonymous, rates_url, allowed_hosts, trusted_proxies, path_prefix;
+    allowed_origins, unknown_fields, special_tokens_in_messages, reasoning; default_max_tokens, max_tokens,
+    max_choices, max_body_bytes, max_header_bytes; max_queued_requests, max_queued_tokens, kv_cache_tokens, key_share,
+    share_kv_cache, prefix_routing, throttle_seconds; max_connections, max_connections_per_address, request_memory;
+    queue_seconds, request_seconds, stall_seconds, body_seconds, drain_seconds, probe_seconds,
+    prompt_tokens_per_second; access_log, protect_metrics, supervisor.
     """
     settings = gateway_config(
         config,

@@ -200,7 +200,7 @@ class GatewayConfig(BaseModel):
     @model_validator(mode="after")
     def _one_source_of_models(self) -> GatewayConfig:
         if (self.repository is None) == (self.models is None):
-            raise ValueError("give either a repository or a table of models")
+            raise ValueError("give either a repository or a table of models (--repo or --models)")
         if self.models is not None and self.model_name is not None:
             raise ValueError("model_name is for a single repository; the table of models has the names")
         return self
@@ -234,7 +234,8 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
     try:
         return GatewayConfig.model_validate(written | given)
     except ValidationError as problem:
-        raise InputError(f"{where}: {first_problem(problem)}", "correct it") from None
+        hint = "correct the options" if file is None else "correct the file or the options"
+        raise InputError(f"{where}: {first_problem(problem)}", hint) from None
 
 
 def _read(file: Path) -> dict[str, Any]:
