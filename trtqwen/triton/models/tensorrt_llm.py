@@ -30,7 +30,7 @@ from trtqwen.triton.tensors import Limits
 from trtqwen.vllm.server import VllmPlace
 
 # One start of about 50, at a load of 30, hung after `initialize` had returned. Metrics are messages to Triton too and
-# began at that moment; that they caused it is a guess, so they begin later.
+# began at that moment; that they caused it is a guess, so they begin later, or with the first request.
 _SETTLE_SECONDS = 1.0
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 
@@ -52,13 +52,14 @@ class TritonPythonModel:
             exclude_input=parameters.exclude_input_in_output,
             on_finished=self._metrics.count,
         )
-        self._stopping = threading.Event()
+        self._stopping, self._settled = threading.Event(), threading.Event()
         self._threads = [
             self._every(parameters.cancellation_check_period, self._service.cancel_abandoned),
-            self._every(parameters.stats_check_period, self._report, _SETTLE_SECONDS),
+            self._every(parameters.stats_check_period, self._report, settle=True),
         ]
 
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
+        self._settled.set()
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             own = json.loads(request.parameters() or "{}")
@@ -78,13 +79,15 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         self._stopping.set()
+        self._settled.set()
         self._executor.shutdown()
         for thread in self._threads:
             thread.join()
 
-    def _every(self, period: float, action: Callable[[], None], delay: float = 0) -> threading.Thread:
+    def _every(self, period: float, action: Callable[[], None], *, settle: bool = False) -> threading.Thread:
         def repeat() -> None:
-            self._stopping.wait(delay)
+            if settle:
+                self._settled.wait(_SETTLE_SECONDS)
             while not self._stopping.wait(period):
                 try:
                     action()
