@@ -35,6 +35,7 @@ USED = "nv_trt_llm_kv_cache_block_metrics/used"
 FREE = "nv_trt_llm_kv_cache_block_metrics/free"
 STEPS = "nv_trt_llm_general_metrics/iteration_counter"
 SCHEDULED = "nv_trt_llm_request_metrics/scheduled"
+LONG = "The quick brown fox"  # its greedy answer does not end: no stall is as long, so that pieces stay apart
 
 
 @pytest.fixture(scope="module")
@@ -256,12 +257,12 @@ def test_http_generate(server: TritonServer) -> None:
 
 
 def test_http_generate_stream(server: TritonServer) -> None:
-    request = {"text_input": "你好", "max_tokens": 8, "stream": True}
+    request = {"text_input": LONG, "max_tokens": 200, "stream": True}
     status, body = post(server, "ensemble/generate_stream", request)
     events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line]
     assert status == 200
     assert len(events) > 2
-    assert "".join(event["text_output"] for event in events) == ask(server, "你好", max_tokens=8)[0].text
+    assert "".join(event["text_output"] for event in events) == ask(server, LONG, max_tokens=200)[0].text
 
 
 def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: Tokenizer) -> None:
@@ -273,9 +274,9 @@ def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: 
 
 
 def test_client_streams_raw_text(server: TritonServer) -> None:
-    pieces = list(stream(server.grpc_url, "你好", 12, chat=False))
+    pieces = list(stream(server.grpc_url, LONG, 200, chat=False))
     assert len(pieces) > 1
-    [whole] = ask(server, "你好", max_tokens=12, return_num_output_tokens=True)
+    [whole] = ask(server, LONG, max_tokens=200, return_num_output_tokens=True)
     assert "".join(piece.text for piece in pieces) == whole.text
     assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
 
