@@ -69,20 +69,35 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
     places = home / "checkpoint", home / "engine", repository
     for place in places:
         check_place(place, [model, *(other for other in places if other is not place)])
+    conversion = plan_checkpoint(recipe, model)
+    checkpoint = CheckpointStage(conversion, home / "checkpoint")
+    engine = plan_engine(recipe, checkpoint, home / "engine")
+    return BuildPlan(
+        recipe, checkpoint, engine, RepositoryStage(engine.directory, engine.key(), recipe.serve, repository)
+    )
+
+
+def plan_checkpoint(recipe: Recipe, model: Path) -> ConversionPlan:
+    """Plan the conversion, and check that the recipe's engine can serve its result.
+
+    Raises:
+        SourceError, CheckpointError, InputError: if the model cannot be converted or served as asked.
+    """
     conversion = plan_conversion(model, recipe.checkpoint)
     check_context(recipe, conversion.source.config)
     check_computed(recipe.engine.backend, conversion.source.config)
-    checkpoint = CheckpointStage(conversion, home / "checkpoint")
-    engine = EngineStage(
+    return conversion
+
+
+def plan_engine(recipe: Recipe, checkpoint: CheckpointStage, directory: Path) -> EngineStage:
+    """The stage that builds the recipe's engine from a checkpoint."""
+    return EngineStage(
         checkpoint.directory,
         checkpoint.key(),
         recipe.engine,
-        home / "engine",
+        directory,
         serve=recipe.serve,
         card=recipe.host.card if recipe.host else None,
-    )
-    return BuildPlan(
-        recipe, checkpoint, engine, RepositoryStage(engine.directory, engine.key(), recipe.serve, repository)
     )
 
 

@@ -11,7 +11,7 @@ from trtqwen.cli.output import HELP, Json, print_json, stderr, stdout
 from trtqwen.gateway.fleet import client
 from trtqwen.gateway.fleet.client import Admin, admin_key, new_target
 from trtqwen.gateway.fleet.report import lines, report
-from trtqwen.gateway.fleet.table import ModelEntry, Target
+from trtqwen.gateway.fleet.table import ModelEntry
 
 command = typer.Typer(
     add_completion=False,
@@ -101,7 +101,7 @@ def canary(
 
     Without --repo, change the share of the target --name.
     """
-    target = _target(repo, triton, gpus, name)
+    target = client.target_or_name(repo, triton, gpus, name)
     edit = lambda entry: client.with_canary(entry, target, share, model)  # noqa: E731
     _change(Admin(url, admin_key(key_file)), model, edit, drain, json)
 
@@ -120,7 +120,7 @@ def shadow(
     json: Json = False,
 ) -> None:
     """Copy a share of the requests to a second engine, and compare answers and latency. Clients notice nothing."""
-    target = _target(repo, triton, gpus, name)
+    target = client.target_or_name(repo, triton, gpus, name)
     edit = lambda entry: client.with_shadow(entry, target, share, model)  # noqa: E731
     _change(Admin(url, admin_key(key_file)), model, edit, drain, json)
 
@@ -172,10 +172,6 @@ def compare(
         return
     for line in lines(models):
         stdout.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _target(repo: Path | None, triton: list[str] | None, gpus: list[int] | None, name: str | None) -> Target | str:
-    return client.target_or_name(repo, triton, gpus, name)
 
 
 def _change(admin: Admin, model: str, edit: Any, drain: bool, json: bool) -> None:

@@ -242,6 +242,16 @@ class LinearLoader:
         return None if tensor is None else self._to(to_torch(tensor))
 
 
+def check_activation(config: CheckpointConfig) -> None:
+    """Refuse a checkpoint whose MLP goes through another function than SiLU.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if config.hidden_act != "silu":
+        raise CheckpointError(f"the torch engine does not compute hidden_act {config.hidden_act}", "only silu")
+
+
 def need(tensors: Tensors, name: str) -> Array:
     """A tensor that must be there.
 

@@ -7,10 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trtqwen.checkpoint.config import CheckpointConfig
-from trtqwen.diagnostics import CheckpointError
 from trtqwen.executor.attention import AttentionBackend, AttentionBatch
 from trtqwen.executor.layer import RankLayer
-from trtqwen.executor.linear import LinearLoader, Tensors, need
+from trtqwen.executor.linear import LinearLoader, Tensors, check_activation, need
 from trtqwen.executor.parallel import Communicator
 from trtqwen.nn.ops import rms_norm, to_torch
 from trtqwen.nn.rotary import make_rotary
@@ -45,8 +44,7 @@ class Qwen2Model:
         tokens_per_block: int,
         plain: bool = True,
     ) -> None:
-        if config.hidden_act != "silu":
-            raise CheckpointError(f"the torch engine does not compute hidden_act {config.hidden_act}", "only silu")
+        check_activation(config)
         self._config = config
         self._communicator = communicator
         self._attention = attention

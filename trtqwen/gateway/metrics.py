@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -18,6 +20,7 @@ SHARED_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _Mode = Literal["mostrecent", "livesum"]  # how the values of several processes become one
 _TEXT_SHARE = 0.1  # of a core, that making the text may take
 _MOST_ALLOWED = 0.5  # seconds of it at once
+_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
 _PREFIX = "trtqwen_gateway"
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 600)  # seconds
 _INTER_TOKEN = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1, 5)  # seconds
@@ -194,3 +197,15 @@ class Metrics:
         self, name: str, text: str, *labels: str, prefix: str = f"{_PREFIX}_", mode: _Mode = "mostrecent"
     ) -> Gauge:
         return Gauge(f"{prefix}{name}", text, labels, registry=self._registry, multiprocess_mode=mode)
+
+
+async def watch_process(metrics: Metrics) -> None:
+    """Tell this process's memory and CPU time until cancelled."""
+    counted = 0.0
+    while True:
+        used = time.process_time()
+        metrics.cpu_seconds.inc(used - counted)
+        counted = used
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
+        await asyncio.sleep(_PROCESS_SECONDS)

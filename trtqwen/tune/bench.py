@@ -19,11 +19,9 @@ from trtqwen.bench.figures import Figures, figures
 from trtqwen.bench.load import Job, open_clients, send_all
 from trtqwen.bench.run import run_phase
 from trtqwen.bench.workload import Ask, Workload
-from trtqwen.build import BuildPlan, run_build
-from trtqwen.checkpoint.convert import CheckpointStage, plan_conversion
+from trtqwen.build import BuildPlan, plan_checkpoint, plan_engine, run_build
+from trtqwen.checkpoint.convert import CheckpointStage
 from trtqwen.diagnostics import EngineError, ServerError
-from trtqwen.engine.builder import EngineStage
-from trtqwen.engine.limits import check_computed, check_context
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import Request, Response
 from trtqwen.recipe import Recipe, ServeRecipe
@@ -190,18 +188,9 @@ def plan_candidate(recipe: Recipe, model: Path, home: Path) -> BuildPlan:
     Raises:
         InputError: if the model cannot be converted or built as asked.
     """
-    conversion = plan_conversion(model, recipe.checkpoint)
-    check_context(recipe, conversion.source.config)
-    check_computed(recipe.engine.backend, conversion.source.config)
+    conversion = plan_checkpoint(recipe, model)
     checkpoint = CheckpointStage(conversion, home / f"checkpoint-{_short(conversion.key())}")
-    engine = EngineStage(
-        checkpoint.directory,
-        checkpoint.key(),
-        recipe.engine,
-        home / "engine",
-        serve=recipe.serve,
-        card=recipe.host.card if recipe.host else None,
-    )
+    engine = plan_engine(recipe, checkpoint, home / "engine")
     engine.directory = home / f"engine-{_short(engine.key())}"
     served = json.dumps([engine.key(), recipe.serve.model_dump(mode="json")], sort_keys=True)
     name = hashlib.sha256(served.encode()).hexdigest()

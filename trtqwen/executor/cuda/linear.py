@@ -60,16 +60,7 @@ class HalfLinear:
         self, hidden: Tensor, *, norm: Norm | None = None, silu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
         """One token, with what comes before and after it; see `gemv`."""
-        return gemv(
-            hidden,
-            self.weight,
-            hidden.dtype,
-            bias=self.bias,
-            gain=norm.gain if norm else None,
-            epsilon=norm.epsilon if norm else 0.0,
-            silu=silu,
-            residual=residual,
-        )
+        return _single(self, None, hidden, norm, silu, residual)
 
 
 @dataclass(frozen=True)
@@ -116,17 +107,28 @@ class WeightOnlyLinear:
         self, hidden: Tensor, *, norm: Norm | None = None, silu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
         """One token, with what comes before and after it; see `gemv`."""
-        return gemv(
-            hidden,
-            self.weight,
-            hidden.dtype,
-            scales=self.scales,
-            bias=self.bias,
-            gain=norm.gain if norm else None,
-            epsilon=norm.epsilon if norm else 0.0,
-            silu=silu,
-            residual=residual,
-        )
+        return _single(self, self.scales, hidden, norm, silu, residual)
+
+
+def _single(
+    linear: HalfLinear | WeightOnlyLinear,
+    scales: Tensor | None,
+    hidden: Tensor,
+    norm: Norm | None,
+    silu: bool,
+    residual: Tensor | None,
+) -> Tensor:
+    return gemv(
+        hidden,
+        linear.weight,
+        hidden.dtype,
+        scales=scales,
+        bias=linear.bias,
+        gain=norm.gain if norm else None,
+        epsilon=norm.epsilon if norm else 0.0,
+        silu=silu,
+        residual=residual,
+    )
 
 
 class LinearLoader:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from trtqwen.checkpoint.config import CheckpointConfig
-from trtqwen.diagnostics import CheckpointError
 from trtqwen.executor.cuda.batch import CudaBatch
 from trtqwen.executor.cuda.kernels.activation import silu_mul
 from trtqwen.executor.cuda.kernels.context_attention import context_attention
@@ -26,7 +25,7 @@ from trtqwen.executor.cuda.kernels.quantize import quantize_rows
 from trtqwen.executor.cuda.kernels.rotary import rotary_store
 from trtqwen.executor.cuda.linear import HalfLinear, Linear, LinearLoader, Norm, WeightOnlyLinear
 from trtqwen.executor.cuda.weights import Uploader, to_float
-from trtqwen.executor.linear import Tensors, need
+from trtqwen.executor.linear import Tensors, check_activation, need
 from trtqwen.executor.parallel import Communicator
 from trtqwen.nn.rotary import make_rotary
 from trtqwen.quantize.weight_only import Int8Layout
@@ -75,8 +74,7 @@ class CudaModel:
         max_batch_size: int,
         max_seq_len: int,
     ) -> None:
-        if config.hidden_act != "silu":
-            raise CheckpointError(f"the torch engine does not compute hidden_act {config.hidden_act}", "only silu")
+        check_activation(config)
         self._config = config
         self._communicator = communicator
         self._dtype = dtype

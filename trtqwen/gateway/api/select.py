@@ -11,7 +11,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from trtqwen.gateway.api.failures import fleet_of
 from trtqwen.gateway.api.fields import missing_model
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.fleet.fleet import Route, Serving
+from trtqwen.gateway.fleet.route import Route, Serving
 from trtqwen.gateway.state import Runtime
 
 _LEASES = "leases"  # in the scope's state: (context manager) of the engines that a request holds

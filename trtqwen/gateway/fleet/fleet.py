@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from trtqwen.artifact import load_manifest
 from trtqwen.diagnostics import InputError, TrtQwenError
@@ -27,83 +23,17 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.fleet.observe import SILENT, Observer, Shadow, end_copies
 from trtqwen.gateway.fleet.peers import Peers
-from trtqwen.gateway.fleet.routing import choose
+from trtqwen.gateway.fleet.route import Engine, Route, Serving, check_tokenizers, warm_up
 from trtqwen.gateway.fleet.table import ModelEntry, ModelTable, Target, file_state, read_table, revision
-from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
-from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.metrics import Metrics, watch_process
 from trtqwen.gateway.model import ServedModel, load_model
-from trtqwen.gateway.state import Connect, Runtime, running
+from trtqwen.gateway.state import Connect, running
 from trtqwen.gateway.supervision import read_supervision
 
 _LOOK_SECONDS = 0.5  # between two looks at the table and at the supervisor's file
 _POLL_SECONDS = 0.05
-_PROCESS_SECONDS = 2  # between two looks at memory and CPU time
-_WARM_TOKENS, _WARM_SECONDS = 32, 60.0
 _log = logging.getLogger(__name__)
 State = Literal["starting", "serving", "draining"]
-
-
-@dataclass(eq=False)
-class Engine:
-    """An engine that is open.
-
-    Attributes:
-        identity: the same in all processes of the gateway.
-        requests: that hold it open.
-    """
-
-    identity: str
-    runtime: Runtime
-    stack: AsyncExitStack
-    requests: int = 0
-
-    @contextmanager
-    def hold(self) -> Iterator[None]:
-        """Keep it open until the block ends."""
-        self.requests += 1
-        try:
-            yield
-        finally:
-            self.requests -= 1
-
-
-@dataclass(frozen=True)
-class Serving:
-    """A target with its engine; the runtime measures it as this target."""
-
-    target: Target
-    engine: Engine
-    runtime: Runtime
-    observer: Observer
-
-    @property
-    def ready(self) -> bool:
-        return self.engine.runtime.monitor.ready
-
-
-@dataclass(frozen=True)
-class Route:
-    """Where a model's requests go."""
-
-    name: str
-    entry: ModelEntry
-    serving: tuple[Serving, ...]
-    shadows: tuple[Serving, ...] = ()
-
-    @property
-    def ready(self) -> bool:
-        return any(one.ready for one in self.serving)
-
-    @property
-    def stable(self) -> Serving:
-        """The target that others are compared with."""
-        return self.serving[0]
-
-    def pick(self, who: str | None) -> Serving:
-        """The target of a request; one that does not answer gets none while another does."""
-        weighted = [one for one in self.serving if one.target.share]
-        candidates = [one for one in weighted if one.ready] or weighted
-        return choose(candidates, lambda one: one.target.share, lambda one: one.target.name, who, self.name)
 
 
 @dataclass
@@ -208,7 +138,7 @@ class Fleet:
                 tasks.append(asyncio.create_task(self._link.listen()))
             for name, entry in self.table.models.items():
                 await self._begin(name, entry)
-            tasks += [asyncio.create_task(self._watch()), asyncio.create_task(_watch_process(self.metrics))]
+            tasks += [asyncio.create_task(self._watch()), asyncio.create_task(watch_process(self.metrics))]
             yield self
         finally:
             ending = [*tasks, *(change.task for change in self._changes.values() if change.task), *self._closing]
@@ -313,7 +243,7 @@ class Fleet:
                     await self._prepare(name, target, change)
                 except ApiError as problem:
                     raise InputError(f"{target.name}: {problem.message}") from None
-            _check_tokenizers(change.entry, change.engines)
+            check_tokenizers(change.entry, change.engines)
         except TrtQwenError as problem:
             change.problem = str(problem)
             change.engines.clear()
@@ -341,7 +271,7 @@ class Fleet:
                     "start a Triton on the repository first",
                 )
             await asyncio.sleep(_POLL_SECONDS)
-        await _warm_up(engine.runtime)
+        await warm_up(engine.runtime)
 
     async def _addresses(self, name: str, target: Target) -> tuple[str, ...]:
         """Where the target's Tritons are; waits for those that `serve` starts."""
@@ -351,7 +281,7 @@ class Fleet:
             raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
         begun, deadline = time.time(), time.monotonic() + self.config.engine_start_seconds
         while True:
-            told = read_supervision(self.config.supervisor).engines.get(target.place, {})
+            told = self._told_of(target)
             if told.get("problem") and told["at"] >= begun:  # not that of an earlier try
                 raise InputError(f"{target.name}: {told['problem']}")
             if told.get("running"):
@@ -363,8 +293,11 @@ class Fleet:
     def _known_addresses(self, target: Target) -> tuple[str, ...]:
         if target.triton is not None:
             return target.triton
-        told = read_supervision(self.config.supervisor).engines.get(target.place, {})
-        return tuple(told.get("triton", ()))
+        return tuple(self._told_of(target).get("triton", ()))
+
+    def _told_of(self, target: Target) -> Mapping[str, Any]:
+        """What `serve` says of the Tritons that it starts for a target."""
+        return read_supervision(self.config.supervisor).engines.get(target.place, {})
 
     def _key(self, name: str, target: Target) -> str:
         manifest = load_manifest(target.repository, "repository").key
@@ -442,11 +375,8 @@ class Fleet:
 
     def _release(self) -> None:
         """Close the engines that no model needs, each when its last request has ended."""
-        used = {one.engine.identity for route in self._routes.values() for one in (*route.serving, *route.shadows)}
-        used |= {engine.identity for change in self._changes.values() for engine in change.engines.values()}
-        for key in [key for key in self._engines if key not in used]:
-            engine = self._engines[key]
-            if not any(task.get_name() == key for task in self._closing):
+        for key, engine in self._engines.items():
+            if not self._needed(engine) and not any(task.get_name() == key for task in self._closing):
                 task = asyncio.create_task(self._close(engine), name=key)
                 self._closing.add(task)
                 task.add_done_callback(self._closing.discard)
@@ -514,7 +444,7 @@ class Fleet:
         models = {}
         for name, entry in self.table.models.items():
             route, change = self._routes.get(name), self._changes.get(name)
-            targets = [] if route is None else [_status(one) for one in (*route.serving, *route.shadows)]
+            targets = [] if route is None else [one.status() for one in (*route.serving, *route.shadows)]
             state = "serving" if change is None else "failed" if change.problem else "changing"
             models[name] = {
                 "state": state,
@@ -535,20 +465,6 @@ class Fleet:
             "settled": all(one["settled"] and one["revision"] == self.revision for one in self.everybody()),
             "problem": self._file_problem or None,
         }
-
-
-def _status(one: Serving) -> dict[str, Any]:
-    runtime = one.engine.runtime
-    return {
-        "name": one.target.name,
-        "repository": str(one.target.repository),
-        "triton": list(runtime.config.triton),
-        "weight": one.target.share,
-        "shadow": one.target.shadow,
-        "ready": one.ready,
-        "requests": one.engine.requests,
-        "fingerprint": runtime.model.fingerprint,
-    }
 
 
 def first_table(config: GatewayConfig) -> ModelTable:
@@ -579,43 +495,3 @@ def load_models(table: ModelTable) -> dict[tuple[str, str], ServedModel]:
         for name, entry in table.models.items()
         for target in entry.targets
     }
-
-
-def _check_tokenizers(entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
-    """Refuse a shadow that reads other tokens: it gets copies of requests as token ids."""
-    stable = engines[entry.stable.name].runtime.model.tokenizer
-    for target in entry.targets:
-        own = engines[target.name].runtime.model.tokenizer
-        if target.shadow is not None and own.token_bytes != stable.token_bytes:
-            raise InputError(
-                f"{target.name}: its tokenizer differs from that of {entry.stable.name}",
-                "compare it as a canary with a weight, or with `trtqwen compare`",
-            )
-
-
-async def _warm_up(runtime: Runtime) -> None:
-    """Have every replica answer a request of some length before clients wait for it.
-
-    Raises:
-        ApiError: if one fails.
-    """
-    model = runtime.model
-    prompt = tuple(range(min(_WARM_TOKENS, model.vocab_size, max(1, model.limits.max_seq_len // 2))))
-    tokens = min(_WARM_TOKENS, model.limits.max_seq_len - len(prompt))
-    inputs = engine_inputs(model, Sampling({"runtime_top_k": 1}, 0, ignore_eos=True), prompt, tokens, 0)
-    for replica in runtime.generator.replicas:
-        async for reply in replica.generate(f"warm-up-{os.getpid()}", inputs, _WARM_SECONDS):
-            if reply.log_probs and not np.isfinite(reply.log_probs).all():
-                raise InputError(f"{replica.address}: computes no numbers")
-
-
-async def _watch_process(metrics: Metrics) -> None:
-    """Tell this process's memory and CPU time until cancelled."""
-    counted = 0.0
-    while True:
-        used = time.process_time()
-        metrics.cpu_seconds.inc(used - counted)
-        counted = used
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        metrics.resident_bytes.set(pages * os.sysconf("SC_PAGE_SIZE"))
-        await asyncio.sleep(_PROCESS_SECONDS)

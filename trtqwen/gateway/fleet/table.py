@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -22,6 +22,8 @@ Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9]
 TargetName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Sticky = Literal["key", "user", "none"]
 _HEADING = "# The models of this gateway. `trtqwen models` and the admin routes change this file; so may you.\n"
+
+Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class Target(BaseModel):
@@ -158,10 +160,7 @@ def parse_table(content: Any, where: str = "models") -> ModelTable:
     Raises:
         InputError: naming the field that cannot be used.
     """
-    try:
-        return ModelTable.model_validate(content)
-    except ValidationError as problem:
-        raise InputError(f"{where}: {first_problem(problem)}", "correct it") from None
+    return _parse(ModelTable, content, where)
 
 
 def parse_entry(content: Any, where: str) -> ModelEntry:
@@ -170,8 +169,12 @@ def parse_entry(content: Any, where: str) -> ModelEntry:
     Raises:
         InputError: naming the field that cannot be used.
     """
+    return _parse(ModelEntry, content, where)
+
+
+def _parse(kind: type[Parsed], content: Any, where: str) -> Parsed:
     try:
-        return ModelEntry.model_validate(content)
+        return kind.model_validate(content)
     except ValidationError as problem:
         raise InputError(f"{where}: {first_problem(problem)}", "correct it") from None
 
