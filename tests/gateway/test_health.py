@@ -77,12 +77,13 @@ class Slow(Replica):
 
 
 @asynccontextmanager
-async def watched(*replicas: Replica, **settings: float) -> AsyncIterator[Monitor]:
+async def watched(*replicas: Replica, stall_seconds: float = 60) -> AsyncIterator[Monitor]:
     """A monitor of replicas that have all worked."""
     metrics = Metrics()
     gate = Gate(Admission(len(replicas), Capacity(1, 100), QueueLimits(1, 100)), metrics, 1)
-    times = {"probe_seconds": 0.1, "stall_seconds": 60, "prompt_tokens_per_second": 1000, **settings}
-    monitor = Monitor(replicas, gate, metrics, **times)
+    monitor = Monitor(
+        replicas, gate, metrics, probe_seconds=0.1, stall_seconds=stall_seconds, prompt_tokens_per_second=1000
+    )
     task = asyncio.create_task(monitor.watch())
     try:
         yield monitor

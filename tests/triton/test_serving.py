@@ -156,7 +156,8 @@ def test_tokens_are_the_executors_own(
 def test_sixteen_streams_share_steps(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
     alone = [ask(server, prompt, max_tokens=24, end_id=-1)[0].text for prompt in prompts]
-    calls = [partial(ask, server, prompt, max_tokens=24, end_id=-1, stream=True) for prompt in prompts]
+    options = {"max_tokens": 24, "end_id": -1, "stream": True}
+    calls: list[Callable[[], Any]] = [partial(ask, server, prompt, **options) for prompt in prompts]
 
     def shared() -> bool:
         before = metrics(server)[STEPS]

@@ -57,7 +57,8 @@ def command(
 ) -> None:
     """Run every rank of a checkpoint layer by layer, compare with the original model, and fail above the limits.
 
-    A directory that `export` wrote is computed as vLLM computes it. The limits depend on the precision unless you set them.
+    A directory that `export` wrote is computed as vLLM computes it. The limits depend on the precision unless you set
+    them.
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")

@@ -155,7 +155,8 @@ def _checkpoint(directory: Path, model: Path, int8_layout: Int8LayoutChoice | No
 
 def _export(directory: Path, model: Path, int8_layout: Int8LayoutChoice | None, device: torch.device) -> _Subject:
     if int8_layout is not None:
-        raise InputError(f"{directory}: is no TensorRT-LLM checkpoint, so it has no INT8 layout", "leave out --int8-layout")
+        what = f"{directory}: is no TensorRT-LLM checkpoint, so it has no INT8 layout"
+        raise InputError(what, "leave out --int8-layout")
     exported = ExportedModel(directory, device)
     recipe = exported.recipe(load_config(model))
     found = exported.problems(HfModel(model, recipe.yarn_factor).config)
