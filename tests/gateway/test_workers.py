@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,12 @@ from typing import Any
 import pytest
 
 from tests.gateway.conftest import Running, quick_gateway
+from tests.processes import fork
 from tests.waiting import wait_for
+from trtqwen.diagnostics import ServerError
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.listener import bind
+from trtqwen.gateway.workers import run_workers
 from trtqwen.system.processes import runs
 from trtqwen.triton.server import TritonServer
 
@@ -42,15 +48,23 @@ def shared(
 
 def workers(running: Running) -> list[int]:
     """Process ids of the gateway's workers."""
+    return children(running.gateway.pid)
+
+
+def children(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if parent == running.gateway.pid:
+        if parent == pid:
             found.append(int(entry.name))
     return found
+
+
+def ended(pid: int) -> bool:
+    return not runs(pid)
 
 
 def together(count: int, ask: Callable[[int], Any]) -> list[Any]:
@@ -132,6 +146,38 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) ->
         assert other in workers(running)
         assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
         running.gateway.check()
+
+
+def test_workers_that_are_killed_again_and_again_end_the_gateway(
+    stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four are replaced; the fifth within two minutes ends everything. The workers only sleep here."""
+    program = tmp_path / "worker"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    config = GatewayConfig(repository=stand_in_repository, port=0)
+    listener = bind(config)
+
+    def serve() -> None:
+        with pytest.raises(ServerError, match="a gateway worker was ended by SIGKILL"):
+            run_workers(config, listener, 2)
+
+    first = fork(serve)
+    try:
+        for killed in range(5):
+            assert wait_for(lambda: len(children(first)) == 2), killed
+            old = children(first)[0]
+            os.kill(old, signal.SIGKILL)
+            assert wait_for(partial(ended, old))
+        left = children(first)
+        assert wait_for(partial(ended, first))
+        assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+        assert not any(map(runs, left))
+    finally:
+        listener.close()
+        with suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
 
 
 def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:
