@@ -151,7 +151,12 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what only the embedded engine does while another one serves."""
+    """Put the files of servers first, and skip what only the embedded engine does while another one serves.
+
+    Several processes take file after file: the long ones come first, so that none of them runs alone at the end.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("triton")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         mark = item.get_closest_marker("embedded")
         if mark is not None and BACKEND != "torch":
