@@ -28,8 +28,9 @@ from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("busy")
