@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from tests.errors import parse_error
+from tests.waiting import wait_for
 from trtqwen.artifact import finished_directory, locked
 from trtqwen.cli import COMMANDS, app
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import OutputError
 from trtqwen.recipe import load_recipe, recipe_names
+from trtqwen.system.processes import stopped
 
 BUILD = [sys.executable, "-m", "trtqwen", "build", "qwen2-tiny-cpu", "--model", str(MODEL)]
 
@@ -170,3 +174,48 @@ def test_every_command_has_its_own_help(name: str) -> None:
 
 def test_a_mistyped_command_is_guessed() -> None:
     assert "Did you mean 'build'?" in CliRunner().invoke(app, ["buld"]).output
+
+
+STOPS = """
+import fcntl, os, signal, sys
+from trtqwen.checkpoint import convert
+from trtqwen.cli import main
+call, write = fcntl.fcntl, convert.write_to_all
+def without_leases(descriptor, command, *given):
+    if command == fcntl.F_SETLEASE:
+        raise OSError("this file system has none")
+    return call(descriptor, command, *given)
+def stop_first(*given):
+    convert.write_to_all = write
+    os.kill(os.getpid(), signal.SIGSTOP)
+    write(*given)
+if sys.argv.pop(1) == "without":
+    fcntl.fcntl = without_leases
+convert.write_to_all = stop_first
+main()
+"""
+CUT = "import os, sys; os.truncate(sys.argv[1], 4096)"
+
+
+@pytest.mark.parametrize("leases", ["with", "without"])
+def test_a_shard_that_is_cut_short_while_convert_reads_it_is_one_sentence(tmp_path: Path, leases: str) -> None:
+    """The conversion stops itself before its first tensor is written, and another process truncates the source."""
+    model = tmp_path / "model"
+    shutil.copytree(MODEL, model)
+    program = [sys.executable, "-c", STOPS, leases, "convert", model, "-o", tmp_path / "checkpoint"]
+    conversion = start(*program, cwd=tmp_path)
+    assert wait_for(lambda: stopped(conversion.pid) or conversion.poll() is not None)
+    cut = start(sys.executable, "-c", CUT, model / "model.safetensors", cwd=tmp_path)
+    assert wait_for(partial(waits_or_ended, cut))
+    conversion.send_signal(signal.SIGCONT)
+    _, told = conversion.communicate(timeout=120)
+    assert conversion.returncode == 2, told
+    what, _ = parse_error(told)
+    assert "model.safetensors: " in what
+    assert cut.wait(60) == 0
+    assert not (tmp_path / "checkpoint").exists()
+
+
+def waits_or_ended(process: subprocess.Popen[str]) -> bool:
+    """Whether the kernel makes it wait until a lease is given back, or it has done its work."""
+    return "BREAKING" in Path("/proc/locks").read_text() or process.poll() is not None

@@ -58,6 +58,35 @@ def test_versions(machine: Machine, name: str, host: Host, verdict: str, says: s
     assert says in f"{result.evidence} {result.hint}"
 
 
+@pytest.mark.parametrize(
+    ("host", "verdict", "says"),
+    [
+        (Host(), "skip", "no image of NVIDIA runs here"),
+        (IN_IMAGE, "ok", "none is known of 26.07-trtllm-python-py3"),
+        (
+            replace(IN_IMAGE, image="nvcr.io/nvidia/tritonserver:25.07-trtllm-python-py3"),
+            "ok",
+            "none is known of 25.07",
+        ),
+        (replace(IN_IMAGE, image="nvcr.io/nvidia/tritonserver:25.05-trtllm-python-py3"), "warn", "CVE-2025-23319"),
+        (replace(IN_IMAGE, image="nvcr.io/nvidia/tritonserver:25.05-trtllm-python-py3"), "warn", "from 25.07 on"),
+        (Host(gpus=FOUR), "ok", "none is known of"),  # what this host would run
+    ],
+)
+def test_an_image_with_known_holes_is_told(machine: Machine, host: Host, verdict: str, says: str) -> None:
+    result = check("D41", Subject(host, machine()))
+    assert result.verdict == verdict, result
+    assert says in f"{result.evidence} {result.hint}"
+
+
+def test_holes_are_those_of_the_recipes_image(machine: Machine) -> None:
+    recipe = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
+    checkpoint = recipe.checkpoint.model_copy(update={"release": "0.19.0"})
+    older = recipe.model_copy(update={"checkpoint": checkpoint})
+    result = check("D41", Subject(Host(gpus=FOUR), machine(), older))
+    assert (result.verdict, "CVE-2025-23319" in result.evidence) == ("warn", True)
+
+
 def test_a_triton_without_the_backend_is_told(machine: Machine) -> None:
     result = check("D02", Subject(IN_IMAGE, machine(TRITON)))
     assert (result.verdict, "libtriton_tensorrtllm.so" in result.evidence) == ("fail", True)

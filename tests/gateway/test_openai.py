@@ -8,7 +8,8 @@ import os
 import signal
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,9 +18,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BACKEND
-from tests.gateway.conftest import Running
+from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import check_death, process
-from tests.waiting import wait_for
+from tests.waiting import sometimes, wait_for
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
@@ -240,14 +241,20 @@ def test_a_client_that_leaves_frees_its_blocks(live: Running, stream: bool) -> N
         "n": 2,
     }
     content = json.dumps(body).encode()
-    with live.connect() as connection:
-        head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-        connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
-        assert wait_for(lambda: live.used_blocks() > 0)
-        if stream:
-            assert connection.recv(100).startswith(b"HTTP/1.1 200")
-    assert wait_for(lambda: live.used_blocks() == 0)
-    assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+
+    def leave() -> bool:
+        before = live.metric("trtqwen_gateway_refused_total")
+        with live.connect() as connection:
+            connection.sendall(f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content)
+            seen = wait_for(lambda: live.used_blocks() > 0, 5)
+            if stream:
+                assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        assert wait_for(lambda: live.used_blocks() == 0)
+        assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0)
+        return seen and live.metric("trtqwen_gateway_refused_total") == before + 1
+
+    assert sometimes(leave)
 
 
 def test_plain_generation_answers_as_triton_does(live: Running) -> None:
@@ -334,10 +341,14 @@ def test_balancers_may_ask_for_the_head_alone(live: Running, path: str) -> None:
 
 
 def test_a_client_that_leaves_a_stream_is_counted(live: Running) -> None:
-    before = live.metric("trtqwen_gateway_refused_total")
-    with live.chat("Hello!", max_tokens=400, stream=True, extra_body={"ignore_eos": True}) as stream:
-        next(iter(stream))
-    assert wait_for(lambda: live.metric("trtqwen_gateway_refused_total") == before + 1)
+    def counted() -> bool:
+        before = live.metric("trtqwen_gateway_refused_total")
+        with live.chat("Hello!", max_tokens=400, stream=True, extra_body={"ignore_eos": True}) as stream:
+            next(iter(stream))
+        assert wait_for(lambda: live.metric("trtqwen_gateway_in_flight") == 0)
+        return live.metric("trtqwen_gateway_refused_total") == before + 1
+
+    assert sometimes(counted)
 
 
 def test_an_unknown_model_or_route_is_404(live: Running) -> None:
@@ -359,8 +370,17 @@ def test_health_readiness_and_metrics(live: Running) -> None:
     assert live.metric("trtqwen_gateway_prompt_tokens_total") == before[1] + answer.usage.prompt_tokens
 
 
-def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
-    """The last test with this engine."""
+@pytest.fixture
+def doomed(engine_repository: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A gateway on an engine of its own; vLLM starts slowly, and its server is not needed after this test."""
+    if BACKEND != "torch":
+        yield request.getfixturevalue("live")
+        return
+    with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:
+        yield running
+
+
+def test_the_death_of_a_rank_is_an_error_for_everybody(doomed: Running) -> None:
     module = {"torch": "trtqwen.executor.worker", "vllm": "vllm.entrypoints.openai.api_server"}[BACKEND]
-    rank = process(live.triton.vllm_pid or live.triton.pid, module)
-    check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})
+    rank = process(doomed.triton.vllm_pid or doomed.triton.pid, module)
+    check_death(doomed, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

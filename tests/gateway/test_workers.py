@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +19,12 @@ from typing import Any
 import pytest
 
 from tests.gateway.conftest import Running, quick_gateway
+from tests.processes import fork
 from tests.waiting import wait_for
+from trtqwen.diagnostics import ServerError
+from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.listener import bind
+from trtqwen.gateway.workers import run_workers
 from trtqwen.system.processes import runs
 from trtqwen.triton.server import TritonServer
 
@@ -32,7 +40,7 @@ def shared(
 ) -> Iterator[Running]:
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text(KEYS)
-    limits = {"kv_cache_tokens": 470, "max_tokens": 460, "max_queued_requests": 1, "queue_seconds": 1.5}
+    limits = {"kv_cache_tokens": 470, "max_tokens": 460, "max_queued_requests": 1, "queue_seconds": 3}
     settings = {"api_keys": keys, "workers": WORKERS, **limits}
     with quick_gateway(stand_in_triton, stand_in_repository, **settings) as running:
         yield replace(running, key=ALICE)
@@ -40,15 +48,23 @@ def shared(
 
 def workers(running: Running) -> list[int]:
     """Process ids of the gateway's workers."""
+    return children(running.gateway.pid)
+
+
+def children(pid: int) -> list[int]:
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-        if parent == running.gateway.pid:
+        if parent == pid:
             found.append(int(entry.name))
     return found
+
+
+def ended(pid: int) -> bool:
+    return not runs(pid)
 
 
 def together(count: int, ask: Callable[[int], Any]) -> list[Any]:
@@ -65,27 +81,30 @@ def test_a_rate_is_one_over_all_workers(shared: Running) -> None:
 
 def test_the_queue_is_one_over_all_workers(shared: Running) -> None:
     """One answer takes up nearly the whole cache and one may wait, whichever workers they come to."""
-    codes = Counter(together(9, lambda _: hang(shared)))
+    with ExitStack() as connections, ThreadPoolExecutor(9) as pool:
+        sockets = [connections.enter_context(shared.connect()) for _ in range(9)]
+        asking = [pool.submit(hang, connection) for connection in sockets]
+        wait_for(lambda: sum(one.done() for one in asking) == 8)
+        for connection in sockets:
+            with suppress(OSError):  # the server has closed it
+                connection.shutdown(socket.SHUT_RDWR)
+        codes = Counter(one.result() for one in asking)
     assert codes == {"queue_full": 7, "queue_timeout": 1, "hangs": 1}
     assert wait_for(lambda: shared.metric("trtqwen_gateway_in_flight") == 0)
 
 
-def hang(running: Running) -> str:
-    """Why a request that hangs ended: refused, or given up by the client after three seconds."""
+def hang(connection: socket.socket) -> str:
+    """Why a request that hangs ended: refused, or it was given up on."""
     body = {"model": "qwen", "messages": [{"role": "user", "content": "/hang"}], "max_tokens": 440}
     content = json.dumps(body).encode()
     head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ALICE}\r\n"
     head += f"Content-Type: application/json\r\nConnection: close\r\nContent-Length: {len(content)}\r\n\r\n"
-    with running.connect() as connection:
-        connection.settimeout(4)
-        connection.sendall(head.encode() + content)
-        answer = b""
-        try:
-            while part := connection.recv(65536):
-                answer += part
-        except TimeoutError:
-            return "hangs"
-    return str(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"])
+    connection.settimeout(None)
+    connection.sendall(head.encode() + content)
+    answer = b""
+    while part := connection.recv(65536):
+        answer += part
+    return str(json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"]) if answer else "hangs"
 
 
 def test_metrics_are_one_over_all_workers(shared: Running) -> None:
@@ -127,6 +146,38 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) ->
         assert other in workers(running)
         assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
         running.gateway.check()
+
+
+def test_workers_that_are_killed_again_and_again_end_the_gateway(
+    stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four are replaced; the fifth within two minutes ends everything. The workers only sleep here."""
+    program = tmp_path / "worker"
+    program.write_text("#!/bin/sh\nexec sleep 600\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    config = GatewayConfig(repository=stand_in_repository, port=0)
+    listener = bind(config)
+
+    def serve() -> None:
+        with pytest.raises(ServerError, match="a gateway worker was ended by SIGKILL"):
+            run_workers(config, listener, 2)
+
+    first = fork(serve)
+    try:
+        for killed in range(5):
+            assert wait_for(lambda: len(children(first)) == 2), killed
+            old = children(first)[0]
+            os.kill(old, signal.SIGKILL)
+            assert wait_for(partial(ended, old))
+        left = children(first)
+        assert wait_for(partial(ended, first))
+        assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+        assert not any(map(runs, left))
+    finally:
+        listener.close()
+        with suppress(ProcessLookupError):
+            os.kill(first, signal.SIGKILL)
 
 
 def test_the_end_of_the_first_process_ends_the_workers(another_gateway: Any) -> None:

@@ -87,6 +87,11 @@ def main() -> None:
         file.write(json.dumps(record) + "\n")
     if os.environ.get("STANDIN_BROKEN_GPU", "") == record["gpus"]:
         sys.exit(1)
+    if "STANDIN_CRASHES" in os.environ and len(Path(os.environ["STANDIN_RECORD"]).read_text().splitlines()) <= int(
+        os.environ["STANDIN_CRASHES"]
+    ):
+        print("terminate called after throwing an instance of 'boost::interprocess::lock_exception'", flush=True)
+        os.abort()
     print("E0101 00:00:00.000000 1 standin.cc:1] the last words of a rank", flush=True)
     if "STANDIN_METRICS" in os.environ and options["metrics_port"]:
         metrics = HTTPServer((options["metrics_address"][0], int(options["metrics_port"][0])), Metrics)

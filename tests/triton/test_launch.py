@@ -215,6 +215,8 @@ def standins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         program.write_text(f"#!{sys.executable}\n" + Path(module.__file__).read_text())
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    # A server looks next to its Python first, where the package openmpi puts the real one.
+    monkeypatch.setattr("trtqwen.triton.launch.MPIRUN", (str(programs / "mpirun"), *MPIRUN[1:]))
     monkeypatch.setenv("STANDIN_RECORD", str(tmp_path / "record"))
     monkeypatch.setenv("SLURM_JOB_ID", "1")
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
@@ -264,6 +266,26 @@ def test_a_tensorrt_engine_that_counts_no_iterations_hangs(
             while time.monotonic() - begun < 60:
                 server.check()
                 time.sleep(0.05)
+
+
+@pytest.mark.parametrize("crashes", [2, 9])
+def test_triton_that_crashes_over_its_own_fault_is_started_again(
+    trt_repository: Callable[..., Path],
+    standins: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    crashes: int,
+) -> None:
+    monkeypatch.setenv("STANDIN_CRASHES", str(crashes))
+    server = TritonServer(trt_repository(1), ports=Ports(0, 0, 0))
+    if crashes == 2:
+        with server:
+            server.check()
+    else:
+        with pytest.raises(ServerError, match="SIGABRT"), server:
+            pass
+    assert len(standins.read_text().splitlines()) == min(crashes, 3) + 1
+    assert caplog.text.count("starting it again") == min(crashes, 3)
 
 
 def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], standins: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
-from tests.waiting import wait_for
+from tests.waiting import sometimes, wait_for
 from trtqwen.artifact import write_manifest
 from trtqwen.diagnostics import ServerError
 from trtqwen.executor.config import ExecutorConfig
@@ -47,23 +47,37 @@ def drain(call: Callable[[], Any]) -> list[Any]:
     return list(call())
 
 
+def settled_steps(server: TritonServer, before: float) -> float:
+    """Steps of the engine since it had taken `before`, once it has taken some and rests."""
+
+    def rests() -> bool:
+        first = metrics(server)
+        time.sleep(0.3)
+        then = metrics(server)
+        return first[USED] == then[USED] == 0 and before < first[STEPS] == then[STEPS]
+
+    assert wait_for(rests)
+    return metrics(server)[STEPS] - before
+
+
+def assert_cut_short(server: TritonServer, leave: Callable[[], object]) -> None:
+    """Somebody who leaves an answer of 500 tokens ends it in the engine, and its KV cache blocks are free."""
+
+    def cut_short() -> bool:
+        before = metrics(server)[STEPS]
+        leave()
+        return settled_steps(server, before) < 400
+
+    assert sometimes(cut_short)
+
+
 def assert_leaving_frees_blocks(server: TritonServer, begin: Callable[[], Call]) -> None:
-    """A call that goes away in mid-stream frees its KV cache blocks within a second, and takes no further step.
-
-    On a busy machine an answer may be over before its first reply is read: then another call begins.
-    """
-
-    def blocks_are_used() -> Call | None:
+    def leave() -> None:
         call = begin()
         next(iter(call))
-        return call if wait_for(lambda: metrics(server)[USED] > 0, 2) else None
+        call.cancel()
 
-    call = next(filter(None, (blocks_are_used() for _ in range(10))))
-    call.cancel()
-    assert wait_for(lambda: metrics(server)[USED] == 0)
-    steps = metrics(server)[STEPS]
-    time.sleep(0.3)
-    assert metrics(server)[STEPS] == steps
+    assert_cut_short(server, leave)
 
 
 def post(server: TritonServer, path: str, body: dict[str, Any]) -> tuple[int, str]:
@@ -142,12 +156,18 @@ def test_tokens_are_the_executors_own(
 def test_sixteen_streams_share_steps(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
     alone = [ask(server, prompt, max_tokens=24, end_id=-1)[0].text for prompt in prompts]
-    before = metrics(server)[STEPS]
-    replies = in_threads([partial(ask, server, prompt, max_tokens=24, end_id=-1, stream=True) for prompt in prompts])
-    assert ["".join(reply.text for reply in stream) for stream in replies] == alone
-    assert wait_for(lambda: metrics(server)[USED] == 0)
-    steps = metrics(server)[STEPS] - before
-    assert 24 <= steps < 16 * 24 / 2
+    options = {"max_tokens": 24, "end_id": -1, "stream": True}
+    calls: list[Callable[[], Any]] = [partial(ask, server, prompt, **options) for prompt in prompts]
+
+    def shared() -> bool:
+        before = metrics(server)[STEPS]
+        replies = in_threads(calls)
+        assert ["".join(reply.text for reply in stream) for stream in replies] == alone
+        steps = settled_steps(server, before)
+        assert steps >= 24
+        return steps < 16 * 24 / 2
+
+    assert sometimes(shared)
 
 
 def test_a_request_may_have_several_rows(server: TritonServer) -> None:
@@ -185,22 +205,23 @@ def test_stop_words_end_the_answer(server: TritonServer, tokenizer: Tokenizer) -
     assert stopped.text == tokenizer.decode(ids[: end + 1])
 
 
-def test_a_client_that_goes_away_frees_its_blocks_within_a_second(server: TritonServer) -> None:
+def test_a_client_that_goes_away_frees_its_blocks(server: TritonServer) -> None:
     request = id_request([5, 6, 7], 500, streaming=True)
     assert_leaving_frees_blocks(server, lambda: Call(server, "tensorrt_llm", request))
 
 
 def test_a_stop_request_ends_a_stream(server: TritonServer) -> None:
-    call = Call(server, "ensemble", text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1})), "me")
-    replies = iter(call)
-    next(replies)
-    [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
-    assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
-    rest = list(replies)
-    assert len(rest) < 200
-    assert rest[-1].final
-    assert rest[-1].text == ""
-    assert wait_for(lambda: metrics(server)[USED] == 0)
+    request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
+
+    def stop() -> None:
+        replies = iter(Call(server, "ensemble", request, "me"))
+        next(replies)
+        [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
+        assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
+        *_, last = replies
+        assert last.final
+
+    assert_cut_short(server, stop)
 
 
 def test_stop_without_an_id_is_refused(server: TritonServer) -> None:
@@ -216,9 +237,8 @@ def test_finished_cancelled_and_failed_requests_leave_the_pool_full(server: Trit
 
     def abandon() -> None:
         call = Call(server, "tensorrt_llm", id_request([8, 9], 500, streaming=True))
-        replies = iter(call)
-        for _ in range(3):
-            next(replies)
+        for _ in zip(range(3), call, strict=False):  # all of it may come in fewer pieces
+            pass
         call.cancel()
 
     def fail() -> list[Reply]:
@@ -258,11 +278,16 @@ def test_http_generate(server: TritonServer) -> None:
 
 def test_http_generate_stream(server: TritonServer) -> None:
     request = {"text_input": LONG, "max_tokens": 200, "stream": True}
-    status, body = post(server, "ensemble/generate_stream", request)
-    events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line]
-    assert status == 200
-    assert len(events) > 2
-    assert "".join(event["text_output"] for event in events) == ask(server, LONG, max_tokens=200)[0].text
+    expected = ask(server, LONG, max_tokens=200)[0].text
+
+    def in_pieces() -> bool:
+        status, body = post(server, "ensemble/generate_stream", request)
+        events = [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line]
+        assert status == 200
+        assert "".join(event["text_output"] for event in events) == expected
+        return len(events) > 2
+
+    assert sometimes(in_pieces)
 
 
 def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: Tokenizer) -> None:
@@ -274,11 +299,15 @@ def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: 
 
 
 def test_client_streams_raw_text(server: TritonServer) -> None:
-    pieces = list(stream(server.grpc_url, LONG, 200, chat=False))
-    assert len(pieces) > 1
     [whole] = ask(server, LONG, max_tokens=200, return_num_output_tokens=True)
-    assert "".join(piece.text for piece in pieces) == whole.text
-    assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
+
+    def in_pieces() -> bool:
+        pieces = list(stream(server.grpc_url, LONG, 200, chat=False))
+        assert "".join(piece.text for piece in pieces) == whole.text
+        assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
+        return len(pieces) > 1
+
+    assert sometimes(in_pieces)
 
 
 def test_client_renders_the_models_chat_template(server: TritonServer, tokenizer: Tokenizer) -> None:
@@ -311,13 +340,14 @@ def test_eight_client_streams_at_once(server: TritonServer) -> None:
 def test_closing_the_client_early_cancels(server: TritonServer) -> None:
     # Noise: an answer that no end token cuts short.
     sampling = SamplingOptions(top_p=1.0, temperature=2.0, seed=1, min_tokens=400)
-    before = metrics(server)[STEPS]
-    pieces = stream(server.grpc_url, "Hello", 500, chat=False, sampling=sampling)
-    next(pieces)
-    assert isinstance(pieces, Generator)
-    pieces.close()
-    assert wait_for(lambda: metrics(server)[USED] == 0)
-    assert metrics(server)[STEPS] - before < 300
+
+    def close() -> None:
+        pieces = stream(server.grpc_url, "Hello", 500, chat=False, sampling=sampling)
+        next(pieces)
+        assert isinstance(pieces, Generator)
+        pieces.close()
+
+    assert_cut_short(server, close)
 
 
 def test_client_errors_are_sentences(server: TritonServer) -> None:
@@ -351,13 +381,13 @@ def test_the_program_answers_as_the_ensemble(server: TritonServer) -> None:
     for prompt in ("你好", "Hello, who are you?"):
         request = text_request(prompt, max_tokens=24, **typed({"end_id": -1, "stream": True}))
         expected = "".join(reply.text for reply in Call(server, "ensemble", request))
-        # Tokens that come while the program is busy go into one reply: on a busy machine, all of them may.
-        for _ in range(10):
+
+        def in_pieces(request: dict[str, Any] = request, expected: str = expected) -> bool:
             replies = [reply.text for reply in Call(server, "tensorrt_llm_bls", request)]
             assert "".join(replies) == expected
-            if len(replies) > 2:
-                break
-        assert len(replies) > 2
+            return len(replies) > 2
+
+        assert sometimes(in_pieces)
         unstreamed = text_request(prompt, max_tokens=24, **typed({"end_id": -1}))
         assert texts(list(Call(server, "tensorrt_llm_bls", unstreamed))) == "".join(expected)
 
@@ -366,11 +396,15 @@ def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
     requests = [text_request(prompt, max_tokens=24, stream=True, **typed({"end_id": -1})) for prompt in prompts]
     alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
-    before = metrics(server)[STEPS]
     calls = [partial(Call, server, "tensorrt_llm_bls", request) for request in requests]
-    together = in_threads([partial(drain, call) for call in calls])
-    assert [texts(replies) for replies in together] == alone
-    assert metrics(server)[STEPS] - before < 16 * 24 / 2
+
+    def shared() -> bool:
+        before = metrics(server)[STEPS]
+        together = in_threads([partial(drain, call) for call in calls])
+        assert [texts(replies) for replies in together] == alone
+        return settled_steps(server, before) < 16 * 24 / 2
+
+    assert sometimes(shared)
 
 
 def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None:
@@ -389,14 +423,15 @@ def test_the_programs_clients_may_use_one_id(server: TritonServer) -> None:
 
 def test_a_stop_request_ends_a_stream_of_the_program(server: TritonServer) -> None:
     request = text_request("Hello", max_tokens=500, stream=True, **typed({"end_id": -1}))
-    replies = iter(Call(server, "tensorrt_llm_bls", request, "me"))
-    next(replies)
-    [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
-    assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
-    rest = list(replies)
-    assert len(rest) < 200
-    assert not [reply.error for reply in rest if reply.error]
-    assert wait_for(lambda: metrics(server)[USED] == 0)
+
+    def stop() -> None:
+        replies = iter(Call(server, "tensorrt_llm_bls", request, "me"))
+        next(replies)
+        [stopped] = Call(server, "tensorrt_llm", id_request([0], 1, stop=True), "me")
+        assert (stopped.error, stopped.outputs, stopped.final) == ("", {}, True)
+        assert not [reply.error for reply in replies if reply.error]
+
+    assert_cut_short(server, stop)
 
 
 def test_the_program_ends_at_a_stop_word_in_other_tokens(server: TritonServer, tokenizer: Tokenizer) -> None:

@@ -23,7 +23,7 @@ _TEXTS = 50  # whose token ids are compared with transformers'
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="Verify this TensorRT-LLM checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Verify this TensorRT-LLM checkpoint, or this export.")],
     model: Annotated[Path, typer.Option(help="Compare with this Hugging Face model directory.")],
     text: Annotated[
         Path | None, typer.Option(help="Run on this text or JSONL file. [default: bundled texts]")
@@ -57,7 +57,8 @@ def command(
 ) -> None:
     """Run every rank of a checkpoint layer by layer, compare with the original model, and fail above the limits.
 
-    The limits depend on the precision unless you set them.
+    A directory that `export` wrote is computed as vLLM computes it. The limits depend on the precision unless you set
+    them.
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")

@@ -103,8 +103,10 @@ class GatewayConfig(BaseModel):
         body_seconds: how long a client may take to send headers, and again for the body.
         drain_seconds: how long running requests may finish once SIGTERM has come.
         probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
-            Triton needs a second to notice that its python backend was killed: with less than 1.5, such an engine
-            counts as silent, and its answers end only when they are stalled.
+            The only engine that works may be slow: it is asked again, and counts as dead when it has been silent for
+            ten times that, or for `stall_seconds` if that is less. Triton needs a second to notice that its python
+            backend was killed: with less than 1.5, such an engine counts as silent, and its answers end only when
+            they are stalled.
         max_connections: of each worker. Where it is reached, the oldest idle connection is closed for a new one.
         max_connections_per_address: None is half of `max_connections`. Behind a proxy, all connections come from its
             address: name it among `trusted_proxies`, for which this limit does not hold.

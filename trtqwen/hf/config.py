@@ -120,19 +120,22 @@ def stretched(config: HfConfig, factor: float) -> HfConfig:
     )
 
 
-def load_config(directory: Path) -> HfConfig:
+def load_config(directory: Path, *, quantized: bool = False) -> HfConfig:
     """Read and check `config.json`.
 
+    Args:
+        quantized: take a model whose weights are quantized too.
+
     Raises:
-        SourceError: if the directory is something else than a dense, unquantized Qwen2, or a field of the file cannot
-            be computed.
+        SourceError: if the directory is something else than a dense Qwen2, or a field of the file cannot be computed.
     """
     check_directory(directory)
     path = directory / CONFIG
     raw = read_json(path)
     data = {key: value for key, value in raw.items() if value is not None}
     _check_family(data, path)
-    _check_quantization(data, path)
+    if not quantized:
+        _check_quantization(data, path)
     absent = _defaults(data, path)
     rotary = rope.read_rope(data, path)
     findings = [*absent, *rotary.findings, *_check_keys(data, path)]

@@ -84,16 +84,23 @@ class DecoderLayer:
     @torch.inference_mode()
     def __call__(self, hidden: Tensor, observe: Observer | None = None) -> Tensor:
         """The next hidden states of one sequence, [tokens, hidden]."""
-        normed = self._norm(hidden, "input_layernorm")
-        hidden = hidden + self._attention(normed, observe)
+        hidden = hidden + self.attention(hidden, observe)
+        return hidden + self.mlp(hidden, observe)
+
+    @torch.inference_mode()
+    def mlp(self, hidden: Tensor, observe: Observer | None = None) -> Tensor:
+        """What the MLP adds to the hidden states, [tokens, hidden]."""
         normed = self._norm(hidden, "post_attention_layernorm")
         inner = F.silu(self._linear(normed, "mlp.gate_proj", observe)) * self._linear(normed, "mlp.up_proj", observe)
-        return hidden + self._linear(inner, "mlp.down_proj", observe)
+        return self._linear(inner, "mlp.down_proj", observe)
 
-    def _attention(self, hidden: Tensor, observe: Observer | None) -> Tensor:
+    @torch.inference_mode()
+    def attention(self, hidden: Tensor, observe: Observer | None = None) -> Tensor:
+        """What attention adds to the hidden states of one sequence, [tokens, hidden]."""
         size, tokens = self._config.head_size, len(hidden)
+        normed = self._norm(hidden, "input_layernorm")
         query, key, value = (
-            self._linear(hidden, f"self_attn.{letter}_proj", observe).view(tokens, -1, size) for letter in "qkv"
+            self._linear(normed, f"self_attn.{letter}_proj", observe).view(tokens, -1, size) for letter in "qkv"
         )
         cos, sin = self._rotary.cos_sin(torch.arange(tokens, device=hidden.device), hidden.dtype)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)

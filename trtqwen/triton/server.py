@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import random
 import re
@@ -60,6 +61,10 @@ from trtqwen.triton.parameters import (
 from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
 from trtqwen.vllm.server import VllmPlace, VllmServer
 
+_logger = logging.getLogger(__name__)
+# Triton's python backend aborts now and then while several models start (triton-inference-server/server 8882).
+_START_FAULT = "boost::interprocess::lock_exception"
+_START_FAULTS = 3  # starts that may end so, one after the other
 _KILLED = "the log has no error; was it killed, for its memory perhaps?"
 _GONE = "the log has no error; it crashed or was killed"
 _CRASHED = "the log has no error; it crashed"
@@ -151,7 +156,7 @@ class TritonServer(Service):
         self._ranks: dict[int, list[str]] = {}
         self._helpers: dict[int, list[str]] = {}
         self._broken = self._served = False
-        self._log_start = self._starts = 0
+        self._log_start = self._starts = self._faults = 0
         self._vllm = self._vllm_server(log)
         if self._vllm is not None:
             self.start_seconds = self._vllm.start_seconds
@@ -243,7 +248,7 @@ class TritonServer(Service):
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
         home = self._installation.home
         launch = self.launch(link_backends(home, workspace) if home else None)
-        if shutil.which(launch.command[0]) is None:
+        if shutil.which(launch.command[0], path=self._environment().get("PATH")) is None:
             raise ServerError(
                 (f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it"),
                 "run in NVIDIA's Triton container",
@@ -296,7 +301,8 @@ class TritonServer(Service):
                 self._waiting()
             return False
         ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
-        self._served = self._served or ready
+        if ready:
+            self._served, self._faults = True, 0
         if ready and not self._helpers:
             self._helpers = programs(self.pid, _HELPERS)
             for region in SHARED_MEMORY.glob(f"{self._shm_prefix}*"):
@@ -319,11 +325,22 @@ class TritonServer(Service):
             except ServerError:
                 self._broken = True
                 raise
-        if self._waiting is not None:
+        if self._waiting is not None or self._started_again():
             return
         if problem := self._problem():
             self._broken = True
             raise ServerError(*(self._own_error() or (problem,)))
+
+    def _started_again(self) -> bool:
+        """Whether Triton crashed over its own fault while it started, and has been started again."""
+        ended = self._process is not None and self._process.poll() is not None
+        if not ended or self._served or self._faults == _START_FAULTS or _START_FAULT not in self._log_text():
+            return False
+        self._faults += 1
+        _logger.warning("Triton crashed while it started, by a fault of its python backend: starting it again")
+        self.stop(drain=False)
+        self.start()
+        return True
 
     @property
     def hung(self) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +20,66 @@ from trtqwen.hf.names import LM_HEAD as HF_LM_HEAD
 from trtqwen.nn.ops import rms_norm, to_torch
 from trtqwen.safetensors_io import Array
 from trtqwen.verify.head import ROWS, HeadComparison, LogitsComparer
-from trtqwen.verify.ranks import EMBEDDING, LM_HEAD, NORM, CheckpointLayer, CheckpointRanks
 
 HF_NORM = "model.norm.weight"
 Progress = Callable[[int], None]
+
+
+class CandidateLayer(Protocol):
+    """A decoder layer of what is compared with the model."""
+
+    def attention(self, hidden: Tensor) -> Tensor:
+        """What attention adds to the hidden states of one sequence, [tokens, hidden]."""
+        ...
+
+    def mlp(self, hidden: Tensor) -> Tensor:
+        """What the MLP adds to the hidden states, [tokens, hidden]."""
+        ...
+
+
+class Candidate(Protocol):
+    """What is compared with the model: a checkpoint, or an export of one.
+
+    Attributes:
+        embedding_name, norm_name, head_name: of its tensors that are not quantized.
+        non_finite: names of tensors read so far that hold infinities or NaNs, with their file.
+        through_float16: whether these were rounded to float16 on their way; None if that is not known.
+    """
+
+    @property
+    def embedding_name(self) -> str: ...
+    @property
+    def norm_name(self) -> str: ...
+    @property
+    def head_name(self) -> str: ...
+    @property
+    def non_finite(self) -> Sequence[str]: ...
+    @property
+    def through_float16(self) -> bool | None: ...
+
+    def embed(self, token_ids: list[int]) -> Tensor:
+        """Embeddings of a sequence, float32 [tokens, hidden]."""
+        ...
+
+    def embedding_rows(self, rows: Array) -> list[Array]:
+        """Rows of the embedding, each [rows, hidden], in every copy it has."""
+        ...
+
+    def final_gains(self) -> list[Array]:
+        """Weights of the final norm, [hidden], in every copy it has."""
+        ...
+
+    def head_rows(self, rows: Array) -> Array:
+        """Rows of lm_head, [rows, hidden]."""
+        ...
+
+    def layer(self, index: int) -> CandidateLayer:
+        """Load one decoder layer."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Give back the memory of a tensor."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +147,7 @@ class _Blocks:
 @torch.inference_mode()
 def compare(
     plan: ConversionPlan,
-    checkpoint: CheckpointRanks,
+    checkpoint: Candidate,
     samples: Sequence[list[int]],
     device: torch.device,
     progress: Progress = lambda layers: None,
@@ -108,9 +164,9 @@ def compare(
     model = LayerwiseModel(plan.source, torch.float32, device, torch.float32)
     theirs = [model.embed(sample) for sample in samples]
     ours = [checkpoint.embed(sample) for sample in samples]
-    differing = _differing_rows(plan, checkpoint, EMBEDDING, HF_EMBEDDING, checkpoint.embedding_rows)
+    differing = _differing_rows(plan, checkpoint, checkpoint.embedding_name, HF_EMBEDDING, checkpoint.embedding_rows)
     differing |= _differing_rows(
-        plan, checkpoint, NORM, HF_NORM, lambda rows: [g[rows] for g in checkpoint.final_gains()]
+        plan, checkpoint, checkpoint.norm_name, HF_NORM, lambda rows: [g[rows] for g in checkpoint.final_gains()]
     )
     layers = []
     for index in range(model.num_layers):
@@ -130,13 +186,13 @@ def compare(
     return Comparison(tuple(layers), head, differing | stale, tuple(checkpoint.non_finite))
 
 
-def _forward(layer: CheckpointLayer, hidden: Tensor) -> Tensor:
+def _forward(layer: CandidateLayer, hidden: Tensor) -> Tensor:
     middle = hidden + layer.attention(hidden)
     return middle + layer.mlp(middle)
 
 
 def _errors(
-    layer: CheckpointLayer, hidden: Tensor, blocks: _Blocks, theirs: Tensor, ours: Tensor
+    layer: CandidateLayer, hidden: Tensor, blocks: _Blocks, theirs: Tensor, ours: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Local errors of attention and MLP, accumulated error and cosine, [tokens] each."""
     return (
@@ -154,7 +210,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> Tensor:
 
 def _compare_heads(
     plan: ConversionPlan,
-    checkpoint: CheckpointRanks,
+    checkpoint: Candidate,
     theirs: Sequence[Tensor],
     ours: Sequence[Tensor],
     samples: Sequence[list[int]],
@@ -182,13 +238,13 @@ def _compare_heads(
         comparer.add(int(rows[0]), *(F.linear(hidden, table) for hidden, table in zip(normed, tables, strict=True)))
         return [mine]
 
-    stale = _differing_rows(plan, checkpoint, LM_HEAD, head_name, rows_of)
+    stale = _differing_rows(plan, checkpoint, checkpoint.head_name, head_name, rows_of)
     return comparer.result(), stale
 
 
 def _differing_rows(
     plan: ConversionPlan,
-    checkpoint: CheckpointRanks,
+    checkpoint: Candidate,
     name: str,
     source_name: str,
     rows_of: Callable[[npt.NDArray[np.int64]], list[Array]],
@@ -202,19 +258,21 @@ def _differing_rows(
     differing = 0
     for start in range(0, len(source), ROWS):
         rows = np.arange(start, min(start + ROWS, len(source)))
-        expected = _rounded(plan, source[rows])
+        expected = _rounded(plan, source[rows], checkpoint.through_float16)
         for copy in rows_of(rows):
-            unequal = copy != expected
+            unequal = np.logical_and.reduce([copy != one for one in expected])
             differing += int(unequal.reshape(len(rows), -1).any(axis=1).sum())
         plan.source.finish(source_name)
         checkpoint.release(name)
     return {name: differing} if differing else {}
 
 
-def _rounded(plan: ConversionPlan, tensor: Array) -> Array:
-    precision = plan.precision
-    through = tensor.astype(np.float16) if precision.through_float16 else tensor
-    return through.astype(precision.dtype)
+def _rounded(plan: ConversionPlan, tensor: Array, through_float16: bool | None) -> list[Array]:
+    """What a tensor that is not quantized may have become."""
+    ways = [tensor] if not through_float16 else []
+    if through_float16 is not False:
+        ways.append(tensor.astype(np.float16))
+    return [way.astype(plan.precision.dtype) for way in ways]
 
 
 def _finite(value: Any) -> Any:

@@ -38,6 +38,8 @@ class CheckpointRanks:
         CheckpointError: if a rank file or config.json is missing or damaged.
     """
 
+    embedding_name, norm_name, head_name = EMBEDDING, NORM, LM_HEAD
+
     def __init__(self, directory: Path, int8_layout: Int8LayoutChoice, device: torch.device) -> None:
         self.config = read_checkpoint_config(directory)
         self.mapping = self.config.layout
@@ -51,6 +53,12 @@ class CheckpointRanks:
         self._loader = LinearLoader(self.config, layout, torch.float32, device)
         config = self.config
         self._rotary = make_rotary(config.rotary_base, config.head_size, config.rotary_scaling, device)
+
+    @property
+    def through_float16(self) -> bool:
+        """Whether every weight was rounded to float16 on its way, as NVIDIA's calibrated path does."""
+        quantization = self.config.quantization
+        return quantization.kv_cache_quant_algo == "INT8" or "SQ" in (quantization.quant_algo or "")
 
     def embed(self, token_ids: list[int]) -> Tensor:
         """Embeddings of a sequence as the first stage's ranks together make them, float32 [tokens, hidden]."""

@@ -1,4 +1,4 @@
-"""`trtqwen verify`: the whole check of one checkpoint against the model it was made from."""
+"""`trtqwen verify`: the whole check of a checkpoint, or of an export of one, against the model it was made from."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion
+from trtqwen.diagnostics import InputError
 from trtqwen.hf.checks import read_model
 from trtqwen.hf.config import load_config
 from trtqwen.hf.source import HfModel
-from trtqwen.recipe import Int8LayoutChoice
-from trtqwen.verify.compare import Comparison, Progress, compare
+from trtqwen.recipe import CheckpointRecipe, Int8LayoutChoice
+from trtqwen.verify.compare import Candidate, Comparison, Progress, compare
+from trtqwen.verify.exported import ExportedModel, is_export
 from trtqwen.verify.plot import plot_comparison
 from trtqwen.verify.ranks import CheckpointRanks
 from trtqwen.verify.reference import TransformersReference, transformers_reference
@@ -38,6 +40,7 @@ class Verification:
     """The result.
 
     Attributes:
+        checkpoint: the directory, also that of an export.
         precision: such as `W8A16 bfloat16, INT8 KV cache`.
         comparison: None if the files are not those of such a checkpoint at all.
         problems: what is not acceptable, one sentence each, the nearest to the cause first.
@@ -66,7 +69,8 @@ class Verification:
             return "report it with the model's config.json and tokenizer files: trtqwen reads them otherwise"
         if self.comparison is not None and implausible(self.comparison, self.thresholds):
             return "take all files from one model, or pass --max-model-perplexity for a model that is not trained"
-        return "convert the model again" + ("" if self.precision in FLOAT else ", or in a higher precision")
+        again = "export the checkpoint again" if is_export(self.checkpoint) else "convert the model again"
+        return again + ("" if self.precision in FLOAT else ", or in a higher precision")
 
     def as_json(self) -> dict[str, Any]:
         """For json.dumps."""
@@ -95,6 +99,7 @@ def verify(
     """Check names and shapes, then run the checkpoint and the model. Uses CUDA if it is there.
 
     Args:
+        checkpoint: of TensorRT-LLM, or a directory that `export` wrote.
         samples: token ids, at least two each.
         int8_layout: of INT8 weight-only matrices; None takes the manifest's word.
         limits: thresholds to replace, by name.
@@ -104,25 +109,58 @@ def verify(
     Raises:
         InputError: if model or checkpoint cannot be read, or are not of a kind that trtqwen verifies.
     """
-    config = read_checkpoint_config(checkpoint)
     read_model(model)  # what `convert` would refuse is no model to compare with
-    layout = stored_layout(checkpoint, int8_layout)
-    recipe = implied_recipe(config, layout, load_config(model))
-    plausible = {"model_perplexity": plausible_perplexity(samples, config.vocab_size)}
-    allowed = Thresholds(**{**asdict(thresholds(recipe)), **plausible, **(limits or {})})
-    found, comparison = config_problems(config, HfModel(model, recipe.yarn_factor).config), None
-    if not found:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        plan, ranks = plan_conversion(model, recipe), CheckpointRanks(checkpoint, layout, device)
-        found = tensor_problems(plan, ranks.readers)
-        if not found:
-            comparison = compare(plan, ranks, samples, device, progress)
-            found = problems(comparison, allowed, float16=config.dtype == "float16")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    subject = (_export if is_export(checkpoint) else _checkpoint)(checkpoint, model, int8_layout, device)
+    plausible = {"model_perplexity": plausible_perplexity(samples, load_config(model).vocab_size)}
+    allowed = Thresholds(**{**asdict(thresholds(subject.recipe)), **plausible, **(limits or {})})
+    found, comparison = subject.problems, None
+    if subject.candidate is not None:
+        plan = plan_conversion(model, subject.recipe)
+        comparison = compare(plan, subject.candidate, samples, device, progress)
+        found = problems(comparison, allowed, float16=subject.recipe.dtype == "float16")
     theirs = None
     if texts is not None and comparison is not None:
         theirs = transformers_reference(model, samples, texts, comparison.head.model_perplexity)
         found = [*theirs.problems, *found]
-    return Verification(checkpoint, model, _precision(config), allowed, comparison, found, theirs)
+    return Verification(checkpoint, model, subject.precision, allowed, comparison, found, theirs)
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """What is verified.
+
+    Attributes:
+        recipe: settings whose conversion of the model would give it, or would have its precision.
+        problems: of its config.json and its tensors' names and shapes.
+        candidate: None if there are any.
+    """
+
+    precision: str
+    recipe: CheckpointRecipe
+    problems: list[str]
+    candidate: Candidate | None
+
+
+def _checkpoint(directory: Path, model: Path, int8_layout: Int8LayoutChoice | None, device: torch.device) -> _Subject:
+    config = read_checkpoint_config(directory)
+    layout = stored_layout(directory, int8_layout)
+    recipe = implied_recipe(config, layout, load_config(model))
+    found, ranks = config_problems(config, HfModel(model, recipe.yarn_factor).config), None
+    if not found:
+        ranks = CheckpointRanks(directory, layout, device)
+        found = tensor_problems(plan_conversion(model, recipe), ranks.readers)
+    return _Subject(_precision(config), recipe, found, None if found else ranks)
+
+
+def _export(directory: Path, model: Path, int8_layout: Int8LayoutChoice | None, device: torch.device) -> _Subject:
+    if int8_layout is not None:
+        what = f"{directory}: is no TensorRT-LLM checkpoint, so it has no INT8 layout"
+        raise InputError(what, "leave out --int8-layout")
+    exported = ExportedModel(directory, device)
+    recipe = exported.recipe(load_config(model))
+    found = exported.problems(HfModel(model, recipe.yarn_factor).config)
+    return _Subject(exported.precision, recipe, found, None if found else exported)
 
 
 def write_report(verification: Verification, directory: Path) -> None:

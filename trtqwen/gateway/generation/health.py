@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
+import anyio
 import numpy as np
 
 from trtqwen.gateway.admission.gate import Gate, down
@@ -18,6 +19,7 @@ from trtqwen.gateway.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 0.2  # many answers that fail at once are one reason to look
+_PATIENCE = 10  # times `probe_seconds`: how long the only replica that works may be silent
 _PROBE_INPUTS = {
     "input_ids": np.zeros((1, 1), np.int32),
     "input_lengths": np.ones((1, 1), np.int32),
@@ -33,9 +35,12 @@ class Monitor:
     leave them hanging. One that is only silent keeps them until they are stalled. The token that it is asked for
     waits behind the prompts that it reads: they lengthen the time that it may take.
 
+    A silent replica may be slow. It is asked again, each time for twice as long. It is taken out at once while
+    another one works, and otherwise when it has been silent for ten times `probe_seconds` or for `stall_seconds`.
+
     Args:
-        probe_seconds: how long a replica may be silent before it is asked, and how long it may take to answer. Its
-            death is noticed within twice that.
+        probe_seconds: how long a replica may be silent before it is asked, and how long it may take to answer at
+            first. The death of its server or its backend is noticed within twice that.
         stall_seconds: silence after which an answer is ended.
         prompt_tokens_per_second: how slowly a working engine may read.
         on_change: called when a replica may have begun or ceased to work.
@@ -57,9 +62,12 @@ class Monitor:
         self._metrics = metrics
         self._probe_seconds = probe_seconds
         self._stall_seconds = stall_seconds
+        self._patience = min(stall_seconds, _PATIENCE * probe_seconds)
         self._prompt_tokens_per_second = prompt_tokens_per_second
         self._on_change = on_change
         self._up = [False] * len(replicas)
+        self._answered = [float("-inf")] * len(replicas)  # when each last answered a probe
+        self._missed = [0] * len(replicas)  # probes in a row that it has not answered in time
         self._told = [""] * len(replicas)
         self._look_now = [asyncio.Event() for _ in replicas]
         for number in range(len(replicas)):
@@ -93,14 +101,17 @@ class Monitor:
             replica.abort_stalled(self._stall_seconds, self._reading_seconds(replica))
             silence = time.monotonic() - replica.heard
             pause = self._probe_seconds - silence if silence < self._probe_seconds else self._probe_seconds
-            try:
-                await asyncio.wait_for(look_now.wait(), max(pause, _PAUSE_SECONDS))
-            except asyncio.TimeoutError:
-                continue
+            if self._missed[number] and self._up[number]:
+                pause = 0
+            # asyncio.wait_for loses a cancellation before Python 3.12, and the task would not end.
+            with anyio.move_on_after(max(pause, _PAUSE_SECONDS)):
+                await look_now.wait()
 
     async def _probe(self, number: int) -> None:
         replica, begun = self._replicas[number], time.monotonic()
-        timeout = self._probe_seconds + self._reading_seconds(replica)
+        longer = max(self._probe_seconds, self._patience)
+        seconds = min(self._probe_seconds * 2.0 ** self._missed[number], longer)
+        timeout = seconds + self._reading_seconds(replica)
         replies = replica.generate(f"probe-{uuid.uuid4().hex}", _PROBE_INPUTS, timeout)
         result = says = "ok"
         try:
@@ -116,10 +127,22 @@ class Monitor:
         self._metrics.probes.labels(result).inc()
         late = result == "timeout" and replica.heard > begun  # others have had tokens meanwhile
         works = late or result in ("ok", "queue_full")
+        if works:
+            self._answered[number] = time.monotonic()
+        self._missed[number] = 0 if works or result != "timeout" else self._missed[number] + 1
         self._tell(number, "works" if works else says)
+        works = works or (result == "timeout" and self._may_be_slow(number))
         self._mark(number, works)
         if result == "engine_dead" and not self.ready:
             self._gate.send_away(down())
+
+    def _may_be_slow(self, number: int) -> bool:
+        """Whether a replica that has not answered in time goes on to get requests."""
+        if not self._up[number] or sum(self._up) > 1:
+            return False
+        replica = self._replicas[number]
+        silence = time.monotonic() - max(replica.heard, self._answered[number])
+        return silence < self._patience + self._reading_seconds(replica)
 
     def _reading_seconds(self, replica: Replica) -> float:
         """How long the prompts may take that a replica has not answered yet."""
