@@ -207,7 +207,7 @@ def test_cancelled_requests_free_their_blocks_at_once(
     [({"max_seq_len": 1 << 26}, "max_seq_len"), ({"max_num_tokens": 1 << 25, "max_seq_len": 512}, "max_num_tokens")],
 )
 def test_what_does_not_fit_the_card_is_named(
-    make_engine: MakeEngine, tmp_path: Path, settings: dict[str, int], hint: str
+    make_engine: MakeEngine, tmp_path: Path, settings: dict[str, Any], hint: str
 ) -> None:
     checkpoint = make_engine().with_name("float32-checkpoint")
     limits = EngineRecipe(backend="torch", max_batch_size=16, tokens_per_block=16, **settings)
