@@ -8,14 +8,17 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import pytest
 
+import trtqwen
 from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
 from trtqwen.artifact import read_manifest, write_manifest
@@ -146,6 +149,46 @@ def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[...
         server.wait_until_ready(60)
     server.stop()
     assert gone(group, 0)
+
+
+@pytest.fixture
+def other_python(tmp_path: Path) -> Path:
+    """A Python that has our dependencies, but not trtqwen itself."""
+    home = tmp_path / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    purelib = sysconfig.get_path("purelib", "venv", {"base": str(home)})
+    Path(purelib, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return home / "bin" / "python"
+
+
+def serve_from(python: Path, repository: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    program = SERVE.replace('print("ready", flush=True)', "os.kill(os.getpid(), 15)").replace(
+        "import sys", "import os, sys"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"/nowhere{os.pathsep}{path}"}
+    command = [str(python), "-c", program, str(repository)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=python.parent)
+
+
+@pytest.mark.triton
+def test_models_find_what_pythonpath_names(repository: Path, other_python: Path) -> None:
+    """The python backend of 2.51 does not look at it: its interpreter is isolated."""
+    done = serve_from(other_python, repository, Path(trtqwen.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.triton
+def test_a_numpy_that_crashes_the_python_backend_is_named(repository: Path, other_python: Path) -> None:
+    purelib = Path(sysconfig.get_path("purelib", "venv", {"base": str(other_python.parents[1])}))
+    shutil.copytree(Path(numpy.__file__).parent, purelib / "numpy", copy_function=os.link)
+    shutil.copytree(Path(numpy.__file__).parents[1] / "numpy.libs", purelib / "numpy.libs", copy_function=os.link)
+    version = purelib / "numpy" / "version.py"
+    text = version.read_text()
+    version.unlink()
+    version.write_text(text.replace(numpy.__version__, "2.5.2"))
+    done = serve_from(other_python, repository, Path(trtqwen.__file__).parents[1])
+    assert done.returncode != 0
+    assert f"numpy 1, but {other_python.parents[1]} has numpy 2.5.2: run `" in done.stderr
 
 
 @pytest.mark.triton
