@@ -10,7 +10,6 @@ if not Path("/dev/nvidiactl").exists():  # before anything imports the Triton la
 
 import json
 import shutil
-import subprocess
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
@@ -22,7 +21,6 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from tests.ranks import Nursery
 from trtqwen.artifact import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -59,25 +57,6 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: A
             if name.endswith("bias"):
                 parameter.normal_()
     return model.eval()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quick_ranks() -> Iterator[None]:
-    """Without GPUs, executors of the test process fork their ranks from one that has imported PyTorch."""
-    if Path("/dev/nvidiactl").exists():  # CUDA does not work in a fork of a process that has looked for devices
-        yield
-        return
-    nursery = Nursery()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("trtqwen.executor.executor.subprocess", nursery)
-        yield
-    nursery.stop()
-
-
-@pytest.fixture
-def real_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start ranks as users do: for tests of their processes."""
-    monkeypatch.setattr("trtqwen.executor.executor.subprocess", subprocess)
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Ranks for tests, forked from a process that has imported PyTorch: that import is most of a rank's start.
 
-Only executors in the test process start their ranks so. Those in Triton and of commands in processes of their own
-start them as users do, and so do the tests that take the fixture `real_ranks`.
+Only the tests of the executor start ranks so. All others start them as users do, and so do the tests that take the
+fixture `real_ranks`.
 """
 
 from __future__ import annotations
