@@ -71,15 +71,36 @@ def test_a_directory_without_an_owner_may_get_one_for_a_minute(temporary: Path) 
     assert sorted(temporary.iterdir()) == [full, young]
 
 
+MAPPER = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_triton_s_empty_directories_go_with_their_server(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that another Triton may have made, which aborts at its end without its own, stay as long as it runs."""
+    library = temporary / "libtriton_of_this_test.so"
+    library.write_bytes(b"python backend")
     monkeypatch.setattr(guardian, "ENVIRONMENT_HOME", str(temporary))
+    monkeypatch.setattr(guardian, "PYTHON_BACKEND", f"/{library.name}")
     other = temporary / "python_env_before"
     other.mkdir()
     record = temporary / guardian.ENVIRONMENTS
     record.write_text(json.dumps({"before": guardian.environments(), "since": time.time()}))
     ours, used = temporary / "python_env_ours", temporary / "python_env_used"
-    ours.mkdir()
-    used.mkdir()
-    (used / "python").write_text("an environment that was unpacked")
+    with subprocess.Popen(
+        [sys.executable, "-c", MAPPER, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as another:
+        assert another.stdout is not None
+        assert another.stdout.readline() == "mapped\n"
+        ours.mkdir()
+        used.mkdir()
+        (used / "python").write_text("an environment that was unpacked")
+        guardian.remove_environments(str(record))
+        assert ours.exists()
+        another.kill()
     guardian.remove_environments(str(record))
     assert sorted(path.name for path in temporary.glob("python_env_*")) == ["python_env_before", "python_env_used"]
