@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ import pytest
 
 from tests.waiting import wait_for
 from trtqwen.system import guardian
+from trtqwen.system.guarded import start_guarded
 from trtqwen.system.leftovers import SHARED_MEMORY, sweep, workspace
+from trtqwen.system.processes import child
 
 OWNER = """
 import sys
@@ -71,6 +74,33 @@ def test_a_directory_without_an_owner_may_get_one_for_a_minute(temporary: Path) 
         os.utime(directory, (0, time.time() - 120))
     sweep()
     assert sorted(temporary.iterdir()) == [full, young]
+
+
+SHARER = """
+import os, time
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=10)
+print(memory.name, flush=True)
+os.fork()
+time.sleep(3600)
+"""
+
+
+def test_shared_memory_of_a_killed_program_goes(tmp_path: Path) -> None:
+    """vLLM's workers and its API server share some."""
+    told = tmp_path / "told"
+    with told.open("wb") as output:
+        command = [sys.executable, "-c", SHARER]
+        process = start_guarded(command, os.environ, tmp_path, output=output)
+    try:
+        assert wait_for(lambda: told.read_text().endswith("\n"))
+        file = SHARED_MEMORY / told.read_text().strip()
+        assert file.exists()
+        os.kill(child(process.pid), signal.SIGKILL)
+        process.wait(60)
+        assert not file.exists()
+    finally:
+        process.kill()
 
 
 MAPPER = """

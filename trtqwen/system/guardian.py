@@ -30,6 +30,7 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
 PARENT, STARTED = 1, 19  # fields of /proc/PID/stat, counted after the program's name
+PYTHON_SHARED_MEMORY = "/dev/shm/psm_"
 PYTHON_BACKEND = "/libtriton_python.so"  # mapped by the processes that have loaded it
 # Triton's python backend makes an empty directory at its start, always in /tmp, and removes it at an
 # orderly end. A file of this name says which were there before: {"before": [name], "since": Unix time}.
@@ -136,16 +137,33 @@ def send(pid: int, number: int) -> None:
 
 
 def end_all() -> None:
-    """Kill every descendant, until there is none."""
+    """Kill every descendant, until there is none, and remove the shared memory that they leave."""
+    left: set[str] = set()
     while True:
         for pid in descendants():
+            left |= shared_memory_of(pid)
             send(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
+            remove_files(left)
             return
         time.sleep(0.01)
+
+
+def shared_memory_of(pid: int) -> "set[str]":
+    """Files that Python's `multiprocessing` keeps in /dev/shm and a process maps: they outlive one that is killed."""
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/maps") as file:
+        paths = (line[line.index("/") :].rstrip("\n") for line in file if PYTHON_SHARED_MEMORY in line)
+        return {path for path in paths if path.startswith(PYTHON_SHARED_MEMORY) and not path.endswith(" (deleted)")}
+    return set()
+
+
+def remove_files(paths: "set[str]") -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def descendants() -> "set[int]":
