@@ -9,8 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: .venv/user
 	$(BIN)/trtqwen demo
 
+# Three processes on two cores: tests of servers often wait. Their files come first (tests/conftest.py).
 test: .venv/developer .venv/transformers5
-	$(BIN)/pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
 # A real vLLM, in an environment of its own: the client tests of the serving layer on one server, and the exports.
 VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python

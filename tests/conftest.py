@@ -10,6 +10,7 @@ if not Path("/dev/nvidiactl").exists():  # before anything imports the Triton la
 
 import json
 import shutil
+import subprocess
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
@@ -21,6 +22,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.ranks import Nursery
 from trtqwen.artifact import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -56,6 +58,22 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: A
             if name.endswith("bias"):
                 parameter.normal_()
     return model.eval()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_ranks() -> Iterator[None]:
+    """Executors of the test process fork their ranks from one that has imported PyTorch."""
+    nursery = Nursery()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("trtqwen.executor.executor.subprocess", nursery)
+        yield
+    nursery.stop()
+
+
+@pytest.fixture
+def real_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start ranks as users do: for tests of their processes."""
+    monkeypatch.setattr("trtqwen.executor.executor.subprocess", subprocess)
 
 
 @pytest.fixture
@@ -133,7 +151,12 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what only the embedded engine does while another one serves."""
+    """Put the files of servers first, and skip what only the embedded engine does while another one serves.
+
+    Several processes take file after file: the long ones come first, so that none of them runs alone at the end.
+    """
+    slow = {item.path for item in items if item.get_closest_marker("triton")}
+    items.sort(key=lambda item: item.path not in slow)
     for item in items:
         mark = item.get_closest_marker("embedded")
         if mark is not None and BACKEND != "torch":

@@ -6,6 +6,7 @@ import ast
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,13 @@ def texts(node: ast.AST) -> str:
     return " ".join(texts(child) for child in ast.iter_child_nodes(node))
 
 
-def hints() -> Iterator[tuple[str, str]]:
+@cache
+def hints() -> tuple[tuple[str, str], ...]:
     """Every hint in the package, with the place where it stands."""
+    return tuple(_hints())
+
+
+def _hints() -> Iterator[tuple[str, str]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         where = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,9 +73,6 @@ def hints() -> Iterator[tuple[str, str]]:
             yield str(path.relative_to(PACKAGE)), json.loads(hint)
 
 
-HINTS = list(hints())
-
-
 def options() -> set[str]:
     """Every option of every command."""
     found: set[str] = set()
@@ -84,7 +87,7 @@ def options() -> set[str]:
 
 
 def test_there_are_hints() -> None:
-    assert len(HINTS) > 200
+    assert len(hints()) > 200
 
 
 @pytest.mark.parametrize("section", SECTIONS)
@@ -92,7 +95,7 @@ def test_fields_of_the_recipe_exist(section: str) -> None:
     known = set(SECTIONS[section].model_fields)
     wrong = [
         (where, field, hint)
-        for where, hint in HINTS
+        for where, hint in hints()
         for field in re.findall(rf"\b{section}\.(\w+)", hint)
         if field not in known and field not in ("VALUE", "json", "py", "yaml")
     ]
@@ -100,7 +103,7 @@ def test_fields_of_the_recipe_exist(section: str) -> None:
 
 
 def test_commands_exist() -> None:
-    for where, hint in HINTS:
+    for where, hint in hints():
         for words in shown_commands(hint):
             try:
                 check_command(words)
@@ -113,7 +116,7 @@ def test_options_exist() -> None:
     known = options() | OTHERS | trtllm_build
     outside = [
         (where, option, hint)
-        for where, hint in HINTS
+        for where, hint in hints()
         for option in re.findall(r"(?<![\w-])(--[a-z][\w-]*)", hint)
         if option not in known
     ]

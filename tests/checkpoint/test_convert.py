@@ -427,7 +427,7 @@ def write_texts(directory: Path) -> Path:
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4096}
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.1, 0.3, 0.5, 0.7, 0.9])
+@pytest.mark.parametrize("moment", [0.0, 0.5, 0.9])
 @pytest.mark.parametrize("options", [{}, {"quant": "int8_wo", "int8_layout": "sm80"}])
 def test_a_killed_conversion_leaves_nothing_acceptable(
     hf_directory: Callable[..., Path], tmp_path: Path, moment: float, options: dict[str, str]
@@ -474,7 +474,7 @@ def test_a_command_killed_at_any_time_leaves_nothing_acceptable(
         if out.exists():  # killed after the rename: then it must be whole
             manifest = read_manifest(out, "checkpoint")
             assert all(digest_file(out / name) == record.digest for name, record in manifest.outputs.items())
-        delay += 0.15
+        delay = max(0.1, 1.3 * delay)
     assert read_manifest(out, "checkpoint")
 
 

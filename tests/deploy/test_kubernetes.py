@@ -25,7 +25,9 @@ from tests.deploy.programs import kubernetes_program, program
 from tests.waiting import wait_for
 from trtqwen.cli.deploy import command
 from trtqwen.deploy.image import serving_image
-from trtqwen.deploy.kubernetes import Kubernetes, adapter_values, kubernetes_files, signals
+from trtqwen.deploy.kubernetes import kubernetes_files
+from trtqwen.deploy.objects import Kubernetes
+from trtqwen.deploy.scaling import adapter_values, signals
 from trtqwen.diagnostics import InputError
 from trtqwen.recipe import load_recipe
 

@@ -19,7 +19,6 @@ import openai
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
-from tests.conftest import BACKEND
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.triton.server import Ports, TritonServer
@@ -163,14 +162,10 @@ def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> It
         yield Running(gateway, server)
 
 
-@pytest.fixture(scope="module" if BACKEND == "torch" else "session")
-def live(engine_repository: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
-    """A gateway in front of the bundled model. vLLM starts slowly: there, all tests share one Triton."""
-    if BACKEND != "torch":
-        with quick_gateway(request.getfixturevalue("served"), engine_repository) as running:
-            yield running
-        return
-    with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:
+@pytest.fixture(scope="session")
+def live(served: TritonServer, engine_repository: Path) -> Iterator[Running]:
+    """A gateway in front of the bundled model."""
+    with quick_gateway(served, engine_repository) as running:
         yield running
 
 

@@ -8,7 +8,8 @@ import os
 import signal
 import urllib.request
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -17,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import BACKEND
-from tests.gateway.conftest import Running
+from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import check_death, process
 from tests.waiting import sometimes, wait_for
 from trtqwen.demo import MODEL
@@ -391,8 +392,17 @@ def test_health_readiness_and_metrics(live: Running) -> None:
     assert live.metric("trtqwen_gateway_prompt_tokens_total") == before[1] + answer.usage.prompt_tokens
 
 
-def test_the_death_of_a_rank_is_an_error_for_everybody(live: Running) -> None:
-    """The last test with this engine."""
+@pytest.fixture
+def doomed(engine_repository: Path, request: pytest.FixtureRequest) -> Iterator[Running]:
+    """A gateway on an engine of its own; vLLM starts slowly, and its server is not needed after this test."""
+    if BACKEND != "torch":
+        yield request.getfixturevalue("live")
+        return
+    with quick_triton(engine_repository) as triton, quick_gateway(triton, engine_repository) as running:
+        yield running
+
+
+def test_the_death_of_a_rank_is_an_error_for_everybody(doomed: Running) -> None:
     module = {"torch": "trtqwen.executor.worker", "vllm": "vllm.entrypoints.openai.api_server"}[BACKEND]
-    rank = process(live.triton.vllm_pid or live.triton.pid, module)
-    check_death(live, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})
+    rank = process(doomed.triton.vllm_pid or doomed.triton.pid, module)
+    check_death(doomed, lambda: os.kill(rank, signal.SIGKILL), text="Hello!", extra_body={"ignore_eos": True})

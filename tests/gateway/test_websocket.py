@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from wsproto.events import (
 )
 
 from tests.gateway.conftest import Running, access_log
-from tests.waiting import wait_for
+from tests.waiting import GENEROUS, wait_for
+from trtqwen.gateway.api.websocket import _send
 
 pytestmark = pytest.mark.triton
 
@@ -121,6 +123,27 @@ def test_a_client_that_goes_frees_its_place(obedient: Running, connect: Callable
     assert wait_for(lambda: obedient.metric("trtqwen_gateway_in_flight") >= 1)
     client.close()
     assert wait_for(lambda: obedient.metric("trtqwen_gateway_in_flight") == 0)
+
+
+def test_a_client_that_goes_as_an_event_is_sent_is_noticed() -> None:
+    """The answer's task ends also where the cancellation meets a message that has just gone out."""
+
+    class Socket:
+        async def send_text(self, text: str) -> None:
+            asyncio.get_running_loop().call_soon(answers[0].cancel)
+
+    async def frames() -> AsyncGenerator[bytes, None]:
+        yield b"data: one\n\n"
+        await asyncio.get_running_loop().create_future()  # an engine that is silent
+
+    async def test() -> None:
+        socket: Any = Socket()
+        answers.append(asyncio.ensure_future(_send(socket, frames())))
+        await asyncio.wait(answers, timeout=GENEROUS)
+        assert answers[0].cancelled()
+
+    answers: list[asyncio.Task[None]] = []
+    asyncio.run(test())
 
 
 def test_keys_rates_and_origins_hold(

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import queue
+import signal
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +17,7 @@ import torch
 
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import HELDOUT, MODEL
+from trtqwen.diagnostics import EngineError
 from trtqwen.engine.builder import build_engine
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
@@ -179,9 +184,61 @@ def test_guided_answers_have_their_form(
     assert text[3] == "-"
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_two_cards_answer_as_one(
-    make_engine: MakeEngine, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]]
+def test_cancelled_requests_free_their_blocks_at_once(
+    make_engine: MakeEngine, prompts: list[tuple[int, ...]]
 ) -> None:
+    with Executor(make_engine(), ExecutorConfig(device="cuda")) as executor:
+        events: queue.Queue[Response] = queue.Queue()
+        for request in ask(prompts[3:11], 400, end_id=None):
+            executor.submit(request, events.put)
+        running: set[str] = set()
+        while len(running) < 8:
+            running.add(events.get(timeout=60).request_id)
+        for name in running:
+            executor.cancel(name)
+        begin = time.monotonic()
+        while executor.stats().used_blocks:
+            assert time.monotonic() - begin < 60
+        print(f"blocks free after {1000 * (time.monotonic() - begin):.1f} ms")
+
+
+@pytest.mark.parametrize(
+    ("settings", "hint"),
+    [({"max_seq_len": 1 << 26}, "max_seq_len"), ({"max_num_tokens": 1 << 25, "max_seq_len": 512}, "max_num_tokens")],
+)
+def test_what_does_not_fit_the_card_is_named(
+    make_engine: MakeEngine, tmp_path: Path, settings: dict[str, Any], hint: str
+) -> None:
+    checkpoint = make_engine().with_name("float32-checkpoint")
+    limits = EngineRecipe(backend="torch", max_batch_size=16, tokens_per_block=16, **settings)
+    build_engine(checkpoint, limits, tmp_path / "engine")
+    with pytest.raises(EngineError, match=hint):
+        Executor(tmp_path / "engine", ExecutorConfig(device="cuda"))
+
+
+def cards(count: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(torch.cuda.device_count() < count, reason=f"needs {count} CUDA devices")
+
+
+@pytest.mark.parametrize("tp_size", [pytest.param(2, marks=cards(2)), pytest.param(4, marks=cards(4))])
+def test_several_cards_answer_as_one(
+    make_engine: MakeEngine, prompts: list[tuple[int, ...]], expected: list[tuple[int, ...]], tp_size: int
+) -> None:
+    with Executor(make_engine(f"float32-tp{tp_size}", tp_size=tp_size), ExecutorConfig(device="cuda")) as executor:
+        for _ in range(3):
+            assert tokens(executor.generate(ask(prompts))) == expected
+
+
+@cards(2)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_dead_rank_ends_the_engine(make_engine: MakeEngine, prompts: list[tuple[int, ...]], rank: int) -> None:
     with Executor(make_engine("float32-tp2", tp_size=2), ExecutorConfig(device="cuda")) as executor:
-        assert tokens(executor.generate(ask(prompts))) == expected
+        events: queue.Queue[Response] = queue.Queue()
+        executor.submit(ask(prompts[4:5], 400, end_id=None)[0], events.put)
+        events.get(timeout=60)
+        os.kill(executor._processes[rank].pid, signal.SIGKILL)
+        while (response := events.get(timeout=10)).finish_reason is None:
+            pass
+        assert "the engine has stopped" in (response.error or "")
+        for process in executor._processes:
+            process.wait(timeout=10)

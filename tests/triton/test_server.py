@@ -8,15 +8,19 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy
 import pytest
 
+import trtqwen
 from tests.triton.conftest import Call, id_request, in_threads
+from tests.waiting import GENEROUS
 from trtqwen.artifact import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.gateway.config import GatewayConfig
@@ -147,23 +151,63 @@ def test_a_model_that_does_not_load_is_told_at_once(bundled_engine: Callable[...
     assert gone(group, 0)
 
 
+@pytest.fixture
+def other_python(tmp_path: Path) -> Path:
+    """A Python that has our dependencies, but not trtqwen itself."""
+    home = tmp_path / "python"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+    purelib = sysconfig.get_path("purelib", "venv", {"base": str(home)})
+    Path(purelib, "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    return home / "bin" / "python"
+
+
+def serve_from(python: Path, repository: Path, path: Path) -> subprocess.CompletedProcess[str]:
+    program = SERVE.replace('print("ready", flush=True)', "os.kill(os.getpid(), 15)").replace(
+        "import sys", "import os, sys"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"/nowhere{os.pathsep}{path}"}
+    command = [str(python), "-c", program, str(repository)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=python.parent)
+
+
 @pytest.mark.triton
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_stops_everything_cleanly(repository: Path, number: signal.Signals) -> None:
+def test_models_find_what_pythonpath_names(repository: Path, other_python: Path) -> None:
+    """The python backend of 2.51 does not look at it: its interpreter is isolated."""
+    done = serve_from(other_python, repository, Path(trtqwen.__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.triton
+def test_a_numpy_that_crashes_the_python_backend_is_named(repository: Path, other_python: Path) -> None:
+    purelib = Path(sysconfig.get_path("purelib", "venv", {"base": str(other_python.parents[1])}))
+    shutil.copytree(Path(numpy.__file__).parent, purelib / "numpy", copy_function=os.link)
+    shutil.copytree(Path(numpy.__file__).parents[1] / "numpy.libs", purelib / "numpy.libs", copy_function=os.link)
+    version = purelib / "numpy" / "version.py"
+    text = version.read_text()
+    version.unlink()
+    version.write_text(text.replace(numpy.__version__, "2.5.2"))
+    done = serve_from(other_python, repository, Path(trtqwen.__file__).parents[1])
+    assert done.returncode != 0
+    assert f"numpy 1, but {other_python.parents[1]} has numpy 2.5.2: run `" in done.stderr
+
+
+@pytest.mark.triton
+def test_a_signal_stops_everything_cleanly(repository: Path) -> None:
     with serving(repository) as (process, group, prefix):
         commands = " ".join(family(group).values())
         assert "trtqwen.executor.worker" in commands
         assert "triton_python_backend_stub" in commands
-        process.send_signal(number)
+        process.terminate()
         assert process.wait(timeout=60) == 0
         assert gone(group, 0)
         assert not list(Path("/dev/shm").glob(f"{prefix}*"))
 
 
 @pytest.mark.triton
-def test_a_signal_while_starting_stops_everything_too(repository: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_starting_stops_everything_too(repository: Path, number: signal.Signals) -> None:
     with serving(repository, ready=False) as (process, group, _):
-        process.terminate()
+        process.send_signal(number)
         assert process.wait(timeout=60) == 0
         assert gone(group, 0)
 
@@ -184,24 +228,20 @@ def test_a_server_that_dies_is_noticed(repository: Path) -> None:
 
 
 @pytest.mark.triton
-def test_a_python_model_that_dies_is_noticed(repository: Path, tmp_path: Path) -> None:
-    """Triton itself stays up and never starts it again."""
+def test_a_dead_python_model_is_noticed_and_requests_fail_when_a_rank_is_killed(
+    repository: Path, tmp_path: Path
+) -> None:
+    """Triton itself stays up, and starts neither again."""
     log = tmp_path / "triton.log"
-    with TritonServer(repository, ports=Ports(0, 0, 0), log=log) as server:
+    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2, log=log) as server:
         server.check()
         [stub] = [pid for pid, command in family(server.pid).items() if "/preprocessing/1/model.py" in command]
         os.kill(stub, signal.SIGKILL)
-        deadline = time.monotonic() + 60
         with pytest.raises(ServerError, match="a process of preprocessing has ended by itself: the log has no error"):
+            deadline = time.monotonic() + GENEROUS
             while time.monotonic() < deadline:
                 server.check()
                 time.sleep(0.02)
-    assert "Waiting for in-flight requests to complete." not in log.read_text()  # on a dead engine, they would not
-
-
-@pytest.mark.triton
-def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -> None:
-    with TritonServer(repository, ports=Ports(0, 0, 0), drain_seconds=2) as server:
         begun = threading.Event()
 
         def generate() -> str:
@@ -219,3 +259,4 @@ def test_requests_fail_and_do_not_hang_when_a_rank_is_killed(repository: Path) -
         *errors, _ = in_threads([generate, generate, generate, kill])
         assert all("the engine has stopped (rank 0 ended with code -9" in error for error in errors)
         assert "the engine has stopped" in generate()
+    assert "Waiting for in-flight requests to complete." not in log.read_text()  # on a dead engine, they would not

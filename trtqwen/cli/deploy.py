@@ -11,8 +11,9 @@ from trtqwen.cli.output import HELP, Force, Json, print_json, stdout
 from trtqwen.deploy.compose import Compose, compose_files
 from trtqwen.deploy.files import Files, write_files
 from trtqwen.deploy.image import serving_image
-from trtqwen.deploy.kubernetes import Kubernetes, kubernetes_files
+from trtqwen.deploy.kubernetes import kubernetes_files
 from trtqwen.deploy.monitoring import Monitoring, Targets, monitoring_files
+from trtqwen.deploy.objects import Kubernetes
 from trtqwen.deploy.rules import Thresholds
 from trtqwen.diagnostics import InputError
 from trtqwen.recipe import load_recipe

@@ -53,15 +53,28 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[bytes]) -> None:
     choice = choose_device(engine, config.executor, config.rank)
     mapping = engine.pretrained_config.layout
     communicator: Communicator = SingleRank()
-    if mapping.world_size > 1:
-        communicator = ProcessGroup(config.rank, mapping, config.rendezvous, choice.device)
     if choice.kernels == "fused":
         from trtqwen.executor.cuda.start import keep_compiled_kernels
 
         keep_compiled_kernels()
         from trtqwen.executor.cuda.start import make_runner as make
+
+        if mapping.world_size > 1:
+            from trtqwen.executor.cuda.group import CudaGroup
+
+            communicator = CudaGroup(
+                config.rank,
+                mapping,
+                config.rendezvous,
+                choice.device,
+                hidden_size=engine.pretrained_config.hidden_size,
+                dtype=choice.dtype,
+            )
     else:
         from trtqwen.executor.plain_runner import make_runner as make
+
+        if mapping.world_size > 1:
+            communicator = ProcessGroup(config.rank, mapping, config.rendezvous, choice.device)
     started = make(config, engine, choice, communicator)
     limits = scheduler_config(engine, config.executor, started.num_blocks)
     communicator.broadcast(b"ready" if config.rank == 0 else None)

@@ -143,7 +143,8 @@ class RepositoryStage(Stage):
             version.mkdir(parents=True)
             (directory / name / MODEL_CONFIG).write_text(config_text(config), encoding="utf-8")
             if name in plan.python_models:
-                shutil.copyfile(_MODELS / f"{name}.py", version / "model.py")
+                parts = [(_MODELS / f"{part}.py").read_text(encoding="utf-8") for part in ("python_path", name)]
+                (version / "model.py").write_text("\n\n".join(parts), encoding="utf-8")
             else:
                 # Triton wants a version directory with something in it that no copy or archive drops.
                 (version / ".keep").touch()

@@ -12,6 +12,8 @@ from trtqwen.executor.attention import AttentionBatch, PlainAttention
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose
 from trtqwen.executor.cuda.batch import context_tiles
 from trtqwen.executor.cuda.kernels.activation import silu_mul
+from trtqwen.executor.cuda.kernels.all_reduce import BLOCK as SUMMED
+from trtqwen.executor.cuda.kernels.all_reduce import PROGRAMS, all_reduce
 from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.kernels.context_attention import context_attention
 from trtqwen.executor.cuda.kernels.decode_attention import DecodeWorkspace, decode_attention
@@ -257,3 +259,26 @@ def test_wide_w8a8(device: torch.device, persistent: bool) -> None:
     w8a8_wide(codes, weight, steps, scales, bias, out, (*tile, persistent))
     expected = codes.double() @ weight.double().T * scales.double() * steps.double()[:, None] + bias.double()
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("two_shot", [False, True])
+def test_sums_over_cards(device: torch.device, two_shot: bool) -> None:
+    """Both cards' buffers lie on one device; kernels run one after the other, with the other's signals set before."""
+    count, room = 2 * SUMMED + 96, 3 * SUMMED
+    buffers = [torch.zeros(4 * room, dtype=torch.float16, device=device) for _ in range(2)]
+    signals = [torch.full((PROGRAMS * 2,), 1 << 20, dtype=torch.int32, device=device) for _ in range(2)]
+    places = [torch.tensor([tensor.data_ptr() for tensor in found], device=device) for found in (buffers, signals)]
+    counted = [torch.zeros(PROGRAMS, dtype=torch.int32, device=device) for _ in range(2)]
+    for call in range(3):
+        values = [random(count, device=device) for _ in range(2)]
+        expected = (values[0].float() + values[1].float()).half()
+        # Rank 1 leaves its values; rank 0 finds them, and leaves its own; rank 1 then finds both.
+        for rank in (1, 0, 1):
+            counted[rank].fill_(call)
+            signals[rank].fill_(1 << 20)
+            result = values[rank].clone()
+            all_reduce(result, *places, counted[rank], room=room, rank=rank, two_shot=two_shot)
+        assert torch.equal(result, expected)
+        assert [int(calls[0]) for calls in counted] == [call + 1, call + 1]
+    assert int(signals[0].view(PROGRAMS, 2)[0, 1]) == 2 * 2 + 1 + two_shot  # rank 1's word to rank 0
+    assert int(signals[0].view(PROGRAMS, 2)[5, 1]) == 1 << 20  # a program without values meets none

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import re
 import time
 from collections.abc import Collection
 from contextlib import AsyncExitStack
 
+import anyio
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from trtqwen.gateway.admission.access_log import AccessLog
@@ -141,7 +141,8 @@ class Guard:
             if scope["method"] == "POST":
                 caller.charge_request(time.monotonic())
             share = stack.enter_context(self._desk.share(caller.name))
-            body = await asyncio.wait_for(self._body(headers, receive, share), self._body_seconds)
+            with anyio.fail_after(self._body_seconds):
+                body = await self._body(headers, receive, share)
             if body is None:
                 return
             share.grow(body_memory(body))
@@ -151,7 +152,7 @@ class Guard:
         except ApiError as problem:
             await self._refuse(problem, send)
             return
-        except asyncio.TimeoutError:
+        except TimeoutError:
             message = f"the request's body was not here within {self._body_seconds:g} s; send it faster"
             await self._refuse(ApiError(408, message, "body_timeout"), send)
             return

@@ -11,6 +11,7 @@ from contextlib import AsyncExitStack, aclosing, suppress
 from functools import partial
 from typing import Any, TypeVar
 
+import anyio
 from fastapi import APIRouter, WebSocket
 from pydantic import BaseModel, ValidationError
 from starlette.websockets import WebSocketDisconnect
@@ -84,7 +85,7 @@ async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
                 await asyncio.gather(answering, return_exceptions=True)
                 return
             await answering
-    except (WebSocketDisconnect, RuntimeError, asyncio.TimeoutError):
+    except (WebSocketDisconnect, RuntimeError, TimeoutError):
         return
     finally:
         receiving.cancel()
@@ -134,7 +135,9 @@ async def _send(socket: WebSocket, frames: AsyncGenerator[bytes, None]) -> None:
     async with aclosing(frames):
         async for several in frames:
             for event in several.decode().split("\n\n")[:-1]:
-                await asyncio.wait_for(socket.send_text(event.removeprefix("data: ")), _UNREAD_SECONDS)
+                # asyncio.wait_for loses a cancellation before Python 3.12, and with it that the client has gone.
+                with anyio.fail_after(_UNREAD_SECONDS):
+                    await socket.send_text(event.removeprefix("data: "))
 
 
 def _read(text: str, schema: type[B]) -> B:

@@ -9,6 +9,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
+import anyio
 import numpy as np
 
 from trtqwen.gateway.admission.gate import Gate, down
@@ -102,10 +103,9 @@ class Monitor:
             pause = self._probe_seconds - silence if silence < self._probe_seconds else self._probe_seconds
             if self._missed[number] and self._up[number]:
                 pause = 0
-            try:
-                await asyncio.wait_for(look_now.wait(), max(pause, _PAUSE_SECONDS))
-            except asyncio.TimeoutError:
-                continue
+            # asyncio.wait_for loses a cancellation before Python 3.12, and the task would not end.
+            with anyio.move_on_after(max(pause, _PAUSE_SECONDS)):
+                await look_now.wait()
 
     async def _probe(self, number: int) -> None:
         replica, begun = self._replicas[number], time.monotonic()

@@ -58,20 +58,29 @@ def _smoothed(gate_up, smoother, row, start, width, SMOOTH: tl.constexpr, BLOCK:
 
 @triton.jit
 def _silu_mul_row(
-    gate_up, smoother, out, steps, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr
+    gate_up,
+    smoother,
+    out,
+    steps,
+    width,
+    SMOOTH: tl.constexpr,
+    FIRST: tl.constexpr,
+    REST: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):
     begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
-    largest = 0.0
-    for start in range(0, width, BLOCK):
-        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
-        largest = tl.maximum(largest, tl.max(tl.abs(values), axis=0))
-    largest = tl.maximum(largest, 1e-12)
+    # The row stays in registers between its largest value and its codes, in two pieces that waste few lanes.
+    values = _smoothed(gate_up, smoother, row, 0, width, SMOOTH, FIRST)
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12)
+    columns = tl.arange(0, FIRST)
+    if REST:
+        more = _smoothed(gate_up, smoother, row, FIRST, width, SMOOTH, REST)
+        largest = tl.maximum(largest, tl.max(tl.abs(more), axis=0))
+        others = FIRST + tl.arange(0, REST)
+        tl.store(out + row * width + others, round_to_int8(more * (127.0 / largest)), mask=others < width)
     tl.store(steps + row, largest / 127.0)
-    for start in range(0, width, BLOCK):  # a second time, from the cache
-        columns = start + tl.arange(0, BLOCK)
-        values = _smoothed(gate_up, smoother, row, start, width, SMOOTH, BLOCK)
-        tl.store(out + row * width + columns, round_to_int8(values * (127.0 / largest)), mask=columns < width)
+    tl.store(out + row * width + columns, round_to_int8(values * (127.0 / largest)))
 
 
 def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Quantized:
@@ -83,7 +92,7 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
     smooth = quantization is not None and smoother is not None
     if quantization is not None and quantization.mode == PER_TOKEN:
         steps = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
-        block = triton.next_power_of_2(width) if rows <= 64 else 4096
+        first = 1 << (width.bit_length() - 1)
         _silu_mul_row[(rows,)](
             gate_up,
             smoother if smooth else gate_up,
@@ -91,8 +100,9 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
             steps,
             width,
             SMOOTH=smooth,
-            BLOCK=block,
-            num_warps=min(32, max(1, block // 512)),
+            FIRST=first,
+            REST=triton.next_power_of_2(width - first) if width > first else 0,
+            num_warps=min(32, max(1, first // 512)),
             **chained(rows),
         )
         return Quantized(out, steps)

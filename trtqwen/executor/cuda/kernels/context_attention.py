@@ -54,7 +54,8 @@ def _context(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_SIZE: tl.constexpr, TOKENS_PER_BLOCK: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, head = tl.program_id(0), tl.program_id(1)
+    # Heads vary first: all programs of the longest contexts start before those of the next.
+    tile, head = tl.program_id(1), tl.program_id(0)
     sequence, first = tl.load(tiles + 2 * tile), tl.load(tiles + 2 * tile + 1)
     begin, end = tl.load(query_begins + sequence), tl.load(query_begins + sequence + 1)
     length = tl.load(lengths + sequence)
@@ -108,7 +109,7 @@ def context_attention(
     heads = out.shape[1] // head_size
     full = query.dtype == torch.float32
     step = 1.0 if kv_step is None else kv_step
-    _context[(len(tiles), heads)](
+    _context[(heads, len(tiles))](
         query,
         keys,
         values,
