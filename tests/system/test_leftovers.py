@@ -21,8 +21,9 @@ import sys
 from contextlib import ExitStack
 from trtqwen.system.leftovers import shared_memory, workspace
 with ExitStack() as stack:
-    print(stack.enter_context(workspace("test")), flush=True)
+    directory = stack.enter_context(workspace("test"))
     stack.enter_context(shared_memory(sys.argv[1]))
+    print(directory, flush=True)
     sys.stdin.read()
 """
 
@@ -80,8 +81,8 @@ SHARER = """
 import os, time
 from multiprocessing.shared_memory import SharedMemory
 memory = SharedMemory(create=True, size=10)
-print(memory.name, flush=True)
-os.fork()
+if os.fork():
+    print(memory.name, flush=True)
 time.sleep(3600)
 """
 
