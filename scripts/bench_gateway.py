@@ -38,8 +38,9 @@ from trtqwen.gateway.process import GatewayProcess
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json\r\n"

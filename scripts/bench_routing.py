@@ -27,8 +27,9 @@ from trtqwen.engine.builder import build_engine
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 REPLICAS = 4
 BLOCK: Final = 16

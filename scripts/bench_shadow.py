@@ -25,7 +25,8 @@ from scripts.sse_load import Figures, one
 from scripts.stand_in_engine import write_stand_in_repository
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 
 ADMIN = "sk-admin-0123456789"
 

@@ -28,8 +28,9 @@ from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("busy")
@@ -62,7 +63,10 @@ def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: A
 
 @pytest.fixture(scope="session", autouse=True)
 def quick_ranks() -> Iterator[None]:
-    """Executors of the test process fork their ranks from one that has imported PyTorch."""
+    """Without GPUs, executors of the test process fork their ranks from one that has imported PyTorch."""
+    if Path("/dev/nvidiactl").exists():  # CUDA does not work in a fork of a process that has looked for devices
+        yield
+        return
     nursery = Nursery()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trtqwen.executor.executor.subprocess", nursery)

@@ -24,7 +24,7 @@ def test_every_name_is_there() -> None:
 @pytest.mark.triton
 def test_the_example_builds_serves_and_answers(tmp_path: Path) -> None:
     source = EXAMPLE.read_text(encoding="utf-8").replace("directory)", "directory, ports=Ports(0, 0, 0))")
-    source = source.replace("import sys\n", "import sys\nfrom trtqwen.triton.server import Ports\n", 1)
+    source = source.replace("import sys\n", "import sys\nfrom trtqwen.triton.ports import Ports\n", 1)
     command = [sys.executable, "-c", source, str(MODEL)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=100)
     assert done.returncode == 0, done.stderr

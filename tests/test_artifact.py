@@ -133,17 +133,21 @@ def test_a_second_writer_is_refused_and_the_first_finishes(tmp_path: Path) -> No
 def test_a_lock_is_waited_for_and_a_dead_process_holds_none(tmp_path: Path) -> None:
     lock = tmp_path / "lock"
     told: list[int] = []
-    reader, writer = os.pipe()
+    held, waited = os.pipe(), os.pipe()
 
     def hold() -> None:
         with locked(lock, lambda pid: None):
-            os.write(writer, b"x")
-            time.sleep(0.3)
+            os.write(held[1], b"x")
+            os.read(waited[0], 1)
             os.kill(os.getpid(), signal.SIGKILL)
 
+    def wait(pid: int) -> None:
+        told.append(pid)
+        os.write(waited[1], b"x")
+
     holder = fork(hold)
-    os.read(reader, 1)
-    with locked(lock, told.append):
+    os.read(held[0], 1)
+    with locked(lock, wait):
         assert os.waitstatus_to_exitcode(os.waitpid(holder, 0)[1]) == -signal.SIGKILL
     assert told == [holder]
     assert not lock.exists()

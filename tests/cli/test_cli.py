@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests.errors import parse_error
+from tests.waiting import wait_for
 from trtqwen.artifact import read_manifest
 from trtqwen.demo import MODEL
 from trtqwen.gateway.config import GatewayConfig
@@ -228,10 +228,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
     settings = tmp_path / "gateway.yaml"
     settings.write_text("port: 0\nprobe_seconds: 1.5\nmodel_name: alone\n")
     alone, printed = started("gateway", "--repo", repository, "--triton", endpoints["grpc"], "--config", settings)
-    deadline = time.monotonic() + 60
-    while fetched(f"{printed['gateway']}/ready")[0] != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    assert wait_for(lambda: fetched(f"{printed['gateway']}/ready")[0] == 200)
     assert fetched(f"{printed['gateway']}/v1/models/alone")[0] == 200
     alone.send_signal(signal.SIGTERM)
     assert alone.wait(timeout=60) == 0
@@ -275,9 +272,8 @@ def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     assert "starting Triton" in server.stderr.readline()
-    time.sleep(1.0)
+    assert wait_for(lambda: bool(children(server.pid)))
     family = children(server.pid)
-    assert family
     server.send_signal(signal.SIGINT)
     assert server.wait(timeout=60) == 0
     assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]

@@ -21,7 +21,8 @@ import pytest
 from scripts.stand_in_engine import write_stand_in_repository
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 
 # After the template of Qwen2.5-Instruct, without its default system prompt.
 TOOLS_TEMPLATE = (Path(__file__).parent / "data" / "qwen_tools.jinja").read_text(encoding="utf-8")

@@ -13,7 +13,8 @@ from trtqwen.executor.request import Request
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.recipe import load_recipe
 from trtqwen.triton.client import stream
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 
 QUESTION = "如何更改字体？"
 

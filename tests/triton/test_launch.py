@@ -36,9 +36,10 @@ from trtqwen.triton.launch import (
     read_deployment,
     server_devices,
 )
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 from trtqwen.triton.supervisor import Supervisor
 
 ENDPOINT = Endpoint("127.0.0.1", 8000, 8001, 8002)

@@ -26,13 +26,15 @@ from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
 from trtqwen.recipe import ServeRecipe
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 SERVE = """
 import sys
 from pathlib import Path
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 from trtqwen.triton.supervisor import Supervisor
 class Told(TritonServer):
     def start(self):

@@ -26,8 +26,9 @@ from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.client import SamplingOptions, stream
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 pytestmark = pytest.mark.triton
 

@@ -19,9 +19,10 @@ from trtqwen.artifact import write_manifest
 from trtqwen.diagnostics import EngineError, ServerError
 from trtqwen.recipe import ServeRecipe
 from trtqwen.system.processes import child, living
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import TritonReplicas
 from trtqwen.triton.repository import write_repository
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 pytestmark = pytest.mark.triton
 PATIENCE = 60.0

@@ -8,8 +8,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from trtqwen.gateway.generation.upstream import Replica
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import TritonReplicas
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.server import TritonServer
 
 _WATCHDOG_SECONDS = 60.0
 

@@ -37,8 +37,8 @@ from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
 from trtqwen.system.limits import raise_file_limit
 from trtqwen.triton.launch import rank_hosts
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import TritonReplicas
-from trtqwen.triton.server import Ports
 from trtqwen.triton.supervisor import Supervisor
 
 DEFAULT = Path("triton_repo")

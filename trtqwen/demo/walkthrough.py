@@ -18,7 +18,8 @@ from trtqwen.recipe import load_recipe
 from trtqwen.stage import BuildEvents
 from trtqwen.system.leftovers import workspace
 from trtqwen.triton.client import Piece, stream
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 
 RECIPE = "qwen2-tiny-cpu"
 MAX_TOKENS = 96

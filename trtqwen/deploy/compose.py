@@ -9,8 +9,8 @@ from trtqwen.deploy.files import Files, to_yaml
 from trtqwen.deploy.image import ServingImage, gpus_of
 from trtqwen.facts.cards import card_facts
 from trtqwen.recipe import Recipe
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import PORT_STEP
-from trtqwen.triton.server import Ports
 
 DRAIN_SECONDS = 60
 _EXIT_SECONDS = 20  # from the end of the last request to the end of the process

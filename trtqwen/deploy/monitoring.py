@@ -11,8 +11,8 @@ from trtqwen.deploy.dashboards import DASHBOARDS, grafana
 from trtqwen.deploy.files import Files, to_yaml
 from trtqwen.deploy.rules import Thresholds, alert_file, recording_file
 from trtqwen.recipe import Recipe
+from trtqwen.triton.ports import Ports
 from trtqwen.triton.replicas import PORT_STEP
-from trtqwen.triton.server import Ports
 
 PROMETHEUS_IMAGE = "prom/prometheus:v3.5.0"
 GRAFANA_IMAGE = "grafana/grafana:12.1.0"

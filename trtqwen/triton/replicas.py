@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from trtqwen.triton.launch import Launch, RankHosts, server_count
-from trtqwen.triton.server import Ports, TritonServer
+from trtqwen.triton.ports import Ports
+from trtqwen.triton.server import TritonServer
 
 PORT_STEP = 10  # between the ports of one replica and of the next
 

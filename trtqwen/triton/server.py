@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
 import os
-import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,14 +16,14 @@ import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import grpc
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from trtqwen.diagnostics import InputError, PortInUseError, ServerError
+from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.guarded import Farewell, start_guarded
@@ -36,7 +33,6 @@ from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
-from trtqwen.system.sockets import listen
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
@@ -58,6 +54,7 @@ from trtqwen.triton.parameters import (
     VLLM_SOCKET,
     repository_parameters,
 )
+from trtqwen.triton.ports import Ports, claim
 from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
 from trtqwen.vllm.server import VllmPlace, VllmServer
 
@@ -72,20 +69,10 @@ _NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; a
 _UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
 _UNLOAD_SECONDS = 5
 _REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
-_FREE_PORTS = range(16384, 32768)  # below those that Linux gives to outgoing connections while Triton loads
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 # An error that trtqwen itself raised in a model; its text is `what; hint`.
 _OWN_ERROR = re.compile(r"failed to load '(\w+)' version \d+: Internal: (?:Input|Engine)Error: (.+?)(?:\\n|\n)")
 _HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
-
-
-@dataclass(frozen=True)
-class Ports:
-    """TCP ports of a server; 0 picks a free one. Without a port, HTTP is off."""
-
-    http: int | None = None
-    grpc: int = 8001
-    metrics: int = 8002
 
 
 class TritonServer(Service):
@@ -146,7 +133,7 @@ class TritonServer(Service):
         self._installation = find_tritonserver()
         self.host = host
         self._claims = ExitStack()
-        self.ports = _claim(ports or Ports(), host, self._claims)
+        self.ports = claim(ports or Ports(), host, self._claims)
         self._log = log
         self._keeps_log = log is not None
         self._drain_seconds = drain_seconds
@@ -484,36 +471,6 @@ def _check_engine(engine: Path, machine: Host) -> None:
 def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
     rest = environment.get(variable)
     environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
-
-
-def _claim(ports: Ports, host: str, held: ExitStack) -> Ports:
-    """Check that every port is free, pick those that are 0, and keep others from taking them while `held` is open."""
-    for field in fields(ports):
-        port = getattr(ports, field.name)
-        if port is None:
-            continue
-        try:
-            listener = held.enter_context(listen(host, port) if port else _listen_somewhere(host))
-        except OSError as problem:
-            held.close()
-            if problem.errno != errno.EADDRINUSE:
-                raise InputError(
-                    f"{host}:{port}: cannot be listened on ({problem.strerror})", "choose another address or port"
-                ) from None
-            raise PortInUseError(
-                f"{host}:{port}: is in use, but Triton's {field.name} endpoint needs it",
-                f"stop what listens there or choose another with --{field.name}-port",
-            ) from None
-        ports = replace(ports, **{field.name: listener.getsockname()[1]})
-    return ports
-
-
-def _listen_somewhere(host: str) -> socket.socket:
-    *others, last = random.sample(_FREE_PORTS, 50)
-    for port in others:
-        with suppress(OSError):
-            return listen(host, port)
-    return listen(host, last)
 
 
 def _reachable(host: str) -> str:

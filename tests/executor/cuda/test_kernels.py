@@ -277,7 +277,7 @@ def test_sums_over_cards(device: torch.device, two_shot: bool) -> None:
             counted[rank].fill_(call)
             signals[rank].fill_(1 << 20)
             result = values[rank].clone()
-            all_reduce(result, *places, counted[rank], room=room, rank=rank, two_shot=two_shot)
+            all_reduce(result, places[0], places[1], counted[rank], room=room, rank=rank, two_shot=two_shot)
         assert torch.equal(result, expected)
         assert [int(calls[0]) for calls in counted] == [call + 1, call + 1]
     assert int(signals[0].view(PROGRAMS, 2)[0, 1]) == 2 * 2 + 1 + two_shot  # rank 1's word to rank 0
