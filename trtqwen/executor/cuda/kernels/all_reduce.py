@@ -61,7 +61,7 @@ def _all_reduce(
     program, programs = tl.program_id(0), tl.num_programs(0)
     offsets = tl.arange(0, BLOCK)
     tiles = tl.cdiv(count, BLOCK)
-    # Calls use two halves alternately: a card that writes one knows from the call between that no card still reads it.
+    # Calls use two halves alternately: a card that writes one knows from the call between that none still reads it.
     # Every program counts every call, so that all agree on the half, replayed or not.
     call = tl.load(calls + program)
     tl.store(calls + program, call + 1)
