@@ -21,7 +21,7 @@ class Piece:
         log_probs: one for each of them, if asked for.
         finish: why the answer ended, with its last piece: `length` or another word.
         reused_tokens: prompt tokens that the engine found computed, as far as it tells.
-        top_log_probs: in place of each token, the most likely ones with their log probabilities, the most likely first.
+        top_log_probs: in place of each token, the most likely ones with their log probabilities, in falling order.
     """
 
     token_ids: Sequence[int] = ()
