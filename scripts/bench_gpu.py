@@ -242,7 +242,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", choices=loads(), default=list(loads()))
     parser.add_argument("--engines", nargs="+", choices=["ours", "vllm"], default=["ours", "vllm"])
     parser.add_argument("--tp", type=int, default=1)
-    parser.add_argument("--max-num-tokens", type=int, default=8192)
+    parser.add_argument("--max-num-tokens", type=int, default=16384, help="of our steps; the default is vLLM's own")
     parser.add_argument("--vllm-path", help="directory that vLLM is installed in")
     parser.add_argument("--scratch", help="directory for the random weights; memory is fastest")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")

@@ -94,6 +94,21 @@ def test_changes_replace_fields() -> None:
     assert recipe.name == "qwen2-tiny-cpu"
 
 
+@pytest.mark.parametrize("before", [[], ["engine.vllm=null"], ["engine.vllm={served_name: mine}"]])
+def test_changes_reach_sections_within_sections(before: list[str]) -> None:
+    """Also those that the file leaves out."""
+    changes = ["engine.backend=vllm", "engine.tokens_per_block=32", *before]
+    changes += [
+        "serve.batch_scheduler_policy=max_utilization",
+        "engine.vllm.python=/opt/vllm/bin/python",
+        "engine.vllm.arguments.enforce-eager=true",
+    ]
+    vllm = load_recipe("qwen2-tiny-cpu", changes).engine.vllm
+    assert vllm is not None
+    assert (vllm.python, vllm.arguments) == ("/opt/vllm/bin/python", {"enforce-eager": True})
+    assert vllm.served_name == ("mine" if "mine" in str(before) else "trtqwen")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -101,6 +116,12 @@ def test_changes_replace_fields() -> None:
         ("=3", "is not field=value"),
         ("engine.max_bath_size=3", "did you mean 'engine.max_batch_size'"),
         ("description.text=3", "description is not a section"),
+        ("engine.max_batch_size.most=3", "engine.max_batch_size is not a section"),
+        ("engine..max_batch_size=3", "is not field=value"),
+        ("engine.vllm.pyton=x", "field 'engine.vllm.pyton' is unknown; did you mean 'engine.vllm.python'"),
+        ("engine.llmapi.argument={}", "did you mean 'engine.llmapi.arguments'"),
+        ("engine.served_name=x", "did you mean 'engine.vllm.served_name'"),
+        ("engine.nothing.like.it=x", "field 'engine.nothing' is unknown; change the recipe"),
         ("engine.max_batch_size=many", "engine.max_batch_size"),
         ("engine.max_batch_size=[", "is not a YAML value"),
         ("name=other", "remove the field"),

@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 
@@ -30,10 +30,10 @@ def free_port() -> int:
 class Serve:
     """`trtqwen serve`, started from the command line on free ports."""
 
-    def __init__(self, repository: Path, *options: str) -> None:
+    def __init__(self, repository: Path, *options: str, errors: IO[str] | int = subprocess.DEVNULL) -> None:
         ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics", "gateway")]
         command = [sys.executable, "-m", "trtqwen", "serve", f"--repo={repository}", *ports, "--json", *options]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
         lines: list[str] = []
         assert self.process.stdout is not None
         for line in self.process.stdout:

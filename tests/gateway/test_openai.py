@@ -164,6 +164,28 @@ def test_log_probs_are_the_model_s(live: Running, greedy: Callable[[str, int], l
     assert completion.choices[0].logprobs.token_logprobs == values
 
 
+def test_the_likeliest_tokens_are_the_model_s(live: Running) -> None:
+    tokenizer = Tokenizer(MODEL)
+    assert tokenizer.chat_template
+    prompt = tokenizer.encode(render_chat(tokenizer.chat_template, [{"role": "user", "content": "你好"}]))
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"max_tokens": 6, "logprobs": True, "top_logprobs": 5, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.0}
+    for streaming in (False, True):
+        answer = live.chat("你好", stream=streaming, **options)
+        choices = [choice for chunk in (answer if streaming else [answer]) for choice in chunk.choices]
+        entries = [entry for choice in choices if choice.logprobs for entry in choice.logprobs.content]
+        assert len(entries) == 6
+        ids = list(prompt)
+        for entry in entries:
+            with torch.no_grad():
+                expected = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1).topk(5)
+            texts = [tokenizer.token_bytes[token] for token in expected.indices.tolist()]
+            assert [bytes(top.bytes) for top in entry.top_logprobs] == texts
+            assert [top.logprob for top in entry.top_logprobs] == pytest.approx(expected.values.tolist(), abs=2e-4)
+            ids.append(int(expected.indices[0]))
+
+
 def test_a_bias_bans_and_forces_tokens(live: Running) -> None:
     tokenizer = Tokenizer(MODEL)
     banned = live.chat("Hello!", max_tokens=1, logprobs=True, **GREEDY).choices[0].logprobs.content[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,9 +14,11 @@ from pydantic import ValidationError
 from tests.export.test_export import GOLDEN
 from tests.standins import llm_api
 from tests.waiting import wait_for
+from trtqwen.batch.lines import Defaults, read_lines
+from trtqwen.batch.run import run_batch
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import EngineError, RequestError
+from trtqwen.diagnostics import EngineError, RequestError, ServerError
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
@@ -23,7 +26,7 @@ from trtqwen.executor.request import FinishReason, OutputConfig, Request, Respon
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.llmapi.executor import LlmApiExecutor, sampling_params
 from trtqwen.llmapi.settings import arguments
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe, LlmApiSettings, Recipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, LlmApiSettings, Recipe, ServeRecipe
 
 LIMITS: dict[str, Any] = {"max_batch_size": 4, "max_num_tokens": 256, "max_seq_len": 128, "tokens_per_block": 32}
 
@@ -220,3 +223,48 @@ def test_an_llm_that_does_not_start(
 
 def _no_gpu(self: Any, **arguments: Any) -> None:
     raise RuntimeError("no GPU")
+
+
+def test_a_batch_is_answered_in_order(llm_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", llm_api.package())
+    entries: list[Any] = [{"prompt": f"Tell me {number}", "max_tokens": 3 + number} for number in range(8)]
+    entries[2] = {"prompt": "x", "top_logprobs": 3}
+    entries[5] = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 6}
+    (tmp_path / "in.jsonl").write_text("\n".join([*map(json.dumps, entries), "{broken"]))
+    lines = read_lines(tmp_path / "in.jsonl", Defaults(chat=False, fields={"temperature": 0, "ignore_eos": True}))
+    done = run_batch(llm_engine, ServeRecipe(), lines, tmp_path / "out.jsonl")
+    out = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert (done.lines, done.failed, done.output_tokens) == (9, 2, sum((3, 4, 6, 7, 6, 9, 10)))
+    assert [entry["index"] for entry in out] == list(range(9))
+    assert "top_logprobs" in out[2]["error"]["message"]
+    assert out[8]["error"]["message"].startswith("line 9 is not JSON")
+    tokenizer, ids = Tokenizer(MODEL), [5, 6, 7, 8] * 3
+    for number in (0, 1, 3, 4, 6, 7):
+        assert out[number]["text"] == tokenizer.decode(ids[: 3 + number])
+    assert out[5]["usage"]["completion_tokens"] == 6
+    assert llm().stopped
+
+
+def test_a_batch_goes_on_after_the_death_of_the_llm(
+    llm_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", llm_api.package())
+    (tmp_path / "in.jsonl").write_text(
+        "\n".join(json.dumps({"prompt": f"Tell me {number}", "max_tokens": 5}) for number in range(40))
+    )
+    lines = read_lines(tmp_path / "in.jsonl", Defaults(chat=False, fields={"temperature": 0, "ignore_eos": True}))
+    output = tmp_path / "out.jsonl"
+
+    def break_down(count: int, tokens: int) -> None:
+        if tokens:
+            llm().broken = True
+
+    with pytest.raises((EngineError, ServerError), match="the worker has ended"):
+        run_batch(llm_engine, ServeRecipe(), lines, output, on_progress=break_down)
+    assert not output.exists()
+    monkeypatch.setitem(sys.modules, "tensorrt_llm", llm_api.package())
+    done = run_batch(llm_engine, ServeRecipe(), lines, output)
+    assert 1 <= done.reused < 40
+    assert done.failed == 0
+    texts = {json.loads(line)["text"] for line in output.read_text(encoding="utf-8").splitlines()}
+    assert texts == {Tokenizer(MODEL).decode([5, 6, 7, 8, 5])}

@@ -57,6 +57,13 @@ async def completions(request: web.Request) -> web.StreamResponse:
             choice["finish_reason"] = ("stop" if stops else "length") if last else None
             if "logprobs" in body:
                 choice["logprobs"] = {"token_logprobs": [-float(index)]}
+                if body["logprobs"]:  # the chosen token comes first, and once
+                    likeliest = {
+                        token_id: -float(index),
+                        **{100 + rank: -rank / 2 for rank in range(body["logprobs"])},
+                    }
+                    top = {f"token_id:{candidate}": value for candidate, value in likeliest.items()}
+                    choice["logprobs"]["top_logprobs"] = [top]
             await answer.write(f"data: {json.dumps({'choices': [choice]})}\n\n".encode())
             if stops:
                 break

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,16 +10,20 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import wait_for
 from trtqwen.system import guardian
+from trtqwen.system.guarded import start_guarded
 from trtqwen.system.leftovers import SHARED_MEMORY, sweep, workspace
+from trtqwen.system.processes import child
 
 OWNER = """
 import sys
 from contextlib import ExitStack
 from trtqwen.system.leftovers import shared_memory, workspace
 with ExitStack() as stack:
-    print(stack.enter_context(workspace("test")), flush=True)
+    directory = stack.enter_context(workspace("test"))
     stack.enter_context(shared_memory(sys.argv[1]))
+    print(directory, flush=True)
     sys.stdin.read()
 """
 
@@ -53,7 +58,8 @@ def test_what_a_killed_owner_left_is_swept_and_the_rest_stays(temporary: Path) -
         with workspace() as mine:
             sweep()
             assert list(temporary.iterdir()) == [mine]
-        assert not list(SHARED_MEMORY.glob(f"{prefix}*"))
+        # A server that starts elsewhere on this machine may be sweeping the same files.
+        assert wait_for(lambda: not list(SHARED_MEMORY.glob(f"{prefix}*")))
     finally:
         region.unlink(missing_ok=True)
         owner.stdin.close()
@@ -71,15 +77,63 @@ def test_a_directory_without_an_owner_may_get_one_for_a_minute(temporary: Path) 
     assert sorted(temporary.iterdir()) == [full, young]
 
 
+SHARER = """
+import os, time
+from multiprocessing.shared_memory import SharedMemory
+memory = SharedMemory(create=True, size=10)
+if os.fork():
+    print(memory.name, flush=True)
+time.sleep(3600)
+"""
+
+
+def test_shared_memory_of_a_killed_program_goes(tmp_path: Path) -> None:
+    """vLLM's workers and its API server share some."""
+    told = tmp_path / "told"
+    with told.open("wb") as output:
+        command = [sys.executable, "-c", SHARER]
+        process = start_guarded(command, os.environ, tmp_path, output=output)
+    try:
+        assert wait_for(lambda: told.read_text().endswith("\n"))
+        file = SHARED_MEMORY / told.read_text().strip()
+        assert file.exists()
+        os.kill(child(process.pid), signal.SIGKILL)
+        process.wait(60)
+        assert not file.exists()
+    finally:
+        process.kill()
+
+
+MAPPER = """
+import mmap, sys
+with open(sys.argv[1], "rb") as file:
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+print("mapped", flush=True)
+sys.stdin.read()
+"""
+
+
 def test_triton_s_empty_directories_go_with_their_server(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that another Triton may have made stay as long as it runs: it aborts at its end without its own."""
+    library = temporary / "libtriton_of_this_test.so"
+    library.write_bytes(b"python backend")
     monkeypatch.setattr(guardian, "ENVIRONMENT_HOME", str(temporary))
+    monkeypatch.setattr(guardian, "PYTHON_BACKEND", f"/{library.name}")
     other = temporary / "python_env_before"
     other.mkdir()
     record = temporary / guardian.ENVIRONMENTS
     record.write_text(json.dumps({"before": guardian.environments(), "since": time.time()}))
     ours, used = temporary / "python_env_ours", temporary / "python_env_used"
-    ours.mkdir()
-    used.mkdir()
-    (used / "python").write_text("an environment that was unpacked")
+    with subprocess.Popen(
+        [sys.executable, "-c", MAPPER, str(library)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as another:
+        assert another.stdout is not None
+        assert another.stdout.readline() == "mapped\n"
+        ours.mkdir()
+        used.mkdir()
+        (used / "python").write_text("an environment that was unpacked")
+        guardian.remove_environments(str(record))
+        assert ours.exists()
+        another.kill()
     guardian.remove_environments(str(record))
     assert sorted(path.name for path in temporary.glob("python_env_*")) == ["python_env_before", "python_env_used"]

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.standins import vllm_server
@@ -81,6 +82,12 @@ def test_tokens_come_with_their_log_probs(start: Callable[..., VllmExecutor]) ->
     [responses] = executor.generate([request(output=OutputConfig(return_log_probs=True))])
     assert joined(responses) == ([5, 6, 7, 8, 5, 6], FinishReason.LENGTH)
     assert [value for response in responses for value in response.log_probs] == [0, -1, -2, -3, -4, -5]
+    [ranked] = executor.generate([request(id="3", output=OutputConfig(return_log_probs=True, num_top_log_probs=2))])
+    parts = [response.top_log_probs for response in ranked if response.top_log_probs is not None]
+    ids = np.frombuffer(b"".join(part.ids for part in parts), np.int32).reshape(6, 2)
+    values = np.frombuffer(b"".join(part.log_probs for part in parts), np.float32).reshape(6, 2)
+    assert ids.tolist() == [[5, 100], *[[100, 101]] * 5]  # the chosen token only where it is among the likeliest
+    assert values.tolist() == [[0, 0], *[[0, -0.5]] * 5]
     [told] = executor.generate([request(id="2", output=OutputConfig(return_perf_metrics=True))])
     assert joined(told) == ([5, 6, 7, 8, 5, 6], FinishReason.LENGTH)
     metrics = told[-1].perf_metrics

@@ -49,6 +49,10 @@ def body(release: str = "0.32.0", **fields: Any) -> dict[str, Any]:
         ({"bad_words": ((9,),)}, {"logit_bias": {"9": -100}}),
         ({"cache_salt": "a"}, {"cache_salt": "a"}),
         ({"output": {"return_log_probs": True}}, {"logprobs": 0}),
+        (
+            {"output": {"return_log_probs": True, "num_top_log_probs": 3}},
+            {"logprobs": 3, "return_tokens_as_token_ids": True},
+        ),
         ({"output": {"return_perf_metrics": True}}, {"stream_options": {"include_usage": True}}),
         ({"guided_decoding": {"guide_type": "json"}}, {"structured_outputs": {"json_object": True}}),
         (

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 TokenId = Annotated[int, Field(ge=0)]
 Word = Annotated[tuple[TokenId, ...], Field(min_length=1)]
+MOST_TOP_LOG_PROBS = 100
 GuideType = Literal["json", "json_schema", "regex", "ebnf_grammar", "structural_tag"]
 
 
@@ -74,7 +75,7 @@ class OutputConfig(_Message):
     return_context_logits: bool = False
     return_generation_logits: bool = False
     return_perf_metrics: bool = False
-    num_top_log_probs: Annotated[int, Field(ge=0, le=100)] = 0
+    num_top_log_probs: Annotated[int, Field(ge=0, le=MOST_TOP_LOG_PROBS)] = 0
     return_prompt_log_probs: bool = False
 
     @property

@@ -20,8 +20,10 @@ from trtqwen.triton.launch import replica_count
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits
 _CUT_TOKENS = 16
 _EXTENSIONS = {
-    "torch": frozenset({"min_p", "log_probs", "structural_tags", "cache_salt", "owner", "tell_stop"}),
-    "vllm": frozenset({"min_p", "cache_salt", "tell_stop"}),
+    "torch": frozenset(
+        {"min_p", "top_log_probs", "prompt_log_probs", "structural_tags", "cache_salt", "owner", "tell_stop"}
+    ),
+    "vllm": frozenset({"min_p", "top_log_probs", "cache_salt", "tell_stop"}),
     "llmapi": frozenset({"min_p", "cache_salt", "tell_stop"}),
 }
 

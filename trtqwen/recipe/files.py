@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from trtqwen.diagnostics import RecipeError, first_problem
-from trtqwen.recipe.sections import SECTIONS, Recipe
+from trtqwen.recipe.sections import Recipe
 from trtqwen.yaml_file import parse_value, read_mapping
 
 _PACKAGE = Path(__file__).parents[1]
@@ -47,12 +47,17 @@ def recipe_content(recipe: str, changes: Sequence[str] = ()) -> dict[str, Any]:
 
 def _change(content: dict[str, Any], change: str) -> None:
     field, separator, text = change.partition("=")
-    sections, _, name = field.strip().rpartition(".")
-    if not separator or not name:
+    *sections, name = field.strip().split(".")
+    if not separator or not name or not all(sections):
         raise RecipeError(f"{change!r} is not field=value", "write it like engine.max_batch_size=32")
-    section = content.setdefault(sections, {}) if sections else content
-    if not isinstance(section, dict):
-        raise RecipeError(f"{change!r}: {sections} is not a section of the recipe", "name section and field")
+    section: Any = content
+    for depth, key in enumerate(sections, 1):
+        if section.get(key) is None:  # a section without fields, or one that is left out
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            where = ".".join(sections[:depth])
+            raise RecipeError(f"{change!r}: {where} is not a section of the recipe", "name section and field")
     section[name] = parse_value(text, RecipeError)
 
 
@@ -100,7 +105,9 @@ def _near_field(field: str, model: type[BaseModel]) -> str | None:
 
 def _fields(model: type[BaseModel]) -> list[tuple[str, str]]:
     """Every field that a file may have: its dotted name and the last part of it."""
-    fields = [(name, name) for name in model.model_fields if name != "name"]
-    if model is Recipe:
-        fields += [(f"{name}.{last}", last) for name, section in SECTIONS.items() for last in section.model_fields]
+    fields = [(name, name) for name in model.model_fields if model is not Recipe or name != "name"]
+    for name, info in model.model_fields.items():
+        for section in (info.annotation, *get_args(info.annotation)):  # a section may be optional
+            if isinstance(section, type) and issubclass(section, BaseModel):
+                fields += [(f"{name}.{inner}", last) for inner, last in _fields(section)]
     return fields

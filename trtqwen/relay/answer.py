@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trtqwen.executor.request import FinishReason, PerfMetrics, Request, Response
+import numpy as np
+
+from trtqwen.executor.request import FinishReason, PerfMetrics, Request, Response, TopLogProbs
 
 
 @dataclass(frozen=True)
@@ -18,12 +21,14 @@ class Piece:
         log_probs: one for each of them, if asked for.
         finish: why the answer ended, with its last piece: `length` or another word.
         reused_tokens: prompt tokens that the engine found computed, as far as it tells.
+        top_log_probs: in place of each token, the most likely ones with their log probabilities, in falling order.
     """
 
     token_ids: Sequence[int] = ()
     log_probs: Sequence[float] = ()
     finish: str | None = None
     reused_tokens: int = 0
+    top_log_probs: Sequence[Sequence[tuple[int, float]]] = ()
 
 
 class Answer:
@@ -67,10 +72,12 @@ class Answer:
         if not kept and reason is None:
             return None
         told = reason is not None and request.output.return_perf_metrics
+        count = request.output.num_top_log_probs
         return Response(
             request_id=request.id,
             token_ids=tuple(piece.token_ids[:kept]),
             log_probs=tuple(piece.log_probs[:kept]) if request.output.return_log_probs else (),
+            top_log_probs=_top_log_probs(piece.top_log_probs[:kept], count) if count and kept else None,
             perf_metrics=self._metrics(piece.reused_tokens) if told else None,
             finish_reason=reason,
         )
@@ -95,3 +102,14 @@ class Answer:
 
     def _ends_with(self, word: Sequence[int]) -> bool:
         return len(word) <= len(self._token_ids) and self._token_ids[-len(word) :] == list(word)
+
+
+def _top_log_probs(places: Sequence[Sequence[tuple[int, float]]], count: int) -> TopLogProbs | None:
+    """As many tokens at each place; None if the engine told of none."""
+    if not places:
+        return None
+    rows = [[*place[:count], *[(-1, -math.inf)] * (count - len(place))] for place in places]
+    table = np.array(rows)  # [places, count, 2]
+    return TopLogProbs(
+        ids=table[:, :, 0].astype(np.int32).tobytes(), log_probs=table[:, :, 1].astype(np.float32).tobytes()
+    )

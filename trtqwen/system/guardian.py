@@ -29,7 +29,9 @@ from typing import Any
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-PARENT = 1  # field of /proc/PID/stat, counted after the program's name
+PARENT, STARTED = 1, 19  # fields of /proc/PID/stat, counted after the program's name
+PYTHON_SHARED_MEMORY = "/dev/shm/psm_"
+PYTHON_BACKEND = "/libtriton_python.so"  # mapped by the processes that have loaded it
 # Triton's python backend makes an empty directory at its start, always in /tmp, and removes it at an
 # orderly end. A file of this name says which were there before: {"before": [name], "since": Unix time}.
 ENVIRONMENTS = "environments"
@@ -135,16 +137,33 @@ def send(pid: int, number: int) -> None:
 
 
 def end_all() -> None:
-    """Kill every descendant, until there is none."""
+    """Kill every descendant, until there is none, and remove the shared memory that they leave."""
+    left: set[str] = set()
     while True:
         for pid in descendants():
+            left |= shared_memory_of(pid)
             send(pid, signal.SIGKILL)
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         except ChildProcessError:
+            remove_files(left)
             return
         time.sleep(0.01)
+
+
+def shared_memory_of(pid: int) -> "set[str]":
+    """Files that Python's `multiprocessing` keeps in /dev/shm and a process maps: they outlive one that is killed."""
+    with suppress(OSError, ValueError), open(f"/proc/{pid}/maps") as file:
+        paths = (line[line.index("/") :].rstrip("\n") for line in file if PYTHON_SHARED_MEMORY in line)
+        return {path for path in paths if path.startswith(PYTHON_SHARED_MEMORY) and not path.endswith(" (deleted)")}
+    return set()
+
+
+def remove_files(paths: "set[str]") -> None:
+    for path in paths:
+        with suppress(OSError):
+            os.unlink(path)
 
 
 def descendants() -> "set[int]":
@@ -173,20 +192,43 @@ def environments() -> "list[str]":
 
 
 def remove_environments(record: str) -> None:
-    """Remove the empty directories that a python backend has made since the file `record` was written."""
+    """Remove the empty directories that a python backend has made since the file `record` was written.
+
+    One that a Triton which still runs may have made stays: without it, that Triton aborts at its end.
+    """
     try:
         with open(record) as file:
             content = json.load(file)
         before, since = set(content["before"]), float(content["since"])
     except (OSError, ValueError, KeyError, TypeError):
         return
+    starts = None
     for name in environments():
         path = os.path.join(ENVIRONMENT_HOME, name)
         with suppress(OSError):
             status = os.lstat(path)
             recent = since - 1 <= status.st_mtime <= since + ENVIRONMENT_SECONDS
-            if name not in before and recent and status.st_uid == os.getuid():
+            if name in before or not recent or status.st_uid != os.getuid():
+                continue
+            starts = backend_starts() if starts is None else starts
+            if not any(start - 1 <= status.st_mtime <= start + ENVIRONMENT_SECONDS for start in starts):
                 os.rmdir(path)
+
+
+def backend_starts() -> "list[float]":
+    """When each running process with Triton's python backend began, in Unix time."""
+    found = []
+    booted = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    for entry in os.listdir("/proc"):
+        if entry.isdecimal():
+            with suppress(OSError, ValueError):
+                with open(f"/proc/{entry}/maps") as file:
+                    if PYTHON_BACKEND not in file.read():
+                        continue
+                with open(f"/proc/{entry}/stat") as file:
+                    ticks = int(file.read().rpartition(")")[2].split()[STARTED])
+                found.append(booted + ticks / os.sysconf("SC_CLK_TCK"))
+    return found
 
 
 def clear(spec: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import IO, TypeVar
 
 from trtqwen.diagnostics import ServerError
+from trtqwen.system.guardian import remove_files, shared_memory_of
 
 S = TypeVar("S", bound="Service")
 
@@ -243,11 +244,14 @@ def _stat(pid: int) -> list[str]:
 def kill_session(session: int) -> None:
     """End what is left of a session: python stubs and ranks that outlived the program they belong to."""
     deadline = time.monotonic() + 5
+    left: set[str] = set()
     while time.monotonic() < deadline:
         pids = list(living(session))
         if not pids:
+            remove_files(left)
             return
         for pid in pids:
+            left |= shared_memory_of(pid)
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.02)

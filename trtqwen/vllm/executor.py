@@ -7,6 +7,7 @@ import concurrent.futures
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +159,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
                 last: Piece | None = None
                 async for piece in _events(reply):
                     if last is not None:
-                        last = Piece(last.token_ids, last.log_probs, last.finish, piece.reused_tokens)
+                        last = replace(last, reused_tokens=piece.reused_tokens)
                     elif piece.finish is not None and "stream_options" in prepared:
                         last = piece  # what the request used comes behind its last token
                     else:
@@ -215,6 +216,7 @@ async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[Piece]:
         *events, buffer = buffer.split(b"\n\n")
         ids: list[int] = []
         log_probs: list[float] = []
+        top: list[list[tuple[int, float]]] = []
         finish: str | None = None
         reused = 0
         for event in events:
@@ -228,12 +230,21 @@ async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[Piece]:
             reused = details.get("cached_tokens") or reused
             for choice in content.get("choices", ()):
                 ids += choice.get("token_ids") or ()
-                log_probs += (choice.get("logprobs") or {}).get("token_logprobs") or ()
+                told = choice.get("logprobs") or {}
+                log_probs += told.get("token_logprobs") or ()
+                top += [_likeliest(place) for place in told.get("top_logprobs") or ()]
                 finish = choice.get("finish_reason") or finish
         if finish in ("abort", "error"):
             raise EngineError(f"vLLM ended the request with {finish}")
         if ids or finish or reused:
-            yield Piece(ids, log_probs, finish, reused)
+            yield Piece(ids, log_probs, finish, reused, top)
+
+
+def _likeliest(place: dict[str, float] | None) -> list[tuple[int, float]]:
+    """Tokens as `token_id:5` with their log probabilities, the most likely first; without ids they count as none."""
+    named = [(name.partition("token_id:"), value) for name, value in (place or {}).items()]
+    found = [(int(text), value) for (_, is_id, text), value in named if is_id]
+    return sorted(found, key=lambda entry: -entry[1])
 
 
 def _reason(text: str) -> str:

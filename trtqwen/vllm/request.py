@@ -14,7 +14,7 @@ from trtqwen.recipe import VllmSettings
 _LARGEST_BIAS = 100.0
 _LARGEST_TEMPERATURE = 2
 _LARGEST_PENALTY = 2
-_TOLD = ("return_log_probs", "return_perf_metrics")
+_TOLD = ("return_log_probs", "return_perf_metrics", "num_top_log_probs")
 
 
 def completion_body(
@@ -48,7 +48,9 @@ def completion_body(
     if stop_ids := _stop_ids(request, tokenizer):
         body["stop_token_ids"] = stop_ids
     if request.output.return_log_probs:
-        body["logprobs"] = 0
+        body["logprobs"] = request.output.num_top_log_probs
+        if request.output.num_top_log_probs:
+            body["return_tokens_as_token_ids"] = True  # two tokens may have one text
     if request.output.return_perf_metrics:
         body["stream_options"] = {"include_usage": True}
     if request.cache_salt:

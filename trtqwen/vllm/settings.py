@@ -9,6 +9,7 @@ from pathlib import Path
 from trtqwen.diagnostics import EngineError
 from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.config import ExecutorConfig
+from trtqwen.executor.request import MOST_TOP_LOG_PROBS
 from trtqwen.recipe import VllmSettings
 
 _VALUE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
@@ -50,6 +51,7 @@ def server_options(
         # A model's generation_config.json would change requests that leave a field out.
         "generation-config": "vllm",
         "logprobs-mode": "raw_logprobs",
+        "max-logprobs": str(MOST_TOP_LOG_PROBS),
         "enable-prompt-tokens-details": True,
         # A guide that lets white space through lets a model write it forever.
         "structured-outputs-config": '{"backend": "xgrammar", "disable_any_whitespace": true}',

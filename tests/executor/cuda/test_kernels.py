@@ -24,6 +24,7 @@ from trtqwen.executor.cuda.kernels.matmul import matmul
 from trtqwen.executor.cuda.kernels.norm import add_norm
 from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, STATIC, Quantization, Quantized, quantize_rows
 from trtqwen.executor.cuda.kernels.rotary import rotary_store
+from trtqwen.executor.cuda.kernels.silu_matmul import silu_matmul
 from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide
 from trtqwen.executor.inputs import pack
 from trtqwen.executor.request import Request
@@ -282,3 +283,10 @@ def test_sums_over_cards(device: torch.device, two_shot: bool) -> None:
         assert [int(calls[0]) for calls in counted] == [call + 1, call + 1]
     assert int(signals[0].view(PROGRAMS, 2)[0, 1]) == 2 * 2 + 1 + two_shot  # rank 1's word to rank 0
     assert int(signals[0].view(PROGRAMS, 2)[5, 1]) == 1 << 20  # a program without values meets none
+
+
+def test_silu_inside_the_product(device: torch.device) -> None:
+    hidden, weight = random(70, 64, device=device), random(2 * 72, 64, device=device) * 0.2
+    gate, up = F.linear(hidden, weight).chunk(2, dim=1)
+    got = silu_matmul(hidden, weight, (32, 16, 32, 4, 2))
+    torch.testing.assert_close(got, F.silu(gate) * up, atol=2e-3, rtol=2e-3)

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.diagnostics import CheckpointError
+from trtqwen.executor.cuda.kernels import silu_matmul
+from trtqwen.executor.cuda.kernels.activation import silu_mul
 from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.int8_matmul import w8a8, w8a16
 from trtqwen.executor.cuda.kernels.matmul import matmul
@@ -61,6 +63,15 @@ class HalfLinear:
     ) -> Tensor:
         """One token, with what comes before and after it; see `gemv`."""
         return _single(self, None, hidden, norm, silu, residual)
+
+    def silu(self, hidden: Activation) -> Tensor:
+        """Of two matrices in one, `silu(first) * second`."""
+        assert isinstance(hidden, Tensor)
+        if self.bias is None and silu_matmul.pays(hidden):
+            return silu_matmul.silu_matmul(hidden, self.weight)
+        active = silu_mul(self(hidden), None)
+        assert isinstance(active, Tensor)
+        return active
 
 
 @dataclass(frozen=True)

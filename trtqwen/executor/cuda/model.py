@@ -210,6 +210,8 @@ class CudaModel:
 
     def _mlp(self, layer: _Layer, hidden: Tensor, delta: Tensor) -> Tensor:
         normed = add_norm(hidden, delta, layer.post_gain, self._config.norm_epsilon, layer.gate_up.quantization)
+        if isinstance(layer.gate_up, HalfLinear):
+            return layer.proj(layer.gate_up.silu(normed))
         return layer.proj(silu_mul(layer.gate_up(normed), layer.proj.quantization))
 
     def _find_singles(self) -> list[_SingleLayer] | None:

@@ -137,10 +137,10 @@ def engine_extensions(model: ServedModel, sampling: Sampling, salt: str = "", ow
         wanted["min_p"] = sampling.values["min_p"]
     count = max(sampling.top_log_probs, sampling.prompt_log_probs or 0)
     if count:
-        _require(model, "log_probs", "top_logprobs", "this engine tells the chosen token's probability alone")
+        _require(model, "top_log_probs", "top_logprobs", "this engine tells the chosen token's probability alone")
         wanted["num_top_log_probs"] = count
     if sampling.prompt_log_probs is not None:
-        _require(model, "log_probs", "prompt_logprobs", "this engine tells no probabilities of the prompt")
+        _require(model, "prompt_log_probs", "prompt_logprobs", "this engine tells no probabilities of the prompt")
         wanted["return_prompt_log_probs"] = True
     if sampling.cache_salt:
         _require(model, "cache_salt", "cache_salt", "this engine shares KV cache blocks between all requests")

@@ -60,7 +60,7 @@ def _w8a8_wide(
 
 def wide_tile(rows: int, columns: int, width: int) -> tuple[int, int, int, int, int, bool] | None:
     """Rows, columns, depth, warps, stages, and whether programs are persistent; None where the simple kernel wins."""
-    if width % 16 or not _has_accelerator():
+    if width % 16 or not has_accelerator():
         return None
     if rows > 512:
         return 128, 256, 128, 8, 4, True
@@ -83,7 +83,7 @@ def w8a8_wide(
     columns = len(weight)
     own_rows, own_columns, block, warps, stages, persistent = tile
     tiles = triton.cdiv(rows, own_rows) * triton.cdiv(columns, own_columns)
-    programs = min(tiles, _processors(codes.device)) if persistent else tiles
+    programs = min(tiles, processors(codes.device)) if persistent else tiles
     _w8a8_wide[(programs,)](
         TensorDescriptor.from_tensor(codes, [own_rows, block]),
         TensorDescriptor.from_tensor(weight, [own_columns, block]),
@@ -100,7 +100,7 @@ def w8a8_wide(
         COLUMNS=own_columns,
         BLOCK=block,
         GROUP=8,
-        PROGRAMS=_processors(codes.device) if persistent else 1 << 30,
+        PROGRAMS=processors(codes.device) if persistent else 1 << 30,
         FLATTEN=persistent,
         num_warps=warps,
         num_stages=stages,
@@ -108,10 +108,12 @@ def w8a8_wide(
 
 
 @cache
-def _has_accelerator() -> bool:
+def has_accelerator() -> bool:
+    """Whether the card copies tiles by itself."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """How many streaming multiprocessors the card has."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
