@@ -202,15 +202,11 @@ def test_cancelled_requests_free_their_blocks_at_once(
         print(f"blocks free after {1000 * (time.monotonic() - begin):.1f} ms")
 
 
-@pytest.mark.parametrize("left_gib", [0.2, 0.7])
-def test_a_card_that_others_have_filled_is_named(make_engine: MakeEngine, left_gib: float) -> None:
-    """Neither a traceback nor a wait: too little for CUDA itself, and for what the engine needs."""
-    taken = torch.empty(torch.cuda.mem_get_info()[0] - int(left_gib * (1 << 30)), dtype=torch.uint8, device="cuda")
-    engine = make_engine(max_num_tokens=1 << 20)
-    with pytest.raises(EngineError, match=r"memory|fit"):
-        Executor(engine, ExecutorConfig(device="cuda"))
-    del taken
-    torch.cuda.empty_cache()
+def test_what_does_not_fit_the_card_is_named(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    share = 4e6 / torch.cuda.mem_get_info()[1]  # less than the weights
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", f"per_process_memory_fraction:{share:.7f}")
+    with pytest.raises(EngineError, match=r"the weights do not fit cuda:0, where .* GiB were free"):
+        Executor(make_engine(), ExecutorConfig(device="cuda"))
 
 
 def cards(count: int) -> pytest.MarkDecorator:

@@ -25,6 +25,8 @@ from trtqwen.executor.plain_runner import Started
 from trtqwen.executor.sampling import Sampler
 
 _GIB = 1 << 30
+_MOSTLY_FREE = 0.9  # of a card's memory: less means that other processes use it
+_STOP_OTHERS = "stop the other processes on the card, which `nvidia-smi` lists"
 _COMPILED_FOR = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use every kernel
 
 
@@ -43,9 +45,14 @@ def make_runner(
         EngineError: if the card's memory is too small, naming what to lower.
     """
     clock = _Clock(config.rank)
-    torch.cuda.set_device(choice.device)
     build = engine.build_config
-    total = torch.cuda.mem_get_info(choice.device)[1]
+    try:
+        torch.cuda.set_device(choice.device)
+        free, total = torch.cuda.mem_get_info(choice.device)
+    except torch.AcceleratorError as problem:
+        if "out of memory" not in str(problem):
+            raise
+        raise EngineError(f"{choice.device} has no memory left for CUDA itself", _STOP_OTHERS) from None
     clock.lap("CUDA")
     try:
         model = CudaModel(
@@ -59,9 +66,10 @@ def make_runner(
             max_seq_len=build.max_seq_len,
         )
     except torch.OutOfMemoryError:
+        hint = "convert with a larger tp_size, or with quant: int8_wo"
         raise EngineError(
-            f"the weights do not fit the {total / _GIB:.1f} GiB of {choice.device}",
-            "convert with a larger tp_size, or with quant: int8_wo",
+            f"the weights do not fit {choice.device}, where {free / _GIB:.1f} of {total / _GIB:.1f} GiB were free",
+            f"{_STOP_OTHERS}, or {hint}" if free < _MOSTLY_FREE * total else hint,
         ) from None
     clock.lap("weights")
     blocks_of_sequence = -(-build.max_seq_len // build.tokens_per_block)

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from trtqwen.executor.cuda.kernels.w8a8_wide import has_accelerator, processors
 
-MANY_ROWS = 4096  # below, the tiles of the last round leave too many processors idle
+MANY_ROWS = 12288  # on an H100 6.4 against 6.9 ms at 16,384 tokens; at 8,192, 3.8 against 3.5 ms
 
 
 @triton.jit(do_not_specialize=["rows"])
