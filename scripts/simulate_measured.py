@@ -1,8 +1,8 @@
 """Holds the simulator against what was measured: python scripts/simulate_measured.py
 
-Three tables in Markdown: the loads of bench_gpu.py (docs/benchmarks/gpu.json and vllm_h200.json), vLLM behind its
-HTTP server (serve.json), and the public points of trtqwen/plan/measured.json. Every row is printed, those that the
-simulator misses too.
+Three tables in Markdown: the loads of bench_gpu.py (gpu_8192.json and vllm_h200.json in docs/benchmarks), vLLM behind
+its server (serve.json), and the public points of trtqwen/plan/measured.json. Every row is printed, those too that the
+simulator misses.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Row:
 
 
 def gpu_rows() -> Iterator[Row]:
-    """The offline loads of the embedded engine and of vLLM."""
-    for file in ("gpu.json", "vllm_h200.json"):
+    """The offline loads of the embedded engine, with steps of 8,192 tokens, and of vLLM."""
+    for file in ("gpu_8192.json", "vllm_h200.json"):
         for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
             for engine, column in (("torch", "ours"), ("vllm", "vllm")):
                 if row["load"] != "start" and row[column] is not None:
