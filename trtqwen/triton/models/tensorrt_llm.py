@@ -64,7 +64,8 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             own = json.loads(request.parameters() or "{}")
             client_id = own.get(FROM_PROGRAM)
-            sender = _Sender(request.get_response_sender(), from_program=client_id is not None)
+            wanted = frozenset(request.requested_output_names())
+            sender = _Sender(request.get_response_sender(), wanted, from_program=client_id is not None)
             extensions = own.get(EXTENSIONS, "")
             self._service.handle(request.request_id(), inputs, sender, client_id=client_id, extensions=extensions)
 
@@ -127,14 +128,21 @@ def _tell_death(problem: str) -> None:
 
 
 class _Sender:
-    """`service.Sender` of a Triton request."""
+    """`service.Sender` of a Triton request.
 
-    def __init__(self, sender: "pb_utils.InferenceResponseSender", *, from_program: bool) -> None:
+    Only tensors that the request wants are sent: the stub frees others without Python's lock, and crashes in 3.12.
+    """
+
+    def __init__(
+        self, sender: "pb_utils.InferenceResponseSender", wanted: frozenset[str], *, from_program: bool
+    ) -> None:
         self._sender = sender
+        self._wanted = wanted
         self._from_program = from_program
 
     def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+        outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items() if name in self._wanted]
+        response = pb_utils.InferenceResponse(outputs)
         self._sender.send(response, _FINAL if final else 0)
 
     def fail(self, error: str) -> None:

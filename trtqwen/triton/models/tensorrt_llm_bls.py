@@ -41,7 +41,7 @@ class TritonPythonModel:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             models = _Models(client_id=request.request_id())
-            self._threads.submit(self._serve, models, inputs, _Sender(request.get_response_sender()))
+            self._threads.submit(self._serve, models, inputs, _Sender(request))
 
     def finalize(self) -> None:
         self._stopping.set()
@@ -72,15 +72,20 @@ class TritonPythonModel:
 
 
 class _Sender:
-    """`service.Sender` of a Triton request. Thread-safe; silent after the final response."""
+    """`service.Sender` of a Triton request. Thread-safe; silent after the final response.
 
-    def __init__(self, sender: "pb_utils.InferenceResponseSender") -> None:
-        self._sender = sender
+    Only tensors that the request wants are sent: the stub frees others without Python's lock, and crashes in 3.12.
+    """
+
+    def __init__(self, request: "pb_utils.InferenceRequest") -> None:
+        self._sender = request.get_response_sender()
+        self._wanted = frozenset(request.requested_output_names())
         self._closed = False
         self._lock = threading.Lock()
 
     def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
-        response = pb_utils.InferenceResponse([pb_utils.Tensor(name, value) for name, value in tensors.items()])
+        outputs = [pb_utils.Tensor(name, value) for name, value in tensors.items() if name in self._wanted]
+        response = pb_utils.InferenceResponse(outputs)
         self._respond(response if tensors else None, final)
 
     def fail(self, error: str) -> None:
