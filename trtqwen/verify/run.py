@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
-from trtqwen.checkpoint.convert import plan_conversion
+from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion
 from trtqwen.diagnostics import InputError
 from trtqwen.hf.checks import read_model
 from trtqwen.hf.config import load_config
@@ -115,9 +115,8 @@ def verify(
     plausible = {"model_perplexity": plausible_perplexity(samples, load_config(model).vocab_size)}
     allowed = Thresholds(**{**asdict(thresholds(subject.recipe)), **plausible, **(limits or {})})
     found, comparison = subject.problems, None
-    if subject.candidate is not None:
-        plan = plan_conversion(model, subject.recipe)
-        comparison = compare(plan, subject.candidate, samples, device, progress)
+    if subject.candidate is not None and subject.plan is not None:
+        comparison = compare(subject.plan, subject.candidate, samples, device, progress)
         found = problems(comparison, allowed, float16=subject.recipe.dtype == "float16")
     theirs = None
     if texts is not None and comparison is not None:
@@ -133,12 +132,13 @@ class _Subject:
     Attributes:
         recipe: settings whose conversion of the model would give it, or would have its precision.
         problems: of its config.json and its tensors' names and shapes.
-        candidate: None if there are any.
+        plan, candidate: the conversion of the model, and what is compared with it; None if there are problems.
     """
 
     precision: str
     recipe: CheckpointRecipe
     problems: list[str]
+    plan: ConversionPlan | None
     candidate: Candidate | None
 
 
@@ -146,11 +146,12 @@ def _checkpoint(directory: Path, model: Path, int8_layout: Int8LayoutChoice | No
     config = read_checkpoint_config(directory)
     layout = stored_layout(directory, int8_layout)
     recipe = implied_recipe(config, layout, load_config(model))
-    found, ranks = config_problems(config, HfModel(model, recipe.yarn_factor).config), None
-    if not found:
-        ranks = CheckpointRanks(directory, layout, device)
-        found = tensor_problems(plan_conversion(model, recipe), ranks.readers)
-    return _Subject(_precision(config), recipe, found, None if found else ranks)
+    if found := config_problems(config, HfModel(model, recipe.yarn_factor).config):
+        return _Subject(_precision(config), recipe, found, None, None)
+    plan, ranks = plan_conversion(model, recipe), CheckpointRanks(directory, layout, device)
+    if found := tensor_problems(plan, ranks.readers):
+        return _Subject(_precision(config), recipe, found, None, None)
+    return _Subject(_precision(config), recipe, [], plan, ranks)
 
 
 def _export(directory: Path, model: Path, int8_layout: Int8LayoutChoice | None, device: torch.device) -> _Subject:
@@ -160,7 +161,9 @@ def _export(directory: Path, model: Path, int8_layout: Int8LayoutChoice | None, 
     exported = ExportedModel(directory, device)
     recipe = exported.recipe(load_config(model))
     found = exported.problems(HfModel(model, recipe.yarn_factor).config)
-    return _Subject(exported.precision, recipe, found, None if found else exported)
+    if found:
+        return _Subject(exported.precision, recipe, found, None, None)
+    return _Subject(exported.precision, recipe, [], plan_conversion(model, recipe), exported)
 
 
 def write_report(verification: Verification, directory: Path) -> None:

@@ -64,8 +64,7 @@ class TritonPythonModel:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
             own = json.loads(request.parameters() or "{}")
             client_id = own.get(FROM_PROGRAM)
-            wanted = frozenset(request.requested_output_names())
-            sender = _Sender(request.get_response_sender(), wanted, from_program=client_id is not None)
+            sender = _Sender(request, from_program=client_id is not None)
             extensions = own.get(EXTENSIONS, "")
             self._service.handle(request.request_id(), inputs, sender, client_id=client_id, extensions=extensions)
 
@@ -133,11 +132,9 @@ class _Sender:
     Only tensors that the request wants are sent: the stub frees others without Python's lock, and crashes in 3.12.
     """
 
-    def __init__(
-        self, sender: "pb_utils.InferenceResponseSender", wanted: frozenset[str], *, from_program: bool
-    ) -> None:
-        self._sender = sender
-        self._wanted = wanted
+    def __init__(self, request: "pb_utils.InferenceRequest", *, from_program: bool) -> None:
+        self._sender = request.get_response_sender()
+        self._wanted = frozenset(request.requested_output_names())
         self._from_program = from_program
 
     def send(self, tensors: Mapping[str, npt.NDArray[Any]], *, final: bool) -> None:

@@ -12,6 +12,7 @@ from trtqwen.executor.cuda.kernels.chain import begin, chained
 from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.matmul import few_rows_product
 from trtqwen.executor.cuda.kernels.quantize import Quantized
+from trtqwen.executor.cuda.kernels.tiles import place_of
 from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide, wide_tile
 
 # Beyond this many rows a W8A16 product is slower than dequantizing the matrix once for cuBLAS (H100, gate+up of 7B:
@@ -40,14 +41,9 @@ def _w8a8(
     CHAINED: tl.constexpr,
 ):
     begin(CHAINED)
-    # Programs that share rows or columns run close together: GROUP tiles of rows to each column.
-    program = tl.program_id(0)
-    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    in_group = GROUP * column_tiles
-    first = (program // in_group) * GROUP
-    height = min(row_tiles - first, GROUP)
-    row = (first + (program % in_group) % height) * ROWS + tl.arange(0, ROWS)
-    column = ((program % in_group) // height) * COLUMNS + tl.arange(0, COLUMNS)
+    row_tile, column_tile = place_of(tl.program_id(0), tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS), GROUP)
+    row = row_tile * ROWS + tl.arange(0, ROWS)
+    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)
     offsets = tl.arange(0, BLOCK)
     left = codes + (row % rows).to(tl.int64)[:, None] * width + offsets[None, :]
     right = weight + (column % columns).to(tl.int64)[None, :] * width + offsets[:, None]

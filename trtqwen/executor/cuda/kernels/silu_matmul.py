@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from trtqwen.executor.cuda.kernels.w8a8_wide import has_accelerator, processors
+from trtqwen.executor.cuda.kernels.tiles import has_accelerator, place_of, processors
 
 MANY_ROWS = 12288  # on an H100 6.4 against 6.9 ms at 16,384 tokens; at 8,192, 3.8 against 3.5 ms
 
@@ -31,12 +31,9 @@ def _silu_matmul(
     PROGRAMS: tl.constexpr,
 ):
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    in_group = GROUP * column_tiles
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS):
-        first = (tile // in_group) * GROUP
-        height = min(row_tiles - first, GROUP)
-        row_begin = (first + (tile % in_group) % height) * ROWS
-        column_begin = ((tile % in_group) // height) * COLUMNS
+        row_tile, column_tile = place_of(tile, row_tiles, column_tiles, GROUP)
+        row_begin, column_begin = row_tile * ROWS, column_tile * COLUMNS
         gate = tl.zeros((ROWS, COLUMNS), tl.float32)
         up = tl.zeros((ROWS, COLUMNS), tl.float32)
         for block in range(tl.cdiv(width, BLOCK)):

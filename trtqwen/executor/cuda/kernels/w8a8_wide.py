@@ -5,13 +5,12 @@ On an H100 this reaches 1,180 to 1,355 TOPS at 8192 rows of a 7B model; the simp
 
 from __future__ import annotations
 
-from functools import cache
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from trtqwen.executor.cuda.kernels.tiles import has_accelerator, place_of, processors
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -35,12 +34,9 @@ def _w8a8_wide(
     FLATTEN: tl.constexpr,
 ):
     row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    in_group = GROUP * column_tiles
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, PROGRAMS, flatten=FLATTEN):
-        first = (tile // in_group) * GROUP
-        height = min(row_tiles - first, GROUP)
-        row_begin = (first + (tile % in_group) % height) * ROWS
-        column_begin = ((tile % in_group) // height) * COLUMNS
+        row_tile, column_tile = place_of(tile, row_tiles, column_tiles, GROUP)
+        row_begin, column_begin = row_tile * ROWS, column_tile * COLUMNS
         total = tl.zeros((ROWS, COLUMNS), tl.int32)
         for block in range(tl.cdiv(width, BLOCK)):
             part = codes.load([row_begin, block * BLOCK])
@@ -105,15 +101,3 @@ def w8a8_wide(
         num_warps=warps,
         num_stages=stages,
     )
-
-
-@cache
-def has_accelerator() -> bool:
-    """Whether the card copies tiles by itself."""
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    """How many streaming multiprocessors the card has."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
