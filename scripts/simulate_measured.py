@@ -1,8 +1,8 @@
 """Holds the simulator against what was measured: python scripts/simulate_measured.py
 
 Three tables in Markdown: the loads of bench_gpu.py (gpu_8192.json and vllm_h200.json in docs/benchmarks), vLLM behind
-its server (serve.json), and the public points of trtqwen/plan/measured.json. Every row is printed, those too that the
-simulator misses.
+its server (serve_vllm.json), and the public points of trtqwen/plan/measured.json. Every row is printed, those too
+that the simulator misses.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def serve_rows() -> Iterator[Row]:
     """vLLM behind its server, with closed loops of 512 tokens in and 256 out."""
     found = _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192)
     token = corrections().serving["vllm"].token_us * 1e-6
-    for row in json.loads((BENCHMARKS / "serve.json").read_text(encoding="utf-8")):
+    for row in json.loads((BENCHMARKS / "serve_vllm.json").read_text(encoding="utf-8")):
         if row["unit"] == "output tokens/s" and row["vllm"]:
             places = int(row["load"].split()[0])
             engines = found.engines()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from tests.processes import in_child
 from tests.waiting import GENEROUS
 from trtqwen.hf import template_process
 from trtqwen.hf.template_process import TemplateRefusal, TemplateTimeout, run_template
+from trtqwen.system import forks
 from trtqwen.system.processes import runs, stopped
 
 
@@ -40,6 +44,35 @@ def test_a_process_that_is_killed_or_stopped_is_replaced(who: str, number: signa
     assert run_template("{{ x }}", {"x": 2}) == "2"
     assert time.monotonic() - begun < GENEROUS
     assert not runs(fork)
+
+
+def test_a_forked_process_shares_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may end between question and answer. Who forked it would read that answer as the next one of its own."""
+    assert run_template("{{ x }}", {"x": 1}) == "1"
+
+    def ask_and_end() -> None:
+        receive = forks._receive
+
+        def end_in_the_midst(fork: forks._Fork, seconds: float) -> bytes | None:
+            answer = receive(fork, seconds)
+            if answer is None or b"theirs" not in answer:  # the greeting of a new process
+                return answer
+            os._exit(3)
+
+        monkeypatch.setattr(forks, "_receive", end_in_the_midst)
+        monkeypatch.setattr(forks, "_read", peek)
+        run_template("{{ x }}", {"x": "theirs"})
+
+    def peek(source: socket.socket) -> bytes | None:
+        """The next message, left where it is if it is the answer."""
+        while True:
+            with suppress(TimeoutError):
+                message = source.recv(1 << 16, socket.MSG_PEEK)
+                return message if b"theirs" in message else read(source)
+
+    read = forks._read
+    assert in_child(ask_and_end) == 3
+    assert run_template("{{ x }}", {"x": "ours"}) == "ours"
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,10 @@ class ForkServer:
         self._module = module
         self._arguments = arguments
         self._seconds = seconds
+        self._open()
+
+    def _open(self) -> None:
+        self._owner = os.getpid()
         self._lock = threading.Lock()
         self._idle: list[_Fork] = []
         self._start()
@@ -52,6 +56,8 @@ class ForkServer:
         Raises:
             OSError: if there is no process to ask.
         """
+        if self._owner != os.getpid():
+            self._open()  # a forked process would share sockets, and answers, with the one that it is a copy of
         for _ in range(_TRIES):
             with self._lock:
                 fork = self._idle.pop() if self._idle else self._fork()
