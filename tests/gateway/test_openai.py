@@ -388,7 +388,9 @@ def test_health_readiness_and_metrics(live: Running) -> None:
         assert live.metric(f"trtqwen_gateway_{histogram}_seconds_count") > 0, histogram
     before = live.metric("trtqwen_gateway_output_tokens_total"), live.metric("trtqwen_gateway_prompt_tokens_total")
     answer = live.chat("Hello!", max_tokens=5, **GREEDY)
-    assert live.metric("trtqwen_gateway_output_tokens_total") == before[0] + answer.usage.completion_tokens
+    # An answer is counted when its stream is closed, which may be just after the client has it.
+    after = before[0] + answer.usage.completion_tokens
+    assert wait_for(lambda: live.metric("trtqwen_gateway_output_tokens_total") == after)
     assert live.metric("trtqwen_gateway_prompt_tokens_total") == before[1] + answer.usage.prompt_tokens
 
 
