@@ -13,9 +13,9 @@ from google.protobuf import text_format
 from transformers import AutoTokenizer
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.triton.repository import plan_repository, repository_key, write_repository
 
