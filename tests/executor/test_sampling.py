@@ -154,9 +154,16 @@ def test_a_bias_is_added_before_the_choice() -> None:
 
 def test_a_request_that_leaves_no_token_fails_alone() -> None:
     forbidding = sequence("a", bad_words=((0,), (1,)), embedding_bias={2: -math.inf, 3: -math.inf}, top_p=1.0)
-    overflowing = sequence("b", output=(1, 2), frequency_penalty=-1e39, top_p=1.0, slot=1)
-    results = sampler().sample(torch.zeros(3, 4), [forbidding, overflowing, sequence("c", slot=2)])
+    overflowing = sequence("b", embedding_bias={1: 3e38, 2: 3e38}, slot=1)
+    results = sampler().sample(torch.full((3, 4), 3e38), [forbidding, overflowing, sequence("c", slot=2)])
     assert ["no token is left to choose" in str(result) for result in results] == [True, True, False]
+
+
+def test_a_penalty_that_overflows_still_wins() -> None:
+    wanting = sequence("a", output=(1, 2, 2), frequency_penalty=-1e39)
+    refusing = sequence("b", output=(0, 1, 1, 2), frequency_penalty=1e39, slot=1)
+    results = sampler().sample(torch.zeros(2, 4), [wanting, refusing])
+    assert [result.token_id for result in results if isinstance(result, Sampled)] == [1, 3]
 
 
 class BrokenGuide:
