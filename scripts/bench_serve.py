@@ -94,7 +94,9 @@ def make_random(options: argparse.Namespace) -> None:
     home = options.work / "random"
     shutil.rmtree(home, ignore_errors=True)
     precision = {"float16": "fp16", "bfloat16": "bf16"}[options.precision]
-    limits = EngineRecipe(backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=2048)
+    limits = EngineRecipe(
+        backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=2048
+    )
     options.repository, options.model = make_repository(home, options.random, precision, 1, limits)
 
 
@@ -131,7 +133,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repository", type=Path, help="model repository for `trtqwen serve`")
     parser.add_argument("--model", type=Path, help="Hugging Face directory for vLLM and the client")
-    parser.add_argument("--random", help="make both in the work directory: random weights in the shape of a known model")
+    parser.add_argument(
+        "--random", help="make both in the work directory: random weights in the shape of a known model"
+    )
     parser.add_argument("--vllm", default=sys.executable, help="python that has vLLM")
     parser.add_argument("--vllm-path", default="", help="PYTHONPATH for that python")
     parser.add_argument("--vllm-flags", default="", help="flags for vLLM's server")

@@ -92,7 +92,7 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
 def make_repository(
     directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe
 ) -> tuple[Path, Path]:
-    """`make_engine` with a tokenizer: a model repository, and a Hugging Face directory of its shape without weights."""
+    """`make_engine` with a tokenizer: a model repository, and a Hugging Face directory without weights."""
     engine = make_engine(directory, model, precision, tp_size, limits)
     config = known_config(model)
     write_tokenizer(engine / TOKENIZER_DIRECTORY, config.vocab_size)
@@ -110,7 +110,11 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     """
     directory.mkdir(parents=True, exist_ok=True)
     for path in MODEL.iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and path.name not in ("config.json", "vocab.json", "merges.txt"):
+        if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
+            "config.json",
+            "vocab.json",
+            "merges.txt",
+        ):
             shutil.copy(path, directory / path.name)
     path = directory / "tokenizer.json"
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))

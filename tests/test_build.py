@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.conftest import random_model
+from tests.models import random_model
 from tests.processes import fork, in_child
 from tests.standins.host import install
 from trtqwen import __version__

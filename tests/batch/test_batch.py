@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.command_line import trtqwen
 from tests.standins import vllm_server
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import write_manifest
@@ -133,7 +134,7 @@ def test_an_engine_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         "--engines",
         "nowhere",
     ]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    done = trtqwen(*words)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 

@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import random_model
+from tests.models import random_model
 from trtqwen.artifact.digest import digest_file
 from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
