@@ -40,7 +40,6 @@ ORDER = (
     "gateway",
     "batch",
     "build",
-    "images",
     "demo",
     "selftest",
     "report",
