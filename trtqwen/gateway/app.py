@@ -12,10 +12,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
-from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.desk import Desk
 from trtqwen.gateway.admission.middleware import Guard
 from trtqwen.gateway.admission.rates import open_keys
+from trtqwen.gateway.admission.shared import Link, shared_authenticator
 from trtqwen.gateway.api import admin, messages, responses, routes, service, websocket
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.api.select import Leases

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from trtqwen.artifact.manifest import load_manifest
 from trtqwen.diagnostics import InputError, TrtQwenError
-from trtqwen.gateway.admission.broker import Link
+from trtqwen.gateway.admission.shared import Link
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError
