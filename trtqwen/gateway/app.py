@@ -20,7 +20,9 @@ from trtqwen.gateway.api import admin, messages, responses, routes, service, web
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.api.select import Leases
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, LOOPBACK_PATTERN, GatewayConfig
-from trtqwen.gateway.fleet.fleet import Fleet, first_table, load_models
+from trtqwen.gateway.fleet.engines import load_models
+from trtqwen.gateway.fleet.fleet import Fleet
+from trtqwen.gateway.fleet.table import first_table
 from trtqwen.gateway.front import Front
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics

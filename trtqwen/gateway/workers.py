@@ -44,7 +44,8 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
 
     from trtqwen.gateway.admission.broker import Broker
     from trtqwen.gateway.admission.rates import open_keys
-    from trtqwen.gateway.fleet.fleet import first_table, load_models
+    from trtqwen.gateway.fleet.engines import load_models
+    from trtqwen.gateway.fleet.table import first_table
     from trtqwen.gateway.metrics import Metrics
 
     load_models(first_table(config))  # what cannot be used is told once, not by each worker
