@@ -9,6 +9,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 demo: .venv/user
 	$(BIN)/trtqwen demo
 
+# Tests start hundreds of interpreters: bytecode is written once, not compiled by each of them.
+test test-vllm: export PYTHONDONTWRITEBYTECODE =
+
 # Three processes on two cores: tests of servers often wait. Their files come first (tests/conftest.py).
 test: .venv/developer .venv/transformers5
 	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder

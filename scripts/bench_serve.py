@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from peers import Server, trtqwen_server, vllm_server
+
+from trtqwen.recipe import EngineRecipe
 
 HERE = Path(__file__).parent
 NAME = "bench"
@@ -84,6 +87,19 @@ def _vllm_environment(options: argparse.Namespace) -> dict[str, str]:
     return {**os.environ, **path, "HF_HUB_OFFLINE": "1"}
 
 
+def make_random(options: argparse.Namespace) -> None:
+    """A repository and a Hugging Face directory of `options.random` in the work directory."""
+    from random_engine import make_repository
+
+    home = options.work / "random"
+    shutil.rmtree(home, ignore_errors=True)
+    precision = {"float16": "fp16", "bfloat16": "bf16"}[options.precision]
+    limits = EngineRecipe(
+        backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=2048
+    )
+    options.repository, options.model = make_repository(home, options.random, precision, 1, limits)
+
+
 def rows(
     ours: dict[int, list[dict[str, Any]]], theirs: dict[int, list[dict[str, Any]]], common: dict[str, Any]
 ) -> Any:
@@ -115,8 +131,11 @@ def card() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repository", type=Path, required=True, help="model repository for `trtqwen serve`")
-    parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory for vLLM and the client")
+    parser.add_argument("--repository", type=Path, help="model repository for `trtqwen serve`")
+    parser.add_argument("--model", type=Path, help="Hugging Face directory for vLLM and the client")
+    parser.add_argument(
+        "--random", help="make both in the work directory: random weights in the shape of a known model"
+    )
     parser.add_argument("--vllm", default=sys.executable, help="python that has vLLM")
     parser.add_argument("--vllm-path", default="", help="PYTHONPATH for that python")
     parser.add_argument("--vllm-flags", default="", help="flags for vLLM's server")
@@ -125,6 +144,7 @@ def main() -> None:
     parser.add_argument("--requests-per-stream", type=int, default=4)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--outputs", type=int, default=256)
+    parser.add_argument("--max-num-tokens", type=int, default=8192, help="of a step of the random engine")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--apart", action="store_true", help="start one server after the other has ended")
     parser.add_argument("--only", choices=["trtqwen", "vllm"], help="measure one side and print its figures")
@@ -136,6 +156,11 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     options.work = options.work.resolve()
     flags = ["--dtype", options.precision, *options.vllm_flags.split()]
+    if options.random is not None:
+        make_random(options)
+        flags += ["--load-format", "dummy"]
+    elif options.repository is None or options.model is None:
+        parser.error("give --repository and --model, or --random")
     path = {"PYTHONPATH": options.vllm_path} if options.vllm_path else {}
     makers = {
         "trtqwen": lambda: trtqwen_server(

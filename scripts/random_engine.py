@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
+from trtqwen.artifact.names import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.checkpoint.config import Dtype, checkpoint_config
 from trtqwen.checkpoint.convert import NUMPY_DTYPES
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.rule import Precision
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.checkpoint.tensors import RuleBook
+from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.hf.known import known_config
-from trtqwen.layout import CONFIG, rank_weights
 from trtqwen.quantize.smoothquant import SmoothQuantMode
-from trtqwen.recipe import CheckpointRecipe, EngineRecipe
+from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
+from trtqwen.triton.repository import write_repository
 
 PRECISIONS = {
     "fp16": CheckpointRecipe(dtype="float16"),
@@ -83,6 +87,41 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
     write_manifest(checkpoint, "checkpoint", {}, settings.model_dump(exclude={"calib", "act_ranges"}), digests)
     build_engine(checkpoint, limits, directory / "engine")
     return directory / "engine"
+
+
+def make_repository(
+    directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe
+) -> tuple[Path, Path]:
+    """`make_engine` with a tokenizer: a model repository, and a Hugging Face directory without weights."""
+    engine = make_engine(directory, model, precision, tp_size, limits)
+    config = known_config(model)
+    write_tokenizer(engine / TOKENIZER_DIRECTORY, config.vocab_size)
+    write_repository(engine, ServeRecipe(triton_max_batch_size=limits.max_batch_size), directory / "repo")
+    home = directory / "hf"
+    write_tokenizer(home, config.vocab_size)
+    (home / "config.json").write_text(json.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
+    return directory / "repo", home
+
+
+def write_tokenizer(directory: Path, vocab_size: int) -> None:
+    """The bundled tokenizer, filled up with words: every token that random weights choose has a text of its own.
+
+    A token without text would reach the client with a later one, and its time would not be measured.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in MODEL.iterdir():
+        if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
+            "config.json",
+            "vocab.json",
+            "merges.txt",
+        ):
+            shutil.copy(path, directory / path.name)
+    path = directory / "tokenizer.json"
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    vocabulary = content["model"]["vocab"]
+    vocabulary |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    vocabulary |= {f"w{index}": index for index in range(len(vocabulary), vocab_size)}
+    path.write_text(json.dumps(content), "utf-8")
 
 
 def _fill(name: str, spec: TensorSpec, rank: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:

@@ -1,8 +1,9 @@
 """A closed loop of streaming requests to an OpenAI completions server: python scripts/sse_load.py --help
 
 Prints one JSON object: output tokens/s, and median and 95th percentile of the time to the first piece and between
-pieces. Tokens are those that the server counts in `usage`. Ends with 1 if a request was not answered. Only the
-standard library, and little work for each piece: the client shares the machine with the server that it measures.
+pieces. Tokens are those that the server counts in `usage`. A `client_cpu_s` close to `seconds` says that this client
+was the bottleneck. Ends with 1 if a request was not answered. Only the standard library, and little work for each
+piece: the client shares the machine with the server that it measures.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ class Figures:
             "tokens": self.tokens,
             "pieces": len(self.first) + len(self.gaps),
             "seconds": round(seconds, 2),
+            "client_cpu_s": round(time.process_time(), 2),
             "errors": self.errors[:3],
         }
 

@@ -18,10 +18,8 @@ from typing import Any, Literal
 
 import hypothesis
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from trtqwen.artifact import cached, write_manifest
+from trtqwen.artifact.manifest import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
@@ -35,35 +33,14 @@ hypothesis.settings.load_profile("busy")
 
 BACKEND = os.environ.get("TRTQWEN_TEST_BACKEND", "torch")  # `make test-vllm` sets it
 
-TINY: dict[str, Any] = {
-    "vocab_size": 515,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 256,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-}
-
-
-def random_model(seed: int = 0, dtype: torch.dtype = torch.float32, **changes: Any) -> Qwen2ForCausalLM:
-    """A random Qwen2 with biases that matter, unlike transformers' initial zeros."""
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(Qwen2Config(**(TINY | changes), architectures=["Qwen2ForCausalLM"])).to(dtype)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_()
-    return model.eval()
-
 
 @pytest.fixture
 def hf_directory(tmp_path: Path) -> Callable[..., Path]:
     """Writes a random model and returns its directory."""
 
     def make(*, max_shard_size: str = "5GB", **options: Any) -> Path:
+        from tests.models import random_model
+
         random_model(**options).save_pretrained(tmp_path / "hf", max_shard_size=max_shard_size)
         return tmp_path / "hf"
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.command_line import trtqwen
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.migrate import Backend, plan_migration, write_migration
 from trtqwen.recipe import find_recipe, load_recipe, recipe_names
@@ -97,7 +96,7 @@ def test_what_is_lost_is_told(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     path = written(tmp_path, checkpoint={"quant": "int8_wo", "int8_layout": "sm80", "dtype": "float16"})
     words = ["migrate", str(path), "--to", "llmapi", "--output", str(tmp_path / "new.yaml"), "--json"]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    done = trtqwen(*words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["output"] == str(tmp_path / "new.yaml")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2ForCausalLM
 from typer.testing import CliRunner
 
 from tests.standins.host import install
@@ -27,6 +26,8 @@ PACKAGES = Path(__file__).parent / "standins" / "packages"
 @pytest.fixture(scope="module")
 def answers() -> list[list[int]]:
     """Greedy answers of the bundled model, by transformers."""
+    from transformers import Qwen2ForCausalLM
+
     tokenizer = Tokenizer(MODEL)
     assert tokenizer.chat_template is not None
     model = Qwen2ForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()

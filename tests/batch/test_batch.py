@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.command_line import trtqwen
 from tests.standins import vllm_server
 from tests.waiting import wait_for
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
 from trtqwen.batch.run import run_batch
 from trtqwen.demo import MODEL
@@ -133,7 +134,7 @@ def test_an_engine_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
         "--engines",
         "nowhere",
     ]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    done = trtqwen(*words)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from tests.command_line import trtqwen
 from tests.triton.conftest import repository, server  # noqa: F401
 from trtqwen.bench.roofline import Bound, ImpossibleRate, bound, check_rate
 from trtqwen.hf.known import known_config
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.triton.server import TritonServer
-
-
-def trtqwen(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=110)
 
 
 @pytest.mark.triton

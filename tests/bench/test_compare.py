@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.bench.conftest import Scripted
+from tests.command_line import trtqwen
 from tests.triton.conftest import repository  # noqa: F401
 from trtqwen.bench.agreement import Answers, ask_for_answers, compare_answers
 from trtqwen.bench.compare import Side, find_losses
@@ -92,7 +91,7 @@ def test_addresses_are_compared(scripted: Callable[..., Scripted], tmp_path: Pat
     slow, fast = scripted(first=0.2, gap=0.001), scripted(first=0.02, gap=0.001)
     words = ["compare", f"slow={slow.url}", f"fast={fast.url}", "--workload", "smoke", "--requests", "6"]
     words += ["--concurrency", "3", "--tokenizer", str(MODEL), "--output", str(tmp_path), "--json"]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=110)
+    done = trtqwen(*words)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "compare.json").read_text())

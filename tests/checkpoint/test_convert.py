@@ -19,8 +19,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import random_model
-from trtqwen.artifact import digest_file, read_manifest
+from tests.models import random_model
+from trtqwen.artifact.digest import digest_file
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import CheckpointError, InputError, OutputError, SourceError

@@ -17,16 +17,12 @@ from typing import Any
 
 import pytest
 
+from tests.command_line import trtqwen
 from tests.errors import parse_error
 from tests.waiting import wait_for
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.demo import MODEL
 from trtqwen.gateway.config import GatewayConfig
-
-
-def trtqwen(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trtqwen", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=100)
 
 
 def refused(result: subprocess.CompletedProcess[str], *parts: str, code: int = 2) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import trtqwen
 from tests.errors import parse_error
 from trtqwen.demo import MODEL
 
@@ -42,11 +43,15 @@ def script(path: Path, text: str) -> None:
     path.chmod(0o755)
 
 
+def with_programs(programs: Path, environment: dict[str, str]) -> dict[str, str]:
+    return {**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "DAEMON": "0", "WAIT": "", **environment}
+
+
 def start(programs: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "trtqwen", *arguments],
         cwd=programs.parent,
-        env={**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "DAEMON": "0", "WAIT": "", **environment},
+        env=with_programs(programs, environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -54,9 +59,8 @@ def start(programs: Path, *arguments: str, **environment: str) -> subprocess.Pop
 
 
 def run(programs: Path, *arguments: str, **environment: str) -> tuple[int, str, str]:
-    process = start(programs, *arguments, **environment)
-    output, problem = process.communicate(timeout=60)
-    return process.returncode, output, problem
+    done = trtqwen(*arguments, cwd=programs.parent, env=with_programs(programs, environment))
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_docker_is_run_and_its_exit_code_passed_on(programs: Path) -> None:

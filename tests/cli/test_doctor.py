@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.test_cli import refused, trtqwen
+from tests.cli.test_cli import refused
+from tests.command_line import trtqwen
 from tests.doctor.test_run import IDS
 from trtqwen.demo import MODEL
 

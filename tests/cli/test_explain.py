@@ -2,15 +2,15 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.command_line import trtqwen
 
 LOG = "fine\nRuntimeError: Required but not provided tensors:{'x'}\nAssertionError: Engine building failed\n"
 
 
-def explain(*arguments: object, text: str | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "trtqwen", "explain", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, input=text, timeout=60)
+def explain(*arguments: object, text: str = "") -> subprocess.CompletedProcess[str]:
+    return trtqwen("explain", *arguments, text=text)
 
 
 def test_a_log_file_is_explained_for_people_and_as_json(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
-from tests.cli.test_cli import refused, trtqwen
+from tests.cli.test_cli import refused
+from tests.command_line import trtqwen
 from trtqwen.cli import app
 from trtqwen.demo import MODEL
 from trtqwen.recipe import Recipe, load_recipe, recipe_names

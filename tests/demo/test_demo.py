@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.models import bundled_model
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.sharding import check_parallel
 from trtqwen.demo import HELDOUT, MODEL
@@ -50,7 +50,7 @@ def test_the_bundled_model_is_small_and_splits_over_four_ranks() -> None:
 def test_the_bundled_model_has_learned_something() -> None:
     """Held-out perplexity far under that of a unigram model fitted on the held-out text itself."""
     tokenizer = Tokenizer(MODEL)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = bundled_model()
     lines = [json.loads(line) for line in HELDOUT.read_text(encoding="utf-8").splitlines()]
     documents = [tokenizer.encode(line["text"])[:256] for line in lines][::3]
     counts = torch.bincount(torch.tensor([token for ids in documents for token in ids])).double()

@@ -13,7 +13,7 @@ from tests.ranks import Nursery
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    started = Nursery()
+    started = Nursery("trtqwen.executor.plain_runner", "trtqwen.executor.worker")
     yield started
     started.stop()
 

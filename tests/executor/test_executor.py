@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.models import bundled_model
 from trtqwen.demo import HELDOUT, MODEL
 from trtqwen.diagnostics import EngineError, InputError
 from trtqwen.engine.builder import build_engine
@@ -46,7 +46,7 @@ def prompts() -> list[tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def expected(prompts: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
     """Greedy continuations by transformers in float32, ended by the model's end id."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = bundled_model()
     end_id = Tokenizer(MODEL).end_id
     answers = []
     for prompt in prompts:

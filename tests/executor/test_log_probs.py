@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from trtqwen.demo import MODEL
+from tests.models import bundled_model
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import OutputConfig, Request, Response, TopLogProbs
@@ -47,7 +46,7 @@ def test_they_are_those_of_transformers(answers: dict[str, list[Response]], name
     chosen = [token for response in responses for token in response.token_ids]
     ids = torch.tensor([[*PROMPT[:length], *chosen]])
     with torch.inference_mode():
-        expected = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)(ids).logits[0].log_softmax(-1)
+        expected = bundled_model()(ids).logits[0].log_softmax(-1)
     [prompt] = [response.prompt_log_probs for response in responses if response.prompt_log_probs is not None]
     values = np.frombuffer(prompt.log_probs, np.float32)
     assert len(values) == length

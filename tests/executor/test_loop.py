@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig, scheduler_config
 from trtqwen.executor.device import choose_device
@@ -27,7 +28,6 @@ from trtqwen.executor.request import (
     SamplingConfig,
 )
 from trtqwen.executor.sequence import Generated
-from trtqwen.layout import TOKENIZER_DIRECTORY
 
 CANCELLED = "cancelled"
 SETTINGS = {

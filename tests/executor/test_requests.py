@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
+from tests.models import bundled_model
 from trtqwen.demo import MODEL
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
@@ -63,7 +63,7 @@ def test_log_probs_and_logits_are_those_of_transformers(executor: Executor, toke
     assert len(prompt) > 16
     [answer] = executor.generate([ask(prompt, output=EVERYTHING, sampling=SamplingConfig(temperature=3, top_p=0.9))])
     ids = tokens(answer)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    model = bundled_model()
     with torch.inference_mode():
         expected = model(torch.tensor([[*prompt, *ids]])).logits[0]
     context = rows(answer[0].context_logits)

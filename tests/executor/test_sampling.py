@@ -7,15 +7,6 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from transformers import (
-    LogitsProcessorList,
-    MinPLogitsWarper,
-    NoBadWordsLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import OutputConfig, Request, SamplingConfig
@@ -63,24 +54,29 @@ def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "processors"),
     [
-        ({"top_k": 3}, [TopKLogitsWarper(3)]),
-        ({"top_p": 0.7}, [TopPLogitsWarper(0.7)]),
-        ({"top_p": 1.0, "temperature": 2.0}, [TemperatureLogitsWarper(2.0)]),
-        ({"min_p": 0.2}, [MinPLogitsWarper(0.2)]),
+        ({"top_k": 3}, [("TopKLogitsWarper", 3)]),
+        ({"top_p": 0.7}, [("TopPLogitsWarper", 0.7)]),
+        ({"top_p": 1.0, "temperature": 2.0}, [("TemperatureLogitsWarper", 2.0)]),
+        ({"min_p": 0.2}, [("MinPLogitsWarper", 0.2)]),
         (
             {"min_p": 0.1, "top_p": 0.95, "temperature": 1.5},
-            [TemperatureLogitsWarper(1.5), TopPLogitsWarper(0.95), MinPLogitsWarper(0.1)],
+            [("TemperatureLogitsWarper", 1.5), ("TopPLogitsWarper", 0.95), ("MinPLogitsWarper", 0.1)],
         ),
         (
             {"top_k": 5, "top_p": 0.8, "temperature": 0.7},
-            [TemperatureLogitsWarper(0.7), TopKLogitsWarper(5), TopPLogitsWarper(0.8)],
+            [("TemperatureLogitsWarper", 0.7), ("TopKLogitsWarper", 5), ("TopPLogitsWarper", 0.8)],
         ),
     ],
 )
-def test_draws_follow_the_distribution_of_transformers(options: dict[str, Any], processors: list[Any]) -> None:
+def test_draws_follow_the_distribution_of_transformers(
+    options: dict[str, Any], processors: list[tuple[str, float]]
+) -> None:
+    import transformers
+
     torch.manual_seed(3)
     logits = torch.randn(12) * 2
-    scores = LogitsProcessorList(processors)(torch.tensor([PROMPT]), logits.clone()[None])[0]
+    theirs = transformers.LogitsProcessorList(getattr(transformers, name)(value) for name, value in processors)
+    scores = theirs(torch.tensor([PROMPT]), logits.clone()[None])[0]
     expected = scores.softmax(-1)
     counts = draw(logits, sequence(seed=5, **options), 4000)
     assert all(expected[token] > 0 for token in counts)
@@ -89,6 +85,8 @@ def test_draws_follow_the_distribution_of_transformers(options: dict[str, Any], 
 
 
 def test_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
     torch.manual_seed(1)
     logits = torch.randn(1, 8)
     subject = sequence(output=(5, 5), repetition_penalty=1.7)
@@ -137,6 +135,8 @@ def test_logits_that_are_not_finite_give_no_token() -> None:
 
 @pytest.mark.parametrize("output", [(), (4,), (4, 5), (5, 5, 5)])
 def test_bad_words_are_forbidden_as_by_transformers(output: tuple[int, ...]) -> None:
+    from transformers import NoBadWordsLogitsProcessor
+
     words = ((6,), (4, 7), (4, 5, 2), (5, 5), (3, 1))  # the last one begins in the prompt
     subject = sequence(output=output, bad_words=words)
     processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=[99])
@@ -154,9 +154,16 @@ def test_a_bias_is_added_before_the_choice() -> None:
 
 def test_a_request_that_leaves_no_token_fails_alone() -> None:
     forbidding = sequence("a", bad_words=((0,), (1,)), embedding_bias={2: -math.inf, 3: -math.inf}, top_p=1.0)
-    overflowing = sequence("b", output=(1, 2), frequency_penalty=-1e39, top_p=1.0, slot=1)
-    results = sampler().sample(torch.zeros(3, 4), [forbidding, overflowing, sequence("c", slot=2)])
+    overflowing = sequence("b", embedding_bias={1: 3e38, 2: 3e38}, slot=1)
+    results = sampler().sample(torch.full((3, 4), 3e38), [forbidding, overflowing, sequence("c", slot=2)])
     assert ["no token is left to choose" in str(result) for result in results] == [True, True, False]
+
+
+def test_a_penalty_that_overflows_still_wins() -> None:
+    wanting = sequence("a", output=(1, 2, 2), frequency_penalty=-1e39)
+    refusing = sequence("b", output=(0, 1, 1, 2), frequency_penalty=1e39, slot=1)
+    results = sampler().sample(torch.zeros(2, 4), [wanting, refusing])
+    assert [result.token_id for result in results if isinstance(result, Sampled)] == [1, 3]
 
 
 class BrokenGuide:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
+from tests.command_line import trtqwen
 from tests.hf.layouts import LAYOUTS
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.checkpoint.sharding import Split
@@ -75,6 +73,8 @@ def test_transformers_computes_the_same(tmp_path: Path) -> None:
     case = GOLDEN / "g03_f32src_auto_tp2_pp2_tied"
     run_export(plan_export(case / "expected"), tmp_path / "out", shard_bytes=100_000)
     assert len(list(tmp_path.glob("out/model-*.safetensors"))) > 2
+    from transformers import AutoModelForCausalLM
+
     models = [AutoModelForCausalLM.from_pretrained(path).float() for path in (case / "hf", tmp_path / "out")]
     ids = torch.arange(20)[None]
     with torch.inference_mode():
@@ -197,10 +197,10 @@ def test_layouts_are_told_apart() -> None:
 def test_the_command(tmp_path: Path) -> None:
     words = ["export", str(GOLDEN / "g07_int8wo_fp16_tp2" / "expected"), "--output", str(tmp_path / "out")]
     words += ["--activations", "int8", "--json"]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    done = trtqwen(*words)
     assert done.returncode == 0, done.stderr
     notes = {note["code"] or note["level"] for note in json.loads(done.stdout)["notes"]}
     assert notes == {"requantized", "warning"}  # tensor-parallel rows, and no tokenizer
-    again = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=60)
+    again = trtqwen(*words)
     assert again.returncode == 2
     assert "exists" in again.stderr

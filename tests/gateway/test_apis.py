@@ -13,7 +13,6 @@ from pydantic import BaseModel, TypeAdapter
 from tests.gateway.conftest import Running
 from tests.gateway.test_stand_in import CALL, WEATHER
 
-anthropic = pytest.importorskip("anthropic")
 pytestmark = pytest.mark.triton
 PARAMETERS: Any = WEATHER["function"]
 FUNCTION: Any = {"type": "function", **PARAMETERS, "strict": False}
@@ -181,12 +180,18 @@ def test_a_response_that_fails_midway_says_so(obedient: Running) -> None:
     assert (last["type"], last["response"]["status"]) == ("response.failed", "failed")
 
 
+@pytest.fixture(scope="module")
+def anthropic() -> Any:
+    """The package; its import takes a second of every test process."""
+    return pytest.importorskip("anthropic")
+
+
 @pytest.fixture
-def claude(obedient: Running) -> Any:
+def claude(obedient: Running, anthropic: Any) -> Any:
     return anthropic.Anthropic(base_url=obedient.gateway.url, api_key="none", max_retries=0, timeout=60)
 
 
-def test_a_message_is_what_anthropic_s_client_expects(claude: Any) -> None:
+def test_a_message_is_what_anthropic_s_client_expects(claude: Any, anthropic: Any) -> None:
     ask: Any = {"model": "qwen", "max_tokens": 60, "system": [{"type": "text", "text": "Be kind."}]}
     whole = claude.messages.create(messages=[{"role": "user", "content": "hello"}], **ask)
     assert (whole.content[0].text, whole.stop_reason) == ("hello", "end_turn")
@@ -231,7 +236,7 @@ def test_a_loop_with_tools_goes_round_in_messages(claude: Any) -> None:
     assert (forced.stop_reason, forced.content[0].input) == ("tool_use", {"city": "Bonn"})
 
 
-def test_events_of_a_message_keep_to_anthropic_s_types(obedient: Running) -> None:
+def test_events_of_a_message_keep_to_anthropic_s_types(obedient: Running, anthropic: Any) -> None:
     body = {
         "max_tokens": 80,
         "messages": [{"role": "user", "content": f"Let me see.\n{CALL}"}],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -12,9 +13,13 @@ from pydantic import BaseModel
 from tests.gateway.conftest import Running
 from tests.gateway.test_stand_in import CALL
 
-for _name in ("litellm", "langchain_openai", "agents"):
-    pytest.importorskip(_name)
-pytestmark = [pytest.mark.triton, pytest.mark.filterwarnings("ignore")]
+# They are not imported here: that takes every process of the tests six seconds.
+MISSING = [name for name in ("litellm", "langchain_openai", "agents") if find_spec(name) is None]
+pytestmark = [
+    pytest.mark.triton,
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.skipif(bool(MISSING), reason=f"install {MISSING}"),
+]
 LONG = "word " * 900
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -123,6 +122,8 @@ def test_broken_bodies_are_never_our_fault(obedient: Running, path: str) -> None
 
 
 def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: Running) -> None:
+    import schemathesis
+
     schema: Any = schemathesis.openapi.from_url(f"{obedient.gateway.url}/openapi.json")
     modes = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
     paths = set()

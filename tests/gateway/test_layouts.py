@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
 
 from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.hf.layouts import LAYOUTS
+from tests.models import their_tokenizer
 from trtqwen.build import plan_build, run_build
 from trtqwen.recipe import load_recipe
 from trtqwen.triton.client import stream
@@ -65,7 +65,7 @@ def streamed(running: Running, body: dict[str, Any]) -> tuple[str, str, dict[str
 
 def test_chats_are_streamed_from_the_models_own_prompt(served: tuple[Path, Running]) -> None:
     directory, running = served
-    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs = their_tokenizer(directory)
     ids = theirs.apply_chat_template([QUESTION], add_generation_prompt=True)
     thought, answer, usage = streamed(running, {"messages": [QUESTION], "max_tokens": 24})
     assert usage["prompt_tokens"] == len(ids)
@@ -79,7 +79,7 @@ def test_chats_are_streamed_from_the_models_own_prompt(served: tuple[Path, Runni
 
 def test_tools_reach_the_prompt_or_are_refused(served: tuple[Path, Running]) -> None:
     directory, running = served
-    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs = their_tokenizer(directory)
     if "tools" not in theirs.chat_template:
         status, _, text = running.post(
             "/v1/chat/completions", {"model": running.model, "messages": [QUESTION], "tools": [TOOL]}
@@ -94,7 +94,7 @@ def test_tools_reach_the_prompt_or_are_refused(served: tuple[Path, Running]) -> 
 def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> None:
     """Qwen's templates take a call's arguments as an object, DeepSeek's as text."""
     directory, running = served
-    theirs = AutoTokenizer.from_pretrained(directory)
+    theirs = their_tokenizer(directory)
     as_text = "tools" not in theirs.chat_template
     function: dict[str, Any] = {"name": "f", "arguments": '{"a": 1}'}
     call = {"id": "call_1", "type": "function", "function": function}
@@ -119,7 +119,7 @@ def test_documents_without_a_place_are_refused(served: tuple[Path, Running]) -> 
 
 def test_raw_prompts_begin_as_the_tokenizer_begins_them(served: tuple[Path, Running]) -> None:
     directory, running = served
-    wanted = len(AutoTokenizer.from_pretrained(directory)("The cat")["input_ids"])
+    wanted = len(their_tokenizer(directory)("The cat")["input_ids"])
     body = {"model": running.model, "prompt": "The cat", "max_tokens": 2}
     for fields, tokens in (({}, wanted), ({"add_special_tokens": False}, 3)):
         status, _, text = running.post("/v1/completions", body | fields)

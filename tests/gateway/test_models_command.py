@@ -17,8 +17,9 @@ import pytest
 import yaml
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.command_line import trtqwen
 from tests.waiting import wait_for
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.triton
 ADMIN = "sk-admin-0123456789"
@@ -66,10 +67,8 @@ class Service:
         self.url = str(json.loads(text)["gateway"])
 
     def models(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "trtqwen", "models", *arguments]
         url = [] if "--url" in arguments else ["--url", self.url]
-        environment = {**os.environ, "TRTQWEN_ADMIN_KEY": ADMIN}
-        return subprocess.run([*command, *url], capture_output=True, text=True, timeout=110, env=environment)
+        return trtqwen("models", *arguments, *url, env={**os.environ, "TRTQWEN_ADMIN_KEY": ADMIN})
 
     def ask(self, text: str) -> Any:
         body = {"model": "qwen", "messages": [{"role": "user", "content": text}], "max_tokens": 200}

@@ -15,16 +15,16 @@ from typing import Any
 import openai
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from tests.conftest import BACKEND
 from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import check_death, process
+from tests.models import bundled_model
 from tests.waiting import sometimes, wait_for
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
-from trtqwen.layout import tokenizer_directory
 from trtqwen.triton.client import stream
 
 pytestmark = pytest.mark.triton
@@ -129,7 +129,7 @@ def test_stop_strings_end_an_answer_across_tokens(live: Running) -> None:
 @pytest.fixture(scope="module")
 def greedy() -> Callable[[str, int], list[tuple[int, float]]]:
     """What `transformers` finds most probable after a prompt: tokens, and the logarithms of their probabilities."""
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = bundled_model()
     tokenizer = Tokenizer(MODEL)
 
     def run(prompt: str, count: int) -> list[tuple[int, float]]:
@@ -168,7 +168,7 @@ def test_the_likeliest_tokens_are_the_model_s(live: Running) -> None:
     tokenizer = Tokenizer(MODEL)
     assert tokenizer.chat_template
     prompt = tokenizer.encode(render_chat(tokenizer.chat_template, [{"role": "user", "content": "你好"}]))
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    model = bundled_model()
     options: dict[str, Any] = {"max_tokens": 6, "logprobs": True, "top_logprobs": 5, "temperature": 0}
     options["extra_body"] = {"ignore_eos": True, "repetition_penalty": 1.0}
     for streaming in (False, True):

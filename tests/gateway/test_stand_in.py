@@ -11,17 +11,17 @@ from unicodedata import normalize
 import openai
 import pytest
 from pydantic import BaseModel
-from transformers import AutoTokenizer
 
 from tests.gateway.conftest import TOOLS_TEMPLATE, Running
 from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
+from tests.models import their_tokenizer
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
 from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import tokenizer_directory
 
 pytestmark = pytest.mark.triton
 WEATHER = {
@@ -115,7 +115,7 @@ def test_documents_reach_the_prompt_as_with_transformers(obedient: Running) -> N
     documents = [{"title": "Bonn", "text": "on the Rhine <b>&</b>"}, {"title": "Ulm", "text": "on the Danube"}]
     messages = [{"role": "user", "content": "Where is Ulm?"}]
     fields = {"model": "qwen", "messages": messages, "max_tokens": 2}
-    theirs = AutoTokenizer.from_pretrained(MODEL)
+    theirs = their_tokenizer()
     ids = theirs.apply_chat_template(
         messages, documents=documents, chat_template=TOOLS_TEMPLATE, add_generation_prompt=True
     )

@@ -15,11 +15,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
-from transformers import AutoTokenizer
 from tritonclient.grpc import service_pb2
 
 from tests.gateway.conftest import TOOLS_TEMPLATE
-from trtqwen.demo import MODEL
+from tests.models import their_tokenizer
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.admission.admission import Capacity, QueueLimits
 from trtqwen.gateway.admission.auth import Caller, TokenBucket, read_keys
@@ -57,7 +56,7 @@ CONVERSATIONS: list[tuple[list[dict[str, Any]], list[dict[str, Any]]]] = [
 
 @pytest.mark.parametrize(("messages", "tools"), CONVERSATIONS)
 def test_templates_render_as_in_transformers(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> None:
-    reference = AutoTokenizer.from_pretrained(MODEL)
+    reference = their_tokenizer()
     for text in (TOOLS_TEMPLATE, reference.chat_template):
         wanted = reference.apply_chat_template(
             messages, tools=tools or None, chat_template=text, tokenize=False, add_generation_prompt=True

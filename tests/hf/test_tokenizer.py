@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
 
+from tests.models import their_tokenizer
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.chat_template import ChatTemplate
@@ -17,7 +17,6 @@ from trtqwen.hf.text_stream import CharacterStream
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 
 OURS = Tokenizer(MODEL)
-THEIRS = AutoTokenizer.from_pretrained(MODEL)
 token_ids = st.lists(st.integers(0, len(OURS) - 1), max_size=40)
 TEXTS = ["plain text", "混合中文与日本語のテキスト", "👩‍👩‍👧‍👦 🏳️‍🌈 é ё ", "<|im_start|>user\nhi<|im_end|>\n", ""]
 
@@ -25,7 +24,7 @@ TEXTS = ["plain text", "混合中文与日本語のテキスト", "👩‍👩�
 @settings(max_examples=80, deadline=None)
 @given(st.one_of(st.text(max_size=40), st.sampled_from(TEXTS)))
 def test_encoding_is_that_of_transformers(text: str) -> None:
-    assert OURS.encode(text) == THEIRS(text)["input_ids"]
+    assert OURS.encode(text) == their_tokenizer()(text)["input_ids"]
 
 
 def test_a_long_text_is_encoded_alike_while_others_go_on() -> None:
@@ -42,14 +41,14 @@ def test_a_long_text_is_encoded_alike_while_others_go_on() -> None:
     ids = OURS.encode(text)
     done.set()
     other.join()
-    assert ids == THEIRS(text)["input_ids"]
+    assert ids == their_tokenizer()(text)["input_ids"]
     assert beats > 5  # with Python's lock held, one or two
 
 
 @settings(max_examples=80, deadline=None)
 @given(token_ids, st.booleans())
 def test_decoding_is_that_of_transformers(ids: list[int], skip: bool) -> None:
-    theirs = THEIRS.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    theirs = their_tokenizer().decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False)
     assert OURS.decode(ids, skip_special_tokens=skip) == theirs
 
 
@@ -88,9 +87,9 @@ def test_ids_beyond_the_tokenizer_stand_for_nothing() -> None:
 
 def test_stop_ids_are_the_union_of_the_files() -> None:
     names = ["<|im_end|>", "<|endoftext|>"]
-    assert OURS.stop_ids == tuple(THEIRS.convert_tokens_to_ids(names))
-    assert OURS.end_id == THEIRS.eos_token_id
-    assert OURS.pad_id == THEIRS.pad_token_id
+    assert OURS.stop_ids == tuple(their_tokenizer().convert_tokens_to_ids(names))
+    assert OURS.end_id == their_tokenizer().eos_token_id
+    assert OURS.pad_id == their_tokenizer().pad_token_id
 
 
 def test_chat_is_rendered_as_transformers_renders_it() -> None:
@@ -102,7 +101,7 @@ def test_chat_is_rendered_as_transformers_renders_it() -> None:
     ]
     assert OURS.chat_template is not None
     for conversation in (messages, messages[1:2]):
-        expected = THEIRS.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        expected = their_tokenizer().apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
         assert render_chat(OURS.chat_template, conversation) == expected
 
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tests.conftest import random_model
+from tests.command_line import trtqwen
 from tests.errors import parse_error
+from tests.models import random_model
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.diagnostics import InputError
 from trtqwen.hf.source import HfModel
@@ -48,13 +47,12 @@ def test_the_layers_that_break_the_rule_are_named(spiked: Path, tmp_path: Path) 
 
 
 def test_the_command_refuses_without_force(spiked: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "trtqwen", "convert", str(spiked), "-o", str(tmp_path / "out"), "--json"]
-    asked = [*command, "--quant", "int8_wo", "--kv-cache", "int8"]
-    result = subprocess.run(asked, capture_output=True, text=True, timeout=100)
+    command = ["convert", spiked, "-o", tmp_path / "out", "--json", "--quant", "int8_wo", "--kv-cache", "int8"]
+    result = trtqwen(*command)
     assert result.returncode == 2
     parse_error(result.stderr)
     assert "(layer 5) times the median" in result.stderr
-    result = subprocess.run([*asked, "--force", "--dry-run"], capture_output=True, text=True, timeout=100)
+    result = trtqwen(*command, "--force", "--dry-run")
     assert json.loads(result.stdout)["kv_cache"] == "int8"
 
 

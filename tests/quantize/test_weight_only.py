@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from tests.conftest import random_model
+from tests.models import random_model
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.quantize.weight_only import (
     Array,

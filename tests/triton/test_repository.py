@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 from google.protobuf import text_format
-from transformers import AutoTokenizer
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
-from trtqwen.artifact import read_manifest, write_manifest
+from tests.models import their_tokenizer
+from trtqwen.artifact.manifest import read_manifest, write_manifest
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.triton.repository import plan_repository, repository_key, write_repository
 
@@ -294,7 +294,7 @@ def test_guided_decoding_of_a_tensorrt_engine_knows_the_tokenizer(tensorrt_engin
     write_repository(engine, ServeRecipe(), tmp_path / "repository")
     path = read(tmp_path / "repository", "tensorrt_llm").parameters["xgrammar_tokenizer_info_path"].string_value
     info = json.loads(Path(path).read_text("utf-8"))
-    tokenizer = AutoTokenizer.from_pretrained(engine / "tokenizer")
+    tokenizer = their_tokenizer(engine / "tokenizer")
     assert info["encoded_vocab"] == tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
     assert json.loads(info["tokenizer_str"]) == json.loads(tokenizer.backend_tokenizer.to_str())
     assert tokenizer.eos_token_id in info["stop_token_ids"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.command_line import trtqwen
 from tests.export.test_export import GOLDEN
 from tests.verify.conftest import Make, Tensors
 from tests.verify.test_verify import random_samples
@@ -149,7 +148,7 @@ def test_what_another_tool_has_quantized_is_refused(static: Path, samples: list[
 
 def test_the_command_takes_an_export(static: Path) -> None:
     words = ["verify", str(static), "--model", str(MODEL), "--max-tokens", "200", "--json"]
-    done = subprocess.run([sys.executable, "-m", "trtqwen", *words], capture_output=True, text=True, timeout=300)
+    done = trtqwen(*words)
     assert done.returncode == 0, done.stderr
     content = json.loads(done.stdout)
     assert (content["ok"], content["precision"]) == (True, "W8A8 bfloat16 (static)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.command_line import trtqwen
 from tests.errors import parse_error
 from tests.verify.conftest import Make, Tensors, mutated
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
@@ -276,8 +276,7 @@ def test_limits_grow_with_the_coarseness_of_the_precision() -> None:
 def test_the_command(bundled_checkpoint: Make, tmp_path: Path) -> None:
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         checkpoint = bundled_checkpoint(quant="int8_wo")
-        command = [sys.executable, "-m", "trtqwen", "verify", checkpoint, "--model", MODEL, *arguments]
-        return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+        return trtqwen("verify", checkpoint, "--model", MODEL, *arguments)
 
     good = run("--max-tokens", 256, "--report", tmp_path / "report", "--json")
     assert (good.returncode, good.stderr) == (0, "")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from tests.conftest import TINY
+from tests.models import TINY
 from trtqwen.checkpoint.config import CheckpointConfig, checkpoint_config
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import MODEL

@@ -1,15 +1,28 @@
-"""What requests ask to change in their logits before a token is chosen, for all rows of a step at once."""
+"""What requests ask to change in their logits before a token is chosen, for all rows of a step at once.
+
+Biases and bad words are changes of single logits, which the host lists for each step. Penalties read the tokens that
+a sequence has seen, which stay on the device: Qwen's own defaults have a repetition penalty, so most steps have some.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from trtqwen.executor.sequence import SequenceState
 
+Numbers: TypeAlias = npt.NDArray[Any]
+Penalize: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+LARGEST = torch.finfo(torch.float32).max
 _NEVER = float("-inf")
+_NONE = (1.0, 0.0, 0.0)
+_IN_PROMPT, _IN_ANSWER = 1, 2  # what a token adds to its entry of the table
 
 
 def adjustments(sequences: Sequence[SequenceState], vocab_size: int) -> list[tuple[int, int, float]]:
@@ -35,73 +48,106 @@ def has_adjustments(sequence: SequenceState) -> bool:
     return bool(request.embedding_bias or request.bad_words or ends_early)
 
 
-def has_penalties(sequence: SequenceState) -> bool:
-    """Whether the tokens of a sequence change the odds of later ones."""
+def penalties(sequence: SequenceState) -> tuple[float, float, float]:
+    """Repetition, presence and frequency penalty of a sequence."""
     sampling = sequence.request.sampling
-    return sampling.repetition_penalty != 1.0 or bool(sampling.presence_penalty or sampling.frequency_penalty)
+    return sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty
+
+
+def penalize(logits: Tensor, table: Tensor, slots: Tensor, values: Tensor) -> Tensor:
+    """Logits with their penalties, in plain PyTorch.
+
+    A repetition penalty divides the positive logits of tokens in prompt or answer and multiplies the negative ones.
+    The others are subtracted for tokens of the answer, as in TensorRT-LLM. An overflow becomes the largest float32.
+
+    Args:
+        logits: float [rows, vocab_size]; float32 ones are changed in place.
+        table: see `PenaltyTables`.
+        slots: int64 [rows].
+        values: float32 [3, rows]: repetition, presence and frequency penalty.
+
+    Returns:
+        float32 [rows, vocab_size].
+    """
+    logits = logits.float()
+    none = torch.tensor(_NONE, device=values.device)[:, None]
+    rows = (values != none).any(dim=0).nonzero()[:, 0]
+    repetition, presence, frequency = values[:, rows, None]
+    before, seen = logits[rows], table[slots[rows]]
+    repeated = torch.where(before > 0, before / repetition, before * repetition)
+    after = torch.where(seen > 0, repeated, before)
+    counts = seen // _IN_ANSWER
+    after = after - torch.where(counts > 0, presence + frequency * counts, 0.0)
+    logits[rows] = torch.where((after > LARGEST) & (before <= LARGEST), LARGEST, after)
+    return logits
 
 
 class PenaltyTables:
     """Which tokens each batch slot has seen, on the device: a step in flight adds its own without the host.
 
-    Attributes are made with the first request that has penalties: `counts` int16 [slots, vocab_size], of the answer's
-    tokens, and `seen` bool, of those in prompt or answer.
+    The table is int32 [slots, vocab_size]: twice how often a token stands in the answer, plus one if it stands in the
+    prompt. A slot's row counts only for a sequence that has penalties.
+
+    Args:
+        penalize: computes; `penalties.penalize` where the device has no kernel of its own.
     """
 
-    def __init__(self, slots: int, vocab_size: int, device: torch.device) -> None:
-        self._known: dict[int, tuple[SequenceState, int]] = {}
+    def __init__(self, slots: int, vocab_size: int, device: torch.device, penalize: Penalize) -> None:
+        self._penalize = penalize
+        self._owners: list[SequenceState | None] = [None] * slots
+        self._lengths = [0] * slots
         self._device = device
-        self._counts = torch.zeros((slots, vocab_size), dtype=torch.int16, device=device)
-        self._seen = torch.zeros((slots, vocab_size), dtype=torch.bool, device=device)
+        self._values = np.tile(np.array(_NONE, np.float32)[:, None], slots)
+        self._table = torch.zeros((slots, vocab_size), dtype=torch.int32, device=device)
 
-    def apply(self, logits: Tensor, rows: Sequence[int], sequences: Sequence[SequenceState]) -> None:
-        """Change rows of `logits` in place: repetition, presence and frequency penalties.
+    def apply(self, logits: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> Tensor:
+        """The logits with the penalties of their sequences, float32.
 
         Args:
-            sequences: whose rows these are, one for each of `rows`.
+            logits: float [rows, vocab_size]; float32 ones may be changed in place.
+            slots: of the sequences, int64 [rows].
         """
         for sequence in sequences:
             self._load(sequence)
-        place = torch.tensor(rows, device=self._device)
-        slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        samplings = [sequence.request.sampling for sequence in sequences]
-        penalties = [(s.repetition_penalty, s.presence_penalty, s.frequency_penalty) for s in samplings]
-        repetition, presence, frequency = torch.tensor(penalties, device=self._device).T[:, :, None]
-        values, counts = logits[place], self._counts[slots]
-        repeated = torch.where(values > 0, values / repetition, values * repetition)
-        values = torch.where(self._seen[slots], repeated, values)
-        # Zero counts stay zero under an infinite penalty.
-        charge = torch.where(counts > 0, presence + frequency * counts, 0.0)
-        logits[place] = values - charge
+        values = to_device(self._values[:, slots], self._device)
+        return self._penalize(logits, self._table, to_device(slots, self._device), values)
 
-    def add(self, tokens: Tensor, rows: Sequence[int], sequences: Sequence[SequenceState]) -> None:
-        """Note the tokens that were chosen; those below 0 are none.
+    def add(self, tokens: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> None:
+        """Note the tokens that were chosen for the rows of the last `apply`; those below 0 are none.
 
         Args:
-            tokens: int64 [all rows].
+            tokens: int64 [rows].
         """
-        place = torch.tensor(rows, device=self._device)
-        slots = torch.tensor([sequence.slot for sequence in sequences], device=self._device)
-        chosen = tokens[place]
-        one = (chosen >= 0).to(torch.int16)
-        chosen = chosen.clamp(min=0)
-        self._counts.index_put_((slots, chosen), one, accumulate=True)
-        self._seen[slots, chosen] |= one > 0
-        for sequence in sequences:
-            self._known[sequence.slot] = (sequence, self._known[sequence.slot][1] + 1)
+        places = to_device(slots, self._device) * self._table.shape[1] + tokens.clamp(min=0)
+        flat = self._table.view(-1)
+        flat[places] += _IN_ANSWER * (tokens >= 0)
+        for slot in slots:
+            self._lengths[slot] += 1
 
     def _load(self, sequence: SequenceState) -> None:
-        """Have the tables hold what a sequence's tokens are before the one that is chosen now."""
-        prompt = len(sequence.request.input_token_ids)
+        """Have the table hold what a sequence's tokens are before the one that is chosen now."""
+        slot, prompt = sequence.slot, sequence.num_prompt
         length = prompt + sequence.next_output
-        if self._known.get(sequence.slot) == (sequence, length):
+        if self._owners[slot] is sequence and self._lengths[slot] == length:
+            return
+        self._owners[slot], self._lengths[slot] = sequence, length
+        self._values[:, slot] = np.clip(penalties(sequence), -LARGEST, LARGEST)
+        if not has_penalties(sequence):
             return
         assert length <= len(sequence.token_ids), "a pending token is not in the tables"
-        tokens = torch.tensor(sequence.token_ids[:length], device=self._device)
-        counts, seen = self._counts[sequence.slot], self._seen[sequence.slot]
-        counts.zero_()
-        seen.zero_()
-        seen[tokens] = True
+        tokens = to_device(np.array(sequence.token_ids[:length], np.int64), self._device)
+        row = self._table[slot].zero_()
+        row[tokens[:prompt]] = _IN_PROMPT
         answer = tokens[prompt:]
-        counts.index_put_((answer,), torch.ones_like(answer, dtype=torch.int16), accumulate=True)
-        self._known[sequence.slot] = (sequence, length)
+        row.index_put_((answer,), torch.full_like(answer, _IN_ANSWER, dtype=torch.int32), accumulate=True)
+
+
+def has_penalties(sequence: SequenceState) -> bool:
+    """Whether the tokens of a sequence change the odds of later ones."""
+    return penalties(sequence) != _NONE
+
+
+def to_device(values: Numbers, device: torch.device) -> Tensor:
+    """A copy on the device. On CUDA the host does not wait for it."""
+    tensor = torch.from_numpy(np.ascontiguousarray(values))  # kernels index it
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

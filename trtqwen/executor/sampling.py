@@ -8,20 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
 from trtqwen.executor.log_probs import Likeliest, likeliest
-from trtqwen.executor.penalties import PenaltyTables, adjustments, has_adjustments, has_penalties
+from trtqwen.executor.penalties import (
+    Numbers,
+    Penalize,
+    PenaltyTables,
+    adjustments,
+    has_adjustments,
+    has_penalties,
+    penalize,
+    to_device,
+)
 from trtqwen.executor.sequence import SequenceState
 
-Numbers: TypeAlias = npt.NDArray[Any]
 Choose = Callable[[Tensor, Choice], Tensor]
 
 
@@ -116,21 +123,26 @@ class Sampler:
     Args:
         slots: batch slots, `max_batch_size`.
         chooser: chooses from logits; `choose.choose` where the device has no kernel of its own.
+        penalizer: changes logits; `penalties.penalize` where the device has none.
 
     Attributes:
         last_tokens: the token sampled last in each slot, int64 [slots + 1] on the device; the last entry is for rows
             that belong to no slot.
     """
 
-    def __init__(self, slots: int, device: torch.device, chooser: Choose = choose) -> None:
+    def __init__(
+        self, slots: int, device: torch.device, chooser: Choose = choose, penalizer: Penalize = penalize
+    ) -> None:
         self._slots = slots
         self._device = device
         self._chooser = chooser
+        self._penalizer = penalizer
         self._guides: dict[str, Guide] = {}
         self._owners: list[SequenceState | None] = [None] * slots
         self._values = np.zeros((5, slots), np.float32)  # rows as in `Choice.values`
         self._seeds = np.zeros(slots, np.uint64)
-        self._special = np.zeros(slots, np.bool_)
+        self._special = np.zeros(slots, np.bool_)  # needs the host in each step
+        self._penalized = np.zeros(slots, np.bool_)
         self._tables: PenaltyTables | None = None
         self.last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
 
@@ -141,6 +153,12 @@ class Sampler:
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended."""
         self._guides.pop(request_id, None)
+
+    def make_tables(self, vocab_size: int) -> PenaltyTables:
+        """The tables of penalties. They are made once; a start makes them before it divides the memory."""
+        if self._tables is None:
+            self._tables = PenaltyTables(self._slots, vocab_size, self._device, self._penalizer)
+        return self._tables
 
     def sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[Sampled | RequestError]:
         """One token for each row, or why there is none; see `launch`."""
@@ -163,12 +181,12 @@ class Sampler:
         values[3] = uniforms(self._seeds[slots], indices)
         drawn = values[0] > 0
         filters = bool((drawn & ((values[1] > 0) & (values[1] < 1) | (values[2] > 0) | (values[4] > 0))).any())
-        choice = Choice(self._to_device(values), bool(drawn.any()), filters)
-        if not self._special[slots].any():
-            tokens = self._chooser(logits, choice)
-            self._note(tokens, slots)
-            return Pending(tokens, None, {}, {}, _nothing)
-        return self._special_launch(logits.float(), sequences, choice, slots)
+        choice = Choice(to_device(values, self._device), bool(drawn.any()), filters)
+        if self._special[slots].any():
+            return self._special_launch(logits.float(), sequences, choice, slots)
+        tokens = self._chooser(self._penalize(logits, sequences, slots), choice)
+        self._note(tokens, sequences, slots)
+        return Pending(tokens, None, {}, {}, _nothing)
 
     def _special_launch(
         self,
@@ -177,26 +195,19 @@ class Sampler:
         choice: Choice,
         slots: Numbers,
     ) -> Pending:
-        """Sampling with everything that the host prepares: biases, penalties, guides, log probabilities."""
+        """Sampling with everything that the host prepares: biases, bad words, guides, log probabilities."""
         unusable = ~logits.amax(dim=-1).isfinite()
         wanting = [row for row, sequence in enumerate(sequences) if _wants_logits(sequence)]
         own = {row: logits[row].clone() for row in wanting}
         totals = logits.logsumexp(dim=-1) if wanting else None
         self._adjust(logits, sequences)
-        penalized = [row for row, sequence in enumerate(sequences) if has_penalties(sequence)]
-        marked = [sequences[row] for row in penalized]
-        if penalized:
-            if self._tables is None:
-                self._tables = PenaltyTables(self._slots, logits.shape[1], self._device)
-            self._tables.apply(logits, penalized, marked)
+        logits = self._penalize(logits, sequences, slots)
         refused = self._mask(logits, sequences)
-        # A penalty can overflow; such a row has nothing left either.
+        # A bias can overflow; such a row has nothing left either.
         overflown = logits.amax(dim=-1, keepdim=True).isfinite().logical_not()
         tokens = self._chooser(logits.masked_fill(overflown, float("-inf")), choice)
         tokens = tokens.masked_fill(unusable, NOT_FINITE)
-        if self._tables is not None and penalized:
-            self._tables.add(tokens, penalized, marked)
-        self._note(tokens, slots)
+        self._note(tokens, sequences, slots)
         log_probs = None
         if totals is not None:
             chosen = torch.stack([own[row] for row in wanting]).gather(1, tokens[wanting].clamp(min=0)[:, None])[:, 0]
@@ -220,11 +231,9 @@ class Sampler:
         if temperature and not self._values[0, slot]:
             self._values[0, slot] = np.finfo(np.float32).tiny  # drawn, however cold: float32 lost it
         self._seeds[slot] = sampling.seed
+        self._penalized[slot] = has_penalties(sequence)
         self._special[slot] = (
-            has_adjustments(sequence)
-            or has_penalties(sequence)
-            or _wants_logits(sequence)
-            or sequence.request.guided_decoding is not None
+            has_adjustments(sequence) or _wants_logits(sequence) or sequence.request.guided_decoding is not None
         )
 
     def _adjust(self, logits: Tensor, sequences: Sequence[SequenceState]) -> None:
@@ -245,12 +254,16 @@ class Sampler:
                     refused[row] = problem
         return refused
 
-    def _note(self, tokens: Tensor, slots: Numbers) -> None:
-        self.last_tokens[self._to_device(slots)] = tokens.clamp(min=0)
+    def _penalize(self, logits: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> Tensor:
+        if not self._penalized[slots].any():
+            return logits
+        return self.make_tables(logits.shape[1]).apply(logits, sequences, slots)
 
-    def _to_device(self, values: Numbers) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(values))  # kernels index it
-        return tensor.pin_memory().to(self._device, non_blocking=True) if self._device.type == "cuda" else tensor
+    def _note(self, tokens: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> None:
+        """Keep the chosen tokens on the device, for the next step and for the penalties."""
+        self.last_tokens[to_device(slots, self._device)] = tokens.clamp(min=0)
+        if self._tables is not None and self._penalized[slots].any():
+            self._tables.add(tokens, sequences, slots)
 
 
 def _nothing(results: list[Sampled | RequestError]) -> None:

@@ -12,13 +12,13 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from trtqwen.artifact import Manifest, read_manifest, stage_key
+from trtqwen.artifact.manifest import Manifest, read_manifest, stage_key
+from trtqwen.artifact.names import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
+from trtqwen.artifact.stage import BuildEvents, Stage
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
-from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 

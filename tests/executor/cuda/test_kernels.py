@@ -22,11 +22,13 @@ from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.int8_matmul import w8a8, w8a16
 from trtqwen.executor.cuda.kernels.matmul import matmul
 from trtqwen.executor.cuda.kernels.norm import add_norm
+from trtqwen.executor.cuda.kernels.penalize import penalize_fused
 from trtqwen.executor.cuda.kernels.quantize import PER_TOKEN, STATIC, Quantization, Quantized, quantize_rows
 from trtqwen.executor.cuda.kernels.rotary import rotary_store
 from trtqwen.executor.cuda.kernels.silu_matmul import silu_matmul
 from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide
 from trtqwen.executor.inputs import pack
+from trtqwen.executor.penalties import penalize
 from trtqwen.executor.request import Request
 from trtqwen.executor.sequence import Chunk, SequenceState, Step
 from trtqwen.nn.ops import rms_norm
@@ -194,7 +196,10 @@ def test_embed(device: torch.device) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
     rows, vocab_size = 24, 9000
-    logits = (random(rows, vocab_size, device=device, dtype=torch.float32) * 3).to(dtype)
+    logits = random(rows, vocab_size, device=device, dtype=torch.float32) * 3
+    logits[8:12] /= 100  # more tokens stay than are gathered
+    logits[12:16] *= 20  # one or two stay
+    logits = logits.to(dtype)
     generator = torch.Generator().manual_seed(3)
     values = torch.zeros(5, rows)
     values[0] = torch.rand(rows, generator=generator) * 2
@@ -213,6 +218,21 @@ def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
     assert got[5:8].tolist() == [NOT_FINITE, NOT_FINITE, NONE_LEFT]
     greedy = Choice(torch.zeros(5, rows, device=device), draws=False, filters=False)
     assert torch.equal(choose_fused(logits, greedy)[8:], logits[8:].argmax(-1))
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")
+def test_penalties(device: torch.device) -> None:
+    rows, vocab_size = 6, 5000
+    logits = random(rows, vocab_size, device=device) * 10
+    logits[5, 3], logits[5, 4] = float("nan"), float("inf")
+    dice = torch.Generator().manual_seed(3)
+    table = torch.randint(0, 6, (8, vocab_size), generator=dice, dtype=torch.int32).to(device)
+    slots = torch.tensor([7, 0, 3, 2, 5, 1], device=device)
+    values = [[1.3, 0.7, 1.0, 1.0, 1.0, 1.1], [0.0, 0.5, -0.5, 0.0, 3e38, 0.0], [0.0, 0.1, 0.2, 0.0, -3e38, 0.0]]
+    penalties = torch.tensor(values, device=device)
+    got = penalize_fused(logits, table, slots, penalties)
+    torch.testing.assert_close(got, penalize(logits, table, slots, penalties), equal_nan=True)
+    assert torch.equal(got[3], logits[3].float())
 
 
 @pytest.mark.parametrize("int8", [False, True])

@@ -16,6 +16,7 @@ from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.choose import Choice
 from trtqwen.executor.config import WorkerConfig
 from trtqwen.executor.cuda.kernels.choose import choose_fused
+from trtqwen.executor.cuda.kernels.penalize import penalize_fused
 from trtqwen.executor.cuda.model import CudaModel
 from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes
 from trtqwen.executor.device import DeviceChoice
@@ -73,7 +74,9 @@ def make_runner(
         ) from None
     clock.lap("weights")
     blocks_of_sequence = -(-build.max_seq_len // build.tokens_per_block)
-    sampler = Sampler(build.max_batch_size, choice.device, choose_fused)
+    sampler = Sampler(build.max_batch_size, choice.device, choose_fused, penalize_fused)
+    if config.rank == 0:
+        sampler.make_tables(engine.pretrained_config.vocab_size)
     try:
         runner = CudaRunner(
             model,
@@ -145,10 +148,13 @@ def _warm_up(
     torch.cuda.reset_peak_memory_stats(choice.device)
     logits = runner.launch(_largest_step(engine), sampler.last_tokens)
     if logits is not None:
-        logits.float()  # what a step that shows its logits needs
-        choice_of_all = torch.full((5, len(logits)), 0.5, device=choice.device)
-        for draws, filters in ((False, False), (True, False), (True, True)):
-            for values in (logits, logits.float()):
+        rows, vocab_size = logits.shape
+        table = torch.zeros((1, vocab_size), dtype=torch.int32, device=choice.device)
+        slots = torch.zeros(rows, dtype=torch.int64, device=choice.device)
+        choice_of_all = torch.full((5, rows), 0.5, device=choice.device)
+        for values in (logits, logits.float()):
+            penalize_fused(values, table, slots, choice_of_all[:3])
+            for draws, filters in ((False, False), (True, False), (True, True)):
                 choose_fused(values, Choice(choice_of_all, draws, filters))
         del logits, values
     torch.cuda.synchronize(choice.device)
