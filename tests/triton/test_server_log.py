@@ -10,14 +10,14 @@ ADVICE = "see triton.log"
 INFO = "I1127 04:00:00.000000 1 server.cc:674] \n"
 LOADING = (
     "E1127 04:00:01.000000 1 model_lifecycle.cc:642] \"failed to load 'preprocessing' version 1: Internal: "
-    "InputError: tokenizer: has no tokenizer.json; copy the model's tokenizer files there\\n\\nAt:\\n  model.py(9)\"\n"
+    "InputError: tokenizer: no tokenizer.json; copy the model's tokenizer files there\\n\\nAt:\\n  model.py(9)\"\n"
 )
 LATER = 'E1127 04:00:02.000000 1 main.cc:100] "unable to start"\n'
 
 
 def test_an_error_of_trtqwen_in_a_model_is_told_apart_with_its_hint() -> None:
     assert ServerLog(INFO + LOADING, ADVICE).own_error == (
-        "the model preprocessing does not load: tokenizer: has no tokenizer.json",
+        "the model preprocessing does not load: tokenizer: no tokenizer.json",
         "copy the model's tokenizer files there (see triton.log)",
     )
     assert ServerLog(INFO + LATER, ADVICE).own_error is None
