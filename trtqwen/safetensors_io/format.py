@@ -65,7 +65,7 @@ def read_header(file: IO[bytes], size: int) -> tuple[dict[str, Entry], int, byte
     """Read the header of a file of `size` bytes.
 
     Returns:
-        The tensors in the order of their bytes, where the data section starts, and the header as it stands.
+        The tensors in the order of their bytes, where the data section starts, and the header's bytes.
 
     Raises:
         ValueError: if the file is cut short, damaged or of another format.
