@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -51,7 +52,7 @@ ORDER = (
     "__main__",
 )
 
-ROOMS = ("admission", "generation", "api")  # of the gateway
+ROOMS = ("admission", "generation", "fleet", "api")  # of the gateway
 
 
 def imports(path: Path) -> Iterator[tuple[str, ...]]:
@@ -79,6 +80,12 @@ def test_packages_import_downwards_only() -> None:
         if name[0] != place(path) and ORDER.index(name[0]) >= ORDER.index(place(path))
     ]
     assert not upwards
+
+
+def test_the_documented_table_has_every_package_in_this_order() -> None:
+    page = PACKAGE.parent / "docs" / "architecture.md"
+    cells = re.findall(r"^\| (`.*?`) \|", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert tuple(re.findall(r"`(\w+)`", " ".join(cells))) == ORDER[: ORDER.index("__main__")]
 
 
 def test_the_gateway_imports_from_api_to_admission() -> None:
