@@ -153,7 +153,7 @@ def test_a_log_of_many_lines_keeps_its_numbers() -> None:
 
 def test_patterns_compile_and_name_only_groups_that_they_have() -> None:
     for failure in failures():
-        names = set(re.compile(failure.pattern.replace("KEYS", "")).groupindex) | {"place"}
+        names = set(re.compile(failure.pattern.replace("KEYS", "")).groupindex) | {"place", "rest"}
         names |= {"means", "help", "name"} if failure.table else set()
         assert set(re.findall(r"{(\w+)}", failure.cause + failure.hint)) <= names, failure.id
         assert failure.hint, failure.id

@@ -62,8 +62,8 @@ class Failure(BaseModel):
         unless: regular expression; a line that matches it too is not meant.
         after: regular expression that an earlier line must match.
         last: whether only the log's last line counts: the program hung there.
-        cause: may name groups of the pattern in braces, `{means}` of the table's row, and `{place}`, the part of
-            a program that raised a Python exception.
+        cause: may name groups of the pattern in braces, `{means}` of the table's row, `{rest}`, what the line says
+            after the pattern, and `{place}`, the part of a program that raised a Python exception.
         source: where the message was seen.
     """
 
@@ -159,7 +159,7 @@ class _Groups(dict[str, str]):
     """What a pattern caught; a group without text reads as the kind of thing it is."""
 
     def __missing__(self, name: str) -> str:
-        return "the line says what" if name == "what" else f"it ({name})"
+        return f"it ({name})"
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ class _Search:
                 "".join(squeezed(line.text) for line in lines)
             ):
                 continue
-            hit = self._hit(lines, match)
+            hit = self._hit(chunk, place, match)
             if hit is None:
                 continue
             self.times += 1
@@ -231,12 +231,16 @@ class _Search:
                 seen = lines.stop - 1
                 yield lines, match
 
-    def _hit(self, lines: tuple[Line, ...], match: re.Match[str]) -> _Hit | None:
+    def _hit(self, chunk: Chunk, place: slice, match: re.Match[str]) -> _Hit | None:
+        lines = tuple(chunk.lines[place])
         texts = [line.text for line in lines]
         caught = {name: text for name, text in match.groupdict().items() if text}
         if not self.failure.line:
+            caught["rest"] = chunk.squeezed[match.end() : ([*chunk.starts, None])[place.stop]][: _QUOTED + 1]
             caught = {name: spaced(text, texts) for name, text in caught.items()}
-        groups = _Groups({name: _quoted(text) for name, text in caught.items()})
+        groups = _Groups(
+            {"rest": "the line says what"} | {name: _quoted(text) for name, text in caught.items() if text}
+        )
         role = self.failure.role
         if role == "cause" and all(line.warning for line in lines):
             role = "symptom"  # what a program goes on after is no cause for certain
@@ -246,15 +250,15 @@ class _Search:
                 return None
             groups.update(means=row.means, help=row.hint, name=row.keys[0])
             role = row.role or role
-        place = _place(lines[0].frames)
-        if self.failure.placed and place is None:
+        part = _place(lines[0].frames)
+        if self.failure.placed and part is None:
             return None
-        groups["place"] = place or "a program"
+        groups["place"] = part or "a program"
         return _Hit(lines, shown(texts, match[0]), groups, role)
 
 
 def _quoted(text: str) -> str:
-    return text.strip() if len(text) <= _QUOTED else f"{text[:_QUOTED].strip()}..."
+    return text.strip(" :") if len(text) <= _QUOTED else f"{text[:_QUOTED].strip(' :')}..."
 
 
 def _place(frames: tuple[tuple[str, str], ...]) -> str | None:

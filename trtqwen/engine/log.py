@@ -43,6 +43,8 @@ _SIGNS = tuple(
         r"|message: |[\"']error[\"']:",
         r"^(?:[\w./-]+: )?(?:fatal )?(?:[Ee]rror|ERROR): |Traceback \(most recent|Aborted|core dumped"
         r"|terminate called|Signal: |^(?:\([^)]*\) )?ERROR ",
+        r"^(?!.*(?:^I\d{4} |\[(?:I|INFO|W|WARNING|V|VERBOSE|DEBUG)\]|\b(?:INFO|DEBUG|WARNING|VERBOSE)\b|[Ww]arning)).*"
+        r"\b(?:[Ff]ail(?:ed|ure|s)\b|(?i:error|assert|exception|fatal)|[Cc]annot|[Uu]nable to|[Cc]ould not|[Ii]nvalid)",
     )
 )
 
