@@ -235,7 +235,9 @@ class _Search:
         lines = tuple(chunk.lines[place])
         texts = [line.text for line in lines]
         caught = {name: text for name, text in match.groupdict().items() if text}
-        if not self.failure.line:
+        if self.failure.line:
+            caught.setdefault("what", _sentence(match))
+        else:
             caught["rest"] = chunk.squeezed[match.end() : ([*chunk.starts, None])[place.stop]][: _QUOTED + 1]
             caught = {name: spaced(text, texts) for name, text in caught.items()}
         groups = _Groups(
@@ -255,6 +257,12 @@ class _Search:
             return None
         groups["place"] = part or "a program"
         return _Hit(lines, shown(texts, match[0]), groups, role)
+
+
+def _sentence(match: re.Match[str]) -> str:
+    """The part of a line around a match, from the last colon or quote before it."""
+    begin = re.match(r'(?:.*[:"])?', match.string[: match.start()])
+    return match.string[begin.end() if begin else 0 :]
 
 
 def _quoted(text: str) -> str:
