@@ -38,7 +38,7 @@ _RAISE = re.compile(r"(?:^|\] +)raise \w")
 _SIGNS = tuple(
     re.compile(sign)
     for sign in (
-        r"Assertion failed|what\(\):|(?:^|[\] ])(?:\w+\.)*\w*(?:Error|Exception)(?:\b.*:|$)"
+        r"Assertion failed|what\(\):|(?:^|[\] ])(?:\w+\.)*\w*(?:Error|Exception|StopIteration)(?:\b.*:|$)"
         r"|\]\s*\[?E(?:RROR)?\]|\[ERROR\]",
         r"UNAVAILABLE: |failed to load '|^E\d{4} |NCCL WARN|\bFATAL\b|[Cc][Uu][Dd][Aa] ?(?:[Ee]rror|failure|runtime)"
         r"|message: |[\"']error[\"']:",
