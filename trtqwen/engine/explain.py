@@ -57,6 +57,7 @@ class Failure(BaseModel):
             the table.
         line: match single lines, with their white space, instead.
         telling: match only lines that look like errors.
+        certain: stays a cause on a line that its program calls a warning.
         placed: match only where a traceback leads to a part of a program that is known.
         table: where the group `key` of the pattern is looked up; a key without a row does not count.
         unless: regular expression; a line that matches it too is not meant.
@@ -74,6 +75,7 @@ class Failure(BaseModel):
     pattern: str
     line: bool = False
     telling: bool = False
+    certain: bool = False
     placed: bool = False
     table: str | None = None
     unless: str | None = None
@@ -170,6 +172,7 @@ class _Hit:
     text: str
     groups: _Groups
     role: Role
+    warning: bool
 
     @property
     def numbers(self) -> set[int]:
@@ -179,7 +182,7 @@ class _Hit:
     def rank(self) -> tuple[int, bool, int]:
         """Where it stands among the findings."""
         cause = self.role == "cause"
-        return _ROLES.index(self.role), self.lines[0].warning, cause * self.lines[0].number
+        return _ROLES.index(self.role), self.warning, cause * self.lines[0].number
 
 
 class _Search:
@@ -244,7 +247,8 @@ class _Search:
             {"rest": "the line says what"} | {name: _quoted(text) for name, text in caught.items() if text}
         )
         role = self.failure.role
-        if role == "cause" and all(line.warning for line in lines):
+        warning = all(line.warning for line in lines) and not self.failure.certain
+        if role == "cause" and warning:
             role = "symptom"  # what a program goes on after is no cause for certain
         if self.failure.table is not None:
             row = _rows(self.failure.table).get(_folded(groups["key"]))
@@ -256,7 +260,7 @@ class _Search:
         if self.failure.placed and part is None:
             return None
         groups["place"] = part or "a program"
-        return _Hit(lines, shown(texts, match[0]), groups, role)
+        return _Hit(lines, shown(texts, match[0]), groups, role, warning)
 
 
 def _sentence(match: re.Match[str]) -> str:

@@ -28,7 +28,7 @@ _BORDER = re.compile(r"^[+|][-=+]+[+|]?$")
 _ESCAPED = re.compile(r'\\+(?:[ntr]|(?=["\']))')
 _SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
-_WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO) \d\d-\d\d |Warning: ")
+_WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) \d\d-\d\d |Warning: ")
 _FRAME = re.compile(
     r'File \\*"(?:[^"]*/(?:site|dist)-packages/)?(?P<path>[^"\\]+)\\*", line \d+, in (?P<function>[\w<>]+)'
 )
