@@ -222,6 +222,11 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     assert configs["postprocessing"].parameters["skip_special_tokens"].string_value == "False"
 
 
+def test_one_process_for_text_has_no_batcher(repository: Path) -> None:
+    """It would reject steps of clients that have left, which crashes Triton's ensembles."""
+    assert not read(repository, "postprocessing").HasField("dynamic_batching")
+
+
 def test_chat_template_is_the_models_own(repository: Path) -> None:
     settings = json.loads((tokenizer_directory(repository) / "tokenizer_config.json").read_text("utf-8"))
     assert read(repository, "preprocessing").parameters["chat_template"].string_value == settings["chat_template"]

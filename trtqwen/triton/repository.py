@@ -297,8 +297,12 @@ def _postprocessing(config: ModelConfig, serve: ServeRecipe, built: _Built) -> N
         # Beyond upstream: the C++ backend sends tokens as they come, the embedded engine whole characters.
         config.parameters[HOLDS_CHARACTERS].string_value = "True"
     _set_instances(config, serve.postprocessing_instance_count)
-    # Without it, the pieces of a stream overtake each other.
-    config.dynamic_batching.preserve_ordering = True
+    if serve.postprocessing_instance_count > 1:
+        config.dynamic_batching.preserve_ordering = True  # else the pieces of a stream overtake each other
+    else:
+        # One instance keeps the order by itself. A batcher rejects requests of a client that has left, as errors of a
+        # step; an ensemble whose step fails while another one is scheduled crashes Triton before 26.05 (core 483).
+        config.ClearField("dynamic_batching")
 
 
 def _bls(config: ModelConfig) -> None:
