@@ -57,13 +57,14 @@ class Failure(BaseModel):
             the table.
         line: match single lines, with their white space, instead.
         telling: match only lines that look like errors.
+        certain: stays a cause on a line that its program calls a warning.
         placed: match only where a traceback leads to a part of a program that is known.
         table: where the group `key` of the pattern is looked up; a key without a row does not count.
         unless: regular expression; a line that matches it too is not meant.
         after: regular expression that an earlier line must match.
         last: whether only the log's last line counts: the program hung there.
-        cause: may name groups of the pattern in braces, `{means}` of the table's row, and `{place}`, the part of
-            a program that raised a Python exception.
+        cause: may name groups of the pattern in braces, `{means}` of the table's row, `{rest}`, what the line says
+            after the pattern, and `{place}`, the part of a program that raised a Python exception.
         source: where the message was seen.
     """
 
@@ -74,6 +75,7 @@ class Failure(BaseModel):
     pattern: str
     line: bool = False
     telling: bool = False
+    certain: bool = False
     placed: bool = False
     table: str | None = None
     unless: str | None = None
@@ -159,7 +161,7 @@ class _Groups(dict[str, str]):
     """What a pattern caught; a group without text reads as the kind of thing it is."""
 
     def __missing__(self, name: str) -> str:
-        return "the line says what" if name == "what" else f"it ({name})"
+        return f"it ({name})"
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ class _Hit:
     text: str
     groups: _Groups
     role: Role
+    warning: bool
 
     @property
     def numbers(self) -> set[int]:
@@ -179,7 +182,7 @@ class _Hit:
     def rank(self) -> tuple[int, bool, int]:
         """Where it stands among the findings."""
         cause = self.role == "cause"
-        return _ROLES.index(self.role), self.lines[0].warning, cause * self.lines[0].number
+        return _ROLES.index(self.role), self.warning, cause * self.lines[0].number
 
 
 class _Search:
@@ -206,7 +209,7 @@ class _Search:
                 "".join(squeezed(line.text) for line in lines)
             ):
                 continue
-            hit = self._hit(lines, match)
+            hit = self._hit(chunk, place, match)
             if hit is None:
                 continue
             self.times += 1
@@ -231,14 +234,21 @@ class _Search:
                 seen = lines.stop - 1
                 yield lines, match
 
-    def _hit(self, lines: tuple[Line, ...], match: re.Match[str]) -> _Hit | None:
+    def _hit(self, chunk: Chunk, place: slice, match: re.Match[str]) -> _Hit | None:
+        lines = tuple(chunk.lines[place])
         texts = [line.text for line in lines]
         caught = {name: text for name, text in match.groupdict().items() if text}
-        if not self.failure.line:
+        if self.failure.line:
+            caught.setdefault("what", _sentence(match))
+        else:
+            caught["rest"] = chunk.squeezed[match.end() : ([*chunk.starts, None])[place.stop]][: _QUOTED + 1]
             caught = {name: spaced(text, texts) for name, text in caught.items()}
-        groups = _Groups({name: _quoted(text) for name, text in caught.items()})
+        groups = _Groups(
+            {"rest": "the line says what"} | {name: _quoted(text) for name, text in caught.items() if text}
+        )
         role = self.failure.role
-        if role == "cause" and all(line.warning for line in lines):
+        warning = all(line.warning for line in lines) and not self.failure.certain
+        if role == "cause" and warning:
             role = "symptom"  # what a program goes on after is no cause for certain
         if self.failure.table is not None:
             row = _rows(self.failure.table).get(_folded(groups["key"]))
@@ -246,15 +256,21 @@ class _Search:
                 return None
             groups.update(means=row.means, help=row.hint, name=row.keys[0])
             role = row.role or role
-        place = _place(lines[0].frames)
-        if self.failure.placed and place is None:
+        part = _place(lines[0].frames)
+        if self.failure.placed and part is None:
             return None
-        groups["place"] = place or "a program"
-        return _Hit(lines, shown(texts, match[0]), groups, role)
+        groups["place"] = part or "a program"
+        return _Hit(lines, shown(texts, match[0]), groups, role, warning)
+
+
+def _sentence(match: re.Match[str]) -> str:
+    """The part of a line around a match, from the last colon or quote before it."""
+    begin = re.match(r'(?:.*[:"])?', match.string[: match.start()])
+    return match.string[begin.end() if begin else 0 :]
 
 
 def _quoted(text: str) -> str:
-    return text.strip() if len(text) <= _QUOTED else f"{text[:_QUOTED].strip()}..."
+    return text.strip(" :") if len(text) <= _QUOTED else f"{text[:_QUOTED].strip(' :')}..."
 
 
 def _place(frames: tuple[tuple[str, str], ...]) -> str | None:

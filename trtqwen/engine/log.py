@@ -28,21 +28,25 @@ _BORDER = re.compile(r"^[+|][-=+]+[+|]?$")
 _ESCAPED = re.compile(r'\\+(?:[ntr]|(?=["\']))')
 _SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
-_WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO) \d\d-\d\d |Warning: ")
+_WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) \d\d-\d\d |Warning: ")
 _FRAME = re.compile(
     r'File \\*"(?:[^"]*/(?:site|dist)-packages/)?(?P<path>[^"\\]+)\\*", line \d+, in (?P<function>[\w<>]+)'
 )
+_RAISE = re.compile(r"(?:^|\] +)raise \w")
 
 # Lines that tell of an error in a log that is not understood, the most telling first.
 _SIGNS = tuple(
     re.compile(sign)
     for sign in (
-        r"Assertion failed|what\(\):|(?:^|[\] ])(?:\w+\.)*\w*(?:Error|Exception)(?:\b.*:|$)"
+        r"Assertion failed|what\(\):|(?:^|[\] ])(?:\w+\.)*\w*(?:Error|Exception|StopIteration)(?:\b.*:|$)"
         r"|\]\s*\[?E(?:RROR)?\]|\[ERROR\]",
         r"UNAVAILABLE: |failed to load '|^E\d{4} |NCCL WARN|\bFATAL\b|[Cc][Uu][Dd][Aa] ?(?:[Ee]rror|failure|runtime)"
         r"|message: |[\"']error[\"']:",
         r"^(?:[\w./-]+: )?(?:fatal )?(?:[Ee]rror|ERROR): |Traceback \(most recent|Aborted|core dumped"
         r"|terminate called|Signal: |^(?:\([^)]*\) )?ERROR ",
+        r"^(?!.*(?:^I\d{4} |\[(?:I|INFO|W|WARNING|V|VERBOSE|DEBUG)\]|\b(?:INFO|DEBUG|WARNING|VERBOSE)\b|[Ww]arning))"
+        r".*\b(?:[Ff]ail(?:ed|ure|s)\b"
+        r"|(?i:error|assert|exception|fatal)|[Cc](?:annot|ould not)|[Uu]nable|[Ii]nvalid)",
     )
 )
 
@@ -133,9 +137,10 @@ class Log:
     def _read(self, number: int, text: str) -> Line:
         if "Traceback (most recent call last)" in text:
             self._frames = []
-        if 'File "' in text or 'File \\"' in text:
-            self._frames.extend((match["path"], match["function"]) for match in _FRAME.finditer(text))
-        sign = next((rank for rank, pattern in enumerate(_SIGNS) if pattern.search(text)), None)
+        frames = list(_FRAME.finditer(text)) if "File " in text else []
+        self._frames.extend((match["path"], match["function"]) for match in frames)
+        source = (len(frames) == 1 and frames[0].end() == len(text)) or _RAISE.search(text)  # not what happened
+        sign = None if source else next((rank for rank, pattern in enumerate(_SIGNS) if pattern.search(text)), None)
         warning = _WARNING.search(text) is not None
         line = Line(number, text, sign, warning, tuple(self._frames) if sign is not None else ())
         self._shown = line
