@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--requests-per-stream", type=int, default=4)
     parser.add_argument("--inputs", type=int, default=512)
     parser.add_argument("--outputs", type=int, default=256)
-    parser.add_argument("--max-num-tokens", type=int, default=8192, help="of a step of the random engine")
+    parser.add_argument("--max-num-tokens", type=int, default=4096, help="of a step of the random engine")
     parser.add_argument("--turns", type=int, default=1)
     parser.add_argument("--apart", action="store_true", help="start one server after the other has ended")
     parser.add_argument("--only", choices=["trtqwen", "vllm"], help="measure one side and print its figures")

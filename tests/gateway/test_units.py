@@ -103,6 +103,11 @@ def test_what_is_left_open_is_the_model_s_default(
     assert sampling_values(chat(**fields), defaults) == wanted
 
 
+def test_no_request_waits_for_tables_of_the_vocabulary(engine_repository: Path) -> None:
+    made = vars(load_model(engine_repository).tokenizer)
+    assert {"token_bytes", "special_pattern", "_plain_backend"} <= made.keys()
+
+
 def test_tensors_go_by_the_release_s_own_names(engine_repository: Path) -> None:
     model = load_model(engine_repository)
     sampling = Sampling({"min_tokens": 2, "temperature": 0.5}, seed=-1, guide=Guide('{"é": 1}'))
