@@ -126,8 +126,8 @@ def test_an_engine_that_breaks_a_serving_promise_is_refused(
     ("how", "message"),
     [
         ("out_of_memory", r"failed \(exit code 1\): the GPU's memory is not enough .*lower engine\.max_num_tokens"),
-        ("no_gpu", r"exit code 1\): no GPU is visible to TensorRT-LLM; build where nvidia-smi"),
-        ("no_workers", r"exit code 1\): no GPU is visible to TensorRT-LLM"),
+        ("no_gpu", r"exit code 1\): no GPU is visible to this process; build where nvidia-smi"),
+        ("no_workers", r"exit code 1\): no GPU is visible to this process"),
         ("pool", r"exit code 1\): a worker process of the build died, .*host memory; lower engine\.workers"),
         ("killed", r"ended by SIGKILL\): it was killed from outside, usually .*host ran out of memory"),
         ("exit137", r"exit code 137\): it was killed from outside, usually .*host ran out of memory"),
