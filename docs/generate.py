@@ -110,7 +110,7 @@ def failures_page() -> Iterator[str]:
     yield "What `trtqwen explain LOG` recognizes: the pattern of the telling line, its cause and what to do."
     for failure in explain.failures():
         yield f"## {_title(failure.cause)}"
-        yield f"Line: `{failure.pattern}`"
+        yield f"```text\n{failure.pattern}\n```"  # in a fence: inline code lets `<![` through to the HTML parser
         yield f"Cause: {failure.cause}."
         yield f"Hint: {failure.hint}."
     yield "# Members of kinds"
