@@ -159,6 +159,15 @@ def test_a_request_that_leaves_no_token_fails_alone() -> None:
     assert ["no token is left to choose" in str(result) for result in results] == [True, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_warming_up_leaves_no_trace(dtype: torch.dtype) -> None:
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(1)).to(dtype)
+    subject = sequence(output=(5,), temperature=0.7, top_p=0.9, repetition_penalty=1.3)
+    fresh, warm = sampler(), sampler()
+    warm.warm_up(logits.clone())
+    assert warm.sample(logits.clone(), [subject]) == fresh.sample(logits.clone(), [subject])
+
+
 def test_a_penalty_that_overflows_still_wins() -> None:
     wanting = sequence("a", output=(1, 2, 2), frequency_penalty=-1e39)
     refusing = sequence("b", output=(0, 1, 1, 2), frequency_penalty=1e39, slot=1)

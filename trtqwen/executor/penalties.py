@@ -7,6 +7,7 @@ a sequence has seen, which stay on the device: Qwen's own defaults have a repeti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -82,6 +83,20 @@ def penalize(logits: Tensor, table: Tensor, slots: Tensor, values: Tensor) -> Te
     return logits
 
 
+@dataclass(frozen=True)
+class Rows:
+    """The sequences that a step samples for, one for each row of its logits.
+
+    Attributes:
+        slots: their batch slots, int64 [rows], on the host.
+        places: the same on the device.
+    """
+
+    sequences: Sequence[SequenceState]
+    slots: Numbers
+    places: Tensor
+
+
 class PenaltyTables:
     """Which tokens each batch slot has seen, on the device: a step in flight adds its own without the host.
 
@@ -100,28 +115,26 @@ class PenaltyTables:
         self._values = np.tile(np.array(_NONE, np.float32)[:, None], slots)
         self._table = torch.zeros((slots, vocab_size), dtype=torch.int32, device=device)
 
-    def apply(self, logits: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> Tensor:
+    def apply(self, logits: Tensor, rows: Rows) -> Tensor:
         """The logits with the penalties of their sequences, float32.
 
         Args:
             logits: float [rows, vocab_size]; float32 ones may be changed in place.
-            slots: of the sequences, int64 [rows].
         """
-        for sequence in sequences:
+        for sequence in rows.sequences:
             self._load(sequence)
-        values = to_device(self._values[:, slots], self._device)
-        return self._penalize(logits, self._table, to_device(slots, self._device), values)
+        values = to_device(self._values[:, rows.slots], self._device)
+        return self._penalize(logits, self._table, rows.places, values)
 
-    def add(self, tokens: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> None:
+    def add(self, tokens: Tensor, rows: Rows) -> None:
         """Note the tokens that were chosen for the rows of the last `apply`; those below 0 are none.
 
         Args:
             tokens: int64 [rows].
         """
-        places = to_device(slots, self._device) * self._table.shape[1] + tokens.clamp(min=0)
         flat = self._table.view(-1)
-        flat[places] += _IN_ANSWER * (tokens >= 0)
-        for slot in slots:
+        flat[rows.places * self._table.shape[1] + tokens.clamp(min=0)] += _IN_ANSWER * (tokens >= 0)
+        for slot in rows.slots:
             self._lengths[slot] += 1
 
     def _load(self, sequence: SequenceState) -> None:

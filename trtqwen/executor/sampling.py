@@ -18,15 +18,16 @@ from trtqwen.diagnostics import RequestError
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose, uniforms
 from trtqwen.executor.log_probs import Likeliest, likeliest
 from trtqwen.executor.penalties import (
-    Numbers,
     Penalize,
     PenaltyTables,
+    Rows,
     adjustments,
     has_adjustments,
     has_penalties,
     penalize,
     to_device,
 )
+from trtqwen.executor.request import Request, SamplingConfig
 from trtqwen.executor.sequence import SequenceState
 
 Choose = Callable[[Tensor, Choice], Tensor]
@@ -160,6 +161,21 @@ class Sampler:
             self._tables = PenaltyTables(self._slots, vocab_size, self._device, self._penalizer)
         return self._tables
 
+    def warm_up(self, logits: Tensor) -> None:
+        """Choose in every way, so that no request waits for a kernel to be compiled or loaded.
+
+        Args:
+            logits: float [1, vocab_size], in the dtype of the computation.
+        """
+        drawn = {"temperature": 0.7, "top_p": 1.0}
+        penalties = {"repetition_penalty": 1.05, "presence_penalty": 0.1, "frequency_penalty": 0.1}
+        for changes in ({}, drawn, drawn | {"top_k": 20, "top_p": 0.8}, penalties, penalties | drawn):
+            sampling = SamplingConfig.model_validate(changes)
+            request = Request(id="warm-up", input_token_ids=(0, 0), max_tokens=3, sampling=sampling)
+            sequence = SequenceState(request, request.max_tokens, [0, 0, 0], slot=0)
+            for values in (logits, logits.float()):
+                self.launch(values, [sequence]).token_ids()
+
     def sample(self, logits: Tensor, sequences: Sequence[SequenceState]) -> list[Sampled | RequestError]:
         """One token for each row, or why there is none; see `launch`."""
         return self.launch(logits, sequences).results()
@@ -182,32 +198,28 @@ class Sampler:
         drawn = values[0] > 0
         filters = bool((drawn & ((values[1] > 0) & (values[1] < 1) | (values[2] > 0) | (values[4] > 0))).any())
         choice = Choice(to_device(values, self._device), bool(drawn.any()), filters)
+        rows = Rows(sequences, slots, to_device(slots, self._device))
         if self._special[slots].any():
-            return self._special_launch(logits.float(), sequences, choice, slots)
-        tokens = self._chooser(self._penalize(logits, sequences, slots), choice)
-        self._note(tokens, sequences, slots)
+            return self._special_launch(logits.float(), rows, choice)
+        tokens = self._chooser(self._penalize(logits, rows), choice)
+        self._note(tokens, rows)
         return Pending(tokens, None, {}, {}, _nothing)
 
-    def _special_launch(
-        self,
-        logits: Tensor,
-        sequences: Sequence[SequenceState],
-        choice: Choice,
-        slots: Numbers,
-    ) -> Pending:
+    def _special_launch(self, logits: Tensor, rows: Rows, choice: Choice) -> Pending:
         """Sampling with everything that the host prepares: biases, bad words, guides, log probabilities."""
+        sequences = rows.sequences
         unusable = ~logits.amax(dim=-1).isfinite()
         wanting = [row for row, sequence in enumerate(sequences) if _wants_logits(sequence)]
         own = {row: logits[row].clone() for row in wanting}
         totals = logits.logsumexp(dim=-1) if wanting else None
         self._adjust(logits, sequences)
-        logits = self._penalize(logits, sequences, slots)
+        logits = self._penalize(logits, rows)
         refused = self._mask(logits, sequences)
         # A bias can overflow; such a row has nothing left either.
         overflown = logits.amax(dim=-1, keepdim=True).isfinite().logical_not()
         tokens = self._chooser(logits.masked_fill(overflown, float("-inf")), choice)
         tokens = tokens.masked_fill(unusable, NOT_FINITE)
-        self._note(tokens, sequences, slots)
+        self._note(tokens, rows)
         log_probs = None
         if totals is not None:
             chosen = torch.stack([own[row] for row in wanting]).gather(1, tokens[wanting].clamp(min=0)[:, None])[:, 0]
@@ -254,16 +266,16 @@ class Sampler:
                     refused[row] = problem
         return refused
 
-    def _penalize(self, logits: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> Tensor:
-        if not self._penalized[slots].any():
+    def _penalize(self, logits: Tensor, rows: Rows) -> Tensor:
+        if not self._penalized[rows.slots].any():
             return logits
-        return self.make_tables(logits.shape[1]).apply(logits, sequences, slots)
+        return self.make_tables(logits.shape[1]).apply(logits, rows)
 
-    def _note(self, tokens: Tensor, sequences: Sequence[SequenceState], slots: Numbers) -> None:
+    def _note(self, tokens: Tensor, rows: Rows) -> None:
         """Keep the chosen tokens on the device, for the next step and for the penalties."""
-        self.last_tokens[to_device(slots, self._device)] = tokens.clamp(min=0)
-        if self._tables is not None and self._penalized[slots].any():
-            self._tables.add(tokens, sequences, slots)
+        self.last_tokens[rows.places] = tokens.clamp(min=0)
+        if self._tables is not None and self._penalized[rows.slots].any():
+            self._tables.add(tokens, rows)
 
 
 def _nothing(results: list[Sampled | RequestError]) -> None:

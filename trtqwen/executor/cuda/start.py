@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.diagnostics import EngineError
@@ -23,9 +22,7 @@ from trtqwen.executor.device import DeviceChoice
 from trtqwen.executor.inputs import Counts, StepInputs
 from trtqwen.executor.parallel import Communicator
 from trtqwen.executor.plain_runner import Started
-from trtqwen.executor.request import Request, SamplingConfig
 from trtqwen.executor.sampling import Sampler
-from trtqwen.executor.sequence import SequenceState
 
 _GIB = 1 << 30
 _MOSTLY_FREE = 0.9  # of a card's memory: less means that other processes use it
@@ -150,7 +147,7 @@ def _warm_up(
     torch.cuda.reset_peak_memory_stats(choice.device)
     logits = runner.launch(_largest_step(engine), sampler.last_tokens)
     if logits is not None:
-        _sample(logits, sampler)
+        sampler.warm_up(logits[:1])
         del logits
     torch.cuda.synchronize(choice.device)
     need = torch.cuda.max_memory_allocated(choice.device) - before
@@ -161,19 +158,6 @@ def _warm_up(
     torch.cuda.synchronize(choice.device)
     torch.cuda.empty_cache()
     return need
-
-
-def _sample(logits: Tensor, sampler: Sampler) -> None:
-    """Choose in every way, so that no request waits for a kernel to be compiled or loaded."""
-    plain = {"temperature": 0.7, "top_p": 1.0}
-    penalties = {"repetition_penalty": 1.05, "presence_penalty": 0.1, "frequency_penalty": 0.1}
-    for changes in ({}, plain, plain | {"top_k": 20, "top_p": 0.8}, penalties, penalties | plain):
-        sampling = SamplingConfig.model_validate(changes)
-        request = Request(id="warm-up", input_token_ids=(0, 0), max_tokens=len(logits) + 1, sampling=sampling)
-        sequence = SequenceState(request, request.max_tokens, [0, 0, 0], slot=0)
-        for values in (logits, logits.float()):
-            for row in range(2):
-                sampler.launch(values[row : row + 1], [sequence]).token_ids()
 
 
 def _largest_step(engine: EngineConfig) -> StepInputs:

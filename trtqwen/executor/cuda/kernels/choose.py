@@ -202,8 +202,6 @@ def _choose(
         if usable & (temperature > 0):
             temperature = tl.maximum(temperature, 1e-20)
             uniform = tl.load(values + 3 * rows + program)
-            threshold = _LOWEST
-            drawn = vocab_size
             if FILTERS:
                 top_p, min_p = tl.load(values + rows + program), tl.load(values + 2 * rows + program)
                 top_k = tl.load(values + 4 * rows + program)
@@ -228,7 +226,7 @@ def _choose(
                     threshold = _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK)
                     drawn = _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK)
             else:
-                drawn = _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK)
+                drawn = _draw(row, vocab_size, best, temperature, _LOWEST, uniform, BLOCK)
             chosen = tl.where(drawn < vocab_size, drawn, chosen)
     if best == float("-inf"):
         chosen = _NONE_LEFT
