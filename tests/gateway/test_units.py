@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,6 +26,7 @@ from trtqwen.gateway.admission.auth import Caller, TokenBucket, read_keys
 from trtqwen.gateway.api.response_format import plan_guide
 from trtqwen.gateway.api.sampling import sampling_values
 from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest
+from trtqwen.gateway.app import create_app
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig, gateway_config
 from trtqwen.gateway.errors import ApiError
@@ -33,7 +35,7 @@ from trtqwen.gateway.generation.inputs import Sampling, engine_inputs
 from trtqwen.gateway.generation.plan import fit_answer
 from trtqwen.gateway.generation.upstream import _reply
 from trtqwen.gateway.model import ServedModel, load_model
-from trtqwen.gateway.state import plan_gate
+from trtqwen.gateway.state import Runtime, plan_gate
 from trtqwen.hf import chat_template as hf
 from trtqwen.hf.generation import GenerationDefaults
 
@@ -104,7 +106,13 @@ def test_what_is_left_open_is_the_model_s_default(
 
 
 def test_no_request_waits_for_tables_of_the_vocabulary(engine_repository: Path) -> None:
-    made = vars(load_model(engine_repository).tokenizer)
+    async def served() -> ServedModel:
+        app = create_app(GatewayConfig(repository=engine_repository, triton=("127.0.0.1:9",)))
+        async with app.router.lifespan_context(app):
+            runtime: Runtime = app.state.fleet.default.stable.engine.runtime
+        return runtime.model
+
+    made = vars(asyncio.run(served()).tokenizer)
     assert {"token_bytes", "special_pattern", "_plain_backend"} <= made.keys()
 
 

@@ -126,7 +126,6 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
     parameters = {key: value.string_value for key, value in config.parameters.items()}
     cap = parameters.get("max_tokens_in_paged_kv_cache", "")
     tokenizer = Tokenizer(tokenizer_directory(repository))
-    tokenizer.make_tables()  # no client waits for them
     engine = read_engine_config(Path(parameters["gpt_model_path"]))
     return ServedModel(
         name=name or repository.resolve().name,

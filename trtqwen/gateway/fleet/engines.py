@@ -115,6 +115,7 @@ class EnginePool:
         triton = tuple(addresses or self._known_addresses(target))
         if not triton:
             raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
+        await asyncio.to_thread(model.tokenizer.make_tables)  # no client waits for them
         config = self._config.model_copy(update={"repository": target.repository, "triton": triton})
         template = model.tokenizer.chat_template
         stack = AsyncExitStack()
