@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from peers import Server, trtqwen_server, vllm_server
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.repository import write_repository
 
@@ -91,9 +91,7 @@ def random_model(directory: Path) -> Path:
 
         torch.manual_seed(0)
         Qwen2ForCausalLM(Qwen2Config(**SHAPE)).to(torch.bfloat16).save_pretrained(directory)
-        for path in MODEL.iterdir():
-            if path.suffix in (".json", ".txt", ".jinja") and path.name != "config.json":
-                shutil.copy(path, directory / path.name)
+        Tokenizer(MODEL).write(directory)
     return directory
 
 

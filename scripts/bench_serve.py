@@ -24,6 +24,7 @@ from trtqwen.recipe import EngineRecipe
 
 HERE = Path(__file__).parent
 NAME = "bench"
+_RANDOM_PRECISIONS = {"float16": "fp16", "bfloat16": "bf16"}
 # Ours, theirs, and whether more is better.
 FIGURES = {
     "output_throughput": ("output tokens/s", True),
@@ -93,7 +94,7 @@ def make_random(options: argparse.Namespace) -> None:
 
     home = options.work / "random"
     shutil.rmtree(home, ignore_errors=True)
-    precision = {"float16": "fp16", "bfloat16": "bf16"}[options.precision]
+    precision = _RANDOM_PRECISIONS[options.precision]
     limits = EngineRecipe(
         backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=2048
     )
@@ -157,6 +158,8 @@ def main() -> None:
     options.work = options.work.resolve()
     flags = ["--dtype", options.precision, *options.vllm_flags.split()]
     if options.random is not None:
+        if options.precision not in _RANDOM_PRECISIONS:
+            parser.error(f"--random takes --precision {' or '.join(_RANDOM_PRECISIONS)}")
         make_random(options)
         flags += ["--load-format", "dummy"]
     elif options.repository is None or options.model is None:

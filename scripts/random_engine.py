@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from trtqwen.checkpoint.tensors import RuleBook
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.hf.known import known_config
+from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.safetensors_io.format import TensorSpec
@@ -110,13 +110,7 @@ def write_tokenizer(directory: Path, vocab_size: int) -> None:
     A token without text would reach the client with a later one, and its time would not be measured.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    for path in MODEL.iterdir():
-        if path.suffix in (".json", ".txt", ".jinja") and path.name not in (
-            "config.json",
-            "vocab.json",
-            "merges.txt",
-        ):
-            shutil.copy(path, directory / path.name)
+    Tokenizer(MODEL).write(directory)
     path = directory / "tokenizer.json"
     content: dict[str, Any] = json.loads(path.read_text("utf-8"))
     vocabulary = content["model"]["vocab"]

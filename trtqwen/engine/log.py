@@ -17,6 +17,7 @@ _CHUNK, _OVERLAP = 4000, 12  # lines searched at a time, and lines that a match 
 _TELLING = 5  # lines shown of a log that is not understood
 _GAP = 3  # empty lines and table borders that a match may run over
 _REPEATS = 20  # lines that are searched of those that differ in numbers alone; the others are counted
+_FRAMES = 1000  # of a traceback that are kept, the limit of a recursion
 _LONGEST = 400  # characters of a line that is shown
 
 _ANSI = re.compile(r"\x1b(?:\[[0-9;?]*[ -/]*[@-~]|\][^\x07]*\x07)")
@@ -97,7 +98,7 @@ class Log:
 
     def __init__(self, lines: Iterable[str]) -> None:
         self._lines = lines
-        self._frames: list[tuple[str, str]] = []
+        self._frames: deque[tuple[str, str]] = deque(maxlen=_FRAMES)
         self._telling: list[list[Line]] = [[] for _ in _SIGNS]
         self._shown: Line | None = None
         self.counts: Counter[str] = Counter()
@@ -136,7 +137,7 @@ class Log:
 
     def _read(self, number: int, text: str) -> Line:
         if "Traceback (most recent call last)" in text:
-            self._frames = []
+            self._frames.clear()
         frames = list(_FRAME.finditer(text)) if "File " in text else []
         self._frames.extend((match["path"], match["function"]) for match in frames)
         source = (len(frames) == 1 and frames[0].end() == len(text)) or _RAISE.search(text)  # not what happened

@@ -70,8 +70,8 @@ class TritonPythonModel:
                 try:
                     if sender.abandoned():
                         gone.add(sender)
-                    if sender in gone & before:
-                        stop(models, self._settings)
+                        if sender in before:
+                            stop(models, self._settings)
                 except Exception as problem:  # without this thread, no client would be missed any more
                     pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")
 
