@@ -113,6 +113,13 @@ def failures_page() -> Iterator[str]:
         yield f"Line: `{failure.pattern}`"
         yield f"Cause: {failure.cause}."
         yield f"Hint: {failure.hint}."
+    yield "# Members of kinds"
+    yield "What `{key}` of the pattern above can be, and what fills `{means}` and `{help}`."
+    used = {failure.table: failure.cause for failure in explain.failures() if failure.table}
+    for name, cause in used.items():
+        yield f"## {name}: {cause}"
+        for row in explain.tables()[name or ""]:
+            yield f"{', '.join(f'`{key}`' for key in row.keys)}: {row.means}. Hint: {row.hint}."
 
 
 def compatibility_page() -> Iterator[str]:

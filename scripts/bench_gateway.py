@@ -29,6 +29,7 @@ import numpy as np
 import uvloop
 from stand_in_engine import write_stand_in_repository
 
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
@@ -36,7 +37,6 @@ from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository

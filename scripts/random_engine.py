@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
+from trtqwen.artifact.names import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.checkpoint.config import Dtype, checkpoint_config
 from trtqwen.checkpoint.convert import NUMPY_DTYPES
 from trtqwen.checkpoint.mapping import RankMapping
@@ -21,7 +22,6 @@ from trtqwen.checkpoint.tensors import RuleBook
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
 from trtqwen.hf.known import known_config
-from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
 from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.parameters import read_parameters, tokenizer_path
 

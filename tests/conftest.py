@@ -21,7 +21,7 @@ import pytest
 from xdist.scheduler import LoadFileScheduling
 
 from tests.ranks import Nursery
-from trtqwen.artifact import cached, write_manifest
+from trtqwen.artifact.manifest import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine

@@ -15,13 +15,11 @@ PACKAGE = Path(trtqwen.__file__).parent
 # From the lowest floor up. A package imports from packages before it, never from one behind it.
 ORDER = (
     "diagnostics",
-    "layout",
     "yaml_file",
     "safetensors_io",
     "system",
     "facts",
     "artifact",
-    "stage",
     "nn",
     "hf",
     "recipe",

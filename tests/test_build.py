@@ -16,13 +16,13 @@ from tests.models import random_model
 from tests.processes import fork, in_child
 from tests.standins.host import install
 from trtqwen import __version__
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
+from trtqwen.artifact.stage import BuildEvents, StageResult
 from trtqwen.build import BuildPlan, plan_build, run_build
 from trtqwen.checkpoint.convert import run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError, InputError, OutputError, SourceError
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, Recipe, load_recipe
-from trtqwen.stage import BuildEvents, StageResult
 from trtqwen.triton.integrity import check_served_files
 
 TINY = load_recipe("qwen2-tiny-cpu")
@@ -103,8 +103,8 @@ def test_another_tokenizer_is_not_another_model(tmp_path: Path) -> None:
 
 def test_another_version_makes_everything_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(tmp_path)
-    monkeypatch.setattr("trtqwen.artifact.__version__", "9.9")
-    monkeypatch.setattr("trtqwen.stage.__version__", "9.9")
+    monkeypatch.setattr("trtqwen.artifact.manifest.__version__", "9.9")
+    monkeypatch.setattr("trtqwen.artifact.stage.__version__", "9.9")
     assert whys(build(tmp_path)) == [f"trtqwen changed from {__version__} to 9.9"] * 3
 
 
@@ -179,7 +179,7 @@ def after(stage: str) -> Callable[[Path], object]:
     [
         (lambda home: run_build(plan(home), events=BuildEvents(written=die)), 0),
         (lambda home: run_build(plan(home), events=BuildEvents(inspect=die)), 0),
-        (patched("trtqwen.artifact._sync_tree"), 0),
+        (patched("trtqwen.artifact.directory._sync_tree"), 0),
         (after("checkpoint"), 1),
         (patched("os.link"), 1),
         (after("engine"), 2),
@@ -197,7 +197,7 @@ def test_a_killed_build_goes_on_where_it_was(tmp_path: Path, killed: Callable[[P
 
 def test_a_build_killed_while_it_replaces_goes_on_too(tmp_path: Path) -> None:
     build(tmp_path, with_settings(TINY, "checkpoint", dtype="bfloat16"))
-    assert in_child(lambda: patched("trtqwen.artifact._sync_tree")(tmp_path)) == -signal.SIGKILL
+    assert in_child(lambda: patched("trtqwen.artifact.directory._sync_tree")(tmp_path)) == -signal.SIGKILL
     assert in_child(lambda: patched("os.link")(tmp_path)) == -signal.SIGKILL
     assert whys(build(tmp_path)) == [None, "the checkpoint changed", "the engine changed"]
     assert names(tmp_path / "engines" / TINY.name) == {"checkpoint", "engine"}

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from trtqwen import containers
-from trtqwen.artifact import StageName, finished_directory, write_manifest
+from trtqwen.artifact.directory import finished_directory
+from trtqwen.artifact.manifest import StageName, write_manifest
 from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, plan_serve_container
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError

@@ -18,7 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trtqwen.artifact import digest_file
+from trtqwen.artifact.digest import digest_file
 from trtqwen.diagnostics import InputError
 from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec, write_to_all
 

@@ -7,16 +7,9 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from trtqwen.artifact import (
-    MANIFEST,
-    Manifest,
-    StageName,
-    check_place,
-    clear_leftovers,
-    destination,
-    load_manifest,
-    locked,
-)
+from trtqwen.artifact.directory import check_place, clear_leftovers, destination, locked
+from trtqwen.artifact.manifest import MANIFEST, Manifest, StageName, load_manifest
+from trtqwen.artifact.stage import BuildEvents, Stage, StageResult, occupied
 from trtqwen.checkpoint.convert import CheckpointStage, ConversionPlan, check_kv_cache, plan_conversion
 from trtqwen.diagnostics import InputError, OutputError, SourceError
 from trtqwen.engine.builder import EngineStage
@@ -24,7 +17,6 @@ from trtqwen.engine.flags import build_command
 from trtqwen.engine.gates import check_release
 from trtqwen.engine.limits import check_computed, check_context
 from trtqwen.recipe import Recipe
-from trtqwen.stage import BuildEvents, Stage, StageResult, occupied
 from trtqwen.system.host import read_host
 from trtqwen.triton.repository import RepositoryStage
 

@@ -15,7 +15,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NoReturn
 
-from trtqwen.artifact import make_directory, read_manifest
+from trtqwen.artifact.directory import make_directory
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.diagnostics import ContainerError, Diagnostic, InputError
 from trtqwen.engine.gates import advisory_problem, driver_problem
 from trtqwen.facts.cards import card_facts

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtqwen import __version__
-from trtqwen.artifact import finished_directory
+from trtqwen.artifact.directory import finished_directory
 from trtqwen.containers import HOME, PACKAGE, START, check_docker, image_digest, pins, requirements
 from trtqwen.diagnostics import ContainerError, InputError
 from trtqwen.facts.names import Release

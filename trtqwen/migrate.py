@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trtqwen.artifact import destination
+from trtqwen.artifact.directory import destination
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.recipe import TORCH_SERVING, Recipe, ServeRecipe, find_recipe, load_recipe
 from trtqwen.yaml_file import read_mapping

@@ -18,7 +18,7 @@ from scripts.stand_in_engine import write_stand_in_repository
 from tests.command_line import trtqwen
 from tests.standins import vllm_server
 from tests.waiting import wait_for
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
 from trtqwen.batch.run import run_batch
 from trtqwen.demo import MODEL

@@ -21,7 +21,8 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import random_model
 from tests.slow import SLOW, slow
-from trtqwen.artifact import digest_file, read_manifest
+from trtqwen.artifact.digest import digest_file
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import CheckpointError, InputError, OutputError, SourceError

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from tests.errors import parse_error
 from tests.waiting import wait_for
-from trtqwen.artifact import finished_directory, locked
+from trtqwen.artifact.directory import finished_directory, locked
 from trtqwen.cli import COMMANDS, app
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import OutputError

@@ -20,7 +20,7 @@ import pytest
 from tests.command_line import trtqwen
 from tests.errors import parse_error
 from tests.waiting import wait_for
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.demo import MODEL
 from trtqwen.gateway.config import GatewayConfig
 

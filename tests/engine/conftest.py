@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.checkpoint.config import checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.checkpoint.mapping import RankMapping

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hf.layouts import LAYOUTS
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.engine.builder import build_engine, engine_key

@@ -162,7 +162,9 @@ def test_a_log_of_many_lines_keeps_its_numbers() -> None:
 
 def test_patterns_compile_and_name_only_groups_that_they_have() -> None:
     for failure in failures():
-        names = set(re.compile(failure.pattern).groupindex)
+        names = set(re.compile(failure.pattern.replace("KEYS", "")).groupindex) | {"place", "rest"}
+        names |= {"means", "help", "name"} if failure.table else set()
+        names |= {"what"} if failure.line else set()
         assert set(re.findall(r"{(\w+)}", failure.cause + failure.hint)) <= names, failure.id
         assert failure.hint, failure.id
         if not failure.line:  # a class with a space matches none in text without white space
@@ -254,6 +256,70 @@ I0725 09:40:15.500000 1 grpc_server.cc:2560] "Started GRPCInferenceService at 0.
 I0725 09:40:15.500001 1 http_server.cc:4755] "Started HTTPService at 0.0.0.0:8000"
 I0725 09:40:15.500002 1 http_server.cc:358] "Started Metrics Service at 0.0.0.0:8002"
 """  # noqa: E501
+
+
+VLLM = """\
+INFO 11-01 18:37:07 [__init__.py:244] Automatically detected platform cuda.
+WARNING 11-01 18:37:08 [topk_topp_sampler.py:59] FlashInfer is not available. Falling back to the PyTorch-native one
+WARNING 11-01 18:37:08 [custom_all_reduce.py:137] Custom allreduce is disabled because your platform lacks GPU P2P.
+(VllmWorker rank=1 pid=1) INFO 11-01 18:37:07 [fused_moe.py:709] Using default MoE config. Config file not found at /x
+/usr/lib/python3/x.py:1: FutureWarning: The pynvml package is deprecated. Please install nvidia-ml-py instead.
+E external/local_xla/xla/stream_executor/cuda/cuda_fft.cc:477] Unable to register cuFFT factory: already registered
+INFO:     127.0.0.1:1 - "GET /favicon.ico HTTP/1.1" 404 Not Found
+INFO:     Application startup complete.
+"""
+
+
+def test_a_vllm_that_starts_well_has_nothing_but_notes() -> None:
+    assert {finding.role for finding in explain(VLLM.splitlines()).findings} == {"note"}
+
+
+def test_a_warning_is_no_cause_for_certain() -> None:
+    warning = (
+        "W0110 17:49:49.075569 563 pinned_memory_manager.cc:236] Unable to allocate pinned system memory, pinned "
+    )
+    warning += "memory pool will not be available: CUDA driver version is insufficient for CUDA runtime version"
+    error = (
+        "error: creating server: Not found - unable to load shared library: libc10.so: cannot open shared object file"
+    )
+    assert first([warning]).role == "symptom"
+    assert (first([warning, error]).id, first([warning, error]).role) == ("library-missing", "cause")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("RuntimeError: CUDA ERROR: 2, error code reference: https://x", "the GPU's memory is exhausted"),
+        ("CUDA driver error: cuLaunch returned CUDA_ERROR_CONTEXT_IS_DESTROYED", "the CUDA context"),
+        ("Error: cudaErrorMpsServerNotReady at x.cc:1", "MPS"),
+        ("CUDNN_STATUS_ALLOC_FAILED in cudnnCreate", "memory is exhausted"),
+        ("InferenceServerException: [StatusCode.NOT_FOUND] no such model", "is not there"),
+        ("process exited with code 139", "not its own"),
+        ("terminate called after throwing an instance of 'std::length_error'", "far too large"),
+        (
+            "[TensorRT-LLM][ERROR] Assertion failed: n < m (/src/tensorrt_llm/cpp/tensorrt_llm/thop/a.cpp:1)",
+            "PyTorch",
+        ),
+    ],
+)
+def test_the_members_of_a_kind_are_explained_by_its_table(line: str, words: str) -> None:
+    assert words in first([line]).cause
+
+
+def test_a_python_exception_names_the_part_of_the_program() -> None:
+    log = """
+        Traceback (most recent call last):
+          File "/venv/lib/python3.12/site-packages/vllm/model_executor/model_loader/x.py", line 3, in load
+            one()
+          File "/venv/lib/python3.12/site-packages/torch/x.py", line 5, in y
+        IndexError: list index 7
+    """
+    found = first(log.splitlines())
+    assert found.role == "symptom"
+    assert (
+        "vLLM, which loads the weights, (vllm/model_executor/model_loader/x.py, load) fails with IndexError"
+        in found.cause
+    )
 
 
 def test_a_server_that_starts_well_has_no_findings() -> None:

@@ -16,14 +16,14 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.conftest import rewrite_manifest
 from tests.standins.host import ADA, install
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
+from trtqwen.artifact.stage import BuildProgress
 from trtqwen.diagnostics import EngineError, TrtQwenError
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.config import read_engine_config
 from trtqwen.engine.provenance import check_provenance, read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
 from trtqwen.recipe import EngineRecipe, ServeRecipe
-from trtqwen.stage import BuildProgress
 from trtqwen.system.host import Host, read_host
 
 RECIPE = EngineRecipe(backend="tensorrt_llm", max_batch_size=8, max_num_tokens=512, max_seq_len=256, workers=4)

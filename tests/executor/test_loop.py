@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.slow import slow
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig, scheduler_config
 from trtqwen.executor.device import choose_device
@@ -28,7 +29,6 @@ from trtqwen.executor.request import (
     SamplingConfig,
 )
 from trtqwen.executor.sequence import Generated
-from trtqwen.layout import TOKENIZER_DIRECTORY
 
 CANCELLED = "cancelled"
 SETTINGS = {

@@ -19,7 +19,7 @@ import yaml
 from scripts.stand_in_engine import write_stand_in_repository
 from tests.command_line import trtqwen
 from tests.waiting import wait_for
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.triton
 ADMIN = "sk-admin-0123456789"

@@ -21,10 +21,10 @@ from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import check_death, process
 from tests.models import bundled_model
 from tests.waiting import sometimes, wait_for
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.schemas import ChatRequest
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
-from trtqwen.layout import tokenizer_directory
 from trtqwen.triton.client import stream
 
 pytestmark = pytest.mark.triton

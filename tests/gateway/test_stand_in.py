@@ -16,12 +16,12 @@ from tests.gateway.conftest import TOOLS_TEMPLATE, Running
 from tests.gateway.test_openai import streamed
 from tests.gateway.test_text import random_text
 from tests.models import their_tokenizer
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.demo import MODEL
 from trtqwen.gateway.api.prompt import rendered
 from trtqwen.gateway.api.schemas import CalledFunction, Message, ToolCall
 from trtqwen.hf.chat_template import ChatTemplate
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import tokenizer_directory
 
 pytestmark = pytest.mark.triton
 WEATHER = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from tests.plan.recipes import make_recipe
 from tests.slow import slow
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.bench.workload import Ask
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig, scheduler_config
@@ -23,7 +24,6 @@ from trtqwen.executor.parallel import SingleRank
 from trtqwen.executor.plain_runner import make_runner
 from trtqwen.executor.request import Command, Request
 from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
-from trtqwen.layout import TOKENIZER_DIRECTORY
 from trtqwen.simulate.deployment import Deployment, deploy
 from trtqwen.simulate.engine import StepWork, VirtualEngine
 from trtqwen.simulate.play import play

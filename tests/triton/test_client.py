@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import queue
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,10 +20,18 @@ from trtqwen.triton.client import stream
 
 
 class Stuck(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers `cut` with broken UTF-8 and anything else never; notes what was asked of which model."""
+    """Answers `cut` with broken UTF-8, `long` until a stop, and anything else never.
+
+    Notes what was asked of which model.
+
+    Attributes:
+        cancelled: whether the client cancelled the stream of `long`; empty while it runs.
+    """
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str]] = []
+        self.cancelled: queue.Queue[bool] = queue.Queue()
+        self._stopped = threading.Event()
 
     def ModelConfig(self, request: Any, context: Any) -> Any:
         return service_pb2.ModelConfigResponse()
@@ -32,12 +42,20 @@ class Stuck(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
     def ModelStreamInfer(self, requests: Any, context: Any) -> Iterator[Any]:
         request = next(requests)
         self.asked.append((request.model_name, request.id))
-        if request.id == "cut":
-            response = service_pb2.ModelInferResponse(model_name="ensemble")
-            response.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
-            response.raw_output_contents.append(serialize_byte_tensor(np.array([b"ab\xe8"], np.object_)).item())
+        response = service_pb2.ModelInferResponse(model_name="ensemble")
+        response.outputs.add(name="text_output", datatype="BYTES", shape=[1, 1])
+        response.raw_output_contents.append(serialize_byte_tensor(np.array([b"ab\xe8"], np.object_)).item())
+        if request.model_name == "tensorrt_llm":
+            self._stopped.set()
+        elif request.id == "cut":
             yield service_pb2.ModelStreamInferResponse(infer_response=response)
-        elif request.model_name == "ensemble":
+        elif request.id == "long":
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+            self._stopped.wait(60)
+            time.sleep(0.1)  # a client that cancels does it now
+            yield service_pb2.ModelStreamInferResponse(infer_response=response)
+            self.cancelled.put(not context.is_active())
+        else:
             while context.is_active():
                 time.sleep(0.01)
 
@@ -60,6 +78,16 @@ def test_a_stuck_server_is_left_in_time_and_told_to_stop(stuck: tuple[str, Stuck
         list(stream(url, "hi", 8, request_id="mine", timeout=0.3, chat=False))
     assert time.monotonic() - start < 30
     assert servicer.asked == [("ensemble", "mine"), ("tensorrt_llm", "mine")]
+
+
+def test_an_answer_that_is_left_is_stopped_and_its_stream_not_cancelled(stuck: tuple[str, Stuck]) -> None:
+    url, servicer = stuck
+    pieces = stream(url, "hi", 8, request_id="long", chat=False)
+    assert next(pieces).text == "ab\ufffd"
+    assert isinstance(pieces, Generator)
+    pieces.close()
+    assert servicer.asked == [("ensemble", "long"), ("tensorrt_llm", "long")]
+    assert servicer.cancelled.get(timeout=60) is False
 
 
 def test_broken_characters_of_a_foreign_server_are_marked(stuck: tuple[str, Stuck]) -> None:

@@ -7,6 +7,7 @@ import json
 import queue
 import sys
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -107,3 +108,43 @@ def test_a_look_for_gone_clients_that_fails_is_logged_and_the_engines_model_look
     finally:
         model.finalize()
     assert "no shared memory is left" in triton.logged[0]
+
+
+def test_no_metric_outlives_the_engines_model(triton: PlayedTriton, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that do are deleted by a stub that has let go of its shared memory, and crash it."""
+    made: list[weakref.ref[Any]] = []
+
+    def family(**_: Any) -> Any:
+        def metric(**_: Any) -> Any:
+            made.append(weakref.ref(played := SimpleMetric()))
+            return played
+
+        made.append(weakref.ref(played := SimpleMetric(Metric=metric)))
+        return played
+
+    triton.MetricFamily = family
+    family.HISTOGRAM = family.GAUGE = None  # type: ignore[attr-defined]
+    engine = load("tensorrt_llm")
+    reported = threading.Event()
+
+    def gauges() -> dict[tuple[str, str, str], float]:
+        reported.set()
+        return {("family", "label", "value"): 1.0}
+
+    service = SimpleNamespace(cancel_abandoned=lambda: None, gauges=gauges)
+    parameters = MagicMock(cancellation_check_period=600, stats_check_period=0.01)
+    monkeypatch.setattr(engine, "engine_parameters", lambda args: parameters)
+    monkeypatch.setattr(engine, "EngineService", lambda *args, **kwargs: service)
+    for name in ("open_engine", "Tokenizer", "_beat"):
+        monkeypatch.setattr(engine, name, MagicMock())
+    model = engine.TritonPythonModel()
+    model.initialize({"model_name": "tensorrt_llm", "model_version": "1"})
+    model.execute([])
+    assert reported.wait(SECONDS)
+    model.finalize()
+    assert len(made) == 6  # two histograms, a gauge, and the family of each
+    assert not [metric for metric in made if metric() is not None]
+
+
+class SimpleMetric(SimpleNamespace):
+    """A metric or a family of metrics."""

@@ -13,9 +13,9 @@ from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
 
 from tests.models import their_tokenizer
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import InputError, OutputError
-from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.triton.repository import plan_repository, repository_key, write_repository
 
@@ -220,6 +220,11 @@ def test_settings_reach_the_configs(bundled_engine: Callable[..., Path]) -> None
     assert configs["postprocessing"].instance_group[0].count == 4
     assert configs["postprocessing"].dynamic_batching.preserve_ordering
     assert configs["postprocessing"].parameters["skip_special_tokens"].string_value == "False"
+
+
+def test_one_process_for_text_has_no_batcher(repository: Path) -> None:
+    """It would reject steps of clients that have left, which crashes Triton's ensembles."""
+    assert not read(repository, "postprocessing").HasField("dynamic_batching")
 
 
 def test_chat_template_is_the_models_own(repository: Path) -> None:

@@ -21,7 +21,7 @@ import pytest
 import trtqwen
 from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
-from trtqwen.artifact import read_manifest, write_manifest
+from trtqwen.artifact.manifest import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.listener import bind
@@ -123,7 +123,7 @@ def test_an_unfinished_repository_is_refused(
     unfinished = Path(shutil.copytree(repository, tmp_path / "repository"))
     manifest = read_manifest(unfinished, "repository")
     (unfinished / "manifest.json").unlink()
-    monkeypatch.setattr("trtqwen.artifact.__version__", "0.0.1")
+    monkeypatch.setattr("trtqwen.artifact.manifest.__version__", "0.0.1")
     write_manifest(unfinished, "repository", manifest.inputs, manifest.parameters)
     monkeypatch.undo()
     with pytest.raises(InputError, match=r"was written by trtqwen 0\.0\.1, this is .*; write it again"):

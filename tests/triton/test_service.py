@@ -184,6 +184,8 @@ def test_only_abandoned_requests_are_cancelled() -> None:
     assert executor.cancelled == []
     sender.gone = True
     service.cancel_abandoned()
+    assert executor.cancelled == []  # Triton may be dealing with it
+    service.cancel_abandoned()
     assert executor.cancelled == [executor.requests[0].id]
     executor.answer(0, end=FinishReason.CANCELLED)
     service.cancel_abandoned()

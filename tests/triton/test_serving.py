@@ -17,13 +17,13 @@ import pytest
 
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
 from tests.waiting import sometimes, wait_for
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
+from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import ServerError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import Request
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
-from trtqwen.layout import tokenizer_directory
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.client import SamplingOptions, stream
 from trtqwen.triton.ports import Ports

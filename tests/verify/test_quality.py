@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.verify.conftest import Make
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.quantize.ranges import ACT_RANGES

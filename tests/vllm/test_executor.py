@@ -20,7 +20,7 @@ import pytest
 
 from tests.standins import vllm_server
 from tests.waiting import wait_for
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.diagnostics import EngineError, RequestError, ServerError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig

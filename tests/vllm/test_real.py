@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.export.test_export import GOLDEN
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import OutputConfig, Request
 from trtqwen.export.export import plan_export, run_export

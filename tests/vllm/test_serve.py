@@ -15,7 +15,7 @@ import pytest
 
 from tests.standins import host, vllm_server
 from tests.triton.conftest import Call, id_request
-from trtqwen.artifact import write_manifest
+from trtqwen.artifact.manifest import write_manifest
 from trtqwen.diagnostics import EngineError, ServerError
 from trtqwen.recipe import ServeRecipe
 from trtqwen.system.processes import child, living

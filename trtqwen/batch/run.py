@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtqwen.artifact import MANIFEST, load_manifest
+from trtqwen.artifact.manifest import MANIFEST, load_manifest
 from trtqwen.batch.lines import Line, result
 from trtqwen.batch.local import LocalTriton, local_triton
 from trtqwen.batch.served import ServedTriton, served_triton

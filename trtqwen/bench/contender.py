@@ -14,13 +14,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
-from trtqwen.artifact import MANIFEST
+from trtqwen.artifact.manifest import MANIFEST
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.bench.endpoint import Target
 from trtqwen.bench.run import probe
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.engine.config import EngineConfig, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import TOKENIZER_DIRECTORY
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
 from trtqwen.system.processes import die_with_parent, resident_bytes

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.bench.workload import (
     Workload,
     plain_vocabulary,
@@ -18,7 +19,6 @@ from trtqwen.bench.workload import (
 )
 from trtqwen.diagnostics import InputError
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import TOKENIZER_DIRECTORY
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import CheckpointError, first_problem
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import release_facts
 from trtqwen.hf.config import ARCHITECTURE, HfConfig
-from trtqwen.layout import CONFIG
 from trtqwen.recipe import DtypeChoice, EmbeddingSharding
 
 Dtype = Literal["float16", "bfloat16", "float32"]

@@ -17,7 +17,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from trtqwen.artifact import Manifest, stage_key
+from trtqwen.artifact.manifest import Manifest, stage_key
+from trtqwen.artifact.names import CONFIG, TOKENIZER_DIRECTORY, rank_weights
+from trtqwen.artifact.stage import BuildEvents, Stage
 from trtqwen.checkpoint.checks import check_disk, check_settings, write_hint
 from trtqwen.checkpoint.config import Dtype, checkpoint_config, resolved_dtype
 from trtqwen.checkpoint.mapping import RankMapping
@@ -28,14 +30,12 @@ from trtqwen.diagnostics import CheckpointError, Diagnostic, OutputError
 from trtqwen.hf.checks import check_model, has_tokenizer
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY, rank_weights
 from trtqwen.quantize.calibrate import activation_ranges, calibration_inputs
 from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
 from trtqwen.safetensors_io import LARGE_BYTES, SafetensorsWriter, TensorSpec, write_to_all
-from trtqwen.stage import BuildEvents, Stage
 from trtqwen.system.steady import SteadyFiles
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from trtqwen.artifact.names import rank_weights
 from trtqwen.diagnostics import CheckpointError
-from trtqwen.layout import rank_weights
 from trtqwen.safetensors_io import Array, SafetensorsReader
 
 

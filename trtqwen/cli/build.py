@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from trtqwen.artifact.stage import BuildEvents, BuildProgress, StageResult
 from trtqwen.build import BuildPlan, check_build, plan_build, run_build
 from trtqwen.cli.convert import NoQuality, calibration_bar, quality_inspector, read_quality
 from trtqwen.cli.output import (
@@ -32,7 +33,6 @@ from trtqwen.engine.job import Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail
 from trtqwen.recipe import load_recipe
-from trtqwen.stage import BuildEvents, BuildProgress, StageResult
 from trtqwen.system.host import read_host
 
 

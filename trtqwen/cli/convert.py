@@ -9,7 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from trtqwen.artifact import check_output
+from trtqwen.artifact.directory import check_output
+from trtqwen.artifact.names import rank_weights
 from trtqwen.checkpoint.convert import (
     ConversionPlan,
     Inspect,
@@ -21,7 +22,6 @@ from trtqwen.checkpoint.convert import (
 from trtqwen.checkpoint.rule import Ranges
 from trtqwen.cli.output import Bars, DryRun, Json, print_json, print_warnings, progress_bars, size, stdout
 from trtqwen.facts.names import Release
-from trtqwen.layout import rank_weights
 from trtqwen.recipe import (
     CheckpointRecipe,
     DtypeChoice,

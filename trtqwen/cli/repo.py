@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from trtqwen.artifact import check_output
+from trtqwen.artifact.directory import check_output
 from trtqwen.cli.output import Force, Json, print_json, stdout
 from trtqwen.recipe import ServeRecipe, load_recipe
 from trtqwen.triton.repository import write_repository

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from trtqwen.artifact import MANIFEST
+from trtqwen.artifact.manifest import MANIFEST
 from trtqwen.cli.output import (
     AdminKeys,
     ApiKeys,

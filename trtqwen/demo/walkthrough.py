@@ -12,10 +12,10 @@ from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter
 
+from trtqwen.artifact.stage import BuildEvents
 from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL, PROMPTS
 from trtqwen.recipe import load_recipe
-from trtqwen.stage import BuildEvents
 from trtqwen.system.leftovers import workspace
 from trtqwen.triton.client import Piece, stream
 from trtqwen.triton.ports import Ports

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trtqwen.artifact import finished_directory
+from trtqwen.artifact.directory import finished_directory
 from trtqwen.diagnostics import OutputError
 
 Files = Mapping[str, str]  # text by path below the directory

@@ -10,8 +10,8 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from trtqwen.artifact.names import MODEL_CONFIG
 from trtqwen.diagnostics import InputError
-from trtqwen.layout import MODEL_CONFIG
 
 _PLACEHOLDER = re.compile(r"\$\{(\w+)\}")
 _PARAMETER = re.compile(r'\bkey\s*:\s*"([^"]*)"')

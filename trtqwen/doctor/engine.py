@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from trtqwen.artifact.names import CONFIG, rank_weights
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.diagnostics import Diagnostic
 from trtqwen.doctor.check import Check, Result
@@ -16,7 +17,6 @@ from trtqwen.engine.provenance import check_provenance
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import known_release, last_engine_release, release_facts
 from trtqwen.hf.config import stretched
-from trtqwen.layout import CONFIG, rank_weights
 
 _CONVERT = "convert the model again with `trtqwen convert`"
 _REBUILD = "build the engine again with `trtqwen build`"

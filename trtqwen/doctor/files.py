@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from trtqwen.artifact import MANIFEST, Manifest, StageName, read_manifest
+from trtqwen.artifact.manifest import MANIFEST, Manifest, StageName, read_manifest
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject

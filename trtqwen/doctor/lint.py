@@ -8,10 +8,10 @@ from pathlib import Path
 
 from tritonclient.grpc.model_config_pb2 import DataType
 
+from trtqwen.artifact.names import CONFIG, HF_MODEL
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.doctor.configs import ModelFile, Placeholder
 from trtqwen.engine.config import EngineConfig, read_engine_config
-from trtqwen.layout import CONFIG, HF_MODEL
 
 Models = Mapping[str, ModelFile]
 _TRITON_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}

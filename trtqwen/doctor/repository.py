@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from trtqwen.artifact import MANIFEST
+from trtqwen.artifact.manifest import MANIFEST
 from trtqwen.diagnostics import Diagnostic
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.configs import ModelFile

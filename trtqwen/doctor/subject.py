@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import InputError, TrtQwenError
 from trtqwen.doctor.configs import ModelFile, read_model_files
 from trtqwen.engine.config import EngineConfig, read_engine_config
@@ -21,7 +22,6 @@ from trtqwen.hf.config import HfConfig
 from trtqwen.hf.known import known_config
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import CONFIG
 from trtqwen.recipe import Recipe
 from trtqwen.system.host import Host
 

@@ -10,7 +10,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from trtqwen.artifact import Manifest, check_output, load_manifest, read_manifest, stage_key
+from trtqwen.artifact.directory import check_output
+from trtqwen.artifact.manifest import Manifest, load_manifest, read_manifest, stage_key
+from trtqwen.artifact.names import CONFIG, TOKENIZER_DIRECTORY
+from trtqwen.artifact.stage import BuildEvents, Stage
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig
@@ -20,9 +23,7 @@ from trtqwen.engine.model_builder import ModelBuilder
 from trtqwen.engine.torch_builder import TorchBuilder
 from trtqwen.engine.trtllm_builder import TrtLlmBuilder
 from trtqwen.facts.names import CardName
-from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, LlmApiSettings, ServeRecipe, VllmSettings
-from trtqwen.stage import BuildEvents, Stage
 from trtqwen.system.host import Host
 
 

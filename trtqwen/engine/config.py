@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.diagnostics import InputError
-from trtqwen.layout import CONFIG
 from trtqwen.quantize.weight_only import Int8Layout
 from trtqwen.recipe import LlmApiSettings, Positive, VllmSettings
 

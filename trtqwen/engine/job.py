@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from trtqwen.artifact.stage import BuildProgress
 from trtqwen.facts.names import CardName
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
-from trtqwen.stage import BuildProgress
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.names import CONFIG, HF_MODEL, TOKENIZER_DIRECTORY
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.job import BuildJob, Watch
 from trtqwen.export.export import copy_tokenizer, plan_export, write_model
-from trtqwen.layout import CONFIG, HF_MODEL, TOKENIZER_DIRECTORY
 from trtqwen.recipe import LlmApiSettings, VllmSettings
 
 

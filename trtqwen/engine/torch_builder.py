@@ -7,9 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from trtqwen.artifact.names import CONFIG, rank_weights
 from trtqwen.engine.config import BuildConfig
 from trtqwen.engine.job import BuildJob, Watch
-from trtqwen.layout import CONFIG, rank_weights
 
 
 class TorchBuilder:

@@ -9,6 +9,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.names import CONFIG, rank_engine
+from trtqwen.artifact.stage import BuildProgress
 from trtqwen.diagnostics import EngineError
 from trtqwen.engine.effective import changed_settings, check_promises
 from trtqwen.engine.explain import explain
@@ -16,8 +18,6 @@ from trtqwen.engine.flags import NOT_IN_RESULT, Flags, build_flags, check_agains
 from trtqwen.engine.gates import check_host
 from trtqwen.engine.job import BuildJob, Watch
 from trtqwen.engine.provenance import PROVENANCE, provenance_of
-from trtqwen.layout import CONFIG, rank_engine
-from trtqwen.stage import BuildProgress
 from trtqwen.system.child import run_logged
 from trtqwen.system.host import Host, read_host
 

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig

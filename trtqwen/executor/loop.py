@@ -130,8 +130,7 @@ class StepLoop:
         step = self._scheduler.schedule()
         if step is None:
             return None
-        if not self._output.empty:
-            self._output.scheduled([chunk.sequence for chunk in step.chunks])
+        self._output.scheduled([chunk.sequence for chunk in step.chunks])
         inputs = pack(step, self._scheduler.config.tokens_per_block)
         self._communicator.broadcast(inputs.to_bytes() if self._communicator.size > 1 else b"")
         logits = self._runner.launch(inputs, self._sampler.last_tokens)
@@ -147,7 +146,7 @@ class StepLoop:
         return not self._overlap or any(chunk.sequence.needs_host for chunk in flight.sampling)
 
     def _finish(self, flight: _Flight) -> None:
-        if flight.pending is not None and flight.pending.plain and self._output.empty:
+        if flight.pending is not None and flight.pending.plain and self._output.plain:
             token_ids = flight.pending.token_ids()
             if min(token_ids) >= 0:
                 self._finish_plain(flight, token_ids)
@@ -169,12 +168,13 @@ class StepLoop:
         """`_finish` for a step that gives tokens and nothing else: the way of nearly all steps, kept short."""
         sampled = {chunk.sequence.request.id: token for chunk, token in zip(flight.sampling, token_ids, strict=True)}
         generated = self._scheduler.update(flight.step, sampled)
+        events = self._output.timed(generated)
         for one in generated:
             if one.finish_reason is not None:
                 self._sampler.forget(one.request_id)
                 self._output.forget(one.request_id)
-        if generated:
-            self._write(generated)
+        if events:
+            self._write(events)
 
     def _handle(self, command: Command | CompiledGuide) -> None:
         if isinstance(command, CompiledGuide):

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from trtqwen.executor.log_probs import Likeliest, likeliest, log_probs_of
-from trtqwen.executor.request import PerfMetrics, PromptLogProbs, Request, Response, TopLogProbs
+from trtqwen.executor.request import Event, PerfMetrics, PromptLogProbs, Request, Response, TopLogProbs
 from trtqwen.executor.sampling import Sampled
-from trtqwen.executor.sequence import Chunk, SequenceState, Step
+from trtqwen.executor.sequence import Chunk, Generated, SequenceState, Step
 
 
 @dataclass
@@ -37,16 +37,19 @@ class OutputCollector:
 
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
+        self._readers: set[str] = set()  # ids of those that want to hear of their prompts
 
     @property
-    def empty(self) -> bool:
-        """Whether no request wants more than tokens."""
-        return not self._records
+    def plain(self) -> bool:
+        """Whether no request wants more than tokens and, with the last one, its times."""
+        return not self._readers
 
     def arrived(self, request: Request) -> None:
         """Note the time of a request that wants more than tokens."""
         if request.output.return_perf_metrics or request.output.reads_whole_prompt:
             self._records[request.id] = _Record(request, time.monotonic_ns())
+        if request.output.reads_whole_prompt:
+            self._readers.add(request.id)
 
     def scheduled(self, sequences: Sequence[SequenceState]) -> None:
         """Note times and blocks of a step's sequences."""
@@ -64,7 +67,7 @@ class OutputCollector:
         Returns:
             The rows to sample from, [chunks that sample, vocab_size].
         """
-        if not self._records or not any(map(_reads_prompt, step.chunks)):
+        if not self._readers or not any(map(_reads_prompt, step.chunks)):
             return logits
         sampled = []
         for chunk, rows in zip(
@@ -99,9 +102,31 @@ class OutputCollector:
                 update["perf_metrics"] = _perf_metrics(record)
         return response.model_copy(update=update) if update else response
 
+    def timed(self, generated: Sequence[Generated]) -> list[Event | Generated]:
+        """A plain step's tokens; the last one of a request that asks for its times goes with them."""
+        if not self._records:
+            return list(generated)
+        now = time.monotonic_ns()
+        events: list[Event | Generated] = []
+        for one in generated:
+            record = self._records.get(one.request_id)
+            if record is None:
+                events.append(one)
+                continue
+            record.first_token = record.first_token or now
+            if one.finish_reason is None:
+                events.append(one)
+            else:
+                record.last_token = now
+                events.append(
+                    Event(response=one.response().model_copy(update={"perf_metrics": _perf_metrics(record)}))
+                )
+        return events
+
     def forget(self, request_id: str) -> None:
         """Drop what is kept for a request that ended."""
         self._records.pop(request_id, None)
+        self._readers.discard(request_id)
 
 
 def _reads_prompt(chunk: Chunk) -> bool:

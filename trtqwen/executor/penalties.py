@@ -137,7 +137,7 @@ class PenaltyTables:
         assert length <= len(sequence.token_ids), "a pending token is not in the tables"
         tokens = to_device(np.array(sequence.token_ids[:length], np.int64), self._device)
         row = self._table[slot].zero_()
-        row[tokens[:prompt]] = _IN_PROMPT
+        row.index_fill_(0, tokens[:prompt], _IN_PROMPT)  # `row[...] = 1` makes the host wait for the device
         answer = tokens[prompt:]
         row.index_put_((answer,), torch.full_like(answer, _IN_ANSWER, dtype=torch.int32), accumulate=True)
 

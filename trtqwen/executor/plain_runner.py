@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trtqwen.artifact.names import rank_weights
 from trtqwen.checkpoint.reader import read_rank
 from trtqwen.engine.config import EngineConfig
 from trtqwen.executor.attention import AttentionBackend, AttentionBatch, PlainAttention
@@ -18,7 +19,6 @@ from trtqwen.executor.loop import Runner
 from trtqwen.executor.model import Qwen2Model
 from trtqwen.executor.parallel import Communicator
 from trtqwen.executor.sampling import Sampler
-from trtqwen.layout import rank_weights
 
 _LARGE_BYTES = 1 << 27  # of a rank file: below it, float32 costs little, and answers are those of the reference
 

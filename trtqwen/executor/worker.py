@@ -18,6 +18,7 @@ from typing import IO
 
 import torch
 
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import WorkerConfig, scheduler_config
@@ -29,7 +30,6 @@ from trtqwen.executor.parallel import Communicator, ProcessGroup, SingleRank
 from trtqwen.executor.request import Command, Event
 from trtqwen.executor.sequence import Generated
 from trtqwen.executor.wire import EventEncoder
-from trtqwen.layout import TOKENIZER_DIRECTORY
 
 
 def main() -> None:

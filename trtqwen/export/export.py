@@ -17,7 +17,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from trtqwen.artifact import finished_directory
+from trtqwen.artifact.directory import finished_directory
+from trtqwen.artifact.names import CONFIG, TOKENIZER_DIRECTORY
 from trtqwen.checkpoint.rule import linear_layers
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.diagnostics import Diagnostic, InputError
@@ -35,7 +36,6 @@ from trtqwen.hf.config import ARCHITECTURE, HfConfig
 from trtqwen.hf.rope import attention_ratio
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.hf.weights import INDEX
-from trtqwen.layout import CONFIG, TOKENIZER_DIRECTORY
 from trtqwen.safetensors_io import Array, SafetensorsWriter, TensorSpec
 
 Activations = Literal["16bit", "int8"]

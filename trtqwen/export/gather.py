@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from trtqwen.artifact.names import rank_weights
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.diagnostics import CheckpointError
-from trtqwen.layout import rank_weights
 from trtqwen.quantize.weight_only import Int8Layout, from_layout, quantize
 from trtqwen.safetensors_io import Array, SafetensorsReader
 

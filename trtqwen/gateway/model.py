@@ -8,13 +8,13 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
+from trtqwen.artifact.names import MODEL_CONFIG, tokenizer_directory
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import BuildConfig, read_engine_config
 from trtqwen.gateway.errors import bad_request
 from trtqwen.hf.generation import GenerationDefaults, generation_defaults
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import MODEL_CONFIG, tokenizer_directory
 from trtqwen.triton.launch import replica_count
 
 _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fits

@@ -14,11 +14,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
 from trtqwen.hf import rope
 from trtqwen.hf.directory import check_directory
 from trtqwen.hf.files import read_json, shown
-from trtqwen.layout import CONFIG
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import SourceError
-from trtqwen.layout import CONFIG
 
 ADAPTER_CONFIG = "adapter_config.json"
 _QUANTIZERS = {

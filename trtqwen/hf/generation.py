@@ -8,10 +8,10 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
 from trtqwen.hf.config import token_ids
 from trtqwen.hf.files import read_json, shown
-from trtqwen.layout import CONFIG
 
 GENERATION_CONFIG = "generation_config.json"
 

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import numpy as np
 
-from trtqwen.artifact import digest_file
+from trtqwen.artifact.digest import digest_file
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.chat_template import template_files
 from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.names import EMBEDDING, LM_HEAD, check_names, check_specs, expected_tensors, stored_dtype
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.hf.weights import INDEX, open_weights, same_tensor
-from trtqwen.layout import CONFIG
 from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
 
 

@@ -20,11 +20,11 @@ from typing import Any
 
 import numpy as np
 
+from trtqwen.artifact.names import HF_MODEL
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import IterationStats, Request
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import HF_MODEL
 from trtqwen.llmapi.settings import arguments
 from trtqwen.relay.answer import Piece
 from trtqwen.relay.executor import STALL_SECONDS, RelayExecutor

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from trtqwen.artifact.names import HF_MODEL
 from trtqwen.checkpoint.config import CheckpointConfig, Dtype, checkpoint_config
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.engine.config import BuildConfig, EngineConfig
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
-from trtqwen.layout import HF_MODEL
 from trtqwen.llmapi.settings import arguments
 from trtqwen.plan.memory import GIB, RankMemory
 from trtqwen.recipe import LlmApiSettings, Recipe, VllmSettings

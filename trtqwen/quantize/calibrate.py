@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trtqwen.artifact import digest_file
+from trtqwen.artifact.digest import digest_file
 from trtqwen.diagnostics import InputError, SourceError
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer

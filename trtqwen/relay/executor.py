@@ -13,14 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
+from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.diagnostics import EngineError, TrtQwenError
 from trtqwen.engine.config import Backend, EngineConfig, read_engine_config
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import OnResponse, collect_all
 from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import TOKENIZER_DIRECTORY
 from trtqwen.relay.answer import Answer, Piece
 
 STALL_SECONDS = 300.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def stream(
     request_id: str | None = None,
     timeout: float = 300,
 ) -> Iterator[Piece]:
-    """Yield an answer piece by piece. Closing the iterator early cancels the request.
+    """Yield an answer piece by piece. Closing the iterator early ends the request in the engine.
 
     Args:
         url: host:port of Triton's gRPC endpoint.
@@ -81,12 +82,13 @@ def stream(
     request_id = request_id or uuid.uuid4().hex
     with grpc.insecure_channel(url) as channel:
         stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-        finished = False
+        finished, call = False, None
         try:
             text = _rendered(stub, prompt) if chat else prompt
             inputs = _as_known(stub, _inputs(text, max_tokens, sampling or SamplingOptions()))
             request = infer_request("ensemble", request_id, inputs)
-            for reply in stub.ModelStreamInfer(iter([request]), timeout=timeout):
+            call = stub.ModelStreamInfer(iter([request]), timeout=timeout)
+            for reply in call:
                 if reply.error_message:
                     finished = True
                     raise ServerError(f"{url}: the server refused the request: {reply.error_message}")
@@ -100,6 +102,7 @@ def stream(
         finally:
             if not finished:
                 _stop(stub, request_id)
+                _read_rest(call)
 
 
 def _rendered(stub: Any, prompt: str) -> str:
@@ -194,6 +197,24 @@ def _stop(stub: Any, request_id: str) -> None:
             pass
     except grpc.RpcError:
         pass  # the server has gone or hangs, and the request with it
+
+
+def _read_rest(call: Any) -> None:
+    """Read a stopped answer to its end rather than cancel its stream.
+
+    Before 25.04, Triton crashes when an answer ends as its stream is cancelled (triton-inference-server/server 8078).
+    """
+    if call is None:
+        return
+    patience = threading.Timer(_CONTROL_SECONDS, call.cancel)
+    patience.start()
+    try:
+        for _ in call:
+            pass
+    except grpc.RpcError:
+        pass  # the server has gone, or the answer did not end
+    finally:
+        patience.cancel()
 
 
 def server_error(url: str, problem: grpc.RpcError) -> ServerError:

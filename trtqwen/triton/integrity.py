@@ -6,7 +6,8 @@ from contextlib import suppress
 from pathlib import Path
 
 from trtqwen import __version__
-from trtqwen.artifact import REMEDIES, Manifest, clear_leftovers, load_manifest, read_manifest
+from trtqwen.artifact.directory import clear_leftovers
+from trtqwen.artifact.manifest import REMEDIES, Manifest, load_manifest, read_manifest
 from trtqwen.diagnostics import InputError, OutputError
 
 

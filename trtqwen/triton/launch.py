@@ -25,11 +25,11 @@ from typing import Literal
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
-from trtqwen.artifact import read_manifest
+from trtqwen.artifact.manifest import read_manifest
+from trtqwen.artifact.names import MODEL_CONFIG, rank_engine
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.facts.cards import has_peer_to_peer
-from trtqwen.layout import MODEL_CONFIG, rank_engine
 from trtqwen.system.host import Host
 
 ENGINE_MODEL = "tensorrt_llm"

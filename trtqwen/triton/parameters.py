@@ -12,9 +12,9 @@ from google.protobuf import json_format, text_format
 from pydantic import ValidationError
 from tritonclient.grpc.model_config_pb2 import ModelConfig
 
+from trtqwen.artifact.names import MODEL_CONFIG
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import ExecutorConfig
-from trtqwen.layout import MODEL_CONFIG
 from trtqwen.recipe import TORCH_SERVING
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave

@@ -12,13 +12,13 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from trtqwen.artifact import Manifest, read_manifest, stage_key
+from trtqwen.artifact.manifest import Manifest, read_manifest, stage_key
+from trtqwen.artifact.names import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
+from trtqwen.artifact.stage import BuildEvents, Stage
 from trtqwen.diagnostics import InputError
 from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.layout import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
-from trtqwen.stage import BuildEvents, Stage
 from trtqwen.triton.contract import model_config, model_names
 from trtqwen.triton.parameters import HOLDS_CHARACTERS
 
@@ -297,8 +297,12 @@ def _postprocessing(config: ModelConfig, serve: ServeRecipe, built: _Built) -> N
         # Beyond upstream: the C++ backend sends tokens as they come, the embedded engine whole characters.
         config.parameters[HOLDS_CHARACTERS].string_value = "True"
     _set_instances(config, serve.postprocessing_instance_count)
-    # Without it, the pieces of a stream overtake each other.
-    config.dynamic_batching.preserve_ordering = True
+    if serve.postprocessing_instance_count > 1:
+        config.dynamic_batching.preserve_ordering = True  # else the pieces of a stream overtake each other
+    else:
+        # One instance keeps the order by itself. A batcher rejects requests of a client that has left, as errors of a
+        # step; an ensemble whose step fails while another one is scheduled crashes Triton before 26.05 (core 483).
+        config.ClearField("dynamic_batching")
 
 
 def _bls(config: ModelConfig) -> None:

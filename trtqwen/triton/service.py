@@ -207,6 +207,7 @@ class EngineService:
         self._ids = map(str, itertools.count())
         self._answers: dict[int, tuple[tuple[str, str | None], Answer]] = {}  # with the ids that stop it
         self._errors: OrderedDict[str, str] = OrderedDict()
+        self._gone: set[int] = set()  # answers whose clients had left at the last look
         self._lock = threading.Lock()
 
     def handle(
@@ -235,12 +236,18 @@ class EngineService:
             sender.fail(str(problem))
 
     def cancel_abandoned(self) -> None:
-        """Cancel the requests whose clients have gone, so that their KV cache blocks are free for others."""
+        """Cancel the requests whose clients have gone, so that their KV cache blocks are free for others.
+
+        A client counts as gone at the second look. Before 25.04, Triton's gRPC server crashes when an answer ends
+        before it has dealt with the cancellation of its stream (triton-inference-server/server 7840 and 8078).
+        """
         with self._lock:
             answers = [answer for _, answer in self._answers.values()]
-        for answer in answers:
-            if answer.abandoned():
+        gone = [answer for answer in answers if answer.abandoned()]
+        for answer in gone:
+            if id(answer) in self._gone:
                 self._cancel(answer)
+        self._gone = {id(answer) for answer in gone}
 
     def gauges(self) -> Gauges:
         """The engine's metrics.

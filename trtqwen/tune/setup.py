@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from trtqwen.artifact import make_directory
+from trtqwen.artifact.directory import make_directory
 from trtqwen.bench.setup import WorkloadOptions, make_workloads
 from trtqwen.bench.workload import Workload
 from trtqwen.diagnostics import InputError

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig, HfDtype, load_config
 from trtqwen.hf.files import read_json
 from trtqwen.hf.forward import DecoderLayer, Observer
 from trtqwen.hf.names import EMBEDDING, LM_HEAD, NORM, expected_tensors
 from trtqwen.hf.weights import open_weights
-from trtqwen.layout import CONFIG
 from trtqwen.nn.ops import to_torch
 from trtqwen.nn.rotary import make_rotary
 from trtqwen.recipe import CheckpointRecipe, override

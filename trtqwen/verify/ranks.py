@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trtqwen.artifact.names import rank_weights
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.executor.layer import RankLayer
 from trtqwen.executor.linear import LinearLoader
-from trtqwen.layout import rank_weights
 from trtqwen.nn.ops import to_torch
 from trtqwen.nn.rotary import Rotary, make_rotary
 from trtqwen.recipe import Int8LayoutChoice

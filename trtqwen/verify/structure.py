@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from trtqwen.artifact import MANIFEST, read_manifest
+from trtqwen.artifact.manifest import MANIFEST, read_manifest
+from trtqwen.artifact.names import CONFIG
 from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.checkpoint.convert import ConversionPlan
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
-from trtqwen.layout import CONFIG
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, Int8LayoutChoice, override
 from trtqwen.safetensors_io import SafetensorsReader, TensorSpec

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 
+from trtqwen.artifact.names import HF_MODEL
 from trtqwen.diagnostics import EngineError, ServerError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.facts.cards import has_peer_to_peer
 from trtqwen.facts.vllm import check_release, vllm_facts
-from trtqwen.layout import HF_MODEL
 from trtqwen.recipe import VllmSettings
 from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import read_host

@@ -15,7 +15,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trtqwen.artifact import load_manifest
+from trtqwen.artifact.manifest import load_manifest
 from trtqwen.diagnostics import InputError, TrtQwenError
 from trtqwen.gateway.admission.broker import Link
 from trtqwen.gateway.chat_template import ChatTemplate

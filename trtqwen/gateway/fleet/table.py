@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.artifact import load_manifest
+from trtqwen.artifact.manifest import load_manifest
 from trtqwen.diagnostics import InputError, first_problem
 from trtqwen.gateway.config import Address
 from trtqwen.yaml_file import read_mapping

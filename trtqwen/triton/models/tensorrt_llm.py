@@ -83,6 +83,7 @@ class TritonPythonModel:
         self._executor.shutdown()
         for thread in self._threads:
             thread.join()
+        self._metrics.delete()
 
     def _every(self, period: float, action: Callable[[], None], *, settle: bool = False) -> threading.Thread:
         def repeat() -> None:
@@ -183,6 +184,12 @@ class _Metrics:
         """Count a finished answer."""
         for metric, length in zip(self._lengths, (num_input, num_output), strict=True):
             metric.observe(length)
+
+    def delete(self) -> None:
+        """Delete the metrics at Triton. Those that outlive `finalize` crash the stub as it ends."""
+        self._gauges.clear()
+        self._lengths.clear()
+        self._families.clear()
 
     def _gauge(self, family: str, label: str, name: str) -> Any:
         key = (family, label, name)

@@ -60,12 +60,17 @@ class TritonPythonModel:
     def _watch(self) -> None:
         """Stop the work of clients that have gone: Triton passes a cancellation on to no other model.
 
-        Again until it has ended: a stop may fail, or come before the engine has the request.
+        Again until it has ended: a stop may fail, or come before the engine has the request. A client counts as gone
+        at the second look: `EngineService.cancel_abandoned` says why.
         """
+        gone: set[_Sender] = set()
         while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
+            before, gone = gone, set()
             for sender, models in list(self._running.items()):
                 try:
                     if sender.abandoned():
+                        gone.add(sender)
+                    if sender in gone & before:
                         stop(models, self._settings)
                 except Exception as problem:  # without this thread, no client would be missed any more
                     pb_utils.Logger.log_error(f"request {models.request_id} was not stopped: {problem}")

@@ -1,7 +1,7 @@
 """`choose.choose` as one kernel: a program for each row reads its logits a few times and writes a token.
 
-Filters are found by bisection, many passes over what may be kept. With top-k or top-p that is little: the program
-gathers the tokens near the best one, whose place it finds in a few passes, and works on those.
+With top-k or top-p the program gathers the few tokens near the best one that can be kept, and sorts them. Where more
+than `_GATHERED` can, it finds the filters' threshold by bisection, sixty passes over the row.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ _LOWEST = tl.constexpr(-104.0)  # exp of anything below is 0 in float32
 _BISECTIONS = tl.constexpr(30)
 _NEAREST, _FARTHEST = tl.constexpr(0.25), tl.constexpr(64.0)  # distances from the best scaled logit that are tried
 _TOO_MANY = tl.constexpr(1.0)
-_GATHERED = 2048  # tokens of a row at most
+_COARSE_BISECTIONS = tl.constexpr(14)
+_GATHERED = 1024  # tokens of a row at most
 
 
 @triton.jit
@@ -69,22 +70,43 @@ def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK
 
 
 @triton.jit
-def _neighborhood(row, vocab_size, best, temperature, top_k, least_mass, GATHERED: tl.constexpr, BLOCK: tl.constexpr):
-    """A threshold that every token kept by top-k or top-p reaches and few others do, or `_TOO_MANY`."""
+def _reach_of_top_k(highest, top_k):
+    """A threshold that the best `top_k` tokens reach and few others do, from the highest scaled logit of each lane.
+
+    As many lanes as that have a token above it, and seldom more than one.
+    """
+    low, high = _LOWEST, 0.0
+    for _ in range(_COARSE_BISECTIONS):
+        middle = (low + high) / 2
+        enough = tl.sum((highest >= middle).to(tl.int32), axis=0) >= top_k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _reach_of_mass(row, vocab_size, best, temperature, least_mass, GATHERED: tl.constexpr, BLOCK: tl.constexpr):
+    """A threshold that tokens of this mass reach and few others do, or `_TOO_MANY`."""
     threshold = _TOO_MANY
     distance = _NEAREST
     while distance <= _FARTHEST:
         count, mass = _count_and_mass(row, vocab_size, best, temperature, -distance, BLOCK)
-        if (count >= top_k) & (mass >= least_mass):
+        if (mass >= least_mass) | (count > GATHERED):
             threshold = tl.where(count <= GATHERED, -distance, _TOO_MANY)
             distance = _FARTHEST
-        distance *= 4
+        distance *= 2
     return threshold
 
 
 @triton.jit
-def _gather(row, vocab_size, best, temperature, threshold, near, near_tokens, BLOCK: tl.constexpr):
-    """Write the scaled logits that reach a threshold, and their tokens, in the order of the tokens; their number."""
+def _gather(
+    row, vocab_size, best, temperature, threshold, near, near_tokens, GATHERED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write the scaled logits that reach a threshold, and their tokens, in the order of the tokens.
+
+    Returns:
+        How many there are; beyond `GATHERED` they are not written.
+    """
     lane = tl.arange(0, BLOCK)
     count = 0
     for start in range(0, vocab_size, BLOCK):
@@ -93,11 +115,35 @@ def _gather(row, vocab_size, best, temperature, threshold, near, near_tokens, BL
         found = tl.sum(kept.to(tl.int32), axis=0)
         if found > 0:
             place = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
+            kept &= place < GATHERED
             tl.store(near + place, scaled, mask=kept)
             tl.store(near_tokens + place, start + lane, mask=kept)
             count += found
     tl.debug_barrier()  # all of the program reads what all of it has written
     return count
+
+
+@triton.jit
+def _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED: tl.constexpr):
+    """`_filter` and `_draw` on gathered tokens."""
+    rank = tl.arange(0, GATHERED)
+    scaled = tl.load(near + rank, mask=rank < count, other=float("-inf"))
+    ordered = tl.sort(scaled, descending=True)
+    threshold = _LOWEST
+    if top_k > 0:
+        threshold = tl.maximum(tl.max(tl.where(rank >= top_k - 1, ordered, float("-inf")), axis=0), threshold)
+    odds = tl.where(ordered >= threshold, tl.exp(ordered), 0.0)
+    if (top_p > 0) & (top_p < 1):
+        whole = tl.where(top_k > 0, tl.sum(odds, axis=0), mass)
+        before = tl.cumsum(odds, axis=0) - odds
+        kept = tl.sum((before < whole * top_p).to(tl.int32), axis=0)
+        least = tl.max(tl.where(rank >= tl.maximum(kept, 1) - 1, ordered, float("-inf")), axis=0)
+        threshold = tl.maximum(threshold, least)
+    if min_p > 0:
+        threshold = tl.maximum(threshold, tl.log(tl.maximum(min_p, 1e-37)))
+    odds = tl.where(scaled >= threshold, tl.exp(scaled), 0.0)
+    reached = (tl.cumsum(odds, axis=0) > tl.sum(odds, axis=0) * uniform) & (odds > 0)
+    return tl.min(tl.where(reached, rank, count), axis=0)
 
 
 @triton.jit
@@ -165,17 +211,19 @@ def _choose(
                 mass = 0.0
                 if by_mass & (top_k <= 0):
                     _count, mass = _count_and_mass(row, vocab_size, best, temperature, _LOWEST, BLOCK)
-                neighborhood = _TOO_MANY
-                if by_mass | (top_k > 0):
-                    neighborhood = _neighborhood(
-                        row, vocab_size, best, temperature, top_k, mass * top_p, GATHERED, BLOCK
-                    )
-                if neighborhood < _TOO_MANY:
-                    mine, tokens = near + program * GATHERED, near_tokens + program * GATHERED
-                    count = _gather(row, vocab_size, best, temperature, neighborhood, mine, tokens, BLOCK)
-                    threshold = _filter(mine, count, 0.0, 1.0, top_k, top_p, min_p, mass, GATHERED)
-                    place = _draw(mine, count, 0.0, 1.0, threshold, uniform, GATHERED)
-                    drawn = tl.load(tokens + place, mask=place < count, other=vocab_size)
+                reach = _TOO_MANY
+                if top_k > 0:
+                    reach = _reach_of_top_k((highest - best) / temperature, top_k)
+                elif by_mass:
+                    reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
+                count = GATHERED + 1
+                near += program * GATHERED
+                near_tokens += program * GATHERED
+                if reach < _TOO_MANY:
+                    count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
+                if count <= GATHERED:
+                    place = _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED)
+                    drawn = tl.load(near_tokens + place, mask=place < count, other=vocab_size)
                 else:
                     threshold = _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK)
                     drawn = _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK)

@@ -10,19 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.processes import fork, in_child
-from trtqwen import artifact
-from trtqwen.artifact import (
-    cached,
-    check_output,
-    digest_file,
-    finished_directory,
-    locked,
-    read_manifest,
-    recover,
-    stage_key,
-    write_manifest,
-)
-from trtqwen.diagnostics import InputError, OutputError
+from trtqwen.artifact import directory as directories
+from trtqwen.artifact.digest import digest_file
+from trtqwen.artifact.directory import check_output, finished_directory, locked, recover
+from trtqwen.artifact.manifest import read_manifest, stage_key, write_manifest
+from trtqwen.diagnostics import OutputError
 
 
 def finish(output: Path, content: str = "x", *, force: bool = False) -> None:
@@ -96,7 +88,7 @@ def test_where_directories_cannot_be_exchanged_a_kill_between_the_renames_is_men
 ) -> None:
     out = tmp_path / "out"
     finish(out, "old")
-    monkeypatch.setattr(artifact, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(directories, "_exchange", lambda one, other: False)
 
     def die() -> None:
         rename = Path.rename
@@ -211,31 +203,3 @@ def test_a_link_is_kept_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None
         assert (tmp_path / name).is_symlink()
         assert read_manifest(tmp_path / "real" / name, "engine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "real"]
-
-
-def test_an_unfinished_or_changed_directory_is_not_accepted(tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    with pytest.raises(InputError, match="is not a finished engine"):
-        read_manifest(out, "engine")
-    out.rmdir()
-    finish(out)
-    with pytest.raises(InputError, match="holds a finished engine, not a checkpoint"):
-        read_manifest(out, "checkpoint")
-    (out / "file").write_text("longer")
-    with pytest.raises(InputError, match="has 6 bytes instead of 1"):
-        read_manifest(out, "engine")
-    (out / "file").unlink()
-    with pytest.raises(InputError, match="out: file is missing"):
-        read_manifest(out, "engine")
-    (out / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="is not a manifest"):
-        read_manifest(out, "engine")
-
-
-def test_a_cached_result_is_one_with_the_same_key(tmp_path: Path) -> None:
-    finish(tmp_path / "out")
-    key = stage_key("engine", {"source": "1"}, {"size": 2})
-    assert cached(tmp_path / "out", "engine", key)
-    assert not cached(tmp_path / "out", "engine", stage_key("engine", {"source": "2"}, {"size": 2}))
-    assert not cached(tmp_path / "none", "engine", key)

@@ -10,16 +10,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from trtqwen import __version__
-from trtqwen.artifact import (
-    Manifest,
-    StageName,
-    cached,
-    damage,
-    finished_directory,
-    load_manifest,
-    stage_key,
-    write_manifest,
-)
+from trtqwen.artifact.directory import finished_directory
+from trtqwen.artifact.manifest import Manifest, StageName, cached, damage, load_manifest, stage_key, write_manifest
 from trtqwen.diagnostics import InputError
 
 
