@@ -38,7 +38,8 @@ from trtqwen.hf.weights import INDEX
 from trtqwen.quantize.ranges import write_ranges
 from trtqwen.quantize.smoothquant import ActivationRange
 from trtqwen.quantize.texts import CALIBRATION, read_texts
-from trtqwen.safetensors_io import Array, SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 4_000_000_000

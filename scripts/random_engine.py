@@ -24,7 +24,8 @@ from trtqwen.engine.builder import build_engine
 from trtqwen.hf.known import known_config
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
-from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 from trtqwen.triton.repository import write_repository
 
 PRECISIONS = {

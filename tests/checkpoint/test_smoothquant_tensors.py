@@ -18,7 +18,7 @@ from trtqwen.demo import MODEL
 from trtqwen.hf.config import load_config
 from trtqwen.quantize.ranges import LINEARS
 from trtqwen.quantize.smoothquant import ActivationRange, SmoothQuantMode
-from trtqwen.safetensors_io import SafetensorsWriter
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 
 HIDDEN, INNER = 1024, 8192
 MODES = [SmoothQuantMode(*flags) for flags in itertools.product([False, True], repeat=2)]

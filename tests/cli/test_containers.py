@@ -111,7 +111,7 @@ def test_an_image_is_built_on_the_digest(programs: Path) -> None:
     for line in lines:
         if line.startswith("COPY "):
             assert (context / line.split()[1]).is_dir()
-    assert (context / "trtqwen" / "container_start.sh").is_file()
+    assert (context / "trtqwen" / "containers" / "container_start.sh").is_file()
     assert (programs / "called").read_text().split() == ["build", "--tag=trtqwen:1.2.1", "context"]
     code, output, _ = run(programs, "image", "build", "--dry-run")
     assert (code, "FROM nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3\n" in output) == (0, True)

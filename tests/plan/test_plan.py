@@ -27,7 +27,8 @@ from trtqwen.plan.plan import plan_recipe
 from trtqwen.plan.show import print_comparison, print_plan
 from trtqwen.plan.speed import Forecast
 from trtqwen.recipe import CheckpointRecipe, Recipe, load_recipe, recipe_names
-from trtqwen.safetensors_io import SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 
 
 def found(name: str, recipe: Recipe, model: Path | None = None) -> Diagnostic | None:

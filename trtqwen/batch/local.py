@@ -9,19 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2
-from tritonclient.utils import (
-    deserialize_bytes_tensor,
-    np_to_triton_dtype,
-    serialize_byte_tensor,
-    triton_to_np_dtype,
-)
 
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.engines import Engine, open_engine
+from trtqwen.triton.messages import infer_response, input_arrays
 from trtqwen.triton.parameters import repository_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
@@ -68,7 +62,7 @@ class _Call:
         if not self._begun:
             self._begun = True
             async for request in self._requests:
-                self._service.handle(request.id, _inputs(request), self)
+                self._service.handle(request.id, input_arrays(request), self)
         if self._ended and self._messages.empty():
             return grpc.aio.EOF
         message = await self._messages.get()
@@ -80,11 +74,7 @@ class _Call:
             self._service.cancel_abandoned()
 
     def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
-        message = service_pb2.ModelStreamInferResponse()
-        for name, value in tensors.items():
-            message.infer_response.outputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
-            raw = serialize_byte_tensor(value).item() if value.dtype == object else value.tobytes()
-            message.infer_response.raw_output_contents.append(raw)
+        message = service_pb2.ModelStreamInferResponse(infer_response=infer_response(tensors))
         self._put(message)
         if final:
             self._put(None)
@@ -122,15 +112,3 @@ def local_triton(repository: Path) -> Iterator[LocalTriton]:
         yield LocalTriton(EngineService(engine, limits, token_bytes, exclude_input=True))
     finally:
         engine.shutdown()
-
-
-def _inputs(request: Any) -> dict[str, Array]:
-    inputs = {}
-    for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True):
-        flat = (
-            deserialize_bytes_tensor(raw)
-            if tensor.datatype == "BYTES"
-            else np.frombuffer(raw, triton_to_np_dtype(tensor.datatype))
-        )
-        inputs[tensor.name] = flat.reshape(tuple(tensor.shape))
-    return inputs

@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.bench.workload import Ask
 from trtqwen.diagnostics import ServerError
-from trtqwen.triton.client import infer_request, output_arrays
+from trtqwen.triton.messages import infer_request, output_arrays
 
 Api = Literal["grpc", "completions"]
 OnPiece = Callable[[int], None]

@@ -35,7 +35,8 @@ from trtqwen.quantize.outliers import check_int8_kv_cache
 from trtqwen.quantize.ranges import ACT_RANGES, write_ranges
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe
-from trtqwen.safetensors_io import LARGE_BYTES, SafetensorsWriter, TensorSpec, write_to_all
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.writer import SafetensorsWriter, write_to_all
 from trtqwen.system.steady import SteadyFiles
 
 NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
@@ -44,6 +45,7 @@ NUMPY_DTYPES: dict[Dtype, np.dtype[Any]] = {
     "float32": np.dtype(np.float32),
 }
 FLOAT16_OVERFLOW = 65520.0  # rounds to infinity
+_LARGE_BYTES = 256 << 20  # passes over larger tensors give their pages back on the way
 Progress = Callable[[int], None]
 
 
@@ -244,7 +246,7 @@ def _write_ranks(plan: ConversionPlan, ranges: Ranges, directory: Path, progress
             stage = [writers[rank] for rank in plan.mapping.stage_ranks(rule.stage)]
             targets = [stage] if rule.replicated else [[writer] for writer in stage]
             tensors = [plan.source.tensor(name) for name in rule.sources]
-            large = [name for name in rule.sources if plan.source.spec(name).nbytes > LARGE_BYTES]
+            large = [name for name in rule.sources if plan.source.spec(name).nbytes > _LARGE_BYTES]
 
             def written(count: int, large: Iterable[str] = large) -> None:
                 progress(count)

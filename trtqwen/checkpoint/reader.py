@@ -7,7 +7,8 @@ from pathlib import Path
 
 from trtqwen.artifact.names import rank_weights
 from trtqwen.diagnostics import CheckpointError
-from trtqwen.safetensors_io import Array, SafetensorsReader
+from trtqwen.safetensors_io.format import Array
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 
 def read_rank(directory: Path, rank: int) -> Iterator[tuple[str, Array]]:

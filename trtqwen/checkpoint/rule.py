@@ -12,7 +12,7 @@ from trtqwen.checkpoint.sharding import Split
 from trtqwen.hf.config import HfConfig
 from trtqwen.quantize.smoothquant import ActivationRange, SmoothQuantMode
 from trtqwen.quantize.weight_only import Int8Layout
-from trtqwen.safetensors_io import Array, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
 
 Parts = dict[str, list[Array]]
 Shape = tuple[int, ...]

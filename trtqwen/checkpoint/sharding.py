@@ -10,7 +10,7 @@ import numpy as np
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 
 
 class Split(Enum):

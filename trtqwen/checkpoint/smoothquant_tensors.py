@@ -34,7 +34,7 @@ from trtqwen.quantize.smoothquant import (
     smooth_weight,
     smoother,
 )
-from trtqwen.safetensors_io import Array, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
 
 THREADS = min(8, os.cpu_count() or 1)
 

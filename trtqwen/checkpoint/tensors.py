@@ -28,7 +28,7 @@ from trtqwen.checkpoint.smoothquant_tensors import SmoothRules
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.names import EMBEDDING, LM_HEAD
 from trtqwen.quantize.weight_only import quantize_to_layout
-from trtqwen.safetensors_io import Array, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
 
 TILE = 64  # sizes of INT8 weight-only matrices, for each rank
 

@@ -36,6 +36,13 @@ WorkloadName = Annotated[
 InputTokens = Annotated[int | None, typer.Option(min=1, help="Fix the length of the prompts of a named workload.")]
 OutputTokens = Annotated[int | None, typer.Option(min=1, help="Fix the length of the answers of a named workload.")]
 PrefixTokens = Annotated[int | None, typer.Option(min=0, help="Let the prompts share this many tokens at the start.")]
+GoodputLimits = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Count requests that keep a limit in ms: time_to_first_token:N, inter_token_latency:N or "
+        "request_latency:N. Repeat it for several."
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Set the seed of prompts and arrivals.")]
 
 
@@ -60,13 +67,7 @@ def command(
     stop_at_eos: Annotated[
         bool, typer.Option("--stop-at-eos", help="Let answers end at the end token instead of at their full length.")
     ] = False,
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Count requests that keep a limit in ms: time_to_first_token:N, inter_token_latency:N or "
-            "request_latency:N. Repeat it for several."
-        ),
-    ] = None,
+    goodput: GoodputLimits = None,
     recipe: Annotated[
         str | None, typer.Option(help="Name the recipe that is served: it is recorded and gives the roofline.")
     ] = None,

@@ -28,7 +28,10 @@ from trtqwen.cli.output import (
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerPlan, container_options, plan_build_container, run_container
+from trtqwen.containers.commands import plan_build_container
+from trtqwen.containers.docker import run_container
+from trtqwen.containers.plan import ContainerPlan
+from trtqwen.containers.work import container_options
 from trtqwen.engine.job import Watch
 from trtqwen.engine.provenance import read_provenance
 from trtqwen.engine.trtllm_builder import BuildFailed, log_tail

@@ -20,7 +20,9 @@ from trtqwen.cli.output import (
     stderr,
     stdout,
 )
-from trtqwen.containers import ContainerOptions, ContainerPlan, container_options, plan_doctor_container
+from trtqwen.containers.commands import plan_doctor_container
+from trtqwen.containers.plan import ContainerPlan
+from trtqwen.containers.work import ContainerOptions, container_options
 from trtqwen.diagnostics import InputError
 from trtqwen.doctor.run import Finding, examine, examine_in_container
 from trtqwen.doctor.subject import Subject, completed

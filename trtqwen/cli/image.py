@@ -10,9 +10,9 @@ import typer
 from rich.table import Column, Table
 
 from trtqwen.cli.output import HELP, DryRun, Force, Json, print_json, stdout
+from trtqwen.containers.dockerfile import build_image, plan_image
 from trtqwen.diagnostics import InputError
 from trtqwen.facts.releases import images, known_release, last_engine_release
-from trtqwen.images import build_image, plan_image
 
 command = typer.Typer(
     add_completion=False,

@@ -22,7 +22,9 @@ from trtqwen.cli.output import (
     stderr,
     stdout,
 )
-from trtqwen.containers import container_options, plan_selftest_container, run_container
+from trtqwen.containers.commands import plan_selftest_container
+from trtqwen.containers.docker import run_container
+from trtqwen.containers.work import container_options
 from trtqwen.diagnostics import EngineError, InputError
 from trtqwen.facts.releases import known_image, known_release, last_engine_release
 from trtqwen.selftest import RESULT

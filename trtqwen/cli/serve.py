@@ -26,7 +26,9 @@ from trtqwen.cli.output import (
     stderr,
     stdout,
 )
-from trtqwen.containers import container_options, plan_serve_container, run_container
+from trtqwen.containers.commands import plan_serve_container
+from trtqwen.containers.docker import run_container
+from trtqwen.containers.work import container_options
 from trtqwen.diagnostics import InputError
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.config import gateway_config as plan_gateway

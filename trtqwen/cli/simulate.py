@@ -11,6 +11,7 @@ import typer
 from trtqwen.bench.setup import WorkloadOptions
 from trtqwen.cli.bench import (
     Concurrency,
+    GoodputLimits,
     InputTokens,
     OutputTokens,
     PrefixTokens,
@@ -41,13 +42,7 @@ def command(
         bool,
         typer.Option("--served", help="Count the server process between engine and clients. Known for backend vllm."),
     ] = False,
-    goodput: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Count requests that keep a limit in ms: time_to_first_token:N, inter_token_latency:N or "
-            "request_latency:N. Repeat it for several."
-        ),
-    ] = None,
+    goodput: GoodputLimits = None,
     model: Annotated[
         Path | None,
         typer.Option(help="Read sizes and tokenizer from this Hugging Face directory. [default: the recipe's model]"),

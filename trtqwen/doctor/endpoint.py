@@ -12,7 +12,8 @@ import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.diagnostics import ServerError
-from trtqwen.triton.client import Array, Tensors, answer_text, infer_request, output_arrays, server_error
+from trtqwen.triton.client import Array, Tensors, answer_text, server_error
+from trtqwen.triton.messages import infer_request, output_arrays
 
 _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.float32, "top_p": np.float32}
 

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from trtqwen.containers import ContainerPlan, prepared
+from trtqwen.containers.docker import prepared
+from trtqwen.containers.plan import ContainerPlan
 from trtqwen.diagnostics import ContainerError, TrtQwenError
 from trtqwen.doctor import (
     cards,

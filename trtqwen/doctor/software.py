@@ -19,7 +19,7 @@ from trtqwen.facts.releases import (
     release_facts,
     version,
 )
-from trtqwen.triton.launch import FOREIGN_LAUNCHERS
+from trtqwen.triton.environment import FOREIGN_LAUNCHERS
 
 _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so")
 

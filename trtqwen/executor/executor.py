@@ -8,28 +8,26 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 
 from trtqwen.artifact.manifest import read_manifest
 from trtqwen.diagnostics import EngineError, RequestError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig
+from trtqwen.executor.handle import EngineHandle, OnResponse
 from trtqwen.executor.request import Command, Event, FinishReason, IterationStats, Request, Response
 from trtqwen.executor.wire import EventDecoder, merged
 from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import Relay
 
-OnResponse = Callable[[Response], None]
 _READ_BYTES = 1 << 20
 # PyTorch and oneDNN keep a compiled kernel for each product and number of tokens, 1024 of them by default. With the
 # many step sizes of a server a rank of the bundled model grew by 500 MB in an hour; this bounds it at 200 MB.
 _CACHES = {"LRU_CACHE_CAPACITY": "256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "256"}
 
 
-class Executor:
+class Executor(EngineHandle):
     """A running torch engine. Thread-safe; use as a context manager or call `shutdown`.
 
     Callbacks run on the executor's reader thread: they must be quick and must not raise. Tokens that come while one
@@ -54,7 +52,6 @@ class Executor:
         self._lock = threading.Lock()
         self._stats: queue.Queue[IterationStats | None] = queue.Queue()
         self._ready = threading.Event()
-        self._death: str | None = None
         self._cleanup = ExitStack()
         self._home = self._cleanup.enter_context(workspace("ranks"))
         ranks = self.engine_config.pretrained_config.mapping.world_size
@@ -91,15 +88,6 @@ class Executor:
             if self._death is None:
                 self._send(Command(cancel=request_id))
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
-        """Run requests together and wait for all; each one's responses in order."""
-        return collect_all(self.submit, requests)
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are served."""
-        return self._death is None
-
     @property
     def resident_bytes(self) -> int:
         """Memory of the ranks' processes."""
@@ -125,14 +113,6 @@ class Executor:
             if reader is not threading.current_thread():
                 reader.join()
         self._cleanup.close()
-
-    def __enter__(self) -> Executor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
 
     def _start(self, engine: Path, config: ExecutorConfig, rank: int, ranks: int) -> subprocess.Popen[str]:
         threads = max(1, len(os.sched_getaffinity(0)) // ranks)
@@ -215,23 +195,6 @@ class Executor:
             callback(Response(request_id=request_id, finish_reason=FinishReason.ERROR, error=error))
         self._stats.put(None)
         self._ready.set()
-
-
-def collect_all(submit: Callable[[Request, OnResponse], None], requests: Sequence[Request]) -> list[list[Response]]:
-    """Submit requests together and wait for all; each one's responses in order."""
-    responses: dict[str, list[Response]] = {request.id: [] for request in requests}
-    finished: queue.Queue[str] = queue.Queue()
-
-    def collect(response: Response) -> None:
-        responses[response.request_id].append(response)
-        if response.finish_reason is not None:
-            finished.put(response.request_id)
-
-    for request in requests:
-        submit(request, collect)
-    for _ in requests:
-        finished.get()
-    return [responses[request.id] for request in requests]
 
 
 def _resident_bytes(process: subprocess.Popen[str]) -> int:

@@ -19,7 +19,7 @@ from trtqwen.checkpoint.config import CheckpointConfig
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.nn.ops import to_torch
 from trtqwen.quantize.weight_only import Int8Layout, dequantize, from_layout, quantize
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 
 Tensors = Mapping[str, Array]
 _DEQUANTIZE_FROM = 128  # rows from which a floating product pays for multiplying the weights out

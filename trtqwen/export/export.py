@@ -36,7 +36,8 @@ from trtqwen.hf.config import ARCHITECTURE, HfConfig
 from trtqwen.hf.rope import attention_ratio
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.hf.weights import INDEX
-from trtqwen.safetensors_io import Array, SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 
 Activations = Literal["16bit", "int8"]
 Progress = Callable[[int], None]

@@ -13,7 +13,8 @@ from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.sharding import Split
 from trtqwen.diagnostics import CheckpointError
 from trtqwen.quantize.weight_only import Int8Layout, from_layout, quantize
-from trtqwen.safetensors_io import Array, SafetensorsReader
+from trtqwen.safetensors_io.format import Array
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 LM_HEAD = "lm_head.weight"

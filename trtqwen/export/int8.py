@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 
 GROUPS = (128, 64, 32)  # group sizes of vLLM's Marlin kernels
 

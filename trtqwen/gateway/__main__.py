@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _serve_as_worker(config: GatewayConfig, listener: socket.socket | None) -> None:
-    from trtqwen.gateway.admission.broker import Link
+    from trtqwen.gateway.admission.shared import Link
     from trtqwen.gateway.server import serve
 
     calls, news = (socket.socket(fileno=int(descriptor)) for descriptor in sys.argv[3:5])

@@ -12,15 +12,17 @@ from starlette.middleware.cors import CORSMiddleware
 
 from trtqwen import __version__
 from trtqwen.gateway.admission.auth import read_keys
-from trtqwen.gateway.admission.broker import Link, shared_authenticator
 from trtqwen.gateway.admission.desk import Desk
 from trtqwen.gateway.admission.middleware import Guard
 from trtqwen.gateway.admission.rates import open_keys
+from trtqwen.gateway.admission.shared import Link, shared_authenticator
 from trtqwen.gateway.api import admin, messages, responses, routes, service, websocket
 from trtqwen.gateway.api.failures import add_handlers
 from trtqwen.gateway.api.select import Leases
 from trtqwen.gateway.config import LOOPBACK_ORIGINS, LOOPBACK_PATTERN, GatewayConfig
-from trtqwen.gateway.fleet.fleet import Fleet, first_table, load_models
+from trtqwen.gateway.fleet.engines import load_models
+from trtqwen.gateway.fleet.fleet import Fleet
+from trtqwen.gateway.fleet.table import first_table
 from trtqwen.gateway.front import Front
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.metrics import Metrics

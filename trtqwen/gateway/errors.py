@@ -62,6 +62,18 @@ class ApiError(TrtQwenError):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error, "type": "error"}
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that make the same error in another process, as JSON takes them."""
+        retry = self.headers.get("Retry-After")
+        return {
+            "status": self.status,
+            "message": self.message,
+            "code": self.code,
+            "param": self.param,
+            "retry_after": None if retry is None else int(retry),
+        }
+
 
 def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
     return ApiError(400, message, code, param=param)

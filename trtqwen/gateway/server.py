@@ -12,8 +12,8 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
-from trtqwen.gateway.admission.broker import Link
 from trtqwen.gateway.admission.gate import stopping
+from trtqwen.gateway.admission.shared import Link
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.fleet.fleet import Fleet

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 from trtqwen.gateway.admission.admission import Capacity, QueueLimits
-from trtqwen.gateway.admission.broker import Link, SharedGate
 from trtqwen.gateway.admission.gate import Gate, GatePlan
+from trtqwen.gateway.admission.shared import Link, SharedGate
 from trtqwen.gateway.chat_template import ChatTemplate
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.generation.generator import AnswerGenerator

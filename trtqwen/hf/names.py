@@ -10,7 +10,7 @@ import numpy as np
 
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.config import HfConfig
-from trtqwen.safetensors_io import TensorSpec
+from trtqwen.safetensors_io.format import TensorSpec
 
 EMBEDDING, NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 _FLOATS = ("float64", "float32", "float16", "bfloat16")

@@ -17,7 +17,8 @@ from trtqwen.hf.config import HfConfig, load_config, stretched
 from trtqwen.hf.names import EMBEDDING, LM_HEAD, check_names, check_specs, expected_tensors, stored_dtype
 from trtqwen.hf.tokenizer_files import TOKENIZER_FILES
 from trtqwen.hf.weights import INDEX, open_weights, same_tensor
-from trtqwen.safetensors_io import Array, SafetensorsReader, TensorSpec
+from trtqwen.safetensors_io.format import Array, TensorSpec
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 
 class HfModel:

@@ -1,28 +1,20 @@
-"""The tokenizer that a directory's files mean together, as transformers' `AutoTokenizer` puts them together.
-
-`tokenizer.json` is not the whole tokenizer: transformers drops its truncation and padding, adds the tokens that only
-`tokenizer_config.json` or `added_tokens.json` declare, takes BOS, EOS and PAD from there, and for LlamaTokenizer
-(which DeepSeek-R1-Distill-Qwen names) puts BOS first. The rules are those of transformers 4.57, which
-TensorRT-LLM 1.2 pins; where transformers 5 gives other ids for the same files, a finding says so.
-"""
+"""A tokenizer's files, and the tokens that they declare."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import tokenizers
-from tokenizers import AddedToken, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers import AddedToken
 
-from trtqwen.diagnostics import Diagnostic, SourceError
-from trtqwen.hf.files import check_downloaded, read_json, shown
+from trtqwen.diagnostics import SourceError
+from trtqwen.hf.files import read_json, shown
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+ADDED_TOKENS = "added_tokens.json"
 TOKENIZER_FILES = (
     TOKENIZER,
     TOKENIZER_CONFIG,
@@ -34,164 +26,22 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-_LIST = "additional_special_tokens"
-_QWEN_WORDS = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_END = "<|endoftext|>"
-# What each class of transformers takes for named tokens that the files leave out. TokenizersBackend is of release 5.
-_DEFAULTS: dict[str, dict[str, str]] = {
-    "Qwen2Tokenizer": {"unk_token": _END, "eos_token": _END, "pad_token": _END},
-    "LlamaTokenizer": {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
-    "GPT2Tokenizer": {"unk_token": _END, "bos_token": _END, "eos_token": _END},
-    "PreTrainedTokenizer": {},
-    "TokenizersBackend": {},
-}
+FURTHER = "additional_special_tokens"
+Token = Any  # str, AddedToken or None; tokenizers has no types
 
 
-@dataclass(frozen=True)
-class ResolvedTokenizer:
-    """A complete tokenizer.
-
-    Attributes:
-        backend: without truncation and padding, with every declared token.
-        special_tokens: what chat templates know by name.
-        declared: tokenizer_config.json.
-        findings: what is said of the files.
-    """
-
-    backend: tokenizers.Tokenizer
-    special_tokens: dict[str, str | list[str]]
-    declared: dict[str, Any]
-    findings: tuple[Diagnostic, ...]
-
-
-def resolve_tokenizer(directory: Path) -> ResolvedTokenizer:
-    """Put the files of a directory together.
-
-    Raises:
-        SourceError: if they are missing or damaged, no byte-level BPE, or contradict each other.
-    """
-    config = read_json(directory / TOKENIZER_CONFIG)
-    kind = _kind(directory, config)
-    backend = _backend(directory, kind)
-    _check_model(directory / TOKENIZER, backend)
-    padding = backend.padding
-    backend.no_truncation()
-    backend.no_padding()
-    declared, named, listed = _declared(directory, config, _DEFAULTS[kind])
-    findings = [*_of_release_5(directory, config, kind, backend, declared)]
-    if padding is not None:
-        named.setdefault("pad_token", padding["pad_token"])
-    extra = config.get("extra_special_tokens")
-    for token in extra.values() if isinstance(extra, dict) else extra or []:
-        _check_token(directory / TOKENIZER_CONFIG, "extra_special_tokens", token)
-    if isinstance(extra, dict):
-        named |= {name: _token(value) for name, value in extra.items()}
-    elif isinstance(extra, list):
-        listed = [*listed, *(token for token in map(_token, extra) if token not in listed)]
-    known = {token.content: token for token in declared.values()}
-    named = {name: known.get(str(_text(token)), token) for name, token in named.items() if token is not None}
-    if kind == "Qwen2Tokenizer":
-        named = {name: _special(token) for name, token in named.items()}
-    backend.encode_special_tokens = bool(config.get("split_special_tokens", False))
-    _add_tokens(backend, declared, named, listed)
-    _check_ids(directory, backend, declared)
-    _prefix_space(backend, bool(config.get("add_prefix_space") or False))
-    findings += [*_undeclared(directory, config, backend), *_rebuilt(directory, backend)]
-    if kind == "LlamaTokenizer":
-        findings += _begin_and_end(directory, backend, config, named)
-    special: dict[str, str | list[str]] = {name: _text(token) for name, token in named.items()}
-    if listed and not isinstance(extra, list):
-        special[_LIST] = [_text(token) for token in listed]
-    return ResolvedTokenizer(backend, special, config, tuple(findings))
-
-
-def write_tokenizer(resolved: ResolvedTokenizer, chat_template: Any, directory: Path) -> None:
-    """Write the complete tokenizer: AutoTokenizer, and every reader of `tokenizer.json` alone, gets the same ids.
+def declared_tokens(
+    directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
+) -> tuple[dict[int, AddedToken], dict[str, Token], list[Token]]:
+    """Tokens by their declared ids, named tokens, and further special tokens. An explicit null names no token.
 
     Args:
-        chat_template: as tokenizer_config.json has it; None without one.
+        config: tokenizer_config.json.
+        defaults: named tokens of the tokenizer's class, where the files name none.
+
+    Raises:
+        SourceError: if what a file declares is not a token.
     """
-    backend, config = resolved.backend, dict(resolved.declared)
-    for key in ("chat_template", "auto_map", "extra_special_tokens", "backend", "processor_class", *NAMED, _LIST):
-        config.pop(key, None)
-    config |= {name: resolved.special_tokens.get(name) for name in NAMED}
-    config |= {name: value for name, value in resolved.special_tokens.items() if name not in NAMED}
-    config["added_tokens_decoder"] = {
-        str(token_id): _state(token) for token_id, token in sorted(backend.get_added_tokens_decoder().items())
-    }
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    if chat_template is not None:
-        config["chat_template"] = chat_template
-    directory.mkdir(exist_ok=True)
-    backend.save(str(directory / TOKENIZER))
-    text = json.dumps(config, indent=2, ensure_ascii=False)
-    (directory / TOKENIZER_CONFIG).write_text(text + "\n", encoding="utf-8")
-
-
-def _kind(directory: Path, config: Mapping[str, Any]) -> str:
-    """The class that transformers loads, without `Fast`."""
-    name = config.get("tokenizer_class") or "Qwen2Tokenizer"
-    kind = str(name).removesuffix("Fast")
-    if kind not in _DEFAULTS:
-        raise SourceError(
-            f"{directory / TOKENIZER_CONFIG}: tokenizer_class is {shown(name)}, which Qwen2 models do not use",
-            f"use the tokenizer as published; trtqwen knows {', '.join(_DEFAULTS)}",
-        )
-    return kind
-
-
-def _backend(directory: Path, kind: str) -> tokenizers.Tokenizer:
-    path, vocabulary = directory / TOKENIZER, [directory / name for name in ("vocab.json", "merges.txt")]
-    if path.is_file():
-        with path.open("rb") as file:
-            check_downloaded(path, file.read(128))
-        try:
-            return tokenizers.Tokenizer.from_file(str(path))
-        except Exception as problem:  # the library raises bare Exception
-            raise SourceError(f"{path}: is not a tokenizer ({problem})", "download the file again") from None
-    if kind != "Qwen2Tokenizer" or not all(path.is_file() for path in vocabulary):
-        raise SourceError(f"{directory}: has no tokenizer.json", "copy the model's tokenizer files there")
-    try:
-        backend = tokenizers.Tokenizer(BPE.from_file(*map(str, vocabulary)))
-    except Exception as problem:
-        raise SourceError(
-            f"{directory}: vocab.json and merges.txt are not a BPE vocabulary ({problem})", "download them again"
-        ) from None
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = _qwen_words()
-    backend.decoder = decoders.ByteLevel()
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    return backend
-
-
-def _check_model(path: Path, backend: tokenizers.Tokenizer) -> None:
-    if not isinstance(backend.model, BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
-        raise SourceError(
-            f"{path}: is not a byte-level BPE tokenizer, as Qwen's are",
-            "take tokenizer.json from the model as published",
-        )
-    if backend.model.dropout:
-        raise SourceError(
-            f"{path}: has a dropout of {backend.model.dropout:g}: a text gets other ids each time",
-            "set model.dropout to null; it is meant for training",
-        )
-
-
-def _qwen_words() -> Any:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(_QWEN_WORDS), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _declared(
-    directory: Path, config: Mapping[str, Any], defaults: Mapping[str, str]
-) -> tuple[dict[int, AddedToken], dict[str, Any], list[Any]]:
-    """Tokens by their declared ids, named tokens, and further special tokens. An explicit null names no token."""
     config = dict(config)
     declared: dict[int, AddedToken] = {}
     path = directory / TOKENIZER_CONFIG
@@ -204,27 +54,27 @@ def _declared(
     else:
         _legacy(directory, config, declared)
     for name in NAMED:
-        _check_token(path, name, config.get(name))
-    if not isinstance(config.get(_LIST) or [], list):
-        raise SourceError(f"{path}: {_LIST} is {shown(config[_LIST])}, not a list", "correct it")
-    for token in config.get(_LIST) or []:
-        _check_token(path, _LIST, token)
-    named = dict(defaults) | {name: _token(config[name]) for name in NAMED if name in config}
-    listed = [token for token in map(_token, config.get(_LIST) or []) if token is not None]
+        check_token(path, name, config.get(name))
+    if not isinstance(config.get(FURTHER) or [], list):
+        raise SourceError(f"{path}: {FURTHER} is {shown(config[FURTHER])}, not a list", "correct it")
+    for token in config.get(FURTHER) or []:
+        check_token(path, FURTHER, token)
+    named = dict(defaults) | {name: token_of(config[name]) for name in NAMED if name in config}
+    listed = [token for token in map(token_of, config.get(FURTHER) or []) if token is not None]
     return declared, named, listed
 
 
 def _legacy(directory: Path, config: dict[str, Any], declared: dict[int, AddedToken]) -> None:
     """Files of slow tokenizers, which count where tokenizer_config.json declares no tokens."""
     for key, value in read_json(directory / SPECIAL_TOKENS_MAP).items():
-        if key == _LIST and isinstance(value, list):
-            before = list(config.get(_LIST) or [])
+        if key == FURTHER and isinstance(value, list):
+            before = list(config.get(FURTHER) or [])
             value = before + [token for token in value if token not in before]
         elif isinstance(value, dict):
             value = {**value, "special": True}
         config[key] = value
-    special = {_text(_token(config[name])) for name in NAMED if config.get(name) is not None}
-    special |= {_text(_token(token)) for token in config.get(_LIST) or []}
+    special = {text_of(token_of(config[name])) for name in NAMED if config.get(name) is not None}
+    special |= {text_of(token_of(token)) for token in config.get(FURTHER) or []}
     for content, token_id in read_json(directory / ADDED_TOKENS).items():
         is_special = content in special
         declared[_id(directory / ADDED_TOKENS, token_id)] = AddedToken(
@@ -235,192 +85,22 @@ def _legacy(directory: Path, config: dict[str, Any], declared: dict[int, AddedTo
         declared[int(fields.pop("id"))] = _added(directory / TOKENIZER, fields)
 
 
-def _add_tokens(
-    backend: tokenizers.Tokenizer, declared: Mapping[int, AddedToken], named: Mapping[str, Any], listed: Iterable[Any]
-) -> None:
-    """Add what the backend does not have alike, in transformers' order."""
-    present = backend.get_added_tokens_decoder().values()
-    alike = {repr(token) for token in present}
-    missing: list[Any] = [token for _, token in sorted(declared.items()) if repr(token) not in alike]
-    seen = {token.content for token in (*present, *missing)}
-    special = {_text(token) for token in (*named.values(), *listed)}
-    for token in (*named.values(), *listed):
-        if _text(token) not in seen:
-            missing.append(token)
-            seen.add(_text(token))
-    tokens = []
-    for token in missing:
-        content = _text(token)
-        if isinstance(token, str):
-            token = AddedToken(token, special=content in special)
-        else:
-            token.special = token.special or content in special
-        tokens.append(token)
-    if tokens:
-        backend.add_tokens(tokens)
-
-
-def _check_ids(directory: Path, backend: tokenizers.Tokenizer, declared: Mapping[int, AddedToken]) -> None:
-    for token_id, token in sorted(declared.items()):
-        given = backend.token_to_id(token.content)
-        if given != token_id:
-            raise SourceError(
-                f"{directory}: the tokenizer's files disagree: token {token.content!r} is declared as id {token_id}, "
-                f"and {TOKENIZER} makes it {given} (as transformers does)",
-                "take the tokenizer's files from one model, all of them",
-            )
-
-
-def _begin_and_end(
-    directory: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, Any]
-) -> Iterator[Diagnostic]:
-    """LlamaTokenizer's way: BOS before and EOS behind a text, as tokenizer_config.json says."""
-    before = [token.id for token in _around(backend)]
-    wanted = []
-    for flag, name, default in (("add_bos_token", "bos_token", True), ("add_eos_token", "eos_token", False)):
-        value = config.get(flag, default)
-        if value and name not in named:
-            raise SourceError(
-                f"{directory / TOKENIZER_CONFIG}: {flag} is true, but {name} is not named", f"name {name}"
-            )
-        wanted.append(_text(named[name]) if value else "")
-    begin, end = wanted
-    single = [*([f"{begin}:0"] if begin else []), "$A:0", *([f"{end}:0"] if end else [])]
-    pair = [*single, *([f"{begin}:1"] if begin else []), "$B:1", *([f"{end}:1"] if end else [])]
-    backend.post_processor = processors.TemplateProcessing(
-        single=single,
-        pair=pair,
-        special_tokens=[(token, backend.token_to_id(token)) for token in dict.fromkeys(wanted) if token],
-    )
-    after = [token.id for token in _around(backend)]
-    if before != after:
-        yield Diagnostic(
-            f"{directory}: tokenizer_class LlamaTokenizer puts {begin or 'nothing'} before and {end or 'nothing'} "
-            f"behind a text (add_bos_token, add_eos_token), which {TOKENIZER} does not: transformers 4 does so, "
-            "transformers 5 does not",
-            "",
-            "warning",
-            "tokenizer",
-        )
-
-
-@dataclass(frozen=True)
-class Around:
-    """A token that the post-processor puts around a text."""
-
-    id: int
-    before: bool
-
-
-def _around(backend: tokenizers.Tokenizer) -> list[Around]:
-    """The tokens that are put around a text."""
-    plain = backend.encode("a", add_special_tokens=False).ids
-    whole = backend.encode("a", add_special_tokens=True).ids
-    extra = len(whole) - len(plain)
-    at = next((start for start in range(extra + 1) if whole[start : start + len(plain)] == plain), 0)
-    return [Around(token, place < at) for place, token in enumerate(whole) if not at <= place < at + len(plain)]
-
-
-def tokens_around(backend: tokenizers.Tokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Ids that the tokenizer puts before and behind a text."""
-    around = _around(backend)
-    return (
-        tuple(token.id for token in around if token.before),
-        tuple(token.id for token in around if not token.before),
-    )
-
-
-def _undeclared(directory: Path, config: Mapping[str, Any], backend: tokenizers.Tokenizer) -> Iterator[Diagnostic]:
-    """Tokens that only files which transformers does not read declare."""
-    if config.get("added_tokens_decoder") is None:
-        return
-    lost = [token for token in read_json(directory / ADDED_TOKENS) if backend.token_to_id(token) is None]
-    if lost:
-        yield Diagnostic(
-            f"{directory}: {ADDED_TOKENS} lists {', '.join(lost[:4])}, which added_tokens_decoder of "
-            f"{TOKENIZER_CONFIG} does not: not added, as transformers does",
-            f"add them to added_tokens_decoder if the model was trained with them, or remove {ADDED_TOKENS}",
-            "warning",
-            "tokenizer",
-        )
-
-
-def _of_release_5(
-    directory: Path,
-    config: Mapping[str, Any],
-    kind: str,
-    backend: tokenizers.Tokenizer,
-    declared: Mapping[int, AddedToken],
-) -> Iterator[Diagnostic]:
-    """What transformers 5 takes from tokenizer_config.json alone, and release 4 from tokenizer.json too."""
-    added = backend.get_added_tokens_decoder()
-    lost = [token.content for token_id, token in sorted(added.items()) if token_id not in declared]
-    if lost and config.get("added_tokens_decoder") is not None:
-        yield Diagnostic(
-            f"{directory / TOKENIZER_CONFIG}: added_tokens_decoder lacks {', '.join(lost[:4])}, which {TOKENIZER} "
-            "has: transformers 4 and trtqwen know it, transformers 5 gives other ids",
-            "add every token of tokenizer.json to added_tokens_decoder",
-            "warning",
-            "tokenizer",
-        )
-    if kind == "Qwen2Tokenizer" and config.get("add_prefix_space"):
-        yield Diagnostic(
-            f"{directory / TOKENIZER_CONFIG}: add_prefix_space is true: transformers 5 puts a space before a text, "
-            "transformers 4 and trtqwen do as tokenizer.json says",
-            "set it to false, as Qwen's models have it",
-            "warning",
-            "tokenizer",
-        )
-
-
-def _rebuilt(directory: Path, backend: tokenizers.Tokenizer) -> Iterator[Diagnostic]:
-    """transformers 5 splits texts of every Qwen2 by Qwen2's own rules; release 4 by the file's."""
-    parts = (backend.normalizer, normalizers.NFC()), (backend.pre_tokenizer, _qwen_words())
-    if any(_split_state(mine) != _split_state(usual) for mine, usual in parts):
-        yield Diagnostic(
-            f"{directory / TOKENIZER}: splits texts in another way than Qwen2: transformers 4 and trtqwen do as the "
-            "file says, transformers 5 as Qwen2",
-            "",
-            "warning",
-            "tokenizer",
-        )
-
-
-def _split_state(part: Any) -> Any:
-    if part is None:
-        return None
-    state = json.loads(part.__getstate__())
-    for item in state.get("pretokenizers", []):
-        item.pop("trim_offsets", None)
-    return state
-
-
-def _prefix_space(backend: tokenizers.Tokenizer, add_prefix_space: bool) -> None:
-    """A lone ByteLevel pre-tokenizer follows tokenizer_config.json's add_prefix_space."""
-    part = backend.pre_tokenizer
-    if isinstance(part, pre_tokenizers.ByteLevel) and part.add_prefix_space != add_prefix_space:
-        part.add_prefix_space = add_prefix_space
-        backend.pre_tokenizer = part
-
-
-def _check_token(path: Path, name: str, value: Any) -> None:
+def check_token(path: Path, name: str, value: Any) -> None:
+    """Raise a SourceError if the value of a field is not a token."""
     whole = isinstance(value, dict) and isinstance(value.get("content"), str)
     if value is not None and not isinstance(value, str) and not whole:
         raise SourceError(f"{path}: {name} is {shown(value)}, not a token", "write the token's text")
 
 
-def _token(value: Any) -> Any:
-    """A special token as a string or AddedToken; None for null."""
+def token_of(value: Any) -> Token:
+    """A special token as JSON has it: a text, an object or null."""
     if isinstance(value, dict):
         return AddedToken(**{key: item for key, item in value.items() if key != "__type"})
     return value
 
 
-def _special(token: Any) -> Any:
-    return AddedToken(token, normalized=False, special=True) if isinstance(token, str) else token
-
-
-def _text(token: Any) -> str:
+def text_of(token: Token) -> str:
+    """The text of a token."""
     return str(token.content if isinstance(token, AddedToken) else token)
 
 
@@ -438,8 +118,3 @@ def _id(path: Path, value: Any) -> int:
         raise SourceError(
             f"{path}: declares a token of id {shown(value)}, which is not a number", "correct it"
         ) from None
-
-
-def _state(token: AddedToken) -> dict[str, Any]:
-    names = ("content", "lstrip", "normalized", "rstrip", "single_word", "special")
-    return {name: getattr(token, name) for name in names}

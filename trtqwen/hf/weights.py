@@ -14,7 +14,7 @@ import numpy as np
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.directory import other_format
 from trtqwen.hf.files import check_downloaded, read_json, shown
-from trtqwen.safetensors_io import SafetensorsReader
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _ROWS = 4096  # compared at a time

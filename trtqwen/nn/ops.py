@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 
 
 def to_torch(tensor: Array) -> Tensor:

@@ -9,7 +9,9 @@ import numpy as np
 
 from trtqwen.diagnostics import InputError
 from trtqwen.quantize.smoothquant import ActivationRange
-from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.reader import SafetensorsReader
+from trtqwen.safetensors_io.writer import SafetensorsWriter
 
 ACT_RANGES = "act_ranges.safetensors"
 LINEARS = (

@@ -5,12 +5,11 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from abc import abstractmethod
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Generic, TypeVar
 
 from trtqwen.artifact.manifest import read_manifest
@@ -18,7 +17,7 @@ from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.diagnostics import EngineError, TrtQwenError
 from trtqwen.engine.config import Backend, EngineConfig, read_engine_config
 from trtqwen.executor.config import ExecutorConfig
-from trtqwen.executor.executor import OnResponse, collect_all
+from trtqwen.executor.handle import EngineHandle, OnResponse
 from trtqwen.executor.request import FinishReason, IterationStats, Request, Response
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.relay.answer import Answer, Piece
@@ -28,7 +27,6 @@ _WATCH_PERIOD = 0.5
 _STEP_PERIOD = 0.02
 Prepared = TypeVar("Prepared")
 T = TypeVar("T")
-Executor = TypeVar("Executor", bound="RelayExecutor[Any]")
 
 
 @dataclass
@@ -39,7 +37,7 @@ class _InFlight:
     task: asyncio.Task[None] | None = None
 
 
-class RelayExecutor(ABC, Generic[Prepared]):
+class RelayExecutor(EngineHandle, Generic[Prepared]):
     """An engine of another project. Thread-safe; use as a context manager or call `shutdown`.
 
     Callbacks run on the thread of the event loop: they must be quick and must not raise.
@@ -65,7 +63,6 @@ class RelayExecutor(ABC, Generic[Prepared]):
         self._tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
         self._stall_seconds = stall_seconds
         self._lock = threading.Lock()
-        self._death: str | None = None
         self._running: dict[str, _InFlight] = {}
         self._heard = time.monotonic()
         self._told = 0.0
@@ -98,15 +95,6 @@ class RelayExecutor(ABC, Generic[Prepared]):
         """End a request; it answers with finish reason `CANCELLED` unless it has ended already."""
         self._loop.call_soon_threadsafe(self._cancel, request_id)
 
-    def generate(self, requests: Sequence[Request]) -> list[list[Response]]:
-        """Run requests together and wait for all; each one's responses in order."""
-        return collect_all(self.submit, requests)
-
-    @property
-    def alive(self) -> bool:
-        """Whether requests are served."""
-        return self._death is None
-
     @property
     @abstractmethod
     def resident_bytes(self) -> int:
@@ -135,14 +123,6 @@ class RelayExecutor(ABC, Generic[Prepared]):
             if self._thread is not threading.current_thread():
                 self._thread.join()
             self._stop_engine()
-
-    def __enter__(self: Executor) -> Executor:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.shutdown()
 
     @abstractmethod
     def _prepare(self, request: Request) -> Prepared:

@@ -1,10 +1,10 @@
-"""Streams an answer from a Triton server over gRPC, from the model `ensemble`; tensors in and out of its messages."""
+"""Streams an answer from a Triton server over gRPC, from the model `ensemble`."""
 
 from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +12,11 @@ import grpc
 import numpy as np
 import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
-from tritonclient.utils import (
-    deserialize_bytes_tensor,
-    np_to_triton_dtype,
-    serialize_byte_tensor,
-    triton_to_np_dtype,
-)
 
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.hf.chat_template import DEFAULT, ChatTemplate
 from trtqwen.triton.contract import older_names
+from trtqwen.triton.messages import infer_request, output_arrays
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -141,35 +136,6 @@ def _as_known(stub: Any, inputs: Mapping[str, Array]) -> dict[str, Array]:
     older = older_names()
     named = {name if name in known else older.get(name, name): value for name, value in inputs.items()}
     return {name: value for name, value in named.items() if name in known or name != "return_num_output_tokens"}
-
-
-def infer_request(model: str, request_id: str, inputs: Tensors, outputs: Sequence[str] = ()) -> Any:
-    """A ModelInferRequest with these tensors in.
-
-    Args:
-        outputs: the tensors that the responses carry; empty asks for all that the model sends.
-    """
-    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-    for name in outputs:
-        request.outputs.add(name=name)
-    for name, value in inputs.items():
-        request.inputs.add(name=name, datatype=np_to_triton_dtype(value.dtype), shape=value.shape)
-        raw = serialize_byte_tensor(value).item() if value.dtype == np.object_ else value.tobytes()
-        request.raw_input_contents.append(raw)
-    return request
-
-
-def output_arrays(response: Any) -> dict[str, Array]:
-    """The tensors of a ModelInferResponse by name; texts are bytes."""
-    outputs = {}
-    for output, raw in zip(response.outputs, response.raw_output_contents, strict=True):
-        flat = (
-            deserialize_bytes_tensor(raw)
-            if output.datatype == "BYTES"
-            else np.frombuffer(raw, triton_to_np_dtype(output.datatype))
-        )
-        outputs[output.name] = flat.reshape(tuple(output.shape))
-    return outputs
 
 
 def _piece(response: Any) -> Piece:

@@ -34,8 +34,6 @@ from trtqwen.system.host import Host
 
 ENGINE_MODEL = "tensorrt_llm"
 _CPP_BACKEND = "tensorrtllm"
-# Left by a launcher around us; they would make our ranks join its job.
-FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 # Open MPI binds the processes of a small job to one core each, which Triton, its python models and their threads
 # would share, and refuses more processes than it counts cores.
 MPIRUN = ("mpirun", "--allow-run-as-root", "--bind-to", "none", "--oversubscribe")
@@ -368,11 +366,6 @@ def _restricted(protocols: str) -> str:
     which no header can carry: the protocols are closed to all.
     """
     return f"{protocols}:x-trtqwen={secrets.token_hex(16)}\n{secrets.token_hex(16)}"
-
-
-def clean_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """An environment without what other launchers left in it."""
-    return {name: value for name, value in environment.items() if not name.startswith(FOREIGN_LAUNCHERS)}
 
 
 def _tracing() -> list[str]:

@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import re
 import shutil
-import signal
 import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
@@ -20,11 +15,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import grpc
-from tritonclient.grpc import service_pb2, service_pb2_grpc
-
 from trtqwen.diagnostics import InputError, ServerError
-from trtqwen.engine.explain import explain
 from trtqwen.engine.provenance import check_provenance
 from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.guardian import ENVIRONMENTS, environments, remove_environments
@@ -33,6 +24,7 @@ from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
+from trtqwen.triton.environment import server_environment
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
 from trtqwen.triton.launch import (
@@ -40,7 +32,6 @@ from trtqwen.triton.launch import (
     Launch,
     RankHosts,
     check_spread,
-    clean_environment,
     plan_launch,
     python_instances,
     read_deployment,
@@ -55,24 +46,16 @@ from trtqwen.triton.parameters import (
     repository_parameters,
 )
 from trtqwen.triton.ports import Ports, claim
+from trtqwen.triton.ready import is_ready
+from trtqwen.triton.server_log import GONE, ServerLog, without_error
 from trtqwen.triton.watchdog import Heartbeat, IterationCounter, Watchdog
 from trtqwen.vllm.server import VllmPlace, VllmServer
 
 _logger = logging.getLogger(__name__)
-# Triton's python backend aborts now and then while several models start (triton-inference-server/server 8882).
-_START_FAULT = "boost::interprocess::lock_exception"
 _START_FAULTS = 3  # starts that may end so, one after the other
-_KILLED = "the log has no error; was it killed, for its memory perhaps?"
-_GONE = "the log has no error; it crashed or was killed"
-_CRASHED = "the log has no error; it crashed"
-_NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
-_UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
 _UNLOAD_SECONDS = 5
 _REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
-# An error that trtqwen itself raised in a model; its text is `what; hint`.
-_OWN_ERROR = re.compile(r"failed to load '(\w+)' version \d+: Internal: (?:Input|Engine)Error: (.+?)(?:\\n|\n)")
-_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
 
 
 class TritonServer(Service):
@@ -235,7 +218,7 @@ class TritonServer(Service):
         self._cleanup.enter_context(shared_memory(self._shm_prefix))
         home = self._installation.home
         launch = self.launch(link_backends(home, workspace) if home else None)
-        if shutil.which(launch.command[0], path=self._environment().get("PATH")) is None:
+        if shutil.which(launch.command[0], path=server_environment(self._installation).get("PATH")) is None:
             raise ServerError(
                 (f"{launch.command[0]} is not on this machine, but an engine of several ranks is started with it"),
                 "run in NVIDIA's Triton container",
@@ -255,8 +238,8 @@ class TritonServer(Service):
     def _start_triton(self, launch: Launch, workspace: Path, vllm: VllmPlace | None = None) -> None:
         self._waiting = None
         heartbeat = workspace / "heartbeat"
-        environment = {**self._environment(), ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1"}
-        environment[HEARTBEAT] = str(heartbeat)
+        environment = server_environment(self._installation)
+        environment |= {ENGINE_DEATH: str(self._engine_death), FILES_VERIFIED: "1", HEARTBEAT: str(heartbeat)}
         environment["TMPDIR"] = str(workspace)  # what its processes keep there goes with it
         record = workspace / ENVIRONMENTS
         record.write_text(json.dumps({"before": environments(), "since": time.time()}), encoding="utf-8")
@@ -287,7 +270,7 @@ class TritonServer(Service):
             if self._vllm is not None and self._vllm.answers():
                 self._waiting()
             return False
-        ready = self._answers_http() if self.ports.http is not None else self._answers_grpc()
+        ready = is_ready(None if self.ports.http is None else self.http_url, self.grpc_url)
         if ready:
             self._served, self._faults = True, 0
         if ready and not self._helpers:
@@ -299,7 +282,7 @@ class TritonServer(Service):
     def late(self) -> str:
         if self._waiting is not None and self._vllm is not None:
             return self._vllm.late()
-        return f"{super().late()}: {self._telling_line()}"
+        return f"{super().late()}: {self._read_log().telling_line()}"
 
     def check(self) -> None:
         """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
@@ -316,12 +299,13 @@ class TritonServer(Service):
             return
         if problem := self._problem():
             self._broken = True
-            raise ServerError(*(self._own_error() or (problem,)))
+            own_error = None if self._running.poll() is None else self._read_log().own_error
+            raise ServerError(*(own_error or (problem,)))
 
     def _started_again(self) -> bool:
         """Whether Triton crashed over its own fault while it started, and has been started again."""
         ended = self._process is not None and self._process.poll() is not None
-        if not ended or self._served or self._faults == _START_FAULTS or _START_FAULT not in self._log_text():
+        if not ended or self._served or self._faults == _START_FAULTS or not self._read_log().start_fault:
             return False
         self._faults += 1
         _logger.warning("Triton crashed while it started, by a fault of its python backend: starting it again")
@@ -343,12 +327,12 @@ class TritonServer(Service):
                 self._running.wait(1)  # its own end, if that is what takes them along, says more
         code = self._running.poll()
         if code is not None:
-            return f"Triton {ending(code)}: {self._telling_line(_NO_ERROR.get(code, _CRASHED) if code < 0 else None)}"
+            return f"Triton {ending(code)}: {self._read_log().telling_line(without_error(code))}"
         with suppress(FileNotFoundError):
             if death := self._engine_death.read_text("utf-8"):
                 return f"{death} ({self._advice})"
         if ended:
-            return f"a process of {_name(ended[0])} has ended by itself: {self._telling_line(_GONE)}"
+            return f"a process of {_name(ended[0])} has ended by itself: {self._read_log().telling_line(GONE)}"
         return f"the engine hangs: {hung} ({self._advice})" if (hung := self.hung) else None
 
     def stop(self, *, drain: bool = True) -> None:
@@ -380,7 +364,7 @@ class TritonServer(Service):
         """Wait as long as requests run; when only models are left that do not unload, not as long as Triton does."""
         deadline, unloading = time.monotonic() + self.stop_seconds + 10, None
         while process.poll() is None and time.monotonic() < deadline:
-            if unloading is None and _UNLOADING in self._log_text():
+            if unloading is None and self._read_log().unloading:
                 unloading = time.monotonic()
             if unloading is not None and time.monotonic() - unloading > _UNLOAD_SECONDS:
                 return
@@ -392,68 +376,14 @@ class TritonServer(Service):
             raise ServerError("the server is not running", "call start() first")
         return self._process
 
-    def _environment(self) -> dict[str, str]:
-        environment = clean_environment(os.environ)
-        # A module in the working directory is never imported, and nothing is written into the repository.
-        environment |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-        environment["LC_ALL"] = "C.UTF-8"  # python models read and write UTF-8 regardless of the terminal
-        _prepend(environment, "PATH", Path(sys.executable).parent)
-        _prepend(environment, "PYTHONPATH", Path(__file__).parents[2])  # the models import this very trtqwen
-        for directory in reversed(self._installation.libraries):
-            _prepend(environment, "LD_LIBRARY_PATH", directory)
-        return environment
-
-    def _answers_grpc(self) -> bool:
-        with grpc.insecure_channel(self.grpc_url) as channel:
-            stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
-            try:
-                return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=2).ready)
-            except grpc.RpcError:
-                return False
-
-    def _answers_http(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as response:
-                return bool(response.status == 200)
-        except OSError:
-            return False
-
-    def _log_text(self) -> str:
-        """What the server has logged since it was last started."""
+    def _read_log(self) -> ServerLog:
         with self.log.open("rb") as file:
             file.seek(self._log_start)
-            return file.read().decode("utf-8", "replace")
+            return ServerLog(file.read().decode("utf-8", "replace"), self._advice)
 
     @property
     def _advice(self) -> str:
         return f"see {self._log}" if self._keeps_log else "start it with --log FILE to see more"
-
-    def _own_error(self) -> tuple[str, str] | None:
-        """What kept a model of trtqwen from loading, and the hint; None if it is an error of Triton's."""
-        if (found := _OWN_ERROR.search(self._log_text())) is None or self._running.poll() is None:
-            return None
-        what, _, hint = found[2].partition("; ")
-        return f"the model {found[1]} does not load: {what}", f"{hint or 'see the log'} ({self._advice})"
-
-    def _telling_line(self, without_error: str | None = None) -> str:
-        """The log's line that says most about a failure, and where the rest is.
-
-        Args:
-            without_error: stands in where the log has no error; None takes its last line.
-        """
-        lines = [line for line in self._log_text().splitlines() if line.strip()]
-        errors = [
-            line.partition("] ")[2]
-            for line in lines
-            if line.startswith("E") and "] " in line and not any(text in line for text in _HARMLESS)
-        ]
-        loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
-        others = lines if without_error is None else [without_error]
-        [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
-        message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
-        known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
-        cause = f"; cause: {known.cause}; hint: {known.hint}" if known and known.role == "cause" else ""
-        return f"{message} ({self._advice}){cause}"
 
 
 def _name(command: list[str]) -> str:
@@ -466,11 +396,6 @@ def _check_engine(engine: Path, machine: Host) -> None:
     problems = check_provenance(engine, machine)
     if problems:
         raise ServerError(str(problems[0]))
-
-
-def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
-    rest = environment.get(variable)
-    environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
 
 
 def _reachable(host: str) -> str:

@@ -18,7 +18,7 @@ from trtqwen.hf.forward import LayerwiseModel
 from trtqwen.hf.names import EMBEDDING as HF_EMBEDDING
 from trtqwen.hf.names import LM_HEAD as HF_LM_HEAD
 from trtqwen.nn.ops import rms_norm, to_torch
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 from trtqwen.verify.head import ROWS, HeadComparison, LogitsComparer
 
 HF_NORM = "model.norm.weight"

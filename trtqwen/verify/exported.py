@@ -25,7 +25,8 @@ from trtqwen.hf.weights import open_weights
 from trtqwen.nn.ops import to_torch
 from trtqwen.nn.rotary import make_rotary
 from trtqwen.recipe import CheckpointRecipe, override
-from trtqwen.safetensors_io import Array, SafetensorsReader
+from trtqwen.safetensors_io.format import Array
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 _SAME = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),

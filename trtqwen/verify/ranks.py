@@ -18,7 +18,8 @@ from trtqwen.executor.linear import LinearLoader
 from trtqwen.nn.ops import to_torch
 from trtqwen.nn.rotary import Rotary, make_rotary
 from trtqwen.recipe import Int8LayoutChoice
-from trtqwen.safetensors_io import Array, SafetensorsReader
+from trtqwen.safetensors_io.format import Array
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 EMBEDDING = "transformer.vocab_embedding.weight"
 NORM = "transformer.ln_f.weight"

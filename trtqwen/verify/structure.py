@@ -14,7 +14,8 @@ from trtqwen.diagnostics import CheckpointError
 from trtqwen.hf.config import HfConfig
 from trtqwen.quantize.smoothquant import SmoothQuantMode
 from trtqwen.recipe import CheckpointRecipe, Int8LayoutChoice, override
-from trtqwen.safetensors_io import SafetensorsReader, TensorSpec
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.reader import SafetensorsReader
 
 # Tables that NVIDIA's converter writes and TensorRT-LLM does not need.
 OPTIONAL = {"embed_positions", "embed_positions_for_gpt_attention", "rotary_inv_freq"}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from trtqwen.quantize.weight_only import Int8Layout, quantize
-from trtqwen.safetensors_io import Array
+from trtqwen.safetensors_io.format import Array
 
 _BUFFER = 32 << 20  # bytes of a pinned buffer
 _THREADS = 4

@@ -9,10 +9,9 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any, NamedTuple
 
 from trtqwen.gateway.api.chat import ChatPlan
-from trtqwen.gateway.api.envelope import Envelope, stop_reason
+from trtqwen.gateway.api.envelope import OpenAiAnswers, stop_reason
 from trtqwen.gateway.api.log_probs import chat_log_probs, prompt_log_probs
 from trtqwen.gateway.api.reasoning import Reasoning, ReasoningParser
-from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import Finish, Piece, TokenLogProb, Usage
@@ -56,23 +55,11 @@ async def chat_steps(plan: ChatPlan, generator: AnswerGenerator, usage: Usage) -
                     break
 
 
-class ChatAnswers:
+class ChatAnswers(OpenAiAnswers[ChatPlan]):
     """The answers of one request."""
 
-    def __init__(self, plan: ChatPlan, generator: AnswerGenerator) -> None:
-        self._plan = plan
-        self._generator = generator
-        self._token_bytes = generator.model.tokenizer.token_bytes
-        self.usage = Usage()
-        self._envelope = Envelope(
-            generator.model,
-            plan.generation,
-            "chat.completion",
-            "chat.completion.chunk",
-            self.usage,
-            plan.include_usage,
-            plan.continuous_usage,
-        )
+    kind = "chat.completion"
+    chunk_kind = "chat.completion.chunk"
 
     async def whole(self) -> dict[str, Any]:
         """The `chat.completion` object.
@@ -128,9 +115,8 @@ class ChatAnswers:
                     frames.append(frame(step.number, body, step.finish))
                 if frames:
                     yield b"".join(frames)
-        if self._plan.include_usage:
-            yield self._envelope.usage_frame()
-        yield DONE
+        for last in self._last_frames():
+            yield last
 
 
 class _Choice:

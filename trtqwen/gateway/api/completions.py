@@ -11,17 +11,15 @@ from json.encoder import encode_basestring_ascii as quoted
 from typing import Any
 
 from trtqwen.gateway.api.chat import truncated
-from trtqwen.gateway.api.envelope import Envelope, choice_count, stop_reason
+from trtqwen.gateway.api.envelope import OpenAiAnswers, choice_count, stop_reason
 from trtqwen.gateway.api.fields import refuse_unsupported
 from trtqwen.gateway.api.log_probs import completion_log_probs, prompt_log_probs
 from trtqwen.gateway.api.response_format import plan_guide
 from trtqwen.gateway.api.sampling import check_ids, plan_sampling
 from trtqwen.gateway.api.schemas import CompletionRequest
-from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import bad_request
-from trtqwen.gateway.generation.generator import AnswerGenerator
-from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Piece, TokenLogProb, Usage, fit_answer
+from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Piece, TokenLogProb, fit_answer
 from trtqwen.gateway.model import ServedModel
 
 
@@ -127,23 +125,11 @@ def _listed(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[st
     return [ids] if ids else [prompt for prompt in given if not isinstance(prompt, int)]
 
 
-class CompletionAnswers:
+class CompletionAnswers(OpenAiAnswers[CompletionPlan]):
     """The answers of one request, streamed or whole."""
 
-    def __init__(self, plan: CompletionPlan, generator: AnswerGenerator) -> None:
-        self._plan = plan
-        self._generator = generator
-        self._token_bytes = generator.model.tokenizer.token_bytes
-        self.usage = Usage()
-        self._envelope = Envelope(
-            generator.model,
-            plan.generation,
-            "text_completion",
-            "text_completion",
-            self.usage,
-            plan.include_usage,
-            plan.continuous_usage,
-        )
+    kind = "text_completion"
+    chunk_kind = "text_completion"
 
     async def whole(self) -> dict[str, Any]:
         """The `text_completion` object.
@@ -206,9 +192,8 @@ class CompletionAnswers:
                 body = f'"text":{quoted(text)},"logprobs":{log_probs}{stop_reason(piece.matched)}'
                 finish = "length" if piece.finish and self._plan.no_answer else piece.finish
                 yield frame(piece.number, body, finish, first=first)
-        if self._plan.include_usage:
-            yield self._envelope.usage_frame()
-        yield DONE
+        for last in self._last_frames():
+            yield last
 
     def _log_probs(
         self, index: int, entries: Sequence[TokenLogProb], prompt: Sequence[TokenLogProb]

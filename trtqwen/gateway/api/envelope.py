@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
+from trtqwen.gateway.api.sse import DONE
 from trtqwen.gateway.errors import bad_request
+from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.plan import Finish, GenerationPlan, Usage
 from trtqwen.gateway.model import ServedModel
 
@@ -91,6 +93,55 @@ class Envelope:
             "model": self.model.name,
             "system_fingerprint": self.model.fingerprint,
         }
+
+
+class AnswersPlan(Protocol):
+    """What the plans of chats and completions have in common."""
+
+    @property
+    def generation(self) -> GenerationPlan: ...
+
+    @property
+    def include_usage(self) -> bool: ...
+
+    @property
+    def continuous_usage(self) -> bool: ...
+
+
+Plan = TypeVar("Plan", bound=AnswersPlan)
+
+
+class OpenAiAnswers(Generic[Plan]):
+    """What the answers of a chat and of a completion have in common: OpenAI's objects around them.
+
+    Attributes:
+        kind: `object` of a whole answer.
+        chunk_kind: `object` of a part of a stream.
+    """
+
+    kind: ClassVar[str]
+    chunk_kind: ClassVar[str]
+
+    def __init__(self, plan: Plan, generator: AnswerGenerator) -> None:
+        self._plan = plan
+        self._generator = generator
+        self._token_bytes = generator.model.tokenizer.token_bytes
+        self.usage = Usage()
+        self._envelope = Envelope(
+            generator.model,
+            plan.generation,
+            self.kind,
+            self.chunk_kind,
+            self.usage,
+            plan.include_usage,
+            plan.continuous_usage,
+        )
+
+    def _last_frames(self) -> Iterator[bytes]:
+        """What a stream ends with."""
+        if self._plan.include_usage:
+            yield self._envelope.usage_frame()
+        yield DONE
 
 
 def stop_reason(matched: str | int | None) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 from trtqwen.gateway.api.schemas import ChatRequest, CompletionRequest, ResponseFormat
 from trtqwen.gateway.errors import bad_request, unsupported
 from trtqwen.gateway.generation.guide import ANY_OBJECT, Guide, GuideKind
-from trtqwen.gateway.generation.json_schema import Unenforceable, check_schema, loosened
+from trtqwen.gateway.generation.json_schema import Unenforceable
+from trtqwen.gateway.generation.schema_check import check_schema, loosened
 from trtqwen.gateway.model import ServedModel
 
 _LONGEST_GUIDE = 64 << 10  # characters

@@ -11,7 +11,7 @@ from trtqwen.gateway.api.response_format import require_guides, require_structur
 from trtqwen.gateway.api.schemas import AllowedTools, ChatRequest, NamedTool, Tool
 from trtqwen.gateway.errors import ApiError, bad_request
 from trtqwen.gateway.generation.guide import Guide
-from trtqwen.gateway.generation.json_schema import loosened
+from trtqwen.gateway.generation.schema_check import loosened
 from trtqwen.gateway.model import ServedModel
 from trtqwen.gateway.tools import CLOSE, OPEN
 

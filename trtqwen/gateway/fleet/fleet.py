@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from trtqwen.artifact.manifest import load_manifest
 from trtqwen.diagnostics import InputError, TrtQwenError
-from trtqwen.gateway.admission.broker import Link
-from trtqwen.gateway.chat_template import ChatTemplate
+from trtqwen.gateway.admission.shared import Link
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.fleet.engines import EnginePool
 from trtqwen.gateway.fleet.observe import SILENT, Observer, Shadow, end_copies
 from trtqwen.gateway.fleet.peers import Peers
 from trtqwen.gateway.fleet.route import Engine, Route, Serving, check_tokenizers, warm_up
 from trtqwen.gateway.fleet.table import ModelEntry, ModelTable, Target, file_state, read_table, revision
 from trtqwen.gateway.metrics import Metrics, watch_process
 from trtqwen.gateway.model import ServedModel, load_model
-from trtqwen.gateway.state import Connect, running
-from trtqwen.gateway.supervision import read_supervision
+from trtqwen.gateway.state import Connect
 
 _LOOK_SECONDS = 0.5  # between two looks at the table and at the supervisor's file
-_POLL_SECONDS = 0.05
 _log = logging.getLogger(__name__)
 State = Literal["starting", "serving", "draining"]
 
@@ -73,13 +69,10 @@ class Fleet:
         self.table = table
         self.draining = False
         self._models = dict(models)
-        self._connect = connect
         self._link = link
-        self._keys = keys
         self._routes: dict[str, Route] = {}
-        self._engines: dict[str, Engine] = {}
         self._changes: dict[str, Change] = {}
-        self._closing: set[asyncio.Task[None]] = set()
+        self._engines = EnginePool(config, metrics, connect, link, keys, needed=self._needed, on_change=self.show)
         self._seen: tuple[int, ...] = file_state(config.models)
         self._file_problem = ""
         self._peers = Peers(config.supervisor)
@@ -105,7 +98,7 @@ class Fleet:
 
     @property
     def idle(self) -> bool:
-        return all(engine.runtime.gate.idle for engine in self._engines.values())
+        return all(engine.runtime.gate.idle for engine in self._engines)
 
     @property
     def states(self) -> dict[str, bool]:
@@ -141,11 +134,12 @@ class Fleet:
             tasks += [asyncio.create_task(self._watch()), asyncio.create_task(watch_process(self.metrics))]
             yield self
         finally:
-            ending = [*tasks, *(change.task for change in self._changes.values() if change.task), *self._closing]
+            changing = (change.task for change in self._changes.values() if change.task)
+            ending = [*tasks, *changing, *self._engines.closing]
             for task in ending:
                 task.cancel()
             await asyncio.gather(*ending, return_exceptions=True)
-            for engine in self._engines.values():
+            for engine in self._engines:
                 await engine.stack.aclose()
             self._peers.leave()
 
@@ -153,9 +147,9 @@ class Fleet:
         """Install the first route of a model, before its engines answer."""
         engines = {}
         for target in entry.targets:
-            key = self._key(name, target)
+            key = self._engines.key(name, target)
             model = self._models.pop((name, target.name))
-            engines[target.name] = self._engines.get(key) or await self._open(key, target, model)
+            engines[target.name] = await self._engines.open(key, target, model)
         self._install(name, entry, engines)
 
     def drain(self) -> None:
@@ -164,18 +158,18 @@ class Fleet:
         for change in self._changes.values():
             if change.task is not None:
                 change.task.cancel()
-        for engine in self._engines.values():
+        for engine in self._engines:
             engine.runtime.gate.drain()
         self.show()
 
     def send_away(self, failure: ApiError) -> None:
         """End the waiting of all who wait."""
-        for engine in self._engines.values():
+        for engine in self._engines:
             engine.runtime.gate.send_away(failure)
 
     def abort_all(self, failure: ApiError) -> None:
         """End every running answer with an error."""
-        for engine in self._engines.values():
+        for engine in self._engines:
             engine.runtime.generator.abort_all(failure)
 
     # --- changes
@@ -218,14 +212,15 @@ class Fleet:
             if route is None or route.entry != entry or self._outdated(route):
                 change = self._changes[name] = Change(entry)
                 change.task = asyncio.create_task(self._change(name, change))
-        self._release()
+        self._engines.release()
         self.show()
 
     def _outdated(self, route: Route) -> bool:
         """Whether a repository was written again since its engine was opened."""
         try:
             return any(
-                one.engine.identity != self._key(route.name, one.target) for one in (*route.serving, *route.shadows)
+                one.engine.identity != self._engines.key(route.name, one.target)
+                for one in (*route.serving, *route.shadows)
             )
         except InputError:
             return False  # what runs is better than what is gone
@@ -252,81 +247,19 @@ class Fleet:
             self._install(name, change.entry, change.engines)
             del self._changes[name]
             _log.warning("model %s is served by %s", name, ", ".join(target.name for target in change.entry.targets))
-        self._release()
+        self._engines.release()
         self.show()
 
     async def _prepare(self, name: str, target: Target, change: Change) -> None:
-        addresses = await self._addresses(name, target)
-        key = self._key(name, target)
+        addresses = await self._engines.addresses(target)
+        key = self._engines.key(name, target)
         engine = self._engines.get(key)
         if engine is None:
             model = await asyncio.to_thread(load_model, target.repository, name)
-            engine = self._engines.get(key) or await self._open(key, target, model, addresses)
+            engine = await self._engines.open(key, target, model, addresses)
         change.engines[target.name] = engine
-        deadline = time.monotonic() + self.config.engine_start_seconds
-        while not engine.runtime.monitor.ready:
-            if time.monotonic() > deadline:
-                raise InputError(
-                    f"{target.name}: {', '.join(engine.runtime.config.triton)} does not answer",
-                    "start a Triton on the repository first",
-                )
-            await asyncio.sleep(_POLL_SECONDS)
+        await self._engines.wait_until_ready(engine, target)
         await warm_up(engine.runtime)
-
-    async def _addresses(self, name: str, target: Target) -> tuple[str, ...]:
-        """Where the target's Tritons are; waits for those that `serve` starts."""
-        if target.triton is not None:
-            return target.triton
-        if self.config.supervisor is None:
-            raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
-        begun, deadline = time.time(), time.monotonic() + self.config.engine_start_seconds
-        while True:
-            told = self._told_of(target)
-            if told.get("problem") and told["at"] >= begun:  # not that of an earlier try
-                raise InputError(f"{target.name}: {told['problem']}")
-            if told.get("running"):
-                return tuple(told["triton"])
-            if time.monotonic() > deadline:
-                raise InputError(f"{target.name}: `trtqwen serve` has not started it", "see what serve says")
-            await asyncio.sleep(_POLL_SECONDS)
-
-    def _known_addresses(self, target: Target) -> tuple[str, ...]:
-        if target.triton is not None:
-            return target.triton
-        return tuple(self._told_of(target).get("triton", ()))
-
-    def _told_of(self, target: Target) -> Mapping[str, Any]:
-        """What `serve` says of the Tritons that it starts for a target."""
-        return read_supervision(self.config.supervisor).engines.get(target.place, {})
-
-    def _key(self, name: str, target: Target) -> str:
-        manifest = load_manifest(target.repository, "repository").key
-        return "\n".join((name, str(target.repository), *self._known_addresses(target), manifest))
-
-    async def _open(
-        self, key: str, target: Target, model: ServedModel, addresses: Sequence[str] | None = None
-    ) -> Engine:
-        triton = tuple(addresses or self._known_addresses(target))
-        if not triton:
-            raise InputError(f"{target.name}: has no triton", "name the address of its Triton")
-        config = self.config.model_copy(update={"repository": target.repository, "triton": triton})
-        template = model.tokenizer.chat_template
-        stack = AsyncExitStack()
-        runtime = await stack.enter_async_context(
-            running(
-                config,
-                model,
-                None if template is None else ChatTemplate(template),
-                self.metrics,
-                self._connect,
-                self._link,
-                keys=self._keys,
-                identity=key,
-                on_change=self.show,
-            )
-        )
-        engine = self._engines[key] = Engine(key, runtime, stack)
-        return engine
 
     def _install(self, name: str, entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
         shadows = [
@@ -373,27 +306,8 @@ class Fleet:
         own = replace(generator, observe=observer, metrics=SILENT if role == "shadow" else generator.metrics)
         return Serving(target, engine, replace(engine.runtime, generator=own), observer)
 
-    def _release(self) -> None:
-        """Close the engines that no model needs, each when its last request has ended."""
-        for key, engine in self._engines.items():
-            if not self._needed(engine) and not any(task.get_name() == key for task in self._closing):
-                task = asyncio.create_task(self._close(engine), name=key)
-                self._closing.add(task)
-                task.add_done_callback(self._closing.discard)
-
-    async def _close(self, engine: Engine) -> None:
-        while engine.requests or not engine.runtime.gate.idle:
-            await asyncio.sleep(_POLL_SECONDS)
-            if self._needed(engine):
-                return
-        if self._needed(engine):
-            return
-        del self._engines[engine.identity]
-        await engine.stack.aclose()
-        self.show()
-
     def _needed(self, engine: Engine) -> bool:
-        """Whether a model has come back to an engine."""
+        """Whether a model is served by an engine, or is on its way to it."""
         routes = (one.engine for route in self._routes.values() for one in (*route.serving, *route.shadows))
         changes = (one for change in self._changes.values() for one in change.engines.values())
         return any(other is engine for other in (*routes, *changes))
@@ -415,7 +329,7 @@ class Fleet:
     @property
     def settled(self) -> bool:
         """Whether everything is as the table says, and nothing drains."""
-        return not self._changes and not self._closing and not self._file_problem
+        return not self._changes and not self._engines.closing and not self._file_problem
 
     def show(self) -> None:
         """Tell metrics and the gateway's other processes."""
@@ -427,8 +341,8 @@ class Fleet:
             "settled": self.settled,
             "switched": not self._changes,
             "problems": self.problems,
-            "places": sorted({str(engine.runtime.config.repository) for engine in self._engines.values()}),
-            "triton": sorted({address for one in self._engines.values() for address in one.runtime.config.triton}),
+            "places": sorted({str(engine.runtime.config.repository) for engine in self._engines}),
+            "triton": sorted({address for one in self._engines for address in one.runtime.config.triton}),
         }
         if told != self._told:
             self._told = told
@@ -454,7 +368,7 @@ class Fleet:
             }
         draining = [
             {"triton": list(engine.runtime.config.triton), "requests": engine.requests}
-            for engine in self._engines.values()
+            for engine in self._engines
             if not self._needed(engine)
         ]
         return {
@@ -465,33 +379,3 @@ class Fleet:
             "settled": all(one["settled"] and one["revision"] == self.revision for one in self.everybody()),
             "problem": self._file_problem or None,
         }
-
-
-def first_table(config: GatewayConfig) -> ModelTable:
-    """The table that a gateway begins with: that of its file, or one model from its own settings.
-
-    Raises:
-        InputError: if the file cannot be used.
-    """
-    if config.models is not None:
-        return read_table(config.models)
-    assert config.repository is not None  # the config's own check
-    name = config.model_name or config.repository.resolve().name
-    target = Target.model_construct(
-        name="engine", repository=config.repository, triton=config.triton, gpus=None, weight=None, shadow=None
-    )
-    entry = ModelEntry.model_construct(targets=(target,), aliases=(), sticky="key")
-    return ModelTable.model_construct(models={name: entry}, default=None)
-
-
-def load_models(table: ModelTable) -> dict[tuple[str, str], ServedModel]:
-    """Read every repository of a table, by model and target.
-
-    Raises:
-        InputError: if one cannot be used.
-    """
-    return {
-        (name, target.name): load_model(target.repository, name)
-        for name, entry in table.models.items()
-        for target in entry.targets
-    }

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from trtqwen.artifact.manifest import load_manifest
 from trtqwen.diagnostics import InputError, first_problem
-from trtqwen.gateway.config import Address
+from trtqwen.gateway.config import Address, GatewayConfig
 from trtqwen.yaml_file import read_mapping
 
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/-]*$")]
@@ -239,3 +239,20 @@ def exclusively(path: Path) -> Iterator[None]:
     with path.with_name(f".{path.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+
+
+def first_table(config: GatewayConfig) -> ModelTable:
+    """The table that a gateway begins with: that of its file, or one model from its own settings.
+
+    Raises:
+        InputError: if the file cannot be used.
+    """
+    if config.models is not None:
+        return read_table(config.models)
+    assert config.repository is not None  # the config's own check
+    name = config.model_name or config.repository.resolve().name
+    target = Target.model_construct(
+        name="engine", repository=config.repository, triton=config.triton, gpus=None, weight=None, shadow=None
+    )
+    entry = ModelEntry.model_construct(targets=(target,), aliases=(), sticky="key")
+    return ModelTable.model_construct(models={name: entry}, default=None)

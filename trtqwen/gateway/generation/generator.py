@@ -100,6 +100,14 @@ class AnswerGenerator:
         """Whose KV cache blocks the current request may reuse; empty for everyone's."""
         return CALLER.get().name if self.isolates_keys else ""
 
+    async def _turn(self, ticket: Ticket, deadline: float) -> Replica:
+        """Wait for the ticket's turn, and for the replica that the gate picks."""
+        queue = current_span().child("queue")
+        try:
+            return self.replicas[await self.gate.turn(ticket, deadline)]
+        finally:
+            queue.end()
+
     async def _sequence(
         self, plan: GenerationPlan, index: int, ticket: Ticket, usage: Usage, deadline: float
     ) -> AsyncGenerator[Piece, None]:
@@ -111,15 +119,10 @@ class AnswerGenerator:
         large = bool(plan.sampling.bias or plan.sampling.allowed)
         if large:
             inputs.clear()
-        request = current_span()
-        queue = request.child("queue")
-        try:
-            replica = self.replicas[await self.gate.turn(ticket, deadline)]
-        finally:
-            queue.end()
+        replica = await self._turn(ticket, deadline)
         if large:
             inputs = engine_inputs(self.model, plan.sampling, prompt, plan.max_tokens, index)
-        span = request.child(
+        span = current_span().child(
             "engine", **{"trtqwen.replica": replica.address, "gen_ai.usage.input_tokens": len(prompt)}
         )
         failure: str | None = None

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Literal
 
-from trtqwen.gateway.generation.json_schema import keeps_to
+from trtqwen.gateway.generation.value_check import keeps_to
 
 GuideKind = Literal["json_schema", "regex", "ebnf_grammar", "structural_tag"]
 

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
-from trtqwen.triton.client import infer_request
 from trtqwen.triton.contract import EXTENSIONS
+from trtqwen.triton.messages import infer_request
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"

@@ -20,7 +20,9 @@ from hypothesis import strategies as st
 
 from trtqwen.artifact.digest import digest_file
 from trtqwen.diagnostics import InputError
-from trtqwen.safetensors_io import SafetensorsReader, SafetensorsWriter, TensorSpec, write_to_all
+from trtqwen.safetensors_io.format import TensorSpec
+from trtqwen.safetensors_io.reader import SafetensorsReader
+from trtqwen.safetensors_io.writer import SafetensorsWriter, write_to_all
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "int8": torch.int8}
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
@@ -71,7 +73,7 @@ def test_the_reader_reads_what_the_library_writes(
 
 
 def test_parts_are_joined_and_cast_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trtqwen.safetensors_io._BLOCK_BYTES", 64)
+    monkeypatch.setattr("trtqwen.safetensors_io.writer.BLOCK_BYTES", 64)
     source = np.random.default_rng(0).normal(size=(50, 10)).astype(np.float32)
     spec = TensorSpec((50, 5), np.dtype(np.float16))
     with SafetensorsWriter(tmp_path / "file", {"w": spec}) as writer:

@@ -9,27 +9,36 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trtqwen import containers
 from trtqwen.artifact.directory import finished_directory
 from trtqwen.artifact.manifest import StageName, write_manifest
-from trtqwen.containers import ContainerOptions, ContainerPlan, plan_build_container, plan_serve_container
+from trtqwen.containers.commands import (
+    plan_build_container,
+    plan_doctor_container,
+    plan_selftest_container,
+    plan_serve_container,
+)
+from trtqwen.containers.installed import PACKAGE
+from trtqwen.containers.plan import ContainerPlan, csv_field
+from trtqwen.containers.work import ContainerOptions
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError
-from trtqwen.facts.releases import images
 from trtqwen.recipe import Recipe, load_recipe, recipe_names
 
 TP4 = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
+
+
 REPLICAS = load_recipe("qwen2.5-7b-int8-wo-tp1x4-4090d")
+
+
 TINY = load_recipe("qwen2-tiny-cpu")
+
+
 NEWEST = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 
 
@@ -84,7 +93,7 @@ def test_every_recipe_has_its_container(name: str, tmp_path: Path) -> None:
 
 def test_what_is_written_is_mounted_where_it_is_and_the_rest_read_only(tmp_path: Path) -> None:
     mounts = parsed(build_plan(TP4, tmp_path)).mount
-    package = containers.__file__.rpartition("/")[0]
+    package = str(PACKAGE)
     assert mounts.pop("/opt/trtqwen/trtqwen") == (package, False)
     assert mounts.pop("/opt/trtqwen/recipes") == (str(Path(package).parent / "recipes"), False)
     cache, writable = mounts.pop("/var/cache/trtqwen")
@@ -189,76 +198,9 @@ def finished(directory: Path, stage: StageName, parameters: dict[str, str]) -> N
         write_manifest(temporary, stage, {}, parameters)
 
 
-GEFORCE, DATA_CENTER = "NVIDIA GeForce RTX 4090 D", "NVIDIA L40S"
-CUDA_12, CUDA_13 = "1.0.0", "1.2.1"  # releases whose newest images have CUDA 12.9.1 and 13.1.0
-
-
-@pytest.mark.parametrize("gpu", [GEFORCE, DATA_CENTER])
-@pytest.mark.parametrize(
-    ("release", "driver", "verdict"),
-    [
-        (CUDA_12, "520.61.05", "error"),
-        (CUDA_12, "535.183.01", "warning"),
-        (CUDA_12, "575.57.08", None),  # the driver that the image was built with
-        (CUDA_12, "580.95.05", None),
-        (CUDA_12, "590.48.01", None),
-        (CUDA_13, "525.60.13", "error"),
-        (CUDA_13, "575.57.08", "error"),
-        (CUDA_13, "580.95.05", "warning"),
-        (CUDA_13, "590.44.01", None),
-        (CUDA_13, "590.48.01", None),
-        (CUDA_13, "610.43.02", None),
-    ],
-)
-def test_the_major_version_of_cuda_decides_about_the_driver(
-    release: str, driver: str, verdict: str | None, gpu: str, tmp_path: Path
-) -> None:
-    """NVIDIA's rule, the same for all cards: CUDA 12 runs from 525 on, CUDA 13 from 580 on."""
-    recipe = TP4.model_copy(update={"checkpoint": TP4.checkpoint.model_copy(update={"release": release})})
-    if verdict != "error":
-        warnings = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,)).warnings
-        assert [warning.level for warning in warnings] == ([verdict] if verdict else [])
-        return
-    with pytest.raises(InputError) as caught:
-        build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,))
-    assert f"or newer, here is {driver}" in caught.value.what
-    assert ("GeForce cards have no forward compatibility" in caught.value.what) == (gpu == GEFORCE)
-    assert "--skip-gates" in caught.value.hint
-    (warning,) = build_plan(recipe, tmp_path, driver=driver, gpus=(gpu,), skip_gates=True).warnings
-    assert warning.what == f"--skip-gates: {caught.value.what}"
-
-
-def test_an_old_driver_is_refused_with_the_newest_image_it_runs(tmp_path: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        build_plan(TP4, tmp_path, driver="575.57.08")
-    tag, release = "25.10-trtllm-python-py3", "1.0.0"
-    assert f"set checkpoint.release {release} for nvcr.io/nvidia/tritonserver:{tag}" in caught.value.hint
-    older = TP4.model_copy(update={"checkpoint": TP4.checkpoint.model_copy(update={"release": release})})
-    assert build_plan(older, tmp_path, driver="575.57.08").image.endswith(tag)
-
-
-def test_drivers_at_the_edges(tmp_path: Path) -> None:
-    assert build_plan(TP4, tmp_path, driver="600.1").image == NEWEST
-    assert build_plan(TINY, tmp_path, driver="400.1").image == NEWEST  # needs no GPU
-    with pytest.raises(InputError) as caught:
-        build_plan(TP4, tmp_path, driver="470.10")
-    assert caught.value.hint.startswith("update the driver; ")
-
-
-def test_an_image_may_be_named_but_not_one_of_another_release(tmp_path: Path) -> None:
-    digest = "registry.example/trtqwen@sha256:" + "0" * 64
-    assert build_plan(TP4, tmp_path, image=digest, driver="400.1").command.count(digest) == 1
-    old = next(image for image in images() if image.tensorrt_llm == "1.0.0").image
-    with pytest.raises(InputError, match=r"holds TensorRT-LLM 1\.0\.0, but checkpoint.release is 1\.2\.1"):
-        build_plan(TP4, tmp_path, image=old)
-    ancient = TINY.model_copy(update={"checkpoint": TINY.checkpoint.model_copy(update={"release": "0.17.0"})})
-    with pytest.raises(InputError, match=r"no known image holds checkpoint\.release 0\.17\.0.*--image"):
-        build_plan(ancient, tmp_path)
-
-
 @given(st.lists(st.text(st.characters(exclude_characters="\n\r", min_codepoint=32), min_size=1), min_size=1))
 def test_a_mount_reads_back_as_docker_reads_it(fields: list[str]) -> None:
-    assert next(csv.reader([",".join(map(containers._csv_field, fields))])) == fields
+    assert next(csv.reader([",".join(map(csv_field, fields))])) == fields
 
 
 def test_the_printed_line_can_be_pasted(tmp_path: Path) -> None:
@@ -276,111 +218,15 @@ def test_the_printed_line_can_be_pasted(tmp_path: Path) -> None:
     assert len(lines.split(" \\\n  ")) == len(plan.options) + 3  # docker run, image, arguments
 
 
-def start(
-    home: Path, image: Path, *arguments: str, requires: str, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Run the start script as in a container whose python3 is `image`'s."""
-    path = f"{image / 'bin'}:/usr/bin:/bin"
-    settings = {"PATH": path, "TRTQWEN_REQUIRES": requires, "TRTQWEN_CACHE": str(home), "HOME": str(home)}
-    package = Path(containers.__file__).parents[1]
-    return subprocess.run(
-        ["bash", str(containers.START), *arguments],
-        env={**settings, "PYTHONPATH": str(package), "PIP_CONSTRAINT": "", **environment},
-        capture_output=True,
-        text=True,
-        cwd=home,
-        timeout=110,
-    )
-
-
-OURS = " ".join(containers.requirements())
-SQ_RECIPE = """\
-description: SmoothQuant in an image.
-checkpoint: {dtype: float16, quant: int8_sq, per_channel: true, per_token: true, calib: texts.txt}
-engine: {backend: torch, max_batch_size: 4, max_num_tokens: 256, max_seq_len: 256}
-"""
-
-
-def test_smoothquant_builds_in_the_virtual_environment_of_an_image(tmp_path: Path) -> None:
-    """This test's own virtual environment stands for the image's: torch is in it, and not in the base Python."""
-    image = Path(sys.prefix)
-    if image == Path(sys.base_prefix):
-        pytest.skip("not in a virtual environment")
-    (tmp_path / "sq.yaml").write_text(SQ_RECIPE)
-    (tmp_path / "texts.txt").write_text("The cat sat on the mat.\n")
-    build = ("build", "sq.yaml", f"--model={MODEL}", "--json")
-    offline = {"PIP_NO_INDEX": "1"}  # nothing is missing, so nothing may be installed
-    result = start(tmp_path, image, *build, requires=OURS, **offline)
-    assert result.returncode == 0, result.stderr
-    assert "preparing trtqwen's environment" in result.stderr
-    assert [stage["stage"] for stage in json.loads(result.stdout)["stages"]] == ["checkpoint", "engine", "repository"]
-    quality = json.loads((tmp_path / "engines" / "sq" / "checkpoint" / "quality.json").read_text())
-    assert quality["not_measured"] is None
-    assert not [path for path in (tmp_path / "venv").rglob("METADATA") if "typer" in path.parent.name]
-    again = start(tmp_path, image, "--version", requires=OURS, **offline)
-    assert (again.returncode, again.stderr) == (0, "")
-
-
-def test_only_what_an_image_lacks_is_installed_and_kept(tmp_path: Path) -> None:
-    image = tmp_path / "image"
-    venv.create(image, with_pip=True)
-    site = next(image.glob("lib/python3*/site-packages"))
-    (site / "inside.py").write_text("")
-    (site / "nested.pth").write_text("import sys; sys.nested = True\n")
-    wheels, package = tmp_path / "wheels", tmp_path / "package" / "trtqwen"
-    wheels.mkdir()
-    wheel(wheels, "lacking")
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("")
-    program = "import sys, inside, lacking; print(*sys.argv[1:], sys.nested)"
-    (package / "__main__.py").write_text(program)
-    where = {"PYTHONPATH": str(package.parent), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()}
-    result = start(tmp_path, image, "a b", "--c", requires="lacking>=1", **where)
-    assert (result.returncode, result.stdout) == (0, "a b --c True\n"), result.stderr
-    shutil.rmtree(wheels)
-    again = start(tmp_path, image, requires="lacking>=1", **where)
-    assert (again.returncode, again.stderr) == (0, "")
-    other = start(tmp_path, image, requires="absent", **where)
-    assert other.returncode == 1
-    assert "absent" in other.stderr
-    assert not (tmp_path / "ready").exists()  # a start that fails leaves nothing that a later one takes
-
-
-def wheel(directory: Path, name: str) -> None:
-    """Write a wheel with an empty module."""
-    info = f"{name}-1.0.dist-info"
-    files = {
-        f"{name}.py": "",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    record = "".join(f"{file},,\n" for file in [*files, f"{info}/RECORD"])
-    with zipfile.ZipFile(directory / f"{name}-1.0-py3-none-any.whl", "w") as archive:
-        for file, text in {**files, f"{info}/RECORD": record}.items():
-            archive.writestr(file, text)
-
-
-def test_the_start_script_is_mounted_with_the_package(tmp_path: Path) -> None:
-    command = build_plan(TP4, tmp_path).command
-    script = command[command.index(NEWEST) + 1]
-    package = next(
-        source
-        for target, (source, _) in parsed(build_plan(TP4, tmp_path)).mount.items()
-        if target == "/opt/trtqwen/trtqwen"
-    )
-    assert Path(package, Path(script).relative_to("/opt/trtqwen/trtqwen")) == containers.START
-    assert subprocess.run(["bash", "-n", str(containers.START)]).returncode == 0
-
-
 def test_selftest_and_doctor_have_containers_of_their_own(tmp_path: Path) -> None:
-    plan = containers.plan_selftest_container("1.2.1", tmp_path / "engines", True, ContainerOptions())
+    plan = plan_selftest_container("1.2.1", tmp_path / "engines", True, ContainerOptions())
     assert (plan.image, devices(plan)) == (NEWEST, ["0"])
     assert plan.arguments == ("selftest", f"--engines={tmp_path}/engines", "--json")
-    plan = containers.plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions())
+    plan = plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions())
     assert parsed(plan).gpus == "all"
     assert plan.arguments == ("doctor", "--gpu")
     assert str(MODEL) in parsed(plan).mount
-    plan = containers.plan_doctor_container(TP4.name, TP4, [], [], ContainerOptions())
+    plan = plan_doctor_container(TP4.name, TP4, [], [], ContainerOptions())
     assert devices(plan) == ["0", "1", "2", "3"]
     assert parsed(plan).env["NCCL_P2P_DISABLE"] == "1"
 
@@ -392,8 +238,8 @@ def test_dockers_own_command_line_takes_every_recipes_options(tmp_path: Path) ->
         return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
 
     plans = [build_plan(load_recipe(name), tmp_path / "a, b") for name in recipe_names()]
-    plans.append(containers.plan_selftest_container("1.2.1", tmp_path / "engines", False, ContainerOptions()))
-    plans.append(containers.plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions()))
+    plans.append(plan_selftest_container("1.2.1", tmp_path / "engines", False, ContainerOptions()))
+    plans.append(plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions()))
     options = {plan.options: plan.command for plan in plans}
     for command in options.values():
         assert "annot connect to the Docker daemon" in docker(*command), command

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from trtqwen import __version__
 from trtqwen.artifact.directory import finished_directory
-from trtqwen.containers import HOME, PACKAGE, START, check_docker, image_digest, pins, requirements
+from trtqwen.containers.docker import check_docker, image_digest
+from trtqwen.containers.installed import HOME, PACKAGE, START_INSIDE, pins, requirements
 from trtqwen.diagnostics import ContainerError, InputError
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import newest_image
@@ -44,7 +45,6 @@ class ImagePlan:
         Args:
             digest: the base by digest; its tag where None.
         """
-        start = f"{HOME}/{PACKAGE.name}/{START.name}"
         return f"""\
 # Written by trtqwen {__version__}.
 FROM {digest or self.base}
@@ -52,8 +52,8 @@ ENV {IMAGE_VARIABLE}="{self.base}" {DIGEST_VARIABLE}="{digest or ""}" PYTHONPATH
 ENV TRTQWEN_REQUIRES="{" ".join(requirements())}" TRTQWEN_PINS="{" ".join(pins())}" PYTHONSAFEPATH="1"
 COPY trtqwen {HOME}/trtqwen
 COPY recipes {HOME}/recipes
-RUN TRTQWEN_CACHE=/opt/trtqwen-venv bash {start} --version && chmod -R a+rX /opt/trtqwen-venv {HOME}
-ENTRYPOINT ["bash", "{start}"]
+RUN TRTQWEN_CACHE=/opt/trtqwen-venv bash {START_INSIDE} --version && chmod -R a+rX /opt/trtqwen-venv {HOME}
+ENTRYPOINT ["bash", "{START_INSIDE}"]
 """
 
 

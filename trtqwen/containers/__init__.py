@@ -1,0 +1,1 @@
+"""trtqwen in NVIDIA's images: `docker run` lines for its commands, and images with trtqwen installed."""

@@ -1,0 +1,49 @@
+"""trtqwen as a container finds it: where it is mounted, how it starts, and which packages it needs."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+from trtqwen.diagnostics import InputError
+
+PACKAGE = Path(__file__).parents[1]
+HOME = Path("/opt/trtqwen")  # in the container
+START = Path(__file__).with_name("container_start.sh")
+START_INSIDE = f"{HOME}/{START.relative_to(PACKAGE.parent)}"
+
+
+def requirements() -> list[str]:
+    """What trtqwen's package needs, without its extras; no word has a space."""
+    try:
+        named = metadata.requires("trtqwen") or []
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            "trtqwen is not installed as a package here", "`pip install` it, so that its needs are known"
+        ) from None
+    return [requirement.replace(" ", "") for requirement in named if "extra ==" not in requirement]
+
+
+def pins() -> list[str]:
+    """The versions that are installed here of all that trtqwen needs, as `name==version`.
+
+    A container installs these of what its image lacks, and not what a registry has meanwhile.
+    """
+    found: dict[str, str] = {}
+    new = {"trtqwen"}
+    while new:
+        name = new.pop()
+        try:
+            distribution = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # for another system or Python
+        found[name] = distribution.version
+        needs = (need for need in distribution.requires or () if "extra ==" not in need)
+        new |= {_project(need) for need in needs} - found.keys()
+    return sorted(f"{name}=={version}" for name, version in found.items() if name != "trtqwen")
+
+
+def _project(requirement: str) -> str:
+    """The name of a requirement, as PEP 503 normalizes it."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement, maxsplit=1)[0]).lower()

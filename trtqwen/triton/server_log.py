@@ -1,0 +1,76 @@
+"""What a tritonserver's log says: why it ended or does not start, and how far it is with its end."""
+
+from __future__ import annotations
+
+import re
+import signal
+from dataclasses import dataclass
+
+from trtqwen.engine.explain import explain
+
+# Triton's python backend aborts now and then while several models start (triton-inference-server/server 8882).
+_START_FAULT = "boost::interprocess::lock_exception"
+_UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
+# An error that trtqwen itself raised in a model; its text is `what; hint`.
+_OWN_ERROR = re.compile(r"failed to load '(\w+)' version \d+: Internal: (?:Input|Engine)Error: (.+?)(?:\\n|\n)")
+_HARMLESS = ("CudaDriverHelper", "CUDA driver version is insufficient")  # logged as errors on hosts without a GPU
+_KILLED = "the log has no error; was it killed, for its memory perhaps?"
+_CRASHED = "the log has no error; it crashed"
+_NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
+GONE = "the log has no error; it crashed or was killed"
+
+
+def without_error(code: int) -> str | None:
+    """What to say of an exit code if the log has no error; None to say the log's last line."""
+    return _NO_ERROR.get(code, _CRASHED) if code < 0 else None
+
+
+@dataclass(frozen=True)
+class ServerLog:
+    """The log of one tritonserver.
+
+    Attributes:
+        text: what it has logged since it was last started.
+        advice: where the user finds more of it.
+    """
+
+    text: str
+    advice: str
+
+    @property
+    def start_fault(self) -> bool:
+        """Whether Triton crashed over its own fault while it started."""
+        return _START_FAULT in self.text
+
+    @property
+    def unloading(self) -> bool:
+        """Whether Triton, told to end, has no request left and unloads its models."""
+        return _UNLOADING in self.text
+
+    @property
+    def own_error(self) -> tuple[str, str] | None:
+        """What kept a model of trtqwen from loading, and the hint; None if it is an error of Triton's."""
+        if (found := _OWN_ERROR.search(self.text)) is None:
+            return None
+        what, _, hint = found[2].partition("; ")
+        return f"the model {found[1]} does not load: {what}", f"{hint or 'see the log'} ({self.advice})"
+
+    def telling_line(self, without_error: str | None = None) -> str:
+        """The log's line that says most about a failure, and where the rest is.
+
+        Args:
+            without_error: stands in where the log has no error; None takes its last line.
+        """
+        lines = [line for line in self.text.splitlines() if line.strip()]
+        errors = [
+            line.partition("] ")[2]
+            for line in lines
+            if line.startswith("E") and "] " in line and not any(text in line for text in _HARMLESS)
+        ]
+        loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
+        others = lines if without_error is None else [without_error]
+        [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
+        message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
+        known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
+        cause = f"; cause: {known.cause}; hint: {known.hint}" if known and known.role == "cause" else ""
+        return f"{message} ({self.advice}){cause}"
