@@ -39,8 +39,8 @@ PRECISIONS = {
 SPREAD = 0.02  # standard deviation of the weights
 
 
-def make_engine(directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe) -> Path:
-    """Write `directory`/checkpoint and `directory`/engine; the engine's path.
+def make_checkpoint(directory: Path, model: str, precision: str, tp_size: int) -> None:
+    """Write a checkpoint with a tokenizer to `directory`.
 
     Weights are normal with `SPREAD`, gains are 1, INT8 codes uniform with scales that give the same spread.
     """
@@ -65,12 +65,12 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
         quantization["quant_algo"] = "W8A16"
     if settings.kv_cache == "int8":
         quantization["kv_cache_quant_algo"] = "INT8"
-    checkpoint = directory / "checkpoint"
-    checkpoint.mkdir(parents=True)
+    directory.mkdir(parents=True)
+    write_tokenizer(directory / TOKENIZER_DIRECTORY, hf.vocab_size)
     digests = {}
     for rank in range(tp_size):
         specs = {name: spec for rule in rules for name, spec in rule.specs.items()}
-        path = checkpoint / rank_weights(rank)
+        path = directory / rank_weights(rank)
         with SafetensorsWriter(path, specs) as writer:
             for name, spec in specs.items():
                 writer.write(name, [_fill(name, spec, rank)])
@@ -84,19 +84,23 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
         calibrated=settings.calibrated,
         release="1.2.1",
     )
-    (checkpoint / CONFIG).write_text(json.dumps(content), encoding="utf-8")
-    write_manifest(checkpoint, "checkpoint", {}, settings.model_dump(exclude={"calib", "act_ranges"}), digests)
-    build_engine(checkpoint, limits, directory / "engine")
+    (directory / CONFIG).write_text(json.dumps(content), encoding="utf-8")
+    write_manifest(directory, "checkpoint", {}, settings.model_dump(exclude={"calib", "act_ranges"}), digests)
+
+
+def make_engine(directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe) -> Path:
+    """Write `directory`/checkpoint and `directory`/engine; the engine's path."""
+    make_checkpoint(directory / "checkpoint", model, precision, tp_size)
+    build_engine(directory / "checkpoint", limits, directory / "engine")
     return directory / "engine"
 
 
 def make_repository(
     directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe
 ) -> tuple[Path, Path]:
-    """`make_engine` with a tokenizer: a model repository, and a Hugging Face directory without weights."""
+    """`make_engine` with a model repository, and a Hugging Face directory without weights."""
     engine = make_engine(directory, model, precision, tp_size, limits)
     config = known_config(model)
-    write_tokenizer(engine / TOKENIZER_DIRECTORY, config.vocab_size)
     write_repository(engine, ServeRecipe(triton_max_batch_size=limits.max_batch_size), directory / "repo")
     home = directory / "hf"
     write_tokenizer(home, config.vocab_size)

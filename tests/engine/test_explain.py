@@ -76,6 +76,60 @@ LOGS = [
 ]  # fmt: skip
 
 
+# Lines written from the format strings of TensorRT-LLM (TLLM_CHECK), NCCL (WARN), Triton (Status) and the shells.
+FORMATS = [
+    ("[TensorRT-LLM][ERROR] Assertion failed: KV cache block reuse must be enabled for speculative "
+     "decoding target model "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/batch_manager/trtGptModelInflightBatching.cpp:1)", "speculative"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: lookahead requires setup w (9) <= max_w (8) "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/layers/lookaheadAlgorithm.cpp:1)", "speculative"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: maxDraftTokens <= mModelConfig.getMaxDecodingDraftTokens() "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/batch_manager/x.cpp:1)", "speculative"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Input length (8) + max new tokens (9) + draft tokens (0) "
+     "must be less than max sequence length (16). "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/runtime/gptDecoderBatched.cpp:1)", "too-long"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Beam width (4) must be smaller than maxBeamWidth (1) passed "
+     "to decoder setup function. "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/batch_manager/createNewDecoderRequests.cpp:1)", "beam-width"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: The embedding bias shape is not as expected. Expected last "
+     "dimension to be same as vocab size: 152064. (/src/x.cpp:1)", "bias-shape"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Without enabling chunked context, the max context length "
+     "(9) needs to be less than or equal to the max number of tokens (8). "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/batch_manager/x.cpp:1)", "step-size"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Chunked context requires context FMHA, paged kv_cache and "
+     "paged context FMHA all enabled at the same time. (/src/x.cpp:1)", "kv-reuse"),
+    ("[TensorRT-LLM][ERROR] Attention window too large to fit even a single sequence in the KV cache. "
+     "Failing fast rather than attempting an adjustment of the window sizes. Old: [9], New: [8]", "attention-window"),
+    ("[TensorRT-LLM][ERROR] TrtGptModelInflightBatching requires GPT attention/Mamba Conv 1d plugin with "
+     "packed input and paged KV cache.", "not-paged"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Number of device IDs 4 is greater than GPUs per node 2 "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/runtime/worldConfig.cpp:1)", "device-ids"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: *std::max_element(mDeviceIds.begin(), mDeviceIds.end()) < "
+     "mGpusPerNode (/src/tensorrt_llm/cpp/tensorrt_llm/runtime/worldConfig.cpp:1)", "device-ids"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: Expected prompt embedding table to have shape [vocabSize, "
+     "hiddenSize] (/src/x.cpp:1)", "prompt-table"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: LoRA task 7 not found in cache. Please send LoRA weights "
+     "with request (/src/x.cpp:1)", "lora-cache"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: !mInputTokenIds.empty() "
+     "(/src/tensorrt_llm/cpp/tensorrt_llm/executor/requestImpl.h:1)", "request-empty"),
+    ("[TensorRT-LLM][ERROR] Assertion failed: topP param (1.500000) is out of limits (0.000000, 1.000000] "
+     "(/src/x.h:1)", "sampling-range"),
+    ("n1:1:2 [0] bootstrap.cc:91 NCCL WARN NET/Socket : No usable listening interface found", "nccl-socket"),
+    ("n1:1:2 [0] misc/socket.cc:91 NCCL WARN ncclSocketConnect: socket is invalid", "nccl-file"),
+    ("n1:1:2 [0] graph/topo.cc:91 NCCL WARN TOPO/NET : Couldn't generate unique busId after 7 tries", "nccl-file"),
+    ("n1:1:2 [0] include/alloc.h:91 NCCL WARN Failed to CUDA calloc async 7 bytes", "nccl-gpu-memory"),
+    ("n1:1:2 [0] NCCL WARN NCCL library is too old. This application was compiled with NCCL version 2.27, "
+     "but is running with NCCL library version 2.18", "nccl-version"),
+    ("E0101 1 model_repository_manager.cc:1] Invalid argument: must specify 'input_map' in step 0 of "
+     "ensemble 'ensemble'", "model-config"),
+    ("E0101 1 x.cc:1] ensemble 'e' allows maximum batch size 8, but it contains model 'm' which only "
+     "allows maximum batch size to be 4", "model-config"),
+    ("E0101 1 x.cc:1] Invalid argument: model configuration must specify 'name'", "model-config"),
+    ("docker-entrypoint.sh: line 3: exec: tritonserver: not found", "command-missing"),
+    ("bash: line 1: trtllm-serve: command not found", "command-missing"),
+]  # fmt: skip
+
+
 LOGGED = json.loads((Path(__file__).parents[1] / "data" / "failure_logs.json").read_text(encoding="utf-8"))
 CASES = LOGGED["cases"]
 
@@ -136,6 +190,13 @@ def test_logs_that_were_unseen_when_they_were_collected() -> None:
         assert (found.first.id if found.first else None) == case["id"], (case["source"], case["expected"])
         if case["id"] is None:
             assert found.telling or found.findings
+
+
+@pytest.mark.parametrize(
+    ("line", "name"), FORMATS, ids=[f"{name}-{index}" for index, (_, name) in enumerate(FORMATS)]
+)
+def test_what_the_sources_can_print_is_explained(line: str, name: str) -> None:
+    assert first([line]).id == name
 
 
 def test_an_unknown_log_shows_its_telling_lines() -> None:
