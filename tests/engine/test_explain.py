@@ -127,6 +127,13 @@ FORMATS = [
     ("E0101 1 x.cc:1] Invalid argument: model configuration must specify 'name'", "model-config"),
     ("docker-entrypoint.sh: line 3: exec: tritonserver: not found", "command-missing"),
     ("bash: line 1: trtllm-serve: command not found", "command-missing"),
+    ("RuntimeError: Can't enable access between nodes 0 and 1", "peer-access"),
+    ("docker: Error response from daemon: exec: \"/entrypoint.sh\": permission denied", "program-not-executable"),
+    ("/opt/nvidia/nvidia_entrypoint.sh: line 49: exec: --: invalid option", "command-begins-with-option"),
+    ("Cannot export model to the model_config. The modelopt-optimized model state_dict is saved", "modelopt-export"),
+    ("FileNotFoundError: Could not find: nvinfer_10.dll", "dll-missing"),
+    ("build.py: error: unrecognized arguments: --max_prompt_embedding_table_size 2048", "flag"),
+    ("ValueError: Weight output_size_per_partition = 100 is not divisible by min_thread_n = 64.", "quant-shape"),
 ]  # fmt: skip
 
 
@@ -274,6 +281,9 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
         "directory No plugin found (libnccl-net.so), using internal implementation",
         'I0820 06:19:20 1 stub_launcher.cc:385] "Starting Python backend stub:  exec /opt/tritonserver/backends/'
         'python/triton_python_backend_stub /m/1/model.py triton_python_backend_shm_region_4d97 1048576 1048576 2568"',
+        "Unable to find image 'nvcr.io/nvidia/tritonserver:24.07-trtllm-python-py3' locally",
+        "[TRT] [W] IElementWiseLayer with inputs a and b: first input has type Half but second input has type Float.",
+        "[rank0]:[W1001 16:06:04.0 ProcessGroupNCCL.cpp:1168] Warning: process group has NOT been destroyed before",
         "E0101 00:00:00 1 CudaDriverHelper: CUDA driver version is insufficient for CUDA runtime version",
     ],
 )
@@ -301,6 +311,11 @@ NVIDIA Release 26.07 (build 1)
 [TensorRT-LLM][WARNING] Don't setup 'skip_special_tokens' correctly (set value is ${skip_special_tokens}). Set it as True.
 [TensorRT-LLM][WARNING] Using an engine plan file across different models of devices is not recommended and is likely to affect performance or even cause errors.
 [TensorRT-LLM][INFO] Engine version 1.2.1 found in the config file, assuming engine(s) built by new builder API.
+[TensorRT-LLM][INFO] Parameter has_position_embedding cannot be read from json:
+[TensorRT-LLM][INFO] [json.exception.out_of_range.403] key 'has_position_embedding' not found
+[TensorRT-LLM][INFO] [json.exception.type_error.302] type must be string, but is null
+[TensorRT-LLM][WARNING] Attention workspace size is not enough, increase the size from 0 bytes to 67462144 bytes
+[TensorRT-LLM][WARNING] [kv cache manager] storeContextBlocks: Can not find sequence for request 2049
 [TensorRT-LLM][INFO] Initializing MPI with thread mode 3
 [TensorRT-LLM][INFO] Initialized MPI
 [TensorRT-LLM][INFO] MPI size: 4, MPI local size: 4, rank: 0
@@ -333,6 +348,15 @@ INFO:     Application startup complete.
 
 def test_a_vllm_that_starts_well_has_nothing_but_notes() -> None:
     assert {finding.role for finding in explain(VLLM.splitlines()).findings} == {"note"}
+
+
+def test_information_is_no_failure() -> None:
+    """What a program says on its way is not the first cause of what fails after it."""
+    info = "[TensorRT-LLM][INFO] [json.exception.out_of_range.403] key 'quant_algo' not found"
+    error = "[TensorRT-LLM][ERROR] Assertion failed: mpiSize == tp * pp (1 != 4)"
+    assert explain([info, "[TensorRT-LLM][INFO] serving"]).first is None
+    assert first([info, error]).id == first([error]).id
+    assert first([info.replace("INFO", "ERROR"), error]).id == "json-key"
 
 
 def test_a_warning_is_no_cause_for_certain() -> None:

@@ -57,7 +57,7 @@ class Failure(BaseModel):
             the table.
         line: match single lines, with their white space, instead.
         telling: match only lines that look like errors.
-        certain: stays a cause on a line that its program calls a warning.
+        certain: stays a cause on a line that its program calls a warning or information.
         placed: match only where a traceback leads to a part of a program that is known.
         table: where the group `key` of the pattern is looked up; a key without a row does not count.
         unless: regular expression; a line that matches it too is not meant.
@@ -236,6 +236,8 @@ class _Search:
 
     def _hit(self, chunk: Chunk, place: slice, match: re.Match[str]) -> _Hit | None:
         lines = tuple(chunk.lines[place])
+        if all(line.info for line in lines) and not (self.failure.certain or self.failure.last):
+            return None
         texts = [line.text for line in lines]
         caught = {name: text for name, text in match.groupdict().items() if text}
         if self.failure.line:

@@ -30,6 +30,7 @@ _ESCAPED = re.compile(r'\\+(?:[ntr]|(?=["\']))')
 _SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 _WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) \d\d-\d\d |Warning: ")
+_INFO = re.compile(r"^(?!.*\[(?:E|ERROR)\]).*(?:\[(?:I|INFO|V|VERBOSE|D|DEBUG|TRACE)\]|\bNCCL INFO )")
 _FRAME = re.compile(
     r'File \\*"(?:[^"]*/(?:site|dist)-packages/)?(?P<path>[^"\\]+)\\*", line \d+, in (?P<function>[\w<>]+)'
 )
@@ -60,6 +61,7 @@ class Line:
         number: from 1.
         sign: how telling of an error it is, 0 the most; None if it does not look like one.
         warning: whether the program that wrote it calls it a warning or less.
+        info: whether that program calls it information: what it says is no failure.
         frames: path and function of the stack frames of a Python traceback before it, the innermost last.
     """
 
@@ -67,6 +69,7 @@ class Line:
     text: str
     sign: int | None
     warning: bool
+    info: bool = False
     frames: tuple[tuple[str, str], ...] = ()
 
 
@@ -143,7 +146,8 @@ class Log:
         source = (len(frames) == 1 and frames[0].end() == len(text)) or _RAISE.search(text)  # not what happened
         sign = None if source else next((rank for rank, pattern in enumerate(_SIGNS) if pattern.search(text)), None)
         warning = _WARNING.search(text) is not None
-        line = Line(number, text, sign, warning, tuple(self._frames) if sign is not None else ())
+        info = _INFO.search(text) is not None
+        line = Line(number, text, sign, warning, info, tuple(self._frames) if sign is not None else ())
         self._shown = line
         if sign is not None and len(self._telling[sign]) < _TELLING:
             self._telling[sign].append(line)
