@@ -159,8 +159,13 @@ def quick_triton(repository: Path) -> Iterator[TritonServer]:
 @contextmanager
 def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> Iterator[Running]:
     config = {"repository": repository, "triton": (server.grpc_url,), "port": 0, "model_name": "qwen"}
-    with GatewayProcess(GatewayConfig(**{**config, **settings})) as gateway:
+    gateway = GatewayProcess(GatewayConfig(**{**config, **settings}))
+    try:
+        gateway.start()
+        gateway.wait_until_ready(behind=server)  # the end of the server is told as such
         yield Running(gateway, server)
+    finally:
+        gateway.stop()
 
 
 @pytest.fixture(scope="session")

@@ -101,3 +101,17 @@ def test_what_cannot_start_says_why(stand_in_repository: Path, tmp_path: Path, o
     with pytest.raises(ServerError, match=r"with code 2: .* is not a finished repository"):
         gateway.wait_until_ready()
     gateway.stop()
+
+
+def test_one_that_listens_gives_the_engine_its_own_time(stand_in_repository: Path) -> None:
+    """Its first token may take as long as the engine's start; the gateway has a minute until it listens."""
+    config = GatewayConfig(repository=stand_in_repository, triton=("127.0.0.1:9",), port=0, model_name="qwen")
+    gateway = GatewayProcess(config, engine_seconds=1800)
+    try:
+        for _ in range(2):
+            gateway.start()
+            assert gateway.start_seconds == 60
+            assert wait_for(lambda: gateway.answers() or gateway.start_seconds == 1800)
+            gateway.stop()
+    finally:
+        gateway.stop(drain=False)

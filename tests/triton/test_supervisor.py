@@ -108,3 +108,22 @@ def test_what_ends_is_started_again_with_longer_pauses() -> None:
     assert [line for line in said if "it fell over; starting it again in 1 s" in line]
     assert [line for line in said if "it fell over; starting it again in 2 s" in line]
     assert engine.stops == [False, False, True]
+
+
+def test_an_engine_that_ends_before_the_gateway_serves_is_waited_for() -> None:
+    """The gateway's time to start does not run while no engine serves."""
+    engine = Fake()
+
+    class Gateway(Fake):
+        name, start_seconds = "the gateway", 0.5  # less than the pause before the engine starts again
+
+        def start(self) -> None:
+            super().start()
+            engine.ends = 1
+
+        def answers(self) -> bool:
+            return engine.starts == 2
+
+    gateway = Gateway()
+    Supervisor([engine], gateway, restart=True, on_ready=lambda: signal_soon(signal.SIGTERM, 0)).run()
+    assert (engine.starts, gateway.starts, gateway.stops) == (2, 1, [True])

@@ -184,7 +184,11 @@ def command(
     raise_file_limit()
     gateway = None
     if not no_gateway:
-        gateway = GatewayProcess(gateway_settings(repository, server.grpc_urls), frozen_seconds=watchdog)
+        gateway = GatewayProcess(
+            gateway_settings(repository, server.grpc_urls),
+            frozen_seconds=watchdog,
+            engine_seconds=max(one.start_seconds for one in server.servers),
+        )
     stderr.print(f"starting Triton on {repository} ...", highlight=False)
     supervisor = Supervisor(
         server.servers,

@@ -25,6 +25,7 @@ from trtqwen.system.processes import Relay, Service, child, ending, kill_session
 _REASON = "error: "  # begins the line that tells why it ended, which `check` passes on
 _GRACE_SECONDS = 8  # beyond the gateway's own time to drain
 _SIGNAL_SECONDS = 0.2
+_LISTEN_SECONDS = 60.0
 # A long prompt takes much memory for a moment. Few arenas, and large blocks of their own, give it back afterwards.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
@@ -36,6 +37,8 @@ class GatewayProcess(Service):
 
     Args:
         frozen_seconds: how long it may be stopped (SIGSTOP) before that counts as its end; 0 is forever.
+        engine_seconds: how long the engine may take for its first token, counted from the gateway's start. The
+            gateway itself has a minute until it listens.
 
     Attributes:
         config: its port is the one in use.
@@ -45,9 +48,11 @@ class GatewayProcess(Service):
     """
 
     name = "the gateway"
-    start_seconds = 60
+    start_seconds = _LISTEN_SECONDS
 
-    def __init__(self, config: GatewayConfig, *, frozen_seconds: float = 0) -> None:
+    def __init__(
+        self, config: GatewayConfig, *, frozen_seconds: float = 0, engine_seconds: float = Service.start_seconds
+    ) -> None:
         read_keys(config.api_keys)  # a mistake in a file is told now, not when the engine is loaded
         read_keys(config.admin_keys)
         self._listener = bind(config)
@@ -57,7 +62,7 @@ class GatewayProcess(Service):
             update[name] = path and path.absolute()
         self.config = config.model_copy(update=update)
         self.stop_seconds = config.drain_seconds
-        self._frozen_seconds = frozen_seconds
+        self._frozen_seconds, self._engine_seconds = frozen_seconds, engine_seconds
         self._cleanup = ExitStack()
         self._frozen_since: float | None = None
         self._process: subprocess.Popen[str] | None = None
@@ -78,6 +83,7 @@ class GatewayProcess(Service):
             self._listener = bind(self.config)
         forget_told(self._state_file().parent)  # by processes that were killed
         self._frozen_since = None
+        self.start_seconds = _LISTEN_SECONDS
         descriptor = self._listener.fileno()
         self._process = start_guarded(
             [sys.executable, "-m", "trtqwen.gateway", self.config.model_dump_json(), str(descriptor)],
@@ -173,7 +179,9 @@ class GatewayProcess(Service):
         connection = http.client.HTTPConnection(self.url.removeprefix("http://"), timeout=2)
         try:
             connection.request("GET", "/ready")
-            return connection.getresponse().status == 200
+            status = connection.getresponse().status
+            self.start_seconds = max(self._engine_seconds, _LISTEN_SECONDS)  # it listens: the engine may be slow
+            return status == 200
         except (OSError, http.client.HTTPException):
             return False
         finally:

@@ -34,7 +34,7 @@ class Service(ABC):
 
     Attributes:
         name: what people call it.
-        start_seconds: how long it may take until it serves.
+        start_seconds: how long it may take until it serves. May grow while it starts.
         stop_seconds: how long `stop` lets running requests finish.
     """
 
@@ -77,12 +77,12 @@ class Service(ABC):
             timeout: seconds; None is `start_seconds`.
             behind: another service without which it never will be.
         """
-        deadline = time.monotonic() + (self.start_seconds if timeout is None else timeout)
+        begun = time.monotonic()
         while not self.answers():
             if behind is not None:
                 behind.check()
             self.check()
-            if time.monotonic() > deadline:
+            if time.monotonic() - begun > (self.start_seconds if timeout is None else timeout):
                 raise ServerError(self.late())
             time.sleep(0.05)
 

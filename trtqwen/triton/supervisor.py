@@ -136,9 +136,12 @@ class Supervisor:
             self._look_after(engine)
         if self._gateway is None:
             return
+        serving = all(engine.state == "running" for engine in self._engines)
         if self._gateway.since:
+            if self._gateway.state == "starting" and not serving:
+                self._gateway.since = time.monotonic()  # it waits for an engine that has ended and starts again
             self._look_after(self._gateway)
-        elif all(engine.state == "running" for engine in self._engines):
+        elif serving:
             self._start(self._gateway)
 
     def _follow(self, roster: Roster) -> None:
