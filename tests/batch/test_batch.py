@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -20,10 +21,12 @@ from tests.standins import vllm_server
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
-from trtqwen.batch.run import run_batch
+from trtqwen.batch.local import LocalTriton
+from trtqwen.batch.run import _survive, run_batch
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import EngineError, InputError, OutputError, ServerError
 from trtqwen.executor.executor import Executor
+from trtqwen.gateway.generation.health import Monitor
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import ServeRecipe
 from trtqwen.system.processes import child
@@ -170,6 +173,35 @@ def test_an_engine_that_dies_keeps_what_is_done(
     done = run_batch(bundled_engine(), ServeRecipe(), lines, tmp_path / "out")
     assert done.failed == 0
     assert done.reused >= 10
+
+
+class Late:
+    """An engine whose end, or whose answer to a probe, is seen after many looks."""
+
+    def __init__(self, *, dies: bool) -> None:
+        self.dies = dies
+        self.checks = self.looks = 0
+
+    def check(self) -> None:
+        self.checks += 1
+        if self.dies and self.checks > 100:
+            raise EngineError("the engine has stopped")
+
+    def look(self) -> None:
+        self.looks += 1
+
+    def answered_since(self, when: float) -> bool:
+        return not self.dies and self.looks > 100
+
+
+def test_a_failed_request_waits_until_the_engine_has_answered_or_died(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However late a slow machine sees it: a line that died with its engine must not become a result."""
+    monkeypatch.setattr("trtqwen.batch.run._LOOK_PERIOD", 0.0)
+    dead, alive = Late(dies=True), Late(dies=False)
+    with pytest.raises(EngineError, match="the engine has stopped"):
+        asyncio.run(_survive(cast(LocalTriton, dead), cast(Monitor, dead)))
+    asyncio.run(_survive(cast(LocalTriton, alive), cast(Monitor, alive)))
+    assert alive.checks == 101
 
 
 @pytest.fixture

@@ -28,6 +28,7 @@ from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.engine.config import read_engine_config
 from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.generation.health import Monitor
 from trtqwen.recipe import ServeRecipe, load_recipe
 from trtqwen.system.leftovers import workspace
 from trtqwen.triton.repository import write_repository
@@ -36,7 +37,8 @@ OnProgress = Callable[[int, int], None]
 _FOREVER = 30 * 86400.0
 _MOST_WAITING = 1 << 40
 _CHECK_PERIOD = 0.5  # seconds between two looks at the engine
-_DEATH_SECONDS = 3.0  # within which the end of an engine is seen after a request failed
+_LOOK_PERIOD = 0.1  # after a request failed
+_DEATH_SECONDS = 600.0  # that an engine may take after a failed request until it answers or is seen to have ended
 _IN_PROCESS = ("torch", "llmapi")
 
 
@@ -156,7 +158,7 @@ async def _answer_all(
                 body["model"] = "batch"
             status, answer = await _post(app, line.url, body)
             if status >= 500:
-                await _check_for(triton, _DEATH_SECONDS)
+                await _survive(triton, app.state.fleet.default.stable.runtime.monitor)
             content = result(line, status, answer)
             journal.add(line.index, content)
             on_progress(1, _tokens(content))
@@ -180,6 +182,18 @@ async def _answer_all(
             work.cancel()
             watch.cancel()
             await asyncio.gather(work, watch, return_exceptions=True)
+
+
+async def _survive(triton: LocalTriton | ServedTriton, monitor: Monitor) -> None:
+    """Return when the engine has answered after a request failed; raise its error if it has died.
+
+    The line of a request that died with its engine has no result: the next run answers it.
+    """
+    failed = time.monotonic()
+    while not monitor.answered_since(failed) and time.monotonic() < failed + _DEATH_SECONDS:
+        await asyncio.to_thread(triton.check)
+        monitor.look()
+        await asyncio.sleep(_LOOK_PERIOD)
 
 
 async def _check_for(triton: LocalTriton | ServedTriton, seconds: float) -> None:

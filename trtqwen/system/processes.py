@@ -232,6 +232,17 @@ def cpu_seconds(pid: int) -> float:
         return 0.0
 
 
+def busy_nanoseconds(pid: int) -> dict[int, int]:
+    """By thread of a process: how long it has computed or waited for a CPU; empty where the kernel does not tell."""
+    found = {}
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError, ValueError):
+                ran, waited, _ = (task / "schedstat").read_text().split()
+                found[int(task.name)] = int(ran) + int(waited)
+    return found
+
+
 def ending(code: int) -> str:
     """How a process ended, in words that follow its name."""
     return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"

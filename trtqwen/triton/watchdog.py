@@ -10,11 +10,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-from trtqwen.system.processes import cpu_seconds, living, stopped
+from trtqwen.system.processes import busy_nanoseconds, cpu_seconds, living, stopped
 
 _PATIENCE = 10  # times the limit: how long a step may take whose processes compute
 _SAMPLE_SECONDS = 3.0
 _IDLE = 0.1  # share of one core below which nothing computes
+_STARVED = 0.5  # share of the time for which a thread would compute if the machine let it
 _LOOK_SECONDS, _ANSWER_SECONDS = 1.0, 0.5
 _ITERATIONS = re.compile(
     r'^nv_trt_llm_general_metrics\{[^}]*general_type="iteration_counter"[^}]*\} (\S+)', re.MULTILINE
@@ -85,8 +86,8 @@ class Watchdog:
     """Watches the progress of one server's engine.
 
     A long prompt on a slow CPU may take a minute for one step. So an engine that is late hangs only when its
-    processes do not compute, or after ten times the limit. On GPUs, steps are short and a rank that waits computes:
-    there the limit holds.
+    processes neither compute nor wait for a CPU that others have, or after ten times the limit. On GPUs, steps are
+    short and a rank that waits computes: there the limit holds.
 
     Args:
         sessions: of the server's processes and of its engine's.
@@ -99,7 +100,8 @@ class Watchdog:
         self._progress = progress
         self._limit = limit
         self._strict = strict
-        self._sample: tuple[float, float] | None = None  # when, and CPU seconds of the sessions
+        # When, CPU seconds of the sessions, and how long each thread wanted a CPU.
+        self._sample: tuple[float, float, dict[int, int]] | None = None
 
     def hung(self) -> str | None:
         """What hangs and since when; None if nothing does."""
@@ -120,11 +122,18 @@ class Watchdog:
         return chain.from_iterable(map(living, self._sessions))
 
     def _idle(self, now: float) -> bool:
-        used = sum(map(cpu_seconds, self._processes()))
+        processes = list(self._processes())
+        used = sum(map(cpu_seconds, processes))
+        busy = {thread: time for pid in processes for thread, time in busy_nanoseconds(pid).items()}
         if self._sample is None:
-            self._sample = now, used
-        begun, before = self._sample
-        if now - begun < _SAMPLE_SECONDS:
+            self._sample = now, used, busy
+        begun, used_before, busy_before = self._sample
+        seconds = now - begun
+        if seconds < _SAMPLE_SECONDS:
             return False
         self._sample = None
-        return used - before < _IDLE * (now - begun)
+        if used - used_before >= _IDLE * seconds:
+            return False
+        # On a busy machine, a thread that computes may get less than that for seconds.
+        wanted = max((busy[thread] - busy_before[thread] for thread in busy.keys() & busy_before.keys()), default=0)
+        return wanted < _STARVED * seconds * 1e9

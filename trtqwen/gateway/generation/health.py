@@ -67,6 +67,7 @@ class Monitor:
         self._on_change = on_change
         self._up = [False] * len(replicas)
         self._answered = [float("-inf")] * len(replicas)  # when each last answered a probe
+        self._proven = [float("-inf")] * len(replicas)  # when that probe began
         self._missed = [0] * len(replicas)  # probes in a row that it has not answered in time
         self._told = [""] * len(replicas)
         self._look_now = [asyncio.Event() for _ in replicas]
@@ -85,6 +86,15 @@ class Monitor:
     def suspect(self, replica: Replica) -> None:
         """An answer failed there: look at once."""
         self._look_now[self._replicas.index(replica)].set()
+
+    def look(self) -> None:
+        """Ask every replica now."""
+        for event in self._look_now:
+            event.set()
+
+    def answered_since(self, when: float) -> bool:
+        """Whether every replica has answered a probe that began after that, in seconds of the monotonic clock."""
+        return all(begun > when for begun in self._proven)
 
     async def _watch(self, number: int) -> None:
         replica, look_now = self._replicas[number], self._look_now[number]
@@ -129,6 +139,8 @@ class Monitor:
         works = late or result in ("ok", "queue_full")
         if works:
             self._answered[number] = time.monotonic()
+        if works and not late:  # what others had may have been on its way
+            self._proven[number] = begun
         self._missed[number] = 0 if works or result != "timeout" else self._missed[number] + 1
         self._tell(number, "works" if works else says)
         works = works or (result == "timeout" and self._may_be_slow(number))
