@@ -133,6 +133,15 @@ FORMATS = [
     ("FileNotFoundError: Could not find: nvinfer_10.dll", "dll-missing"),
     ("build.py: error: unrecognized arguments: --max_prompt_embedding_table_size 2048", "flag"),
     ("ValueError: Weight output_size_per_partition = 100 is not divisible by min_thread_n = 64.", "quant-shape"),
+    ("{\"error\":\"Unable to parse 'data': shape does not match true shape of 'data' field\"}", "input-shape"),
+    ("unexpected shape for input 'input_ids' for model 'tensorrt_llm'. Expected [-1], got [4,20]", "input-shape"),
+    ("request JSON size of 9 bytes exceeds the maximum allowed input size of 8 bytes.", "request-too-large"),
+    ("invalid value type for 'sequence_id' parameter, expected int64_param or string_param.", "request-parameter"),
+    ("receiving FP16 data via JSON is not supported. Please use the binary data format for input 'x'", "input-type"),
+    ("Unable to find shared memory region: 'input_data'", "shared-memory-region"),
+    ("Not found: unable to load shared library: b.so: undefined symbol: TRITONSERVER_X", "undefined-triton"),
+    ("Arch conditional MMA instruction used without targeting appropriate compute capability.", "arch-conditional"),
+    ("Assertion failed: W4A(fp)8 kernel is unsupported on pre-Hopper (sm<90) architectures!", "card-not-supported"),
 ]  # fmt: skip
 
 
