@@ -4,17 +4,22 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-vllm check format docs lock clean
+.PHONY: demo test test-slow test-vllm check format docs lock clean
 
 demo: .venv/user
 	$(BIN)/trtqwen demo
 
 # Tests start hundreds of interpreters: bytecode is written once, not compiled by each of them.
-test test-vllm: export PYTHONDONTWRITEBYTECODE =
+test test-slow test-vllm: export PYTHONDONTWRITEBYTECODE =
 
-# Three processes on two cores: tests of servers often wait. Their files come first (tests/conftest.py).
+# Three processes on two cores: tests of servers often wait. Tests that share a server run in one process, and theirs
+# come first (tests/conftest.py). What is exhaustive is slow: `make test` does without it, `make test-slow` runs it.
+PYTEST := $(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 test: .venv/developer .venv/transformers5
-	$(BIN)/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/developer .venv/transformers5
+	$(PYTEST) -m slow
 
 # A real vLLM, in an environment of its own: the client tests of the serving layer on one server, and the exports.
 VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python

@@ -18,7 +18,9 @@ from typing import Any, Literal
 
 import hypothesis
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
+from tests.ranks import Nursery
 from trtqwen.artifact.manifest import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -32,6 +34,23 @@ hypothesis.settings.register_profile("busy", deadline=None)  # no test depends o
 hypothesis.settings.load_profile("busy")
 
 BACKEND = os.environ.get("TRTQWEN_TEST_BACKEND", "torch")  # `make test-vllm` sets it
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    started = Nursery("trtqwen.executor.plain_runner", "trtqwen.executor.worker", "tests.executor.exchanges")
+    yield started
+    started.stop()
+
+
+@pytest.fixture(scope="module")
+def quick_ranks(nursery: Nursery) -> Iterator[None]:
+    """Without GPUs, executors of the test process fork their ranks from one that has imported PyTorch."""
+    with pytest.MonkeyPatch.context() as patch:
+        # CUDA does not work in a fork of a process that has looked for devices.
+        if not Path("/dev/nvidiactl").exists():
+            patch.setattr("trtqwen.executor.executor.subprocess", nursery)
+        yield
 
 
 @pytest.fixture
@@ -110,13 +129,62 @@ def trt_repository(bundled_engine: Callable[..., Path], tmp_path: Path) -> Calla
     return make
 
 
+# Fixtures that start a Triton for the session, and the files that take them: those of one run in one process.
+SERVERS = {
+    "serve": ("deploy/test_monitoring.py", "deploy/test_top.py"),
+    "served": (
+        "bench/test_cli.py",
+        "doctor/test_live.py",
+        "gateway/test_examples.py",
+        "gateway/test_fields.py",
+        "gateway/test_models.py",
+        "gateway/test_odd_requests.py",
+        "gateway/test_openai.py",
+        "gateway/test_schemas.py",
+        "triton/test_serving.py",
+    ),
+    "stand_in_triton": (
+        "gateway/test_apis.py",
+        "gateway/test_chat_page.py",
+        "gateway/test_clients.py",
+        "gateway/test_fuzz.py",
+        "gateway/test_http.py",
+        "gateway/test_life.py",
+        "gateway/test_limits.py",
+        "gateway/test_queue.py",
+        "gateway/test_rates.py",
+        "gateway/test_stand_in.py",
+        "gateway/test_websocket.py",
+        "gateway/test_workers.py",
+    ),
+}
+SERVER_OF = {f"tests/{file}": server for server, files in SERVERS.items() for file in files}
+
+
+class _ByServer(LoadFileScheduling):  # type: ignore[misc,unused-ignore]
+    """Gives a process all tests of a file, and all files that share a server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file: str = super()._split_scope(nodeid)
+        return SERVER_OF.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    """Take the place of --dist=loadfile."""
+    return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the files of servers first, and skip what only the embedded engine does while another one serves.
 
-    Several processes take file after file: the long ones come first, so that none of them runs alone at the end.
+    Processes take file after file: the long ones come first, so that none of them runs alone at the end.
     """
-    slow = {item.path for item in items if item.get_closest_marker("triton")}
-    items.sort(key=lambda item: item.path not in slow)
+    starts = {item.path for item in items if item.get_closest_marker("triton")}
+    for item in items:
+        file, taken = item.nodeid.partition("::")[0], SERVERS.keys() & getattr(item, "fixturenames", ())
+        if taken and file not in SERVER_OF:
+            raise pytest.UsageError(f"{file} shares a server: name it in SERVERS of tests/conftest.py")
+    items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SERVER_OF, item.path not in starts))
     for item in items:
         mark = item.get_closest_marker("embedded")
         if mark is not None and BACKEND != "torch":

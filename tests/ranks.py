@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _MOST_BYTES = 1 << 17  # of a message: a rank's configuration, and the environment
-_MAIN = {"trtqwen": "trtqwen.cli", "trtqwen.executor.worker": "trtqwen.executor.worker"}  # where `main` is
 
 
 class Nursery:
@@ -41,7 +40,7 @@ class Nursery:
     def Popen(
         self, command: Sequence[str], env: Mapping[str, str] | None = None, cwd: Path | None = None, **_: Any
     ) -> Forked:
-        """Start `python -m` with a module of this package as `subprocess.Popen` does with three pipes."""
+        """Start `python -m` with a module that has a `main` as `subprocess.Popen` does with three pipes."""
         assert list(command[:2]) == [sys.executable, "-m"]
         if self._process is None:
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -143,7 +142,7 @@ def _run(message: dict[str, Any], streams: list[int]) -> NoReturn:
         sys.argv = message["command"]
         sys.modules["__main__"].__package__ = None  # usage lines name the module
         try:
-            import_module(_MAIN[module]).main()
+            import_module("trtqwen.cli" if module == "trtqwen" else module).main()
             code = 0
         except SystemExit as ends:
             code = ends.code or 0

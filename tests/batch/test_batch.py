@@ -30,6 +30,7 @@ from trtqwen.system.processes import child
 from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import TritonServer
 
+pytestmark = pytest.mark.usefixtures("quick_ranks")
 DEFAULTS = Defaults(chat=False, fields={"max_tokens": 8, "temperature": 0})
 
 

@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.models import random_model
+from tests.slow import SLOW, slow
 from trtqwen.artifact.digest import digest_file
 from trtqwen.artifact.manifest import read_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
@@ -41,8 +42,15 @@ def convert(model: Path, output: Path, dtype: str = "float16", **options: Any) -
     return [load_file(output / f"rank{rank}.safetensors") for rank in range(plan.mapping.world_size)]
 
 
-@pytest.mark.parametrize("tp_size", [1, 2, 4, 8])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "tp_size"),
+    [
+        ("float16", 8),
+        ("bfloat16", 2),
+        *(slow("float16", size) for size in (1, 2, 4)),
+        *(slow("bfloat16", size) for size in (1, 4, 8)),
+    ],
+)
 def test_model_opt_exports_the_same_tensors(
     hf_directory: Callable[..., Path], tmp_path: Path, dtype: str, tp_size: int
 ) -> None:
@@ -425,11 +433,14 @@ def write_texts(directory: Path) -> Path:
     return path
 
 
+PACKED = {"quant": "int8_wo", "int8_layout": "sm80"}
 BIG = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "vocab_size": 4096}
 
 
-@pytest.mark.parametrize("moment", [0.0, 0.5, 0.9])
-@pytest.mark.parametrize("options", [{}, {"quant": "int8_wo", "int8_layout": "sm80"}])
+@pytest.mark.parametrize(
+    ("moment", "options"),
+    [(0.5, {}), (0.9, PACKED), slow(0.0, {}), slow(0.9, {}), slow(0.0, PACKED), slow(0.5, PACKED)],
+)
 def test_a_killed_conversion_leaves_nothing_acceptable(
     hf_directory: Callable[..., Path], tmp_path: Path, moment: float, options: dict[str, str]
 ) -> None:
@@ -458,6 +469,7 @@ def test_a_killed_conversion_leaves_nothing_acceptable(
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@SLOW
 def test_a_command_killed_at_any_time_leaves_nothing_acceptable(
     hf_directory: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from tests.models import bundled_model
+from tests.slow import SLOW
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.checkpoint.sharding import check_parallel
 from trtqwen.demo import HELDOUT, MODEL
@@ -17,6 +18,7 @@ from trtqwen.hf.config import load_config
 from trtqwen.hf.tokenizer import Tokenizer
 
 
+@SLOW  # `make demo` runs it too
 @pytest.mark.triton
 def test_the_demo_goes_the_whole_way() -> None:
     start = time.monotonic()

@@ -76,7 +76,7 @@ def served_repository(bundled_engine: Callable[..., Path], tmp_path_factory: pyt
     return output
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def serve(served_repository: Path) -> Iterator[Serve]:
     running = Serve(served_repository)
     try:

@@ -359,7 +359,7 @@ def test_probes_signals_and_drain_of_a_real_server(pod: Pod) -> None:
     assert pod.probe("startupProbe") != 200
     assert wait_for(lambda: pod.probe("startupProbe") == 200, 120)
     assert pod.probe("readinessProbe") == pod.probe("livenessProbe") == 200
-    count, tokens = 40, 200  # more than the batch of 16 holds: some wait
+    count, tokens = 24, 200  # more than the batch of 16 holds: some wait
     answers: list[list[str]] = [[] for _ in range(count)]
     threads = [threading.Thread(target=lambda lines=lines: lines.extend(pod.ask(tokens))) for lines in answers]
     for thread in threads:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.slow import SLOW
 from trtqwen.engine.explain import Finding, explain, failures
 
 # Lines as users posted them; the words after them are what the explanation must speak of.
@@ -163,8 +164,16 @@ def test_known_lines_are_explained(log: str, words: str) -> None:
     assert found.line == log.splitlines()[-1].strip()
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{case['id']}-{index}" for index, case in enumerate(CASES)])
-@pytest.mark.parametrize("shape", ["plain", "wrapped", "table", "colors", "compose", "mpi", "buried"])
+@pytest.mark.parametrize(
+    ("shape", "case"),
+    [
+        pytest.param(
+            shape, case, id=f"{shape}-{case['id']}-{index}", marks=() if shape == "plain" or index % 8 == 0 else SLOW
+        )
+        for shape in ("plain", "wrapped", "table", "colors", "compose", "mpi", "buried")
+        for index, case in enumerate(CASES)
+    ],
+)
 def test_public_logs_are_explained_in_every_shape(case: dict[str, Any], shape: str) -> None:
     """The first cause is the same however a log reaches us."""
     lines: list[str] = case["log"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.slow import slow
 from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig, WorkerConfig, scheduler_config
@@ -118,7 +119,7 @@ def _stepping(step: Callable[[], None], heard: Heard, commands: Commands, count:
     return stepped
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", [slow(name) if name == "at ease" else name for name in SETTINGS])
 def test_both_loops_give_the_same_tokens(bundled_engine: Callable[..., Path], setting: str) -> None:
     engine = bundled_engine(max_num_tokens=48)
     torch.manual_seed(0)

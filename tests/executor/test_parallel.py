@@ -1,55 +1,21 @@
-"""The collectives between real processes."""
+"""The collectives between processes."""
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-from trtqwen.checkpoint.mapping import RankMapping
-from trtqwen.executor.parallel import ProcessGroup
-
-rank, size, stages = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-group = ProcessGroup(rank, RankMapping(size, stages), Path(sys.argv[4]), torch.device("cpu"))
-place = rank % size
-for count in (5, 70_000):  # one exchange, and gloo's own ring
-    part = torch.arange(count).float().view(1, -1) * (place + 1)
-    total = group.all_reduce(part)
-    assert torch.equal(total, torch.arange(count).float().view(1, -1) * (size * (size + 1) // 2))
-expected = [float(r) for r in range(size) for _ in range(3)]
-assert group.all_gather(torch.full((2, 3), float(place)))[1].tolist() == expected
-joined = group.gather(torch.full((2, 3), float(place)))
-assert (joined is None) == (place > 0)
-assert joined is None or joined[1].tolist() == expected
-hidden = torch.full((4, 2), float(rank))
-if not group.is_first:
-    assert group.receive(torch.empty(4, 2))[0, 0] == rank - size
-if not group.is_last:
-    group.send(hidden)
-result = torch.full((1, 5), 7.0) if group.is_last and place == 0 else None
-brought = group.to_rank_0(result, torch.empty(1, 5))
-assert rank > 0 or brought.tolist() == [[7.0] * 5]
-for length in (0, 1, 4096, 4097, 100_000):
-    data = bytes(i % 251 for i in range(length))
-    assert group.broadcast(data if rank == 0 else None) == data
-print("fine", flush=True)
-"""
+from tests.ranks import Nursery
 
 
 @pytest.mark.parametrize(("size", "stages"), [(1, 3), (2, 2)])
-def test_exchanges(tmp_path: Path, size: int, stages: int) -> None:
+def test_exchanges(nursery: Nursery, tmp_path: Path, size: int, stages: int) -> None:
+    program = [sys.executable, "-m", "tests.executor.exchanges"]
     ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT, str(rank), str(size), str(stages), str(tmp_path / "meet")],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        nursery.Popen([*program, str(rank), str(size), str(stages), str(tmp_path / "meet")])
         for rank in range(size * stages)
     ]
-    assert [rank.communicate(timeout=60)[0].splitlines()[-1] for rank in ranks] == ["fine"] * size * stages
+    assert [rank.wait() for rank in ranks] == [0] * size * stages, [rank.stderr.read() for rank in ranks]
+    assert [rank.stdout.read().splitlines()[-1] for rank in ranks] == ["fine"] * size * stages

@@ -8,6 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from tests.slow import slow
 from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import OutputConfig, Request, SamplingConfig
 from trtqwen.executor.sampling import Sampled, Sampler
@@ -54,10 +55,10 @@ def test_greedy_takes_the_likeliest(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "processors"),
     [
-        ({"top_k": 3}, [("TopKLogitsWarper", 3)]),
-        ({"top_p": 0.7}, [("TopPLogitsWarper", 0.7)]),
-        ({"top_p": 1.0, "temperature": 2.0}, [("TemperatureLogitsWarper", 2.0)]),
-        ({"min_p": 0.2}, [("MinPLogitsWarper", 0.2)]),
+        slow({"top_k": 3}, [("TopKLogitsWarper", 3)]),
+        slow({"top_p": 0.7}, [("TopPLogitsWarper", 0.7)]),
+        slow({"top_p": 1.0, "temperature": 2.0}, [("TemperatureLogitsWarper", 2.0)]),
+        slow({"min_p": 0.2}, [("MinPLogitsWarper", 0.2)]),
         (
             {"min_p": 0.1, "top_p": 0.95, "temperature": 1.5},
             [("TemperatureLogitsWarper", 1.5), ("TopPLogitsWarper", 0.95), ("MinPLogitsWarper", 0.1)],

@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.gateway.conftest import Running
+from tests.slow import SLOW
 from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.triton, pytest.mark.timeout(3600)]
@@ -121,6 +122,7 @@ def test_broken_bodies_are_never_our_fault(obedient: Running, path: str) -> None
     check_nothing_is_left(obedient, memory)
 
 
+@SLOW
 def test_requests_drawn_from_our_own_description_are_never_our_fault(obedient: Running) -> None:
     import schemathesis
 

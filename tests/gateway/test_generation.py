@@ -13,6 +13,7 @@ import pytest
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.generation.answer import Answer
 from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.inputs import Sampling
 from trtqwen.gateway.generation.plan import GenerationPlan, Usage
@@ -63,3 +64,13 @@ def test_an_answer_that_ended_shortens_the_advice(
         assert caught.value.headers == {"Retry-After": str(advice)}
 
     asyncio.run(test())
+
+
+def test_tokens_behind_a_stop_token_are_not_counted(engine_repository: Path) -> None:
+    """A busy engine sends several tokens in one message: the count is that of one message a token."""
+    plan = GenerationPlan("id", ((1,),), 1, 9, Sampling({}, seed=1, stop_ids=frozenset((42,))), reserved=2)
+    for messages in ([(40,), (41,), (42,)], [(40, 41, 42, 43, 44)], [(40,), (41, 42, 43)]):
+        answer = Answer(load_model(engine_repository), plan, 0, frozenset())
+        for ids in messages:
+            answer.take(Reply(ids))
+        assert (answer.finish, answer.num_tokens) == ("stop", 3)

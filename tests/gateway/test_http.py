@@ -99,6 +99,8 @@ def test_http_1_0_gets_no_chunk_sizes(obedient: Running, stream: bool) -> None:
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_has_shut_its_sending_half_is_answered(obedient: Running, stream: bool) -> None:
     answer = raw(obedient, "POST /v1/chat/completions HTTP/1.1\r\nHost: x", body(stream=stream), shut=True)
+    while answer.startswith(b"HTTP/1.1 102"):  # a busy machine is slow: the client is asked whether it is there
+        answer = answer.partition(b"\r\n\r\n")[2]
     assert answer.startswith(b"HTTP/1.1 200")
     assert (b"[DONE]" if stream else b'"content":"hello"') in answer
 

@@ -31,7 +31,7 @@ TOOL = {"type": "function", "function": {"name": "f", "description": "d", "param
 
 
 @pytest.fixture(scope="module", params=SERVED)
-def served(
+def deployed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Running]]:
     """The directory, and a gateway in front of its engine."""
@@ -63,8 +63,8 @@ def streamed(running: Running, body: dict[str, Any]) -> tuple[str, str, dict[str
     return thought, "".join(delta.get("content") or "" for delta in deltas), usage
 
 
-def test_chats_are_streamed_from_the_models_own_prompt(served: tuple[Path, Running]) -> None:
-    directory, running = served
+def test_chats_are_streamed_from_the_models_own_prompt(deployed: tuple[Path, Running]) -> None:
+    directory, running = deployed
     theirs = their_tokenizer(directory)
     ids = theirs.apply_chat_template([QUESTION], add_generation_prompt=True)
     thought, answer, usage = streamed(running, {"messages": [QUESTION], "max_tokens": 24})
@@ -77,8 +77,8 @@ def test_chats_are_streamed_from_the_models_own_prompt(served: tuple[Path, Runni
     assert streamed(running, {"messages": history, "max_tokens": 2})[2]["prompt_tokens"] == len(ids)
 
 
-def test_tools_reach_the_prompt_or_are_refused(served: tuple[Path, Running]) -> None:
-    directory, running = served
+def test_tools_reach_the_prompt_or_are_refused(deployed: tuple[Path, Running]) -> None:
+    directory, running = deployed
     theirs = their_tokenizer(directory)
     if "tools" not in theirs.chat_template:
         status, _, text = running.post(
@@ -91,9 +91,9 @@ def test_tools_reach_the_prompt_or_are_refused(served: tuple[Path, Running]) -> 
     assert usage["prompt_tokens"] == len(ids)
 
 
-def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> None:
+def test_calls_in_the_history_reach_the_prompt(deployed: tuple[Path, Running]) -> None:
     """Qwen's templates take a call's arguments as an object, DeepSeek's as text."""
-    directory, running = served
+    directory, running = deployed
     theirs = their_tokenizer(directory)
     as_text = "tools" not in theirs.chat_template
     function: dict[str, Any] = {"name": "f", "arguments": '{"a": 1}'}
@@ -110,15 +110,15 @@ def test_calls_in_the_history_reach_the_prompt(served: tuple[Path, Running]) -> 
     assert streamed(running, {"messages": turns, "max_tokens": 2})[2]["prompt_tokens"] == len(ids)
 
 
-def test_documents_without_a_place_are_refused(served: tuple[Path, Running]) -> None:
-    _, running = served
+def test_documents_without_a_place_are_refused(deployed: tuple[Path, Running]) -> None:
+    _, running = deployed
     body = {"model": running.model, "messages": [QUESTION], "documents": [{"text": "d"}]}
     status, _, text = running.post("/v1/chat/completions", body)
     assert (status, "no place for documents" in text) == (400, True)
 
 
-def test_raw_prompts_begin_as_the_tokenizer_begins_them(served: tuple[Path, Running]) -> None:
-    directory, running = served
+def test_raw_prompts_begin_as_the_tokenizer_begins_them(deployed: tuple[Path, Running]) -> None:
+    directory, running = deployed
     wanted = len(their_tokenizer(directory)("The cat")["input_ids"])
     body = {"model": running.model, "prompt": "The cat", "max_tokens": 2}
     for fields, tokens in (({}, wanted), ({"add_special_tokens": False}, 3)):
@@ -126,8 +126,8 @@ def test_raw_prompts_begin_as_the_tokenizer_begins_them(served: tuple[Path, Runn
         assert (status, json.loads(text)["usage"]["prompt_tokens"]) == (200, tokens)
 
 
-def test_triton_renders_the_same_prompt(served: tuple[Path, Running]) -> None:
-    _, running = served
+def test_triton_renders_the_same_prompt(deployed: tuple[Path, Running]) -> None:
+    _, running = deployed
     pieces = stream(running.triton.grpc_url, "Hello", 24)
     told = "".join(piece.text for piece in pieces)
     thought, answer, _ = streamed(running, {"messages": [QUESTION], "max_tokens": 24})

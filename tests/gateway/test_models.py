@@ -21,6 +21,7 @@ import yaml
 from tests.conftest import BACKEND
 from tests.gateway.conftest import Running, access_log, quick_triton
 from tests.gateway.test_fleet import within
+from tests.slow import slow
 from tests.waiting import wait_for
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -140,7 +141,7 @@ def service(shared: Fleet) -> Iterator[Fleet]:
 class Load:
     """Clients that ask one after another until they are told to stop; each answer must be whole."""
 
-    def __init__(self, running: Fleet, clients: int = 4) -> None:
+    def __init__(self, running: Fleet, clients: int = 2) -> None:
         self._running = running
         self._stop = threading.Event()
         self.wrong: list[Any] = []
@@ -149,7 +150,7 @@ class Load:
 
     def _ask(self, number: int) -> None:
         options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
-        while not self._stop.wait(0.02):  # less than all of the machine: the swap needs some
+        while not self._stop.wait(0.1):  # less than all of the machine: the swap needs some
             if number % 2:
                 status, _, answer = self._running.ask("tell me a story", **options)
                 if status != 200 or answer["usage"]["completion_tokens"] != 24:
@@ -334,7 +335,7 @@ def test_a_shadow_sees_copies_and_clients_see_nothing(service: Fleet) -> None:
     assert shadow["times"]["first_token"]["count"] == 12
 
 
-@pytest.mark.parametrize("disease", [signal.SIGSTOP, signal.SIGKILL])
+@pytest.mark.parametrize("disease", [signal.SIGSTOP, slow(signal.SIGKILL)])
 def test_a_shadow_that_hangs_or_dies_disturbs_nobody(
     service: Fleet, stand_in_repository: Path, disease: signal.Signals
 ) -> None:

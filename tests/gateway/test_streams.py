@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.slow import every
 from trtqwen.gateway.api.reasoning import ReasoningParser
 from trtqwen.gateway.tools import CLOSE, OPEN, CallArguments, CallBegins, Content, Event, ToolCallParser
 
@@ -139,7 +140,7 @@ def parsed(parts: Sequence[str], *, inside: bool, cut: bool, thinks: bool) -> Fo
     return thought, content, calls, parser.complete
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", every(4, range(4)))
 def test_streams_say_what_whole_answers_say(seed: int) -> None:
     generator = random.Random(seed)
     for number in range(OUTPUTS // 4):

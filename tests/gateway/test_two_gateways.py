@@ -16,10 +16,12 @@ import pytest
 from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.gateway.deaths import Streams
 from tests.gateway.test_rates import Server
+from tests.slow import SLOW
 from tests.waiting import wait_for
 from trtqwen.triton.server import TritonServer
 
-pytestmark = pytest.mark.triton
+# Limits across gateways are also in test_rates, and deaths in test_life and test_replicas.
+pytestmark = [pytest.mark.triton, SLOW]
 ALICE, BOB = "sk-alice-0123456789", "sk-bob-01234567890"
 REPLICAS, STREAMS, RATE = 4, 8, 6
 

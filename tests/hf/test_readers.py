@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.hf.layouts import LAYOUTS, Layout
+from tests.slow import every
 from trtqwen.build import plan_build
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -66,7 +67,9 @@ def of_doctor(directory: Path) -> list[tuple[str, str, str]]:
     ]
 
 
-@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout.refused], ids=lambda layout: layout.name)
+@pytest.mark.parametrize(
+    "layout", every(4, [layout for layout in LAYOUTS if layout.refused]), ids=lambda layout: layout.name
+)
 def test_a_bad_directory_is_refused_alike(layout: Layout, recipe: Recipe, checkpoint: Path, tmp_path: Path) -> None:
     directory = layout.make(tmp_path)
     said = refusal(lambda: plan_conversion(directory, recipe.checkpoint))

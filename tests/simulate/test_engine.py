@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.recipes import make_recipe
+from tests.slow import slow
 from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.bench.workload import Ask
 from trtqwen.engine.config import read_engine_config
@@ -127,14 +128,20 @@ def test_requests_go_to_the_replica_with_the_fewest_tokens() -> None:
     assert [engine.scheduler.stats().context_tokens for engine in engines] == [40, 10]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+SMALL = {"max_tokens_in_paged_kv_cache": 320}
+
+
 @pytest.mark.parametrize(
-    ("max_num_tokens", "settings"),
+    ("max_num_tokens", "settings", "overlap"),
     [
-        (512, {}),
-        (48, {"max_tokens_in_paged_kv_cache": 320}),
-        (48, {"max_tokens_in_paged_kv_cache": 320, "batch_scheduler_policy": "max_utilization"}),
-        (48, {"max_tokens_in_paged_kv_cache": 320, "enable_kv_cache_reuse": True}),
+        slow(512, {}, False),
+        slow(512, {}, True),
+        slow(48, SMALL, False),
+        (48, SMALL, True),
+        slow(48, {**SMALL, "batch_scheduler_policy": "max_utilization"}, False),
+        (48, {**SMALL, "batch_scheduler_policy": "max_utilization"}, True),
+        (48, {**SMALL, "enable_kv_cache_reuse": True}, False),
+        slow(48, {**SMALL, "enable_kv_cache_reuse": True}, True),
     ],
 )
 def test_schedules_as_the_real_engine_on_the_bundled_model(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.slow import SLOW
 from trtqwen.build import plan_build, run_build
 from trtqwen.demo import MODEL
 from trtqwen.executor.executor import Executor
@@ -19,6 +20,7 @@ from trtqwen.triton.server import TritonServer
 QUESTION = "如何更改字体？"
 
 
+@SLOW  # the gateway's tests serve INT8 weights, and the executor's tests compute SmoothQuant
 @pytest.mark.triton
 def test_smoothquant_is_served_like_any_other_checkpoint(tmp_path: Path) -> None:
     plan = plan_build(load_recipe("qwen2-tiny-int8-cpu"), MODEL, tmp_path / "engines", tmp_path / "repo")

@@ -142,6 +142,7 @@ def test_streams_break_no_character(server: TritonServer, tokenizer: Tokenizer) 
     assert broken_apart  # else the noise had no character that is split over tokens, and nothing was tested
 
 
+@pytest.mark.usefixtures("quick_ranks")
 def test_tokens_are_the_executors_own(
     server: TritonServer, bundled_engine: Callable[..., Path], tokenizer: Tokenizer
 ) -> None:

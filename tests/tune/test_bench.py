@@ -21,6 +21,7 @@ from trtqwen.tune.bench import EngineBench, ServerBench, executor_config, needs_
 CHANGES = ("checkpoint.tp_size=1", "engine.max_batch_size=4")
 
 
+@pytest.mark.usefixtures("quick_ranks")
 def test_measures_the_embedded_engine(tmp_path: Path) -> None:
     measured, other = make_workloads(WorkloadOptions("smoke", 9, output_tokens=8), Tokenizer(MODEL), 2)
     bench = EngineBench(measured, replace(other, asks=other.asks[:2]), Load(4), MODEL, tmp_path / "engines")

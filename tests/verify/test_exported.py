@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command_line import trtqwen
 from tests.export.test_export import GOLDEN
+from tests.slow import slow
 from tests.verify.conftest import Make, Tensors
 from tests.verify.test_verify import random_samples
 from trtqwen.demo import MODEL
@@ -32,11 +33,13 @@ def distance(result: Verification) -> float:
 @pytest.mark.parametrize(
     ("options", "activations", "precision", "factor"),
     [
-        ({"dtype": "bfloat16", "tp_size": 2}, "16bit", "bfloat16", 1.001),
+        slow({"dtype": "bfloat16", "tp_size": 2}, "16bit", "bfloat16", 1.001),
         ({"dtype": "float32"}, "16bit", "float32", 1.001),
         (WO, "16bit", "W8A16 float16", 1.05),  # vLLM's kernels take scales in 16 bits
-        (WO, "int8", "W8A8 float16 (per token)", 5),  # inputs in INT8 too, and nothing smoothed: the price is told
-        ({**SQ, "per_token": True, "tp_size": 2}, "16bit", "W8A8 bfloat16 (per token)", 1.05),
+        slow(
+            WO, "int8", "W8A8 float16 (per token)", 5
+        ),  # inputs in INT8 too, and nothing smoothed: the price is told
+        slow({**SQ, "per_token": True, "tp_size": 2}, "16bit", "W8A8 bfloat16 (per token)", 1.05),
         (SQ, "16bit", "W8A8 bfloat16 (static)", 1.05),
     ],
     ids=["bfloat16", "float32", "weight-only", "weight-only-int8-inputs", "per-token", "static"],

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.command_line import trtqwen
 from tests.errors import parse_error
+from tests.slow import SLOW, slow
 from tests.verify.conftest import Make, Tensors, mutated
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -43,22 +44,22 @@ def random_samples(vocab_size: int) -> list[list[int]]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"dtype": "float16"},
-        {"dtype": "bfloat16", "tp_size": 2},
+        slow({"dtype": "float16"}),
+        slow({"dtype": "bfloat16", "tp_size": 2}),
         {"dtype": "float32", "tp_size": 4},
-        {"dtype": "float16", "pp_size": 2, "tp_size": 2},
-        {"dtype": "float16", "tp_size": 2, "embedding_sharding": "vocab"},
+        slow({"dtype": "float16", "pp_size": 2, "tp_size": 2}),
+        slow({"dtype": "float16", "tp_size": 2, "embedding_sharding": "vocab"}),
         {"dtype": "float16", "tp_size": 2, "embedding_sharding": "hidden"},
-        {"quant": "int8_wo"},
+        slow({"quant": "int8_wo"}),
         {"quant": "int8_wo", "int8_layout": "sm80", "tp_size": 2, "dtype": "float16"},
         {"quant": "int8_wo", "int8_layout": "sm90", "pp_size": 2},
-        {"quant": "int8_sq"},
-        {"quant": "int8_sq", "per_channel": True, "tp_size": 2},
-        {"quant": "int8_sq", "per_token": True, "dtype": "float16"},
+        slow({"quant": "int8_sq"}),
+        slow({"quant": "int8_sq", "per_channel": True, "tp_size": 2}),
+        slow({"quant": "int8_sq", "per_token": True, "dtype": "float16"}),
         {"quant": "int8_sq", "per_channel": True, "per_token": True, "tp_size": 2, "pp_size": 2},
-        {"kv_cache": "int8", "dtype": "float16", "tp_size": 2},
+        slow({"kv_cache": "int8", "dtype": "float16", "tp_size": 2}),
         {"quant": "int8_wo", "int8_layout": "sm80", "kv_cache": "int8"},
-        {"quant": "int8_sq", "kv_cache": "int8"},
+        slow({"quant": "int8_sq", "kv_cache": "int8"}),
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -178,20 +179,20 @@ def other_rotary_base(ranks: list[Tensors], config: dict[str, Any]) -> None:
     ("options", "change", "found"),
     [
         ({"tp_size": 2}, swap(f"{LAYER}.2.mlp.fc.weight", f"{LAYER}.2.mlp.gate.weight"), "layer 2 is wrong: its mlp"),
-        (SQ, swap(f"{LAYER}.1.mlp.fc.weight", f"{LAYER}.1.mlp.gate.weight"), "layer 1 is wrong: its mlp"),
+        slow(SQ, swap(f"{LAYER}.1.mlp.fc.weight", f"{LAYER}.1.mlp.gate.weight"), "layer 1 is wrong: its mlp"),
         ({"tp_size": 2}, exchange_ranks, "4096 rows of lm_head.weight"),
         ({"tp_size": 2, "embedding_sharding": "hidden"}, exchange_ranks, "rows of transformer.vocab_embedding"),
         ({"pp_size": 2}, exchange_ranks, "rank0.safetensors: tensor 'lm_head.weight' is not expected"),
         ({}, scale(f"{LAYER}.1.attention.qkv.bias", 0), "layer 1 is wrong: its attention"),
-        (WO, scale(f"{LAYER}.1.attention.qkv.bias", 0), "layer 1 is wrong: its attention"),
-        (STATIC, scale(f"{LAYER}.3.attention.qkv.bias", 0), "layer 3 is wrong: its attention"),
+        slow(WO, scale(f"{LAYER}.1.attention.qkv.bias", 0), "layer 1 is wrong: its attention"),
+        slow(STATIC, scale(f"{LAYER}.3.attention.qkv.bias", 0), "layer 3 is wrong: its attention"),
         (SQ, neutral_smoother, "layer 0 is wrong: its attention"),
-        (STATIC, neutral_smoother, "layer 0 is wrong: its attention"),
+        slow(STATIC, neutral_smoother, "layer 0 is wrong: its attention"),
         (SQ, drop(f"{LAYER}.0.mlp.proj.smoother"), "tensor 'transformer.layers.0.mlp.proj.smoother' is missing"),
-        ({}, swap_kv_heads, "layer 3 is wrong: its attention"),
+        slow({}, swap_kv_heads, "layer 3 is wrong: its attention"),
         ({"kv_cache": "int8"}, swap_kv_heads, "layer 3 is wrong: its attention"),
         (WO, scale(f"{LAYER}.1.mlp.proj.per_channel_scale", 2), "layer 1 is wrong: its mlp"),
-        (STATIC, scale(f"{LAYER}.2.attention.dense.act_scale", 2), "layer 2 is wrong: its attention"),
+        slow(STATIC, scale(f"{LAYER}.2.attention.dense.act_scale", 2), "layer 2 is wrong: its attention"),
         (STATIC, scale(f"{LAYER}.2.post_layernorm.scale_to_int", 2), "layer 2 is wrong: its mlp"),
         ({"tp_size": 2}, scale(f"{LAYER}.0.input_layernorm.weight", 1.05, slice(1, 2)), "layer 0 is wrong"),
         ({}, shift_layers, "; 3 more layers are beyond it"),
@@ -239,6 +240,7 @@ def test_another_model_is_refused(bundled_checkpoint: Make, hf_directory: Callab
     assert result.comparison is None
 
 
+@SLOW
 def test_int8_costs_the_bundled_model_little(bundled_checkpoint: Make) -> None:
     """The issue's limits."""
     many = read_samples(MODEL, HELDOUT, 4000)

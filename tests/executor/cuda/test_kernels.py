@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from array import array
+from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.slow import slow
 from trtqwen.executor.attention import AttentionBatch, PlainAttention
 from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice, choose
 from trtqwen.executor.cuda.batch import context_tiles
@@ -35,6 +37,7 @@ from trtqwen.nn.ops import rms_norm
 from trtqwen.nn.rotary import make_rotary, rotate
 
 BLOCK = 8
+DTYPES = (torch.float32, torch.float16)
 
 
 def random(*shape: int, device: torch.device, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -148,9 +151,18 @@ def make_batch(spans: list[tuple[int, int]], device: torch.device) -> AttentionB
     return AttentionBatch(pack(Step(tuple(chunks)), BLOCK), device)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (14, 2), (3, 1)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("int8", [False, True])
+QUICK = [
+    (4, 4, torch.float16, True),
+    (14, 2, torch.float32, False),
+    (3, 1, torch.float32, True),
+    (3, 1, torch.float16, False),
+]
+ALL = [(*heads, *kind) for heads in ((4, 4), (14, 2), (3, 1)) for kind in product(DTYPES, (False, True))]
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype", "int8"), [case if case in QUICK else slow(*case) for case in ALL]
+)
 def test_attention(device: torch.device, heads: int, kv_heads: int, dtype: torch.dtype, int8: bool) -> None:
     size = 16
     batch = make_batch([(0, 1), (7, 1), (99, 1), (260, 1), (0, 150), (37, 9), (64, 2)], device)
@@ -193,7 +205,7 @@ def test_embed(device: torch.device) -> None:
     assert torch.equal(shifted[3], table[9])
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16])
 def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
     rows, vocab_size = 24, 9000
     logits = random(rows, vocab_size, device=device, dtype=torch.float32) * 3

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.slow import slow
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.checkpoint.reader import read_rank
@@ -56,6 +57,8 @@ SHAPE = {
     "num_key_value_heads": 1,
 }
 # Interpreted, each takes seconds: these read or scale in a way of their own, which `test_kernels` holds.
+# The kernels of the others are in `test_kernels` too.
+QUICK = ("float32", "smoothquant, both")
 CARDS_ALONE = ("weight-only, sm80", "smoothquant, per channel", "smoothquant, per token")
 
 
@@ -67,7 +70,7 @@ def run(model: CudaModel, inputs: StepInputs, device: torch.device) -> torch.Ten
     return logits.float()
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", [name if name in QUICK else slow(name) for name in PRECISIONS])
 def test_logits_are_those_of_the_plain_model(
     hf_directory: Callable[..., Path], tmp_path: Path, device: torch.device, precision: str
 ) -> None:

@@ -53,7 +53,8 @@ class Answer:
         if reply.prompt:
             self._prompt = self._prompt_entries(reply)
         kept = self._before_stop(ids)
-        self.num_tokens += len(ids)
+        # What came behind the stop token in the same message is no part of the answer: how much does is chance.
+        self.num_tokens += len(ids) if self.finish is None else len(kept) + 1
         text = self._decode(kept, reply) if self._plan.sampling.log_probs else self._text.push(kept)
         if self.finish is not None:
             text += self._text.flush()
