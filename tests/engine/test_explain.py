@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -290,6 +291,9 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
         "directory No plugin found (libnccl-net.so), using internal implementation",
         'I0820 06:19:20 1 stub_launcher.cc:385] "Starting Python backend stub:  exec /opt/tritonserver/backends/'
         'python/triton_python_backend_stub /m/1/model.py triton_python_backend_shm_region_4d97 1048576 1048576 2568"',
+        "Setting `pad_token_id` to `eos_token_id`:151643 for open-end generation.\nThe attention mask is not set and "
+        "cannot be inferred from input because pad token is same as eos token.",
+        "2025-05-30T21:19:14.462Z  INFO loader: engine not found, cannot open it yet",
         "Unable to find image 'nvcr.io/nvidia/tritonserver:24.07-trtllm-python-py3' locally",
         "[TRT] [W] IElementWiseLayer with inputs a and b: first input has type Half but second input has type Float.",
         "[rank0]:[W1001 16:06:04.0 ProcessGroupNCCL.cpp:1168] Warning: process group has NOT been destroyed before",
@@ -297,7 +301,7 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
     ],
 )
 def test_a_healthy_log_has_no_findings(healthy: str) -> None:
-    assert explain([healthy, "[TRT-LLM] [I] done"]).findings == ()
+    assert explain([*healthy.splitlines(), "[TRT-LLM] [I] done"]).findings == ()
 
 
 HEALTHY = """\
@@ -357,6 +361,14 @@ INFO:     Application startup complete.
 
 def test_a_vllm_that_starts_well_has_nothing_but_notes() -> None:
     assert {finding.role for finding in explain(VLLM.splitlines()).findings} == {"note"}
+
+
+def test_harmless_lines_make_no_cause_together() -> None:
+    """Matches run over lines, so that what is harmless alone has to be so beside anything else."""
+    lines, order = [*HEALTHY.splitlines(), *VLLM.splitlines()], random.Random(1)
+    for _ in range(5):
+        order.shuffle(lines)
+        assert explain([*lines, "done"]).first is None
 
 
 def test_information_is_no_failure() -> None:
