@@ -144,6 +144,7 @@ FORMATS = [
     ("Not found: unable to load shared library: b.so: undefined symbol: TRITONSERVER_X", "undefined-triton"),
     ("Arch conditional MMA instruction used without targeting appropriate compute capability.", "arch-conditional"),
     ("Assertion failed: W4A(fp)8 kernel is unsupported on pre-Hopper (sm<90) architectures!", "card-not-supported"),
+    ("TritonModelException: An error occurred, the error was 'name 'false' is not defined'", "model-name-undefined"),
 ]  # fmt: skip
 
 
@@ -357,6 +358,13 @@ E external/local_xla/xla/stream_executor/cuda/cuda_fft.cc:477] Unable to registe
 INFO:     127.0.0.1:1 - "GET /favicon.ico HTTP/1.1" 404 Not Found
 INFO:     Application startup complete.
 """
+
+
+def test_pip_goes_on_after_a_conflict() -> None:
+    line = "torch-tensorrt 2.3.0a0 requires tensorrt<8.7,>=8.6, but you have tensorrt 10.0.1 which is incompatible."
+    assert [(found.id, found.role) for found in explain([line, "Successfully installed tensorrt"]).findings] == [
+        ("pip-incompatible", "note")
+    ]
 
 
 def test_a_vllm_that_starts_well_has_nothing_but_notes() -> None:
