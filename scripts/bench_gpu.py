@@ -171,7 +171,7 @@ def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> di
         environment["PYTHONPATH"] = os.pathsep.join([options.vllm_path, os.environ.get("PYTHONPATH", "")])
     script = Path(__file__).with_name("bench_gpu_vllm.py")
     with subprocess.Popen(
-        [sys.executable, str(script), json.dumps(job)], stdout=subprocess.PIPE, text=True, env=environment
+        [options.vllm, str(script), json.dumps(job)], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
         results: dict[str, float] = {}
         assert process.stdout is not None
@@ -243,6 +243,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=["ours", "vllm"], default=["ours", "vllm"])
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--max-num-tokens", type=int, default=16384, help="of our steps; the default is vLLM's own")
+    parser.add_argument("--vllm", default=sys.executable, help="python that has vLLM")
     parser.add_argument("--vllm-path", help="directory that vLLM is installed in")
     parser.add_argument("--scratch", help="directory for the random weights; memory is fastest")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")

@@ -116,18 +116,29 @@ class Server:
         return "\n".join(self._log.read_text("utf-8", "replace").splitlines()[-15:])
 
 
-def trtqwen_server(repository: Path, name: str, log: Path, gateway: dict[str, object] | None = None) -> Server:
+def trtqwen_server(
+    repository: Path, name: str, log: Path, gateway: dict[str, object] | None = None, grpc_port: int = 0
+) -> Server:
     """`trtqwen serve` on a repository.
 
     Args:
         gateway: settings of the gateway, beside its defaults.
+        grpc_port: of Triton; 0 takes a free one.
     """
     port = free_port()
     settings = log.with_suffix(".gateway.yaml")
     settings.write_text(json.dumps(gateway or {}), "utf-8")
     command = [sys.executable, "-m", "trtqwen", "serve", "--repo", str(repository), "--model-name", name]
-    command += ["--http-port", "0", "--grpc-port", "0", "--metrics-port", "0", "--gateway-port", str(port)]
-    command += ["--no-verify", "--gateway-config", str(settings), "--log", str(log.with_suffix(".triton.log"))]
+    command += ["--http-port", "0", "--grpc-port", str(grpc_port), "--metrics-port", "0"]
+    command += [
+        "--gateway-port",
+        str(port),
+        "--no-verify",
+        "--gateway-config",
+        str(settings),
+        "--log",
+        str(log.with_suffix(".triton.log")),
+    ]
     return Server(command, f"http://127.0.0.1:{port}", "/ready", log)
 
 

@@ -238,6 +238,13 @@ def test_dockers_own_command_line_takes_every_recipes_options(tmp_path: Path) ->
         return subprocess.run(command, env=environment, capture_output=True, text=True).stderr
 
     plans = [build_plan(load_recipe(name), tmp_path / "a, b") for name in recipe_names()]
+    engine, repository = tmp_path / "engine", tmp_path / "repository"
+    finished(engine, "engine", {})
+    finished(repository, "repository", {"engine": str(engine)})
+    plans += [
+        plan_serve_container(load_recipe(name), repository, [], [], None, ContainerOptions())
+        for name in recipe_names()
+    ]
     plans.append(plan_selftest_container("1.2.1", tmp_path / "engines", False, ContainerOptions()))
     plans.append(plan_doctor_container(None, None, ["--gpu"], [MODEL], ContainerOptions()))
     options = {plan.options: plan.command for plan in plans}

@@ -16,22 +16,25 @@ GEFORCE, DATA_CENTER = "NVIDIA GeForce RTX 4090 D", "NVIDIA L40S"
 CUDA_12, CUDA_13 = "1.0.0", "1.2.1"  # releases whose newest images have CUDA 12.9.1 and 13.1.0
 
 
+DRIVERS = [  # release, driver, and what is said of them
+    (CUDA_12, "520.61.05", "error"),
+    (CUDA_12, "535.183.01", "warning"),
+    (CUDA_12, "575.57.08", None),  # the driver that the image was built with
+    (CUDA_12, "580.95.05", None),
+    (CUDA_12, "590.48.01", None),
+    (CUDA_13, "525.60.13", "error"),
+    (CUDA_13, "575.57.08", "error"),
+    (CUDA_13, "580.95.05", "warning"),
+    (CUDA_13, "590.44.01", None),
+    (CUDA_13, "590.48.01", None),
+    (CUDA_13, "610.43.02", None),
+]
+
+
 @pytest.mark.parametrize("gpu", [GEFORCE, DATA_CENTER])
 @pytest.mark.parametrize(
     ("release", "driver", "verdict"),
-    [
-        (CUDA_12, "520.61.05", "error"),
-        (CUDA_12, "535.183.01", "warning"),
-        (CUDA_12, "575.57.08", None),  # the driver that the image was built with
-        (CUDA_12, "580.95.05", None),
-        (CUDA_12, "590.48.01", None),
-        (CUDA_13, "525.60.13", "error"),
-        (CUDA_13, "575.57.08", "error"),
-        (CUDA_13, "580.95.05", "warning"),
-        (CUDA_13, "590.44.01", None),
-        (CUDA_13, "590.48.01", None),
-        (CUDA_13, "610.43.02", None),
-    ],
+    DRIVERS,
 )
 def test_the_major_version_of_cuda_decides_about_the_driver(
     release: str, driver: str, verdict: str | None, gpu: str, tmp_path: Path

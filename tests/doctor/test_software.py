@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.containers.test_image import DATA_CENTER, DRIVERS, GEFORCE
 from tests.doctor.conftest import FOUR, IN_IMAGE, check
 from trtqwen.doctor.subject import Subject, System
 from trtqwen.recipe import load_recipe
@@ -108,6 +109,18 @@ def test_build_config_is_looked_for_in_the_file(
     monkeypatch.syspath_prepend(str(package.parent))
     assert check("D02", Subject(IN_IMAGE, machine())).verdict == verdict
     assert "tensorrt_llm" not in sys.modules
+
+
+@pytest.mark.parametrize("gpu", [GEFORCE, DATA_CENTER])
+@pytest.mark.parametrize(("release", "driver", "verdict"), DRIVERS)
+def test_doctor_says_of_a_driver_what_build_says(
+    release: str, driver: str, verdict: str | None, gpu: str, machine: Machine
+) -> None:
+    recipe = load_recipe("qwen2.5-7b-fp16-tp4-4090d")
+    recipe = recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"release": release})})
+    host = Host(driver=driver, gpus=tuple(Gpu(index, gpu, "8.9", 24564, 0) for index in range(4)))
+    expected = {"error": "fail", "warning": "warn", None: "ok"}[verdict]
+    assert check("D05", Subject(host, machine(), recipe)).verdict == expected
 
 
 def test_the_driver_is_held_against_the_recipes_release(machine: Machine) -> None:

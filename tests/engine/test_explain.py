@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -134,6 +135,16 @@ FORMATS = [
     ("FileNotFoundError: Could not find: nvinfer_10.dll", "dll-missing"),
     ("build.py: error: unrecognized arguments: --max_prompt_embedding_table_size 2048", "flag"),
     ("ValueError: Weight output_size_per_partition = 100 is not divisible by min_thread_n = 64.", "quant-shape"),
+    ("{\"error\":\"Unable to parse 'data': shape does not match true shape of 'data' field\"}", "input-shape"),
+    ("unexpected shape for input 'input_ids' for model 'tensorrt_llm'. Expected [-1], got [4,20]", "input-shape"),
+    ("request JSON size of 9 bytes exceeds the maximum allowed input size of 8 bytes.", "request-too-large"),
+    ("invalid value type for 'sequence_id' parameter, expected int64_param or string_param.", "request-parameter"),
+    ("receiving FP16 data via JSON is not supported. Please use the binary data format for input 'x'", "input-type"),
+    ("Unable to find shared memory region: 'input_data'", "shared-memory-region"),
+    ("Not found: unable to load shared library: b.so: undefined symbol: TRITONSERVER_X", "undefined-triton"),
+    ("Arch conditional MMA instruction used without targeting appropriate compute capability.", "arch-conditional"),
+    ("Assertion failed: W4A(fp)8 kernel is unsupported on pre-Hopper (sm<90) architectures!", "card-not-supported"),
+    ("TritonModelException: An error occurred, the error was 'name 'false' is not defined'", "model-name-undefined"),
 ]  # fmt: skip
 
 
@@ -281,6 +292,9 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
         "directory No plugin found (libnccl-net.so), using internal implementation",
         'I0820 06:19:20 1 stub_launcher.cc:385] "Starting Python backend stub:  exec /opt/tritonserver/backends/'
         'python/triton_python_backend_stub /m/1/model.py triton_python_backend_shm_region_4d97 1048576 1048576 2568"',
+        "Setting `pad_token_id` to `eos_token_id`:151643 for open-end generation.\nThe attention mask is not set and "
+        "cannot be inferred from input because pad token is same as eos token.",
+        "2025-05-30T21:19:14.462Z  INFO loader: engine not found, cannot open it yet",
         "Unable to find image 'nvcr.io/nvidia/tritonserver:24.07-trtllm-python-py3' locally",
         "[TRT] [W] IElementWiseLayer with inputs a and b: first input has type Half but second input has type Float.",
         "[rank0]:[W1001 16:06:04.0 ProcessGroupNCCL.cpp:1168] Warning: process group has NOT been destroyed before",
@@ -288,7 +302,7 @@ def test_a_hang_is_told_by_the_last_line_alone() -> None:
     ],
 )
 def test_a_healthy_log_has_no_findings(healthy: str) -> None:
-    assert explain([healthy, "[TRT-LLM] [I] done"]).findings == ()
+    assert explain([*healthy.splitlines(), "[TRT-LLM] [I] done"]).findings == ()
 
 
 HEALTHY = """\
@@ -346,8 +360,23 @@ INFO:     Application startup complete.
 """
 
 
+def test_pip_goes_on_after_a_conflict() -> None:
+    line = "torch-tensorrt 2.3.0a0 requires tensorrt<8.7,>=8.6, but you have tensorrt 10.0.1 which is incompatible."
+    assert [(found.id, found.role) for found in explain([line, "Successfully installed tensorrt"]).findings] == [
+        ("pip-incompatible", "note")
+    ]
+
+
 def test_a_vllm_that_starts_well_has_nothing_but_notes() -> None:
     assert {finding.role for finding in explain(VLLM.splitlines()).findings} == {"note"}
+
+
+def test_harmless_lines_make_no_cause_together() -> None:
+    """Matches run over lines, so that what is harmless alone has to be so beside anything else."""
+    lines, order = [*HEALTHY.splitlines(), *VLLM.splitlines()], random.Random(1)
+    for _ in range(5):
+        order.shuffle(lines)
+        assert explain([*lines, "done"]).first is None
 
 
 def test_information_is_no_failure() -> None:

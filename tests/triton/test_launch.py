@@ -289,6 +289,20 @@ def test_triton_that_crashes_over_its_own_fault_is_started_again(
     assert caplog.text.count("starting it again") == min(crashes, 3)
 
 
+def test_a_model_that_does_not_unload_does_not_hold_up_a_stop(
+    trt_repository: Callable[..., Path], standins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton waits for it as long as for requests, though none is left."""
+    monkeypatch.setenv("STANDIN_STUCK", "1")
+    monkeypatch.setattr("trtqwen.triton.server._UNLOAD_SECONDS", 0.2)
+    log = tmp_path / "triton.log"
+    with TritonServer(trt_repository(1), ports=Ports(0, 0, 0), drain_seconds=600, log=log) as server:
+        session, begun = server.pid, time.monotonic()
+    assert time.monotonic() - begun < 300
+    assert "Found 1 live models" in log.read_text()
+    assert not list(living(session))
+
+
 def test_four_ranks_start_serve_and_stop(trt_repository: Callable[..., Path], standins: Path) -> None:
     with TritonServer(trt_repository(4), ports=Ports(0, 0, 0), drain_seconds=2) as server:
         session = server.pid

@@ -218,26 +218,31 @@ class _Search:
 
     def _matches(self, chunk: Chunk) -> Iterator[tuple[slice, re.Match[str]]]:
         pattern = _compiled(self.failure)
+        tells = self.failure.certain or self.failure.last  # even where its program calls it information
         if self.failure.line:
             for index, line in enumerate(chunk.lines):
+                if line.info and not tells:
+                    continue
                 if chunk.starts[index] >= chunk.end or (self.failure.telling and (line.sign is None or line.warning)):
                     continue
                 if match := pattern.search(line.text):
                     yield slice(index, index + 1), match
             return
-        seen = -1
-        for match in pattern.finditer(chunk.squeezed):
-            if match.start() >= chunk.end:
-                return
+        seen, position = -1, 0
+        while (match := pattern.search(chunk.squeezed, position)) and match.start() < chunk.end:
             lines = chunk.place(match.start(), match.end())
+            if chunk.lines[lines.start].info and not tells:
+                position = (
+                    chunk.starts[lines.start + 1] if lines.start + 1 < len(chunk.starts) else len(chunk.squeezed)
+                )
+                continue
+            position = max(match.end(), match.start() + 1)
             if lines.start > seen:
                 seen = lines.stop - 1
                 yield lines, match
 
     def _hit(self, chunk: Chunk, place: slice, match: re.Match[str]) -> _Hit | None:
         lines = tuple(chunk.lines[place])
-        if all(line.info for line in lines) and not (self.failure.certain or self.failure.last):
-            return None
         texts = [line.text for line in lines]
         caught = {name: text for name, text in match.groupdict().items() if text}
         if self.failure.line:

@@ -30,7 +30,10 @@ _ESCAPED = re.compile(r'\\+(?:[ntr]|(?=["\']))')
 _SPACE = re.compile(r"\s+")
 _NUMBER = re.compile(r"0x[0-9a-fA-F]+|\d+")
 _WARNING = re.compile(r"^W\d{4} |\[(?:W|WARNING)\]|^(?:\([^)]*\) )?(?:DEBUG|INFO|WARNING) \d\d-\d\d |Warning: ")
-_INFO = re.compile(r"^(?!.*\[(?:E|ERROR)\]).*(?:\[(?:I|INFO|V|VERBOSE|D|DEBUG|TRACE)\]|\bNCCL INFO )")
+_INFO = re.compile(
+    r"^(?!.*\[(?:E|ERROR)\])(?:.*(?:\[(?:I|INFO|V|VERBOSE|D|DEBUG|TRACE)\]|\bNCCL INFO )"
+    r"|(?:\([^)]*\) )?(?:DEBUG|INFO) \d\d-\d\d |\d{4}-\d\d-\d\d[T ][\d:.,]+Z?\s+(?:- )?(?:DEBUG|INFO)\b)"
+)
 _FRAME = re.compile(
     r'File \\*"(?:[^"]*/(?:site|dist)-packages/)?(?P<path>[^"\\]+)\\*", line \d+, in (?P<function>[\w<>]+)'
 )

@@ -43,5 +43,7 @@ def penalize_fused(logits: Tensor, table: Tensor, slots: Tensor, values: Tensor)
     logits = logits.contiguous()
     out = torch.empty((rows, vocab_size), dtype=torch.float32, device=logits.device)
     grid = (rows, triton.cdiv(vocab_size, _BLOCK))
-    _penalize[grid](logits, table, slots, values, out, rows, vocab_size, BLOCK=_BLOCK, num_warps=8)
+    # A fused multiply-add has no product that overflows, where the plain operators do.
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    _penalize[grid](logits, table, slots, values, out, rows, vocab_size, BLOCK=_BLOCK, **options)
     return out
