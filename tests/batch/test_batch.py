@@ -254,7 +254,8 @@ def test_an_engine_behind_triton_dies_and_the_batch_goes_on(
             os.kill(child(started[0].vllm_pid or started[0].pid), signal.SIGKILL)
 
     output = tmp_path / "out"
-    with pytest.raises(ServerError, match="was ended by SIGKILL"):
+    # What is seen first: the end of the process, or of its connection.
+    with pytest.raises(ServerError, match=r"was ended by SIGKILL|the engine has stopped \(vLLM does not answer"):
         run_batch(served_engine, ServeRecipe(), lines, output, on_progress=kill_after_five)
     assert not output.exists()
     done = run_batch(served_engine, ServeRecipe(), lines, output)
