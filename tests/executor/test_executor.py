@@ -235,7 +235,7 @@ def test_a_rank_bounds_the_kernels_that_it_keeps_and_is_quoted_when_it_dies(
     monkeypatch.setenv("PYTHONFAULTHANDLER", "1")  # a rank then writes where it was when it aborted
     with Executor(bundled_engine(1)) as executor:
         variables = Path(f"/proc/{executor._processes[0].pid}/environ").read_text().split("\0")
-        assert {"LRU_CACHE_CAPACITY=256", "ONEDNN_PRIMITIVE_CACHE_CAPACITY=256"} <= set(variables)
+        assert {"LRU_CACHE_CAPACITY=64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY=64"} <= set(variables)
         os.kill(executor._processes[0].pid, signal.SIGABRT)
         with pytest.raises(EngineError, match=r"rank 0 ended with code -6; its last lines: .*\w+.* \| .*\w+"):
             while executor.stats():

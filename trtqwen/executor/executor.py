@@ -22,9 +22,9 @@ from trtqwen.system.leftovers import workspace
 from trtqwen.system.processes import Relay
 
 _READ_BYTES = 1 << 20
-# PyTorch and oneDNN keep a compiled kernel for each product and number of tokens, 1024 of them by default. A server has
-# many step sizes: a rank of the bundled model went on growing for hours. With 64 it reaches its size, 354 MB, with the
-# first hundred requests, where 256 took 542 MB after 1,600; the rates of both were equal.
+# PyTorch and oneDNN keep a compiled kernel for each product and number of tokens, 1024 of them by default. A server
+# has many step sizes: a rank of the bundled model went on growing for hours. With 64 it reaches its size, 354 MB,
+# with the first hundred requests, where 256 took 542 MB after 1,600; the rates of both were equal.
 _CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 
 
