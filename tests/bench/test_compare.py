@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import pytest
 from tests.bench.conftest import Scripted
 from tests.command_line import trtqwen
 from tests.triton.conftest import repository  # noqa: F401
+from tests.waiting import wait_for
 from trtqwen.bench.agreement import Answers, ask_for_answers, compare_answers
 from trtqwen.bench.compare import Side, find_losses
 from trtqwen.bench.contender import Contender, find_contender, find_vocabulary, serving, with_vocabulary
 from trtqwen.bench.figures import Rate, figures
 from trtqwen.bench.records import RequestRecord
+from trtqwen.bench.visits import JOURNAL
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.recipe import recipe_names
@@ -100,6 +104,33 @@ def test_addresses_are_compared(scripted: Callable[..., Scripted], tmp_path: Pat
     assert not [loss for loss in report["losses"] if loss["contender"] == "fast"]
     assert (tmp_path / "compare.html").read_text().count("<svg") == 3
     assert "| slow | fast |" in (tmp_path / "compare.md").read_text()
+
+
+def test_a_killed_comparison_goes_on_where_it_was(scripted: Callable[..., Scripted], tmp_path: Path) -> None:
+    one, other = scripted(first=0.05, gap=0.001), scripted(first=0.02, gap=0.001)
+    words = ["compare", f"one={one.url}", f"other={other.url}", "--workload", "smoke", "--requests", "4", "--json"]
+    words += ["--concurrency", "2", "--answer-tokens", "4", "--tokenizer", str(MODEL), "--output", str(tmp_path)]
+    journal = tmp_path / JOURNAL
+    with subprocess.Popen([sys.executable, "-m", "trtqwen", *words], stderr=subprocess.DEVNULL) as process:
+        assert wait_for(lambda: journal.exists() and journal.read_text().count("\n") >= 4, 100)
+        process.kill()
+    assert not (tmp_path / "compare.json").exists()
+    kept = journal.read_text().rpartition("\n")[0].count("\n")
+    journal.write_text(journal.read_text() + '{"contender": "one", "tu')  # a kill in the middle of a line
+
+    refused = trtqwen(*words, "--seed", "5")
+    assert refused.returncode == 2
+    assert "is of another comparison, which was stopped" in refused.stderr
+
+    done = trtqwen(*words)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("measured before") == kept
+    report = json.loads(done.stdout)
+    for contender in report["contenders"]:
+        assert len(contender["workloads"]["smoke"]["output_token_throughput"]["repeats"]) == 3
+        assert contender["workloads"]["smoke"]["request_count"]["repeats"] == [4, 4, 4]
+    assert report["agreement_with_the_first"]["other"]["same_answers"] == 8
+    assert not journal.exists()
 
 
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:

@@ -26,11 +26,11 @@ from trtqwen.diagnostics import EngineError, InputError, OutputError
 from trtqwen.recipe import Recipe, load_recipe, recipe_content
 from trtqwen.simulate.run import Load
 from trtqwen.tune.bench import SimulatorBench
-from trtqwen.tune.journal import JOURNAL, Journal
 from trtqwen.tune.report import write_recipe, write_search
 from trtqwen.tune.search import Searcher, SearchSettings, TargetMissed, pareto_front, search_digest
 from trtqwen.tune.space import configurations, parse_space
 from trtqwen.tune.target import Measures, Target
+from trtqwen.tune.trials import JOURNAL, Trials
 
 RECIPE = "qwen2-tiny-cpu"
 SWEEPS = [
@@ -68,8 +68,8 @@ def searcher(
     recipe, content = load_recipe(RECIPE), recipe_content(RECIPE)
     space = parse_space(recipe, SWEEPS)
     settings = settings or SearchSettings(candidates=24, requests=18)
-    journal = Journal(directory, search_digest(content, space, target, settings, ABOUT))
-    return Searcher(recipe, content, space, target, settings, bench, journal, model=None, about=ABOUT)
+    trials = Trials(directory, search_digest(content, space, target, settings, ABOUT))
+    return Searcher(recipe, content, space, target, settings, bench, trials, model=None, about=ABOUT)
 
 
 def test_finds_the_best_and_tells_what_became_of_the_others(tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_finds_the_best_of_a_grid_on_the_simulator_in_a_third_of_the_runs(tmp_pa
     bench = SimulatorBench(workload, Load(8), None)
     settings = SearchSettings(candidates=27, requests=72)
     search = Searcher(
-        recipe, content, space, NO_LIMITS, settings, bench, Journal(tmp_path, ""), model=None, about=ABOUT
+        recipe, content, space, NO_LIMITS, settings, bench, Trials(tmp_path, ""), model=None, about=ABOUT
     ).run()
     assert search.whole_runs == pytest.approx(9)
     grid = [

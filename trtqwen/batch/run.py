@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.journal import Journal
 from trtqwen.artifact.manifest import MANIFEST, load_manifest
 from trtqwen.batch.lines import Line, result
 from trtqwen.batch.local import LocalTriton, local_triton
@@ -94,12 +95,12 @@ def run_batch(
     """
     if output.exists() and not force:
         raise OutputError(f"{output}: exists", "pass --force to replace it or choose another file")
-    journal = _Journal(output, _digest(engine, lines), force=force)
-    reused = len(journal.results)
+    results = _Results(output, _digest(engine, lines), force=force)
+    reused = len(results.known)
     on_progress(reused, 0)
-    todo = [line for line in lines if line.index not in journal.results]
+    todo = [line for line in lines if line.index not in results.known]
     for line in [line for line in todo if line.error is not None]:
-        journal.add(line.index, result(line, 0, {}))
+        results.add(line.index, result(line, 0, {}))
         on_progress(1, 0)
     todo = [line for line in todo if line.error is None]
     if todo:
@@ -107,10 +108,10 @@ def run_batch(
         # Engines in this process are one: the other replicas' GPUs would stay idle.
         served = serve.model_copy(update={"max_queue_size": 0, **({"replicas": 1} if local else {})})
         with _repository(engine, served) as repository, _open(repository, local=local) as triton:
-            asyncio.run(_answer_all(repository, triton, todo, journal, on_progress))
-    results = journal.finish(len(lines))
-    new = sum(_tokens(results[line.index]) for line in todo)
-    return BatchResult(len(lines), reused, sum(map(_failed, results)), new)
+            asyncio.run(_answer_all(repository, triton, todo, results, on_progress))
+    written = results.finish(len(lines))
+    new = sum(_tokens(written[line.index]) for line in todo)
+    return BatchResult(len(lines), reused, sum(map(_failed, written)), new)
 
 
 def _open(repository: Path, *, local: bool) -> AbstractContextManager[LocalTriton | ServedTriton]:
@@ -130,7 +131,7 @@ async def _answer_all(
     repository: Path,
     triton: LocalTriton | ServedTriton,
     lines: Sequence[Line],
-    journal: _Journal,
+    results: _Results,
     on_progress: OnProgress,
 ) -> None:
     config = GatewayConfig(
@@ -160,7 +161,7 @@ async def _answer_all(
             if status >= 500:
                 await _survive(triton, app.state.fleet.default.stable.runtime.monitor)
             content = result(line, status, answer)
-            journal.add(line.index, content)
+            results.add(line.index, content)
             on_progress(1, _tokens(content))
 
     async with app.router.lifespan_context(app):
@@ -243,64 +244,36 @@ async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict
     return status, answer if isinstance(answer, dict) else {}
 
 
-class _Journal:
-    """Results as they come, in a file next to the output, so that nothing is computed twice."""
+class _Results:
+    """Results as they come, in a journal next to the output, so that nothing is computed twice."""
 
     def __init__(self, output: Path, digest: str, *, force: bool) -> None:
         self._output = output
-        self._path = output.with_name(f".{output.name}.part")
-        self.results: dict[int, dict[str, Any]] = {}
-        if self._path.exists():
-            known = self._read(digest)
-            if not known and not force:
-                raise OutputError(
-                    f"{self._path}: is the journal of a batch with another input or engine",
-                    "pass --force to drop it, or finish that batch first",
-                )
-            if not known:
-                self._path.unlink()
-                self.results = {}
-        try:
-            self._file = self._path.open("a", encoding="utf-8")
-        except OSError as problem:
-            raise OutputError(f"{output}: cannot be written ({problem.strerror})", "choose another place") from None
-        if not self.results and self._file.tell() == 0:
-            self._write({"digest": digest})
+        self._journal = Journal(
+            output.with_name(f".{output.name}.part"),
+            digest,
+            other="is the journal of a batch with another input or engine",
+            hint="pass --force to drop it, or finish that batch first",
+            force=force,
+            sync=False,
+        )
+        self.known: dict[int, dict[str, Any]] = {
+            int(entry["line"]): entry["result"] for entry in self._journal.entries
+        }
 
     def add(self, index: int, content: dict[str, Any]) -> None:
-        self.results[index] = content
-        self._write({"line": index, "result": content})
+        self.known[index] = content
+        self._journal.add({"line": index, "result": content})
 
     def finish(self, count: int) -> list[dict[str, Any]]:
         """Write the output and drop the journal; returns the results."""
-        results = [self.results[index] for index in range(count)]
+        results = [self.known[index] for index in range(count)]
         text = "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in results)
         temporary = self._output.with_name(f".{self._output.name}.new")
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self._output)
-        self._file.close()
-        self._path.unlink()
+        self._journal.remove()
         return results
-
-    def _read(self, digest: str) -> bool:
-        """Take in what an earlier run wrote; whether it was for this batch. Its last line may be cut off."""
-        first, *others = self._path.read_text(encoding="utf-8", errors="replace").split("\n")
-        with_ends = others[:-1]
-        try:
-            if json.loads(first).get("digest") != digest:
-                return False
-        except ValueError:
-            return False
-        for line in with_ends:
-            entry = json.loads(line)
-            self.results[int(entry["line"])] = entry["result"]
-        kept = [first, *with_ends]
-        self._path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        return True
-
-    def _write(self, content: dict[str, Any]) -> None:
-        self._file.write(json.dumps(content, ensure_ascii=False) + "\n")
-        self._file.flush()
 
 
 def _tokens(content: Mapping[str, Any]) -> int:

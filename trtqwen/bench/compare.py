@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -9,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from trtqwen import __version__
+from trtqwen.artifact.manifest import MANIFEST
 from trtqwen.bench.agreement import Agreement, Answers, ask_for_answers, compare_answers
-from trtqwen.bench.contender import Contender, Running, serving, with_vocabulary
+from trtqwen.bench.contender import Contender, serving, with_vocabulary
 from trtqwen.bench.figures import Figures, Rate, confidence, figures
-from trtqwen.bench.load import RunResult, open_clients
+from trtqwen.bench.load import open_clients
 from trtqwen.bench.records import RequestRecord
 from trtqwen.bench.run import LoadSettings, about_host, run_phase
 from trtqwen.bench.setup import WorkloadOptions, make_workloads
+from trtqwen.bench.visits import Visit, Visits
+from trtqwen.bench.workload import Workload
 from trtqwen.engine.config import EngineConfig
 from trtqwen.hf.tokenizer import Tokenizer
 
@@ -118,12 +123,25 @@ class Comparison:
         }
 
 
+def comparison_digest(contenders: Sequence[Contender], settings: CompareSettings, tokenizer: Path | None) -> str:
+    """Of everything that the measurements depend on; a repository counts with its manifest."""
+    sides = []
+    for contender in contenders:
+        manifest = None
+        if contender.repository is not None:
+            manifest = (contender.repository / MANIFEST).read_text(encoding="utf-8")
+        sides.append([contender.name, str(contender.repository), contender.url, manifest])
+    content = json.dumps([sides, asdict(settings), str(tokenizer)], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
 def run_compare(
     contenders: Sequence[Contender],
     tokenizer: Tokenizer,
     config: EngineConfig | None,
     settings: CompareSettings,
     logs: Path,
+    visits: Visits,
     on_step: OnStep = lambda step: None,
 ) -> Comparison:
     """Measure the contenders alternately: A, B, A, B and so on, each started anew.
@@ -131,6 +149,7 @@ def run_compare(
     Args:
         config: with the sizes of the model; None if no contender is local.
         logs: directory for the servers' logs.
+        visits: those that an earlier run made count.
 
     Raises:
         ServerError: if a contender does not start, or fails every request of a workload.
@@ -140,28 +159,18 @@ def run_compare(
     workloads = {
         options.workload: make_workloads(options, tokenizer, settings.turns + 1) for options in settings.workloads
     }
-    notes = [_Notes() for _ in contenders]
+    made: list[list[Visit]] = [[] for _ in contenders]
     for turn in range(settings.turns):
-        for note, contender in zip(notes, contenders, strict=True):
-            on_step(f"turn {turn + 1} of {settings.turns}: {contender.name}: starting")
-            with serving(contender, logs / f"{_file_name(contender.name)}.log") as running:
-                note.started(running)
-                if turn == 0 and settings.answer_tokens:
-                    on_step(f"turn 1 of {settings.turns}: {contender.name}: answers")
-                    target = with_vocabulary(running, config, tokenizer.stop_ids)
-                    note.answers = ask_for_answers(target, tokenizer, settings.answer_tokens, settings.text_tokens)
-                with open_clients(running.target, settings.load.processes) as clients:
-                    for name, (first, *others) in workloads.items():
-                        on_step(f"turn {turn + 1} of {settings.turns}: {contender.name}: {name}")
-                        warmup = replace(first, asks=first.asks[: settings.load.warmup])
-                        if warmup.asks:
-                            run_phase(clients, warmup, settings.load.concurrency or 16, lambda done, tokens: None)
-                        result = run_phase(
-                            clients, others[turn], settings.load.concurrency, lambda done, tokens: None
-                        )
-                        note.results.setdefault(name, []).append(result)
-                note.measured(running)
-    sides = tuple(note.side(contender) for note, contender in zip(notes, contenders, strict=True))
+        for contender, own in zip(contenders, made, strict=True):
+            step = f"turn {turn + 1} of {settings.turns}: {contender.name}"
+            visit = visits.find(contender.name, turn)
+            if visit is None:
+                visit = _visit(contender, turn, tokenizer, config, settings, workloads, logs, step, on_step)
+                visits.add(visit)
+            else:
+                on_step(f"{step}: measured before")
+            own.append(visit)
+    sides = tuple(_side(contender, own) for contender, own in zip(contenders, made, strict=True))
     agreements = {}
     if sides[0].answers is not None:
         agreements = {
@@ -169,44 +178,57 @@ def run_compare(
             for side in sides[1:]
             if side.answers is not None
         }
-    digests = {name: tuple(one.digest for one in made[1:]) for name, made in workloads.items()}
+    digests = {name: tuple(one.digest for one in drawn[1:]) for name, drawn in workloads.items()}
     return Comparison(sides, settings, digests, agreements, find_losses(sides), about_host(), started)
 
 
-class _Notes:
-    """What comes together of one contender over the turns."""
+def _visit(
+    contender: Contender,
+    turn: int,
+    tokenizer: Tokenizer,
+    config: EngineConfig | None,
+    settings: CompareSettings,
+    workloads: Mapping[str, Sequence[Workload]],
+    logs: Path,
+    step: str,
+    on_step: OnStep,
+) -> Visit:
+    """Start a contender, send it every workload, and stop it."""
+    answers, results = None, {}
+    on_step(f"{step}: starting")
+    with serving(contender, logs / f"{_file_name(contender.name)}.log") as running:
+        if turn == 0 and settings.answer_tokens:
+            on_step(f"{step}: answers")
+            target = with_vocabulary(running, config, tokenizer.stop_ids)
+            answers = ask_for_answers(target, tokenizer, settings.answer_tokens, settings.text_tokens)
+        with open_clients(running.target, settings.load.processes) as clients:
+            for name, (first, *others) in workloads.items():
+                on_step(f"{step}: {name}")
+                warmup = replace(first, asks=first.asks[: settings.load.warmup])
+                if warmup.asks:
+                    run_phase(clients, warmup, settings.load.concurrency or 16, lambda done, tokens: None)
+                results[name] = run_phase(clients, others[turn], settings.load.concurrency, lambda done, tokens: None)
+        return Visit(contender.name, turn, running.about, running.startup, running.memory, answers, results)
 
-    def __init__(self) -> None:
-        self.about: dict[str, Any] = {}
-        self.answers: Answers | None = None
-        self.results: dict[str, list[RunResult]] = {}
-        self._startups: list[float] = []
-        self._memories: list[dict[str, float]] = []
 
-    def started(self, running: Running) -> None:
-        self.about = running.about
-        if running.startup is not None:
-            self._startups.append(running.startup)
-
-    def measured(self, running: Running) -> None:
-        if (memory := running.memory) is not None:
-            self._memories.append(memory)
-
-    def side(self, contender: Contender) -> Side:
-        found = {
-            name: figures([result.records for result in results], [c for r in results for c in r.clients])
-            for name, results in self.results.items()
-        }
-        return Side(
-            contender=contender,
-            about=self.about,
-            startup=_rate("sec", self._startups),
-            host_gib=_rate("GiB", [memory["host_gib"] for memory in self._memories]),
-            gpu_gib=_rate("GiB", [memory["gpu_gib"] for memory in self._memories]),
-            figures=found,
-            repeats={name: tuple(result.records for result in results) for name, results in self.results.items()},
-            answers=self.answers,
-        )
+def _side(contender: Contender, visits: Sequence[Visit]) -> Side:
+    """What all visits of a contender say together."""
+    results = {name: [visit.results[name] for visit in visits] for name in visits[0].results}
+    startups = [visit.startup for visit in visits if visit.startup is not None]
+    memories = [visit.memory for visit in visits if visit.memory is not None]
+    return Side(
+        contender=contender,
+        about=visits[-1].about,
+        startup=_rate("sec", startups),
+        host_gib=_rate("GiB", [memory["host_gib"] for memory in memories]),
+        gpu_gib=_rate("GiB", [memory["gpu_gib"] for memory in memories]),
+        figures={
+            name: figures([one.records for one in runs], [client for one in runs for client in one.clients])
+            for name, runs in results.items()
+        },
+        repeats={name: tuple(one.records for one in runs) for name, runs in results.items()},
+        answers=visits[0].answers,
+    )
 
 
 def find_losses(sides: Sequence[Side]) -> tuple[Loss, ...]:

@@ -144,8 +144,9 @@ def serving(contender: Contender, log: Path) -> Iterator[Running]:
     try:
         endpoints = _endpoints(process.stdout)
         if endpoints is None:
-            process.wait()
-            raise ServerError(f"{contender.name}: did not start: {said.last}", f"see {log}")
+            status = process.wait()
+            reason = said.last() or f"it ended with status {status} and said nothing"
+            raise ServerError(f"{contender.name}: did not start: {reason}", f"see {log}")
         startup = time.monotonic() - begun
         several = "servers" in endpoints
         target, about = probe(endpoints["gateway"] if several else endpoints["grpc"], None)
@@ -175,18 +176,23 @@ def _endpoints(stdout: IO[str]) -> dict[str, Any] | None:
 
 
 class _Listener:
-    """Reads what a process writes, so that it never waits, and keeps the last line."""
+    """Reads what a process writes, so that it never waits, and keeps the last error."""
 
     def __init__(self, source: IO[str]) -> None:
-        self.last = "it said nothing"
-        self._source = source
-        threading.Thread(target=self._read, daemon=True).start()
+        self._last, self._source = "", source
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def last(self) -> str:
+        """The last error of a process that has ended; empty if it wrote none."""
+        self._thread.join(_STOP_SECONDS)  # what it wrote last may not be read yet
+        return self._last
 
     def _read(self) -> None:
         with self._source:
             for line in self._source:
                 if line.startswith("error: "):
-                    self.last = line.removeprefix("error: ").strip()
+                    self._last = line.removeprefix("error: ").strip()
 
 
 def with_vocabulary(running: Running, config: EngineConfig | None, stop_ids: tuple[int, ...]) -> Target:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.table import Table as RichTable
 
-from trtqwen.bench.compare import CompareSettings, run_compare
+from trtqwen.artifact.directory import make_directory
+from trtqwen.bench.compare import CompareSettings, comparison_digest, run_compare
 from trtqwen.bench.compare_report import Table, comparison_tables, write_comparison
 from trtqwen.bench.contender import find_contender, find_vocabulary
 from trtqwen.bench.run import LoadSettings
 from trtqwen.bench.setup import WorkloadOptions
+from trtqwen.bench.visits import Visits
 from trtqwen.cli.bench import Concurrency, InputTokens, OutputTokens, PrefixTokens, RequestRate, Requests, Seed
 from trtqwen.cli.output import Json, print_json, stderr, stdout
 from trtqwen.diagnostics import InputError
@@ -59,7 +62,8 @@ def command(
     """Compare servers: start-up time, throughput, latency, memory, success rate, and whether the answers agree.
 
     Recipes and repositories are started and stopped by this command, one at a time, alternating; addresses are only
-    asked. All of them get the same requests. The first one is the reference for answers.
+    asked. All of them get the same requests. The first one is the reference for answers. A comparison that was
+    stopped goes on where it was when you run the command again.
     """
     if len(contenders) < 2:
         raise InputError("one contender is no comparison", "name at least two, or use `trtqwen bench`")
@@ -81,9 +85,11 @@ def command(
             if not stderr.is_terminal:
                 stderr.print(step, markup=False, highlight=False, soft_wrap=True)
 
-        comparison = run_compare(found, tokens, config, settings, logs, show)
-    call = shlex.join(["trtqwen", *sys.argv[1:]])
-    written = write_comparison(comparison, output, call)
+        make_directory(output)
+        with closing(Visits(output, comparison_digest(found, settings, tokenizer))) as visits:
+            comparison = run_compare(found, tokens, config, settings, logs, visits, show)
+            written = write_comparison(comparison, output, shlex.join(["trtqwen", *sys.argv[1:]]))
+            visits.remove()
     if json:
         print_json(comparison.as_json())
     else:

@@ -18,9 +18,9 @@ from trtqwen.plan.plan import plan_recipe
 from trtqwen.recipe import Recipe
 from trtqwen.tune.bench import Bench
 from trtqwen.tune.halving import budgets, successive_halving
-from trtqwen.tune.journal import Journal, Trial
 from trtqwen.tune.space import Configuration, Space, configurations, own_configuration, size
 from trtqwen.tune.target import Measures, Target
+from trtqwen.tune.trials import Trial, Trials
 
 _MOST_INVALID = 20  # configurations that are looked at for each that is wanted
 
@@ -189,14 +189,14 @@ class Searcher:
         target: Target,
         settings: SearchSettings,
         bench: Bench,
-        journal: Journal,
+        trials: Trials,
         *,
         model: Path | None,
         about: dict[str, Any],
         on_progress: OnProgress = lambda progress: None,
     ) -> None:
         self._recipe, self._content, self._space, self._target = recipe, content, space, target
-        self._settings, self._bench, self._journal, self._model = settings, bench, journal, model
+        self._settings, self._bench, self._trials, self._model = settings, bench, trials, model
         self._about, self._on_progress = about, on_progress
         self._own = own_configuration(recipe, space)
         self._recipes: dict[Configuration, Recipe] = {}
@@ -225,7 +225,7 @@ class Searcher:
             best=best,
             own=own,
             runs=self._done,
-            reused=self._journal.reused,
+            reused=self._trials.reused,
             whole_runs=self._requests / self._settings.requests,
             space=size(self._space),
             about=self._about,
@@ -262,11 +262,11 @@ class Searcher:
         return recipe
 
     def _run(self, configuration: Configuration, requests: int) -> tuple[float, ...] | None:
-        trial = self._journal.find(configuration.changes, requests)
+        trial = self._trials.find(configuration.changes, requests)
         reused = trial is not None
         if trial is None:
             trial = self._measure(configuration, requests)
-            self._journal.add(trial)
+            self._trials.add(trial)
         self._done, self._requests = self._done + 1, self._requests + requests
         self._longest[configuration] = trial
         self._on_progress(

@@ -16,10 +16,10 @@ from trtqwen.simulate.deployment import deploy
 from trtqwen.simulate.run import Load, simulated_workloads
 from trtqwen.tune.bench import Bench, EngineBench, ServerBench, SimulatorBench, needs_servers
 from trtqwen.tune.halving import budgets
-from trtqwen.tune.journal import Journal
 from trtqwen.tune.search import OnProgress, Searcher, SearchSettings, search_digest
 from trtqwen.tune.space import LAYOUT, default_space, parse_space
 from trtqwen.tune.target import Target
+from trtqwen.tune.trials import Trials
 
 On = Literal["engine", "simulator"]
 PLACES = 16  # requests open at a time, where neither the user nor the workload says
@@ -80,7 +80,7 @@ def make_searcher(options: TuneOptions, on_progress: OnProgress, *, force: bool 
     about = _about(options, measured, servers=servers)
     digest = search_digest(content, space, options.target, options.search, {**about, "model": str(options.model)})
     make_directory(options.output)
-    journal = Journal(options.output, digest, force=force)
+    trials = Trials(options.output, digest, force=force)
     bench: Bench
     if options.on == "simulator":
         bench = SimulatorBench(measured, load, options.model)
@@ -96,7 +96,7 @@ def make_searcher(options: TuneOptions, on_progress: OnProgress, *, force: bool 
         options.target,
         options.search,
         bench,
-        journal,
+        trials,
         model=options.model,
         about=about,
         on_progress=on_progress,
