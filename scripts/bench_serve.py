@@ -31,16 +31,19 @@ FIGURES = {
     "median_ttft_ms": ("median time to first token, ms", False),
     "median_tpot_ms": ("median time per output token, ms", False),
 }
+LEAST_REQUESTS = 16  # of a load: the median of a few says little
 
 
 def measure(options: argparse.Namespace, server: Server, concurrency: int) -> dict[str, Any]:
-    """One load: the client's figures, and the CPU time of the server's processes for each token."""
-    count = max(options.requests_per_stream * concurrency, options.requests_per_stream)
+    """One load: the client's figures, and the CPU time of the server's processes for each token.
+
+    A round that is not measured goes before it: the first requests of a load meet cold caches and connections.
+    """
+    send = _vllm_client if options.client == "vllm" else _sse_client
+    count = max(options.requests_per_stream * concurrency, LEAST_REQUESTS)
+    send(options, server, concurrency, concurrency)
     before = server.usage()
-    if options.client == "vllm":
-        figures = _vllm_client(options, server, concurrency, count)
-    else:
-        figures = _sse_client(options, server, concurrency, count)
+    figures = send(options, server, concurrency, count)
     used = server.usage().since(before)
     tokens = max(1, figures.pop("tokens"))
     figures["cpu_ms_a_token"] = {name: round(1000 * value / tokens, 4) for name, value in used.items() if value}
