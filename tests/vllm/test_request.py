@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -157,6 +158,8 @@ def test_the_environment_is_vllms_own() -> None:
     assert "PYTHONPATH" not in made
     assert made["LD_LIBRARY_PATH"] == "/cuda/lib"
     assert made["VLLM_CPU_KVCACHE_SPACE"] == "3"
+    assert Path(made["TORCHINDUCTOR_CACHE_DIR"]).is_relative_to(Path.home())
+    assert server_environment({"TORCHINDUCTOR_CACHE_DIR": "/c"}, {})["TORCHINDUCTOR_CACHE_DIR"] == "/c"
 
 
 def recipe(**changes: Any) -> Recipe:

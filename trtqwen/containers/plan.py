@@ -13,6 +13,7 @@ from trtqwen.containers.installed import HOME, PACKAGE, START_INSIDE, pins, requ
 from trtqwen.containers.work import ContainerOptions, Work
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.recipe import CHECKOUT
+from trtqwen.system.cache import user_cache
 from trtqwen.system.host import IMAGE_VARIABLE
 
 CACHE = Path("/var/cache/trtqwen")  # where the start script keeps its virtual environment
@@ -94,9 +95,8 @@ def _environment(work: Work, image: str, needs: str, options: ContainerOptions) 
 
 def _cache_directory(image: str, needs: str) -> Path:
     """Where the host keeps the virtual environment for an image, so that only the first start installs."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     key = hashlib.sha256(f"{image} {needs}".encode()).hexdigest()[:16]
-    return home / "trtqwen" / "containers" / key
+    return user_cache("containers") / key
 
 
 def _mount(source: Path, target: Path, writable: bool) -> str:

@@ -21,6 +21,7 @@ from trtqwen.executor.config import ExecutorConfig
 from trtqwen.facts.cards import has_peer_to_peer
 from trtqwen.facts.vllm import check_release, vllm_facts
 from trtqwen.recipe import VllmSettings
+from trtqwen.system.cache import user_cache
 from trtqwen.system.guarded import Farewell, start_guarded
 from trtqwen.system.host import read_host
 from trtqwen.system.leftovers import workspace as new_workspace
@@ -260,10 +261,14 @@ _SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": 
 
 
 def server_environment(environment: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the process: the settings, and ours without our interpreter's paths."""
+    """The environment of the process: the settings, and ours without our interpreter's paths.
+
+    PyTorch keeps compiled code in TMPDIR, which goes with each server: the next start would compile it again.
+    """
     clean = {name: value for name, value in environment.items() if name not in _HOST_ONLY}
     paths = [path for path in clean.pop("LD_LIBRARY_PATH", "").split(os.pathsep) if path and "pytriton" not in path]
     if paths:
         clean["LD_LIBRARY_PATH"] = os.pathsep.join(paths)
     given = {_CPU_CACHE: clean[_CPU_CACHE]} if _CPU_CACHE in clean else {}
-    return {**clean, **settings, **given}
+    compiled = {"TORCHINDUCTOR_CACHE_DIR": str(user_cache("torchinductor"))}
+    return {**compiled, **clean, **settings, **given}

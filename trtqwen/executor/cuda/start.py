@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from trtqwen.executor.inputs import Counts, StepInputs
 from trtqwen.executor.parallel import Communicator
 from trtqwen.executor.plain_runner import Started
 from trtqwen.executor.sampling import Sampler
+from trtqwen.system.cache import user_cache
 
 _GIB = 1 << 30
 _MOSTLY_FREE = 0.9  # of a card's memory: less means that other processes use it
@@ -32,8 +32,7 @@ _COMPILED_FOR = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together us
 
 def keep_compiled_kernels() -> None:
     """Have the Triton language keep compiled kernels between starts, in the user's cache directory."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("TRITON_CACHE_DIR", str(home / "trtqwen" / "kernels"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(user_cache("kernels")))
 
 
 def make_runner(
