@@ -25,7 +25,7 @@ test-slow: .venv/developer .venv/transformers5
 VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
 test-vllm: .venv/developer .venv-vllm/installed
 	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --timeout=600 tests/triton/test_serving.py tests/gateway/test_openai.py
-	$(VLLM) $(BIN)/pytest tests/vllm/test_real.py tests/vllm/test_restart.py
+	$(VLLM) $(BIN)/pytest tests/vllm/test_real.py tests/vllm/test_restart.py tests/vllm/test_migration.py
 
 .venv-vllm/installed: scripts/install_vllm.py
 	$(PYTHON) scripts/install_vllm.py .venv-vllm

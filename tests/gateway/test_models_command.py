@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import threading
 import urllib.request
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from scripts.stand_in_engine import write_stand_in_repository
-from tests.command_line import trtqwen
+from tests.gateway.models_service import ADMIN, Service, of_repository
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import read_manifest, write_manifest
 
 pytestmark = pytest.mark.triton
-ADMIN = "sk-admin-0123456789"
 
 
 @pytest.fixture
@@ -35,48 +29,6 @@ def broken_repository(engine_repository: Path, tmp_path: Path) -> Path:
     (output / "manifest.json").unlink()
     write_manifest(output, "repository", manifest.inputs, manifest.parameters)
     return output
-
-
-def of_repository(repository: Path) -> list[int]:
-    """Processes with the repository among their arguments."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (entry / "cmdline").read_text()
-        except OSError:
-            continue
-        if f"--model-repository={repository}\0" in command:
-            found.append(int(entry.name))
-    return found
-
-
-class Service:
-    """A running `serve --models`."""
-
-    def __init__(self, table: Path, admins: Path) -> None:
-        command = [sys.executable, "-m", "trtqwen", "serve", f"--models={table}", f"--admin-keys={admins}"]
-        self.process = subprocess.Popen(
-            [*command, "--gateway-port=0", "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        assert self.process.stdout is not None
-        text, line = "", ""
-        while line != "}\n":
-            line = self.process.stdout.readline()
-            assert line, self.process.stderr and self.process.stderr.read()
-            text += line
-        self.url = str(json.loads(text)["gateway"])
-
-    def models(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        url = [] if "--url" in arguments else ["--url", self.url]
-        return trtqwen("models", *arguments, *url, env={**os.environ, "TRTQWEN_ADMIN_KEY": ADMIN})
-
-    def ask(self, text: str) -> Any:
-        body = {"model": "qwen", "messages": [{"role": "user", "content": text}], "max_tokens": 200}
-        request = urllib.request.Request(
-            f"{self.url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.loads(answer.read())
 
 
 def test_engines_start_and_stop_as_the_table_says(
@@ -137,7 +89,6 @@ def test_engines_start_and_stop_as_the_table_says(
         assert told.returncode == 0, told.stderr
         assert "second" in told.stdout
     finally:
-        service.process.send_signal(signal.SIGTERM)
-        code = service.process.wait(60)
+        code = service.stop()
     assert code == 0
     assert not of_repository(unhurried_repository)
