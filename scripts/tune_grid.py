@@ -22,11 +22,11 @@ from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import Recipe, load_recipe, recipe_content
 from trtqwen.simulate.run import Load
 from trtqwen.tune.bench import EngineBench
-from trtqwen.tune.journal import Journal, Trial
 from trtqwen.tune.report import write_search
 from trtqwen.tune.search import Progress, Searcher, SearchSettings, search_digest
 from trtqwen.tune.space import Configuration, configurations, own_configuration, parse_space
 from trtqwen.tune.target import Target
+from trtqwen.tune.trials import Trial, Trials
 
 RECIPE = "qwen2-tiny-cpu"
 CHANGES = ("checkpoint.tp_size=1", "engine.max_batch_size=4")
@@ -59,9 +59,9 @@ def main() -> None:
     about = {"on": "on the engine alone", "workload": options.workload, "load": load, "sha256": measured.digest}
 
     search_base = own_configuration(recipe, space)
-    journal = Journal(options.output, search_digest(content, space, target, settings, about))
+    trials = Trials(options.output, search_digest(content, space, target, settings, about))
     search = Searcher(
-        recipe, content, space, target, settings, bench, journal, model=MODEL, about=about, on_progress=_say
+        recipe, content, space, target, settings, bench, trials, model=MODEL, about=about, on_progress=_say
     ).run()
     write_search(search, options.output)
     assert search.best is not None
@@ -69,7 +69,7 @@ def main() -> None:
     grid: dict[Configuration, float] = {}
     recipes: dict[Configuration, Recipe] = {}
     (options.output / "grid").mkdir(exist_ok=True)
-    runs = Journal(options.output / "grid", measured.digest)
+    runs = Trials(options.output / "grid", measured.digest)
     for configuration in configurations(recipe, space, seed=0):
         recipes[configuration] = Recipe.model_validate({**configuration.apply(content), "name": RECIPE})
         trial = runs.find(configuration.changes, options.requests)
@@ -83,7 +83,7 @@ def main() -> None:
         print(
             f"grid {len(grid)}, {configuration.title(search_base)}: {grid[configuration]:,.0f} tokens/s", flush=True
         )
-    tuned_seconds = sum(trial.seconds for trial in journal.trials)
+    tuned_seconds = sum(trial.seconds for trial in trials.trials)
     grid_seconds = sum(trial.seconds for trial in runs.trials)
     best = max(grid, key=lambda one: grid[one])
     tuned = next(one for one in grid if one.changes == search.best.changes)
