@@ -62,6 +62,26 @@ def test_a_signal_drains_the_gateway_and_then_the_engines(number: signal.Signals
     assert len([line for line in said if "up to 30 s; press Ctrl-C again" in line]) == 2
 
 
+@pytest.mark.parametrize("serves", [True, False])
+def test_what_serves_since_the_last_look_is_drained_too(serves: bool) -> None:
+    """Clients of a server that became ready a moment ago lost their answers to a signal."""
+
+    class Late(Fake):
+        signaled = False
+
+        def answers(self) -> bool:
+            if not self.signaled:
+                self.signaled = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(60)  # the signal ends it
+            return serves
+
+    engine, said = Late(), list[str]()
+    Supervisor([engine], say=said.append).run()
+    assert engine.stops == [serves]
+    assert any("requests in progress" in line for line in said) == serves
+
+
 def test_what_ends_by_itself_ends_everything_without_a_drain() -> None:
     engine, gateway = Fake(ends=1), Fake()
     with pytest.raises(ServerError, match="it fell over"):

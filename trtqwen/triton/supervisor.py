@@ -227,15 +227,15 @@ class Supervisor:
         """Stop the gateway, then the engines; each regardless of the others."""
         problems: list[BaseException] = []
         for phase in ([self._gateway] if self._gateway else []), self._engines:
-            running = [one for one in phase if one.since and one.state != "restarting"]
-            if drain and running and running[0].was_ready:
-                seconds = max(one.service.stop_seconds for one in running)
+            draining = [one for one in phase if drain and _may_have_clients(one)]
+            if draining:
+                seconds = max(one.service.stop_seconds for one in draining)
                 self._say(
-                    f"stopping {running[0].service.name}: requests in progress have up to {seconds:g} s; press "
+                    f"stopping {draining[0].service.name}: requests in progress have up to {seconds:g} s; press "
                     "Ctrl-C again to stop now"
                 )
             with ThreadPoolExecutor(max(1, len(phase))) as pool:
-                done = [pool.submit(one.service.stop, drain=drain and one.was_ready) for one in phase]
+                done = [pool.submit(one.service.stop, drain=one in draining) for one in phase]
                 problems += [problem for future in done if (problem := future.exception())]
         for thread in self._leaving:
             thread.join()
@@ -264,3 +264,10 @@ class Supervisor:
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+
+def _may_have_clients(one: _Watched) -> bool:
+    """Whether requests may be in progress there. It may serve since the last look, which a busy machine delays."""
+    if not one.since or one.state == "restarting":
+        return False
+    return one.was_ready or one.service.answers()
