@@ -195,6 +195,11 @@ def children(pid: int) -> list[int]:
     return sorted(family - {pid})
 
 
+def gone(family: list[int]) -> bool:
+    """Whether all have ended: a guardian ends when it sees the end of the process that it watches."""
+    return wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family))
+
+
 def started(*arguments: object) -> tuple[subprocess.Popen[str], dict[str, Any]]:
     """A command that runs, and the JSON object that it has printed."""
     command = [sys.executable, "-m", "trtqwen", *map(str, arguments), "--json"]
@@ -240,7 +245,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
     refused(trtqwen("serve", "--repo", repository, "--grpc-port", taken), taken, "is in use", "--grpc-port")
     server.send_signal(signal.SIGTERM)
     assert server.wait(timeout=60) == 0
-    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+    assert gone(family)
 
 
 @pytest.mark.triton
@@ -258,7 +263,7 @@ def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
     problem = " ".join(server.stderr.read().split())
     assert "the engine has stopped (rank 0 ended with code -9" in problem
     assert "start the server again" in problem
-    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+    assert gone(family)
 
 
 @pytest.mark.triton
@@ -272,7 +277,7 @@ def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
     family = children(server.pid)
     server.send_signal(signal.SIGINT)
     assert server.wait(timeout=60) == 0
-    assert not [pid for pid in family if os.path.exists(f"/proc/{pid}")]
+    assert gone(family)
 
 
 def test_a_port_in_use_is_refused_before_anything_starts(repository: Path) -> None:
