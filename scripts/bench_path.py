@@ -27,6 +27,7 @@ from trtqwen.artifact.names import TOKENIZER_DIRECTORY
 from trtqwen.bench.contender import Contender, contender_engine
 from trtqwen.bench.figures import Figures, figures
 from trtqwen.bench.load import Job, open_clients, send_all
+from trtqwen.bench.records import RequestRecord
 from trtqwen.bench.run import probe, run_phase
 from trtqwen.bench.workload import Shape, Workload, plain_vocabulary, synthetic
 from trtqwen.hf.tokenizer import Tokenizer
@@ -40,13 +41,16 @@ NAME = "measured"
 def in_process(engine_directory: Path, loads: dict[int, Workload]) -> dict[int, Figures]:
     """The figures of each load, by concurrency, without a server."""
     engine = open_engine(engine_directory, executor_config(ServeRecipe()), verify=False)
+
+    def send(load: Workload, concurrency: int) -> list[RequestRecord]:
+        job = Job(tuple(enumerate(load.asks)), concurrency, time.monotonic())
+        return asyncio.run(send_all(EngineEndpoint(engine), job))
+
     found = {}
     try:
         for concurrency, load in loads.items():
-            job = Job(tuple(enumerate(load.asks)), concurrency, time.monotonic())
-            asyncio.run(send_all(EngineEndpoint(engine), job))  # compiles and fills caches
-            job = Job(tuple(enumerate(load.asks)), concurrency, time.monotonic())
-            found[concurrency] = figures([asyncio.run(send_all(EngineEndpoint(engine), job))], ())
+            send(load, concurrency)  # compiles and fills caches
+            found[concurrency] = figures([send(load, concurrency)], ())
     finally:
         engine.shutdown()
     return found

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 from trtqwen.diagnostics import OutputError
+
+
+def journal_digest(content: Any) -> str:
+    """SHA-256 of everything that the entries of a journal depend on; `content` is what JSON can hold."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:

@@ -10,7 +10,6 @@ killed goes on where its journal ends.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import os
 import time
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trtqwen.artifact.journal import Journal
+from trtqwen.artifact.journal import Journal, journal_digest
 from trtqwen.artifact.manifest import MANIFEST, load_manifest
 from trtqwen.batch.lines import Line, result
 from trtqwen.batch.local import LocalTriton, local_triton
@@ -291,4 +290,4 @@ def _failed(content: Mapping[str, Any]) -> bool:
 def _digest(engine: Path, lines: Sequence[Line]) -> str:
     rows = [[line.url, line.body, line.custom_id, line.error] for line in lines]
     key = load_manifest(engine, "engine").key
-    return hashlib.sha256(json.dumps([key, rows], sort_keys=True).encode()).hexdigest()
+    return journal_digest([key, rows])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trtqwen import __version__
+from trtqwen.artifact.journal import journal_digest
 from trtqwen.artifact.manifest import MANIFEST
 from trtqwen.bench.agreement import Agreement, Answers, ask_for_answers, compare_answers
 from trtqwen.bench.contender import Contender, serving, with_vocabulary
@@ -131,8 +130,7 @@ def comparison_digest(contenders: Sequence[Contender], settings: CompareSettings
         if contender.repository is not None:
             manifest = (contender.repository / MANIFEST).read_text(encoding="utf-8")
         sides.append([contender.name, str(contender.repository), contender.url, manifest])
-    content = json.dumps([sides, asdict(settings), str(tokenizer)], sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return journal_digest([sides, asdict(settings), str(tokenizer)])
 
 
 def run_compare(

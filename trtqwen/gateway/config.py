@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.diagnostics import InputError, first_problem
+from trtqwen.system.sockets import reachable
 from trtqwen.yaml_file import read_mapping
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -186,7 +187,7 @@ class GatewayConfig(BaseModel):
     @property
     def url(self) -> str:
         """Where clients on this machine find it."""
-        host = "127.0.0.1" if self.host == "0.0.0.0" else self.host
+        host = reachable(self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
     @property

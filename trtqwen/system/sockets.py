@@ -1,4 +1,4 @@
-"""Sockets that listen."""
+"""Addresses and sockets that listen."""
 
 from __future__ import annotations
 
@@ -20,3 +20,8 @@ def listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+def reachable(host: str) -> str:
+    """Where this machine finds what listens on an address."""
+    return "127.0.0.1" if host == "0.0.0.0" else host

@@ -24,6 +24,7 @@ from trtqwen.system.leftovers import SHARED_MEMORY, shared_memory, sweep
 from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
+from trtqwen.system.sockets import reachable
 from trtqwen.triton.environment import server_environment
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
@@ -152,15 +153,15 @@ class TritonServer(Service):
         """
         if self.ports.http is None:
             raise ServerError("Triton's HTTP endpoint is off", "start the server with an HTTP port")
-        return f"{_reachable(self.host)}:{self.ports.http}"
+        return f"{reachable(self.host)}:{self.ports.http}"
 
     @property
     def grpc_url(self) -> str:
-        return f"{_reachable(self.host)}:{self.ports.grpc}"
+        return f"{reachable(self.host)}:{self.ports.grpc}"
 
     @property
     def metrics_url(self) -> str:
-        return f"{_reachable(self.host)}:{self.ports.metrics}"
+        return f"{reachable(self.host)}:{self.ports.metrics}"
 
     @property
     def pid(self) -> int:
@@ -396,7 +397,3 @@ def _check_engine(engine: Path, machine: Host) -> None:
     problems = check_provenance(engine, machine)
     if problems:
         raise ServerError(str(problems[0]))
-
-
-def _reachable(host: str) -> str:
-    return "127.0.0.1" if host == "0.0.0.0" else host

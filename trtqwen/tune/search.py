@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -13,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from trtqwen import __version__
+from trtqwen.artifact.journal import journal_digest
 from trtqwen.diagnostics import InputError, TrtQwenError, first_problem
 from trtqwen.plan.plan import plan_recipe
 from trtqwen.recipe import Recipe
@@ -169,8 +168,7 @@ def search_digest(
 ) -> str:
     """A digest of everything that the trials of a search depend on."""
     parts = [__version__, content, {name: list(values) for name, values in space.items()}, asdict(target)]
-    text = json.dumps([*parts, asdict(settings), about], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return journal_digest([*parts, asdict(settings), about])
 
 
 class Searcher:
