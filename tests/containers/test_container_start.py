@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.command_line import trtqwen
 from tests.containers.test_commands import NEWEST, TP4, build_plan, parsed
-from trtqwen.containers.installed import PACKAGE, START, requirements
+from trtqwen.containers.installed import PACKAGE, START
 from trtqwen.demo import MODEL
 
 
@@ -34,34 +36,78 @@ def start(
     )
 
 
-OURS = " ".join(requirements())
-
-
 SQ_RECIPE = """\
 description: SmoothQuant in an image.
 checkpoint: {dtype: float16, quant: int8_sq, per_channel: true, per_token: true, calib: texts.txt}
 engine: {backend: torch, max_batch_size: 4, max_num_tokens: 256, max_seq_len: 256}
 """
 
+# A container: the environment that the options set, the mounts in place of its directories, and the image's python3
+# first on PATH. Nothing else is kept from one to the next.
+DOCKER = f"""#!{sys.executable}
+import os, sys
+words = sys.argv[1:]
+if words[0] != "run":
+    sys.exit(0)
+place = next(number for number, word in enumerate(words) if word.endswith("container_start.sh"))
+environment = dict(word[6:].split("=", 1) for word in words[:place] if word.startswith("--env="))
+mounts = {{}}
+for word in words[:place]:
+    if word.startswith("--mount="):
+        fields = dict(field.partition("=")[::2] for field in word[8:].split(","))
+        mounts[fields["target"]] = fields["source"]
+package = mounts["/opt/trtqwen/trtqwen"]
+environment["PYTHONPATH"] = os.path.dirname(package)
+environment["TRTQWEN_CACHE"] = mounts["/var/cache/trtqwen"]
+environment |= {{"PATH": os.environ["IMAGE"] + ":/usr/bin:/bin", "PIP_NO_INDEX": "1"}}
+script = words[place].replace("/opt/trtqwen/trtqwen", package)
+os.execve("/bin/bash", ["bash", script, *words[place + 1:]], environment)
+"""
 
-def test_smoothquant_builds_in_the_virtual_environment_of_an_image(tmp_path: Path) -> None:
-    """This test's own virtual environment stands for the image's: torch is in it, and not in the base Python."""
-    image = Path(sys.prefix)
-    if image == Path(sys.base_prefix):
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    """The directory of an image's python3, which notes its arguments in the file `calls` of its parent.
+
+    This test's own virtual environment stands for the image's: torch is in it, and not in the base Python.
+    """
+    if sys.prefix == sys.base_prefix:
         pytest.skip("not in a virtual environment")
+    directory = tmp_path / "image" / "bin"
+    directory.mkdir(parents=True)
+    python = directory / "python3"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {directory.parent}/calls\nexec {sys.prefix}/bin/python3 "$@"\n')
+    python.chmod(0o755)
+    return directory
+
+
+def test_smoothquant_builds_in_the_virtual_environment_of_an_image(image: Path, tmp_path: Path) -> None:
+    """The first container makes its environment and keeps it; the second calls neither pip nor the image's Python."""
     (tmp_path / "sq.yaml").write_text(SQ_RECIPE)
     (tmp_path / "texts.txt").write_text("The cat sat on the mat.\n")
-    build = ("build", "sq.yaml", f"--model={MODEL}", "--json")
-    offline = {"PIP_NO_INDEX": "1"}  # nothing is missing, so nothing may be installed
-    result = start(tmp_path, image, *build, requires=OURS, **offline)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "docker").write_text(DOCKER)
+    (programs / "docker").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{programs}:/usr/bin:/bin", "IMAGE": str(image), "HOME": str(tmp_path)}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    build = ("build", "sq.yaml", f"--model={MODEL}", "--in-container", "--json")
+    result = trtqwen(*build, cwd=tmp_path, env=environment)
     assert result.returncode == 0, result.stderr
     assert "preparing trtqwen's environment" in result.stderr
+    assert "installed what the image lacks: nothing\n" in result.stderr
     assert [stage["stage"] for stage in json.loads(result.stdout)["stages"]] == ["checkpoint", "engine", "repository"]
     quality = json.loads((tmp_path / "engines" / "sq" / "checkpoint" / "quality.json").read_text())
     assert quality["not_measured"] is None
-    assert not [path for path in (tmp_path / "venv").rglob("METADATA") if "typer" in path.parent.name]
-    again = start(tmp_path, image, "--version", requires=OURS, **offline)
-    assert (again.returncode, again.stderr) == (0, "")
+    [home] = (tmp_path / "cache" / "trtqwen" / "containers").iterdir()
+    assert not [path for path in (home / "venv").rglob("METADATA") if "typer" in path.parent.name]
+    calls = image.parent / "calls"
+    assert "-m pip " in calls.read_text()
+    calls.unlink()
+    again = trtqwen(*build, cwd=tmp_path, env=environment)
+    assert again.returncode == 0, again.stderr
+    assert "preparing" not in again.stderr
+    assert not calls.exists()
 
 
 def test_only_what_an_image_lacks_is_installed_and_kept(tmp_path: Path) -> None:
@@ -80,9 +126,12 @@ def test_only_what_an_image_lacks_is_installed_and_kept(tmp_path: Path) -> None:
     where = {"PYTHONPATH": str(package.parent), "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": wheels.as_uri()}
     result = start(tmp_path, image, "a b", "--c", requires="lacking>=1", **where)
     assert (result.returncode, result.stdout) == (0, "a b --c True\n"), result.stderr
-    shutil.rmtree(wheels)
-    again = start(tmp_path, image, requires="lacking>=1", **where)
+    assert "installed what the image lacks: lacking 1.0\n" in result.stderr
+    pushed = start(tmp_path, image, requires="lacking>=1", TRTQWEN_IMAGE_DIGEST="image@sha256:1", **where)
+    assert "installed what the image lacks: lacking 1.0\n" in pushed.stderr  # another image by the same tag
+    again = start(tmp_path, image, requires="lacking>=1", TRTQWEN_IMAGE_DIGEST="image@sha256:1", **where)
     assert (again.returncode, again.stderr) == (0, "")
+    shutil.rmtree(wheels)
     other = start(tmp_path, image, requires="absent", **where)
     assert other.returncode == 1
     assert "absent" in other.stderr

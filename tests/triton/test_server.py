@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import shutil
 import signal
 import socket
@@ -12,7 +14,7 @@ import sysconfig
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 
 import numpy
@@ -23,7 +25,9 @@ from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
 from trtqwen.artifact.manifest import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
+from trtqwen.doctor.endpoint import Endpoint
 from trtqwen.gateway.config import GatewayConfig
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.gateway.listener import bind
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.ports import Ports
@@ -34,13 +38,18 @@ SERVE = """
 import sys
 from pathlib import Path
 from trtqwen.triton.ports import Ports
+from trtqwen.triton import server as module
 from trtqwen.triton.server import TritonServer
 from trtqwen.triton.supervisor import Supervisor
 class Told(TritonServer):
     def start(self):
         super().start()
         print(self.pid, *map(repr, self.launch().command), flush=True)
-server = Told(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=2, watchdog_seconds=2)
+log, patience = None, 2
+if sys.argv[2:]:
+    log, patience = Path(sys.argv[2]), 60
+    module._UNLOAD_SECONDS = patience
+server = Told(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=patience, watchdog_seconds=2, log=log)
 Supervisor([server], on_ready=lambda: print("ready", flush=True)).run()
 """
 
@@ -69,10 +78,17 @@ def gone(group: int, seconds: float) -> bool:
 
 
 @contextmanager
-def serving(repository: Path, *, ready: bool = True) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
-    """A process that serves until a signal, its server's session, and how its shared memory is called."""
+def serving(
+    repository: Path, log: Path | None = None, *, ready: bool = True
+) -> Iterator[tuple[subprocess.Popen[str], int, str]]:
+    """A process that serves until a signal, its server's session, and how its shared memory is called.
+
+    Args:
+        log: for Triton's output; the process then waits 60 s for what does not unload, otherwise 2 s.
+    """
+    arguments = [str(repository), *([str(log)] if log else [])]
     with subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(repository)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", SERVE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
         assert process.stdout is not None
         words = process.stdout.readline().split()
@@ -194,15 +210,38 @@ def test_a_numpy_that_crashes_the_python_backend_is_named(repository: Path, othe
 
 
 @pytest.mark.triton
-def test_a_signal_stops_everything_cleanly(repository: Path) -> None:
-    with serving(repository) as (process, group, prefix):
+def test_a_signal_stops_everything_cleanly(repository: Path, tmp_path: Path) -> None:
+    """Also after answers that clients leave when they are over: Triton may keep their requests, and their model."""
+    log = tmp_path / "triton.log"
+    with serving(repository, log) as (process, group, prefix):
         commands = " ".join(family(group).values())
         assert "trtqwen.executor.worker" in commands
         assert "triton_python_backend_stub" in commands
+        [port] = set(re.findall(r"--grpc-port=(\d+)", commands))
+        leave_answers(f"127.0.0.1:{port}")
         process.terminate()
         assert process.wait(timeout=60) == 0
         assert gone(group, 0)
         assert not list(Path("/dev/shm").glob(f"{prefix}*"))
+    assert "successfully unloaded 'tensorrt_llm'" in log.read_text()
+
+
+def leave_answers(url: str) -> None:
+    """Have 100 requests refused by doctor's client, and 100 answered whose last token the gateway's leaves with."""
+    for _ in range(100):
+        with Endpoint(url, url) as endpoint, pytest.raises(ServerError, match="refused the request"):
+            list(endpoint.tokens([5] * 600, 8))
+
+    async def leave() -> None:
+        replica = Replica(url)
+        for number in range(100):
+            async with aclosing(replica.generate(str(number), id_request([5, 6], 1), 60)) as replies:
+                async for reply in replies:
+                    assert len(reply.token_ids) == 1
+                    break
+        await replica.close()
+
+    asyncio.run(leave())
 
 
 @pytest.mark.triton

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2_grpc
 from trtqwen.bench.workload import Ask
 from trtqwen.diagnostics import ServerError
 from trtqwen.triton.messages import infer_request, output_arrays
+from trtqwen.triton.streams import read_rest_async
 
 Api = Literal["grpc", "completions"]
 OnPiece = Callable[[int], None]
@@ -113,6 +114,7 @@ class GrpcEndpoint:
         try:
             while (message := await call.read()) is not grpc.aio.EOF:
                 if message.error_message:
+                    await read_rest_async(call)
                     raise ServerError(f"{target.url}: {message.error_message}")
                 count = _count(message.infer_response)
                 if count:

@@ -5,14 +5,18 @@
 set -f
 work=$PWD
 cd / || exit  # Python looks for modules in the working directory
-for home in /opt/trtqwen-venv "${TRTQWEN_CACHE:-/var/cache/trtqwen}"; do
-  [ "$(cat "$home/ready" 2>/dev/null)" = "$TRTQWEN_REQUIRES" ] && break
-done
-if [ "$(cat "$home/ready" 2>/dev/null)" != "$TRTQWEN_REQUIRES" ]; then
+home=/opt/trtqwen-venv # made when the image was built
+made_for=$TRTQWEN_REQUIRES
+is_ready() { [ "$(cat "$home/ready" 2>/dev/null)" = "$made_for" ]; }
+if ! is_ready; then
+  home=${TRTQWEN_CACHE:-/var/cache/trtqwen}
+  [ "$home" = /opt/trtqwen-venv ] || made_for="$TRTQWEN_REQUIRES $TRTQWEN_IMAGE_DIGEST" # a tag can be pushed again
+fi
+if ! is_ready; then
   mkdir -p "$home" || exit
   (
     flock 9 || exit
-    [ "$(cat "$home/ready" 2>/dev/null)" = "$TRTQWEN_REQUIRES" ] && exit
+    is_ready && exit
     echo "preparing trtqwen's environment in this image; the next start takes it as it is" >&2
     rm -rf "$home/venv" "$home/ready"
     python3 -m venv --without-pip "$home/venv" || exit
@@ -35,7 +39,13 @@ for pin in os.environ.get("TRTQWEN_PINS", "").split():
 ' >"$home/pins" || exit
     python3 -m pip --python "$home/venv/bin/python" install --quiet --constraint "$home/pins" $TRTQWEN_REQUIRES >&2 ||
       exit
-    echo "$TRTQWEN_REQUIRES" >"$home/ready"
+    python3 -c '
+import sys
+from importlib import metadata
+added = (f"{package.name} {package.version}" for package in metadata.distributions(path=sys.argv[1:]))
+print("installed what the image lacks:", ", ".join(sorted(added)) or "nothing", file=sys.stderr)
+' "$site"
+    echo "$made_for" >"$home/ready"
   ) 9>"$home/lock" || exit
 fi
 cd "$work" || exit

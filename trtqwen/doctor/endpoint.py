@@ -14,6 +14,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from trtqwen.diagnostics import ServerError
 from trtqwen.triton.client import Array, Tensors, answer_text, server_error
 from trtqwen.triton.messages import infer_request, output_arrays
+from trtqwen.triton.streams import read_rest
 
 _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.float32, "top_p": np.float32}
 
@@ -129,6 +130,7 @@ class Endpoint:
         try:
             for reply in call:
                 if reply.error_message:
+                    read_rest(call)
                     raise ServerError(f"{self._url}: {model} refused the request: {reply.error_message}")
                 yield output_arrays(reply.infer_response)
         except grpc.RpcError as problem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.hf.chat_template import DEFAULT, ChatTemplate
 from trtqwen.triton.contract import older_names
 from trtqwen.triton.messages import infer_request, output_arrays
+from trtqwen.triton.streams import read_rest
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -86,6 +86,7 @@ def stream(
             for reply in call:
                 if reply.error_message:
                     finished = True
+                    read_rest(call)
                     raise ServerError(f"{url}: the server refused the request: {reply.error_message}")
                 piece = _piece(reply.infer_response)
                 if piece.text or piece.num_tokens:
@@ -97,7 +98,8 @@ def stream(
         finally:
             if not finished:
                 _stop(stub, request_id)
-                _read_rest(call)
+                if call is not None:
+                    read_rest(call)
 
 
 def _rendered(stub: Any, prompt: str) -> str:
@@ -163,24 +165,6 @@ def _stop(stub: Any, request_id: str) -> None:
             pass
     except grpc.RpcError:
         pass  # the server has gone or hangs, and the request with it
-
-
-def _read_rest(call: Any) -> None:
-    """Read a stopped answer to its end rather than cancel its stream.
-
-    Before 25.04, Triton crashes when an answer ends as its stream is cancelled (triton-inference-server/server 8078).
-    """
-    if call is None:
-        return
-    patience = threading.Timer(_CONTROL_SECONDS, call.cancel)
-    patience.start()
-    try:
-        for _ in call:
-            pass
-    except grpc.RpcError:
-        pass  # the server has gone, or the answer did not end
-    finally:
-        patience.cancel()
 
 
 def server_error(url: str, problem: grpc.RpcError) -> ServerError:

@@ -54,7 +54,7 @@ from trtqwen.vllm.server import VllmPlace, VllmServer
 
 _logger = logging.getLogger(__name__)
 _START_FAULTS = 3  # starts that may end so, one after the other
-_UNLOAD_SECONDS = 5
+_UNLOAD_SECONDS = 5  # a model whose request was not released does not unload: trtqwen.triton.streams
 _REGION_BYTES = 1 << 20  # shared memory that the python backend takes for each instance of a model
 _HELPERS = ("triton_python_backend_stub", "trtllmExecutorWorker")  # of each python model, of each rank
 

@@ -22,6 +22,16 @@ def graph_sizes(max_batch_size: int) -> list[int]:
     return sorted(size for size in sizes if size <= max_batch_size)
 
 
+def idle_generation(size: int) -> StepInputs:
+    """A step of `size` sequences that generate. They read nothing from the KV cache and write nothing."""
+    counts = Counts(size, size, size, size, 0)
+    inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
+    inputs.kv_slots[:] = -1
+    inputs.query_begins[:] = np.arange(size + 1)
+    inputs.logit_rows[:] = np.arange(size)
+    return inputs
+
+
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
@@ -71,16 +81,14 @@ class CudaRunner:
 
     @torch.inference_mode()
     def capture(self, sizes: list[int], sampled: Tensor) -> None:
-        """Record one graph for each batch size; they share their memory, as no two run at once."""
+        """Record one graph for each batch size; they share their memory, as no two run at once.
+
+        Each size must have been launched before: a recording loads no kernel.
+        """
         for size in sorted(sizes, reverse=True):
-            counts = Counts(size, size, size, size, 0)
-            inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
-            inputs.kv_slots[:] = -1
-            inputs.query_begins[:] = np.arange(size + 1)
-            inputs.logit_rows[:] = np.arange(size)
+            inputs = idle_generation(size)
             self._upload(inputs.data)
             batch = CudaBatch.of(self._data, inputs, 0)
-            self._model.forward(batch, sampled)  # compiles what this size needs
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]

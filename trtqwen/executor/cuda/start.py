@@ -1,4 +1,4 @@
-"""Start a rank on a GPU: weights, a warm-up step that shows what a step needs, the KV cache, the graphs."""
+"""Start a rank on a GPU: weights, kernels, a warm-up that shows what a step needs, the KV cache, the graphs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import os
 import sys
 import time
 
-import numpy as np
 import torch
 
 from trtqwen.checkpoint.reader import read_rank
@@ -17,8 +16,8 @@ from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.kernels.penalize import penalize_fused
 from trtqwen.executor.cuda.model import CudaModel
 from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes
+from trtqwen.executor.cuda.warm_up import compile_kernels, measure_steps
 from trtqwen.executor.device import DeviceChoice
-from trtqwen.executor.inputs import Counts, StepInputs
 from trtqwen.executor.parallel import Communicator
 from trtqwen.executor.plain_runner import Started
 from trtqwen.executor.sampling import Sampler
@@ -27,7 +26,6 @@ from trtqwen.system.cache import user_cache
 _GIB = 1 << 30
 _MOSTLY_FREE = 0.9  # of a card's memory: less means that other processes use it
 _STOP_OTHERS = "stop the other processes on the card, which `nvidia-smi` lists"
-_COMPILED_FOR = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use every kernel
 
 
 def keep_compiled_kernels() -> None:
@@ -83,7 +81,9 @@ def make_runner(
             max_num_tokens=build.max_num_tokens,
             max_blocks=blocks_of_sequence,
         )
-        need = _warm_up(runner, model, engine, choice, sampler)
+        model.allocate_cache(1, build.tokens_per_block, choice.kv_dtype)
+        clock.lap(f"{compile_kernels(runner, engine, choice.device)} kernels")
+        need = measure_steps(runner, engine, choice.device, sampler)
     except torch.OutOfMemoryError:
         raise EngineError(
             f"a step of max_num_tokens {build.max_num_tokens} does not fit the memory that the weights leave",
@@ -133,52 +133,6 @@ def _num_blocks(config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice
     # More than every sequence at its longest is never used, unless blocks are kept for reuse.
     every = build.max_batch_size * -(-build.max_seq_len // build.tokens_per_block)
     return num_blocks if executor.enable_kv_cache_reuse else min(num_blocks, every)
-
-
-def _warm_up(
-    runner: CudaRunner, model: CudaModel, engine: EngineConfig, choice: DeviceChoice, sampler: Sampler
-) -> int:
-    """Run the largest step; the memory that it took, in bytes. What it wrote is given back."""
-    build = engine.build_config
-    model.allocate_cache(1, build.tokens_per_block, choice.kv_dtype)
-    torch.cuda.synchronize(choice.device)
-    before = torch.cuda.memory_allocated(choice.device)
-    torch.cuda.reset_peak_memory_stats(choice.device)
-    logits = runner.launch(_largest_step(engine), sampler.last_tokens)
-    if logits is not None:
-        sampler.warm_up(logits[:1])
-        del logits
-    torch.cuda.synchronize(choice.device)
-    need = torch.cuda.max_memory_allocated(choice.device) - before
-    for length in _COMPILED_FOR:
-        for past in (0, build.tokens_per_block):
-            if length + past <= min(build.max_seq_len, build.max_num_tokens):
-                runner.launch(_prompts(1, length, past, build.tokens_per_block), sampler.last_tokens)
-    torch.cuda.synchronize(choice.device)
-    torch.cuda.empty_cache()
-    return need
-
-
-def _largest_step(engine: EngineConfig) -> StepInputs:
-    """As many prompts as a step takes."""
-    build = engine.build_config
-    length = min(build.max_seq_len, build.max_num_tokens)
-    sequences = min(build.max_batch_size, max(1, build.max_num_tokens // length))
-    return _prompts(sequences, length, 0, build.tokens_per_block)
-
-
-def _prompts(sequences: int, length: int, past: int, tokens_per_block: int) -> StepInputs:
-    """Chunks of prompts with `past` tokens before them. They read block 0 and write nothing."""
-    blocks = -(-(past + length) // tokens_per_block)
-    counts = Counts(sequences * length, sequences, sequences if length == 1 else 0, sequences, sequences * blocks)
-    inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
-    inputs.positions[:] = np.tile(past + np.arange(length), sequences)
-    inputs.kv_slots[:] = -1
-    inputs.query_begins[:] = np.arange(sequences + 1) * length
-    inputs.context_lengths[:] = past + length
-    inputs.block_begins[:] = np.arange(sequences + 1) * blocks
-    inputs.logit_rows[:] = inputs.query_begins[1:] - 1
-    return inputs
 
 
 class _Clock:

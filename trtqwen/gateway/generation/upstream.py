@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 import grpc
 import numpy as np
 import numpy.typing as npt
-from tritonclient.grpc import service_pb2_grpc
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.messages import infer_request
+from trtqwen.triton.streams import is_over, read_rest_async
 
 Array = npt.NDArray[Any]
 MODEL = "tensorrt_llm"
@@ -86,6 +87,7 @@ class Replica:
         self._channel = None if stub else grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
         self._stub = stub or service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._calls: set[_Call] = set()
+        self._ending: set[asyncio.Task[None]] = set()
 
     async def generate(
         self,
@@ -116,6 +118,7 @@ class Replica:
         call = _Call(stream, inputs["input_ids"].size)
         self._calls.add(call)
         received = 0
+        message: Any = None
         try:
             while (message := await call.stream.read()) is not grpc.aio.EOF:
                 if message.error_message:
@@ -133,7 +136,16 @@ class Replica:
             raise
         finally:
             self._calls.discard(call)
-            call.stream.cancel()
+            if isinstance(message, service_pb2.ModelStreamInferResponse) and is_over(message):
+                self._finish(call)
+            else:
+                call.stream.cancel()
+
+    def _finish(self, call: _Call) -> None:
+        """Let the stream of an answer that is over end, without its client."""
+        ending = asyncio.create_task(read_rest_async(call.stream))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
 
     def abort_all(self, failure: ApiError) -> None:
         """End every running sequence with an error."""
@@ -160,6 +172,8 @@ class Replica:
                 call.abort(ApiError(504, f"the engine sent no token for {silence:g} s", "stalled"))
 
     async def close(self) -> None:
+        if self._ending:
+            await asyncio.wait(self._ending)
         if self._channel is not None:
             await self._channel.close()
 
