@@ -19,6 +19,7 @@ from scripts.stand_in_engine import write_stand_in_repository
 from tests.command_line import trtqwen
 from tests.standins import vllm_server
 from tests.waiting import wait_for
+from tests.slow import slow
 from trtqwen.artifact.manifest import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
 from trtqwen.batch.local import LocalTriton
@@ -231,7 +232,7 @@ def served_engine(
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("served_engine", ["vllm", "tensorrt_llm"], indirect=True)
+@pytest.mark.parametrize("served_engine", [slow("vllm"), "tensorrt_llm"], indirect=True)
 def test_an_engine_behind_triton_dies_and_the_batch_goes_on(
     served_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
