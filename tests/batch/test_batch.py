@@ -17,9 +17,9 @@ import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
 from tests.command_line import trtqwen
+from tests.slow import slow
 from tests.standins import vllm_server
 from tests.waiting import wait_for
-from tests.slow import slow
 from trtqwen.artifact.manifest import write_manifest
 from trtqwen.batch.lines import Defaults, Line, read_lines, result
 from trtqwen.batch.local import LocalTriton

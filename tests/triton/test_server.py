@@ -21,9 +21,9 @@ import numpy
 import pytest
 
 import trtqwen
+from tests.slow import slow
 from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
-from tests.slow import slow
 from trtqwen.artifact.manifest import read_manifest, write_manifest
 from trtqwen.diagnostics import InputError, PortInUseError, ServerError
 from trtqwen.doctor.endpoint import Endpoint

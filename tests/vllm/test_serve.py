@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.slow import slow
 from tests.standins import host, vllm_server
 from tests.triton.conftest import Call, id_request
-from tests.slow import slow
 from trtqwen.artifact.manifest import write_manifest
 from trtqwen.diagnostics import EngineError, ServerError
 from trtqwen.recipe import ServeRecipe
