@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -115,3 +116,28 @@ def test_one_that_listens_gives_the_engine_its_own_time(stand_in_repository: Pat
             gateway.stop()
     finally:
         gateway.stop(drain=False)
+
+
+def test_a_gateway_that_is_stopped_for_long_counts_as_ended(
+    stand_in_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trtqwen.gateway.process._LOOK_SECONDS", 0.0)
+    config = GatewayConfig(repository=stand_in_repository, port=0)
+    patient, strict = GatewayProcess(config), GatewayProcess(config, frozen_seconds=0.2)
+    with subprocess.Popen(["sleep", "600"], start_new_session=True, text=True) as asleep:
+        patient._process = strict._process = asleep
+        strict.check()
+        os.kill(asleep.pid, signal.SIGSTOP)
+
+        def ended() -> bool:
+            try:
+                strict.check()
+            except ServerError as problem:
+                return "has been stopped (SIGSTOP)" in problem.what
+            return False
+
+        assert wait_for(ended)
+        patient.check()
+        asleep.kill()
+    patient._listener.close()
+    strict._listener.close()

@@ -26,6 +26,7 @@ _REASON = "error: "  # begins the line that tells why it ended, which `check` pa
 _GRACE_SECONDS = 8  # beyond the gateway's own time to drain
 _SIGNAL_SECONDS = 0.2
 _LISTEN_SECONDS = 60.0
+_LOOK_SECONDS = 1.0  # between two looks at whether it is stopped, which read the states of all processes
 # A long prompt takes much memory for a moment. Few arenas, and large blocks of their own, give it back afterwards.
 _ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 
@@ -65,6 +66,7 @@ class GatewayProcess(Service):
         self._frozen_seconds, self._engine_seconds = frozen_seconds, engine_seconds
         self._cleanup = ExitStack()
         self._frozen_since: float | None = None
+        self._next_look = 0.0
         self._process: subprocess.Popen[str] | None = None
         self._relay: Relay | None = None
 
@@ -102,16 +104,19 @@ class GatewayProcess(Service):
         return f"{super().late()}: {self._last_line()}"
 
     def check(self) -> None:
-        """Raise a ServerError if the gateway has ended by itself, or is stopped (SIGSTOP)."""
+        """Raise a ServerError if the gateway has ended by itself, or was stopped (SIGSTOP) for `frozen_seconds`."""
         code = self._running.poll()
         if code is not None:
             raise ServerError(f"the gateway {ending(code)}: {self._last_line()}")
         now = time.monotonic()
+        if not self._frozen_seconds or now < self._next_look:
+            return
+        self._next_look = now + _LOOK_SECONDS
         if not any(stopped(pid) for pid in living(self._running.pid)):
             self._frozen_since = None
         elif self._frozen_since is None:
             self._frozen_since = now
-        elif self._frozen_seconds and now - self._frozen_since > self._frozen_seconds:
+        elif now - self._frozen_since > self._frozen_seconds:
             raise ServerError(f"the gateway has been stopped (SIGSTOP) for {now - self._frozen_since:.0f} s")
 
     def stop(self, *, drain: bool = True) -> int:

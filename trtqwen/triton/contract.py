@@ -7,10 +7,10 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from google.protobuf import json_format
-from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+if TYPE_CHECKING:  # loads gRPC: the models of a repository take a name from here, and start without it
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 # Parameter of a request: JSON, what it asks for beyond upstream's tensors; see docs/extensions.md.
 EXTENSIONS = "trtqwen"
@@ -29,7 +29,10 @@ def model_config(name: str, release: str | None = None, logits_dtype: str = "flo
         release: whose names it uses, such as 0.18.2; None is the newest known.
         logits_dtype: of the engine: float32 or float16, the two that upstream's backends send.
     """
-    config = json_format.ParseDict(_content()["models"][name], ModelConfig())
+    from google.protobuf import json_format
+    from tritonclient.grpc.model_config_pb2 import DataType, ModelConfig
+
+    config: ModelConfig = json_format.ParseDict(_content()["models"][name], ModelConfig())
     config.name = name
     for tensor in (*config.input, *config.output):
         if tensor.name in _content()["logits"] and logits_dtype == "float16":

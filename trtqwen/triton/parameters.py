@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from google.protobuf import json_format, text_format
 from pydantic import ValidationError
-from tritonclient.grpc.model_config_pb2 import ModelConfig
 
 from trtqwen.artifact.names import MODEL_CONFIG
 from trtqwen.diagnostics import InputError
@@ -64,6 +62,10 @@ def repository_parameters(repository: Path) -> EngineParameters:
     Raises:
         InputError: naming the parameter, if a value cannot be used.
     """
+    # Loads gRPC. The models of a repository read parameters too, and start without it.
+    from google.protobuf import json_format, text_format
+    from tritonclient.grpc.model_config_pb2 import ModelConfig
+
     directory = repository / "tensorrt_llm"
     config = text_format.Parse((directory / MODEL_CONFIG).read_text(encoding="utf-8"), ModelConfig())
     content = json_format.MessageToDict(
