@@ -210,6 +210,13 @@ def test_logs_that_were_unseen_when_they_were_collected() -> None:
             assert found.telling or found.findings
 
 
+def test_words_of_the_system_are_no_cause_elsewhere() -> None:
+    """`Permission denied` of ssh is no file's, `No space left` of inotify no disk's; a null names no cause."""
+    for case in LOGGED["elsewhere"]:
+        causes = [finding.id for finding in explain(case["log"]).findings if finding.role == "cause"]
+        assert causes[:1] == ([case["cause"]] if case["cause"] else []), case["log"]
+
+
 @pytest.mark.parametrize(
     ("line", "name"), FORMATS, ids=[f"{name}-{index}" for index, (_, name) in enumerate(FORMATS)]
 )
@@ -338,6 +345,8 @@ NVIDIA Release 26.07 (build 1)
 [TensorRT-LLM][INFO] TRTGptModel maxInputLen: 8191  = min(maxSequenceLen - 1, maxNumTokens) since context FMHA and usePackedInput are enabled
 [TensorRT-LLM][INFO] Max KV cache pages per sequence: 1024
 [TensorRT-LLM][INFO] Number of tokens per block: 32.
+name: "embedding_bias" allow_ragged_batch: true name: "beam_width" reshape { }
+Killed by signal 15.
 n1:42:42 [0] NCCL INFO ncclCommInitRank comm 0x1 rank 0 nranks 4 - Init COMPLETE
 n1:42:42 [0] NCCL INFO P2P is disabled between connected GPUs 1 and 0.
 I0725 09:40:15.126434 1 model_lifecycle.cc:849] "successfully loaded 'tensorrt_llm'"
@@ -354,6 +363,8 @@ WARNING 11-01 18:37:08 [topk_topp_sampler.py:59] FlashInfer is not available. Fa
 WARNING 11-01 18:37:08 [custom_all_reduce.py:137] Custom allreduce is disabled because your platform lacks GPU P2P.
 (VllmWorker rank=1 pid=1) INFO 11-01 18:37:07 [fused_moe.py:709] Using default MoE config. Config file not found at /x
 /usr/lib/python3/x.py:1: FutureWarning: The pynvml package is deprecated. Please install nvidia-ml-py instead.
+(Worker_TP1 pid=4) INFO 07-08 11:54:09 [gpu_worker.py:907] Free memory on device (93.83/95.01 GiB) on startup
+(EngineCore_DP1 pid=2589) `rope_parameters`'s factor field must be a float >= 1, got 16
 E external/local_xla/xla/stream_executor/cuda/cuda_fft.cc:477] Unable to register cuFFT factory: already registered
 INFO:     127.0.0.1:1 - "GET /favicon.ico HTTP/1.1" 404 Not Found
 INFO:     Application startup complete.

@@ -62,6 +62,7 @@ class Failure(BaseModel):
         table: where the group `key` of the pattern is looked up; a key without a row does not count.
         unless: regular expression; a line that matches it too is not meant.
         after: regular expression that an earlier line must match.
+        unless_after: regular expression; what follows a line that matches it is not meant.
         last: whether only the log's last line counts: the program hung there.
         cause: may name groups of the pattern in braces, `{means}` of the table's row, `{rest}`, what the line says
             after the pattern, and `{place}`, the part of a program that raised a Python exception.
@@ -80,6 +81,7 @@ class Failure(BaseModel):
     table: str | None = None
     unless: str | None = None
     after: str | None = None
+    unless_after: str | None = None
     last: bool = False
     cause: str
     hint: str
@@ -193,8 +195,14 @@ class _Search:
         self.hits: list[_Hit] = []
         self.times = 0
         self._after = _squeezing(failure.after) if failure.after else None
+        self._end = _squeezing(failure.unless_after) if failure.unless_after else None
+        self._ended = False
 
     def see(self, chunk: Chunk) -> None:
+        if self._ended:
+            return
+        end = self._end.search(chunk.squeezed) if self._end is not None else None
+        self._ended = end is not None and end.start() < chunk.end
         since = 0
         if self._after is not None:
             before = self._after.search(chunk.squeezed)
@@ -204,6 +212,8 @@ class _Search:
         for place, match in self._matches(chunk):
             lines = tuple(chunk.lines[place])
             if since and chunk.starts[place.start] < since:
+                continue
+            if end is not None and chunk.starts[place.start] > end.start():
                 continue
             if self.failure.unless is not None and _squeezing(self.failure.unless).search(
                 "".join(squeezed(line.text) for line in lines)
