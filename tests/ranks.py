@@ -243,7 +243,7 @@ def _guard(numbers: Sequence[int], given: Sequence[int]) -> NoReturn:
         for one in (*given, source, target, *passed):
             if one not in (0, 1, 2, *numbers):
                 os.close(one)
-        guardian.start = _start  # type: ignore[assignment]
+        guardian.start = _start
         guardian.main()
         code = 0
     except BaseException:
@@ -260,8 +260,9 @@ def _start(spec: dict[str, Any], libc: Any) -> int:
     try:
         libc.prctl(guardian.PR_SET_PDEATHSIG, signal.SIGKILL)
         signal.set_wakeup_fd(-1)
-        for number in (*guardian.FORWARDED, signal.SIGCHLD, signal.SIGPIPE):
+        for number in (*guardian.FORWARDED, signal.SIGCHLD):
             signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(spec["directory"])
         os.environ.clear()
