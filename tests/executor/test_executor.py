@@ -108,7 +108,7 @@ def test_greedy_equals_transformers(
         answers = executor.generate([ask(prompt, str(index)) for index, prompt in enumerate(prompts)])
         stats = executor.stats()
         if setting == "at ease":
-            alone = range(0, len(prompts), 1 if tp_size == 1 else 5)  # of every language and length
+            alone = range(0, len(prompts), 3 if tp_size == 1 else 5)  # of every language and length
             for index in alone:
                 assert tokens(executor.generate([ask(prompts[index])])[0]) == expected[index]
     assert [tokens(answer) for answer in answers] == expected
