@@ -1,14 +1,17 @@
 """Processes for tests, forked from one that has imported what they need: imports are most of a short process.
 
 Ranks are forked so in the tests of the executor alone; all others start them as users do, and so do the tests that
-take the fixture `real_ranks`. Commands that only check, print and exit are forked by `tests/command_line.py`.
+take the fixture `real_ranks`. Commands that only check, print and exit are forked by `tests/command_line.py`, and
+gateways of one process by `quick_gateway` in `tests/gateway/conftest.py`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
+import select
 import signal
 import socket
 import subprocess
@@ -19,7 +22,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
+
+from trtqwen.system import guardian
+from trtqwen.system.guarded import Farewell
 
 _MOST_BYTES = 1 << 17  # of a message: a rank's configuration, and the environment
 
@@ -42,11 +48,6 @@ class Nursery:
     ) -> Forked:
         """Start `python -m` with a module that has a `main` as `subprocess.Popen` does with three pipes."""
         assert list(command[:2]) == [sys.executable, "-m"]
-        if self._process is None:
-            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            with theirs:
-                program = [sys.executable, "-m", "tests.ranks", *self.modules]
-                self._process = subprocess.Popen(program, stdin=theirs.fileno(), cwd=Path(__file__).parents[1])
         pipes = [os.pipe() for _ in range(4)]  # standard input, output and error, and how the process ends
         ours = [pipes[0][1], *(pipe[0] for pipe in pipes[1:])]
         given = [pipes[0][0], *(pipe[1] for pipe in pipes[1:])]
@@ -55,10 +56,49 @@ class Nursery:
             "env": dict(os.environ if env is None else env),
             "directory": str(cwd or Path.cwd()),
         }
-        socket.send_fds(self._socket, [json.dumps(message).encode()], given)
+        self._send(message, given)
         for end in given:
             os.close(end)
         return Forked(*ours)
+
+    def start_guarded(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        directory: Path,
+        *,
+        output: int | IO[bytes],
+        pass_fds: Sequence[int] = (),
+        farewell: Farewell | None = None,
+    ) -> Guarded:
+        """Start `python -m` with a module that has a `main`, as `trtqwen.system.guarded.start_guarded` does."""
+        assert (list(command[:2]), output) == ([sys.executable, "-m"], subprocess.PIPE)
+        farewell = farewell or Farewell()
+        spec = {
+            "command": list(command[2:]),
+            "environment": dict(environment),
+            "directory": os.fspath(directory),
+            "orphaned": [(int(number), seconds) for number, seconds in farewell.signals],
+            "remove": [os.fspath(path) for path in farewell.remove],
+            "shared_memory": farewell.shared_memory,
+        }
+        pipes = [os.pipe() for _ in range(3)]  # standard input, output, and how the process ends
+        given = [pipes[0][0], pipes[1][1], *pass_fds, pipes[2][1]]
+        self._send({"pass_fds": list(pass_fds)}, given)
+        for end in (pipes[0][0], pipes[1][1], pipes[2][1]):
+            os.close(end)
+        process = Guarded(pipes[0][1], pipes[1][0], pipes[2][0])
+        process.stdin.write(json.dumps(spec) + "\n")
+        process.stdin.flush()
+        return process
+
+    def _send(self, message: dict[str, Any], given: Sequence[int]) -> None:
+        if self._process is None:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                program = [sys.executable, "-m", "tests.ranks", *self.modules]
+                self._process = subprocess.Popen(program, stdin=theirs.fileno(), cwd=Path(__file__).parents[1])
+        socket.send_fds(self._socket, [json.dumps(message).encode()], given)
 
     def stop(self) -> None:
         """End the process; what it has forked goes on."""
@@ -94,6 +134,39 @@ class Forked:
                 os.kill(self.pid, signal.SIGKILL)
 
 
+class Guarded:
+    """What `trtqwen.system.processes.Service` uses of the guardian's `subprocess.Popen`."""
+
+    def __init__(self, stdin: int, stdout: int, end: int) -> None:
+        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
+        self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
+        self._end = os.fdopen(end, "rb", buffering=0)
+        self._lock = threading.Lock()
+        self.returncode: int | None = None
+        self.pid = int(self._end.readline())
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        with suppress(subprocess.TimeoutExpired):
+            return self.wait(0)
+        return None
+
+    def wait(self, timeout: float | None = None) -> int:
+        """Wait for the end; returns the exit code. Raises `subprocess.TimeoutExpired`."""
+        with self._lock:
+            if self.returncode is None:
+                if not select.select([self._end], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired("a forked process", timeout or 0)
+                self.returncode = int(self._end.readline())
+                self._end.close()
+            return self.returncode
+
+    def terminate(self) -> None:
+        """Ask it to end, if it still runs."""
+        if self.poll() is None:
+            os.kill(self.pid, signal.SIGTERM)
+
+
 def main() -> None:
     """Fork a process for each message on the socket that is standard input, until it closes."""
     for module in sys.argv[1:]:
@@ -101,7 +174,7 @@ def main() -> None:
     requests = socket.socket(fileno=os.dup(0))
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that watch are not waited for
     while True:
-        message, given, _, _ = socket.recv_fds(requests, _MOST_BYTES, 4)
+        message, given, _, _ = socket.recv_fds(requests, _MOST_BYTES, 8)
         if not message:
             return
         if not os.fork():
@@ -118,6 +191,8 @@ def _watch(message: dict[str, Any], given: list[int]) -> NoReturn:
     child = os.fork()
     if not child:
         os.close(end)
+        if "pass_fds" in message:
+            _guard(message["pass_fds"], streams)
         _run(message, streams)
     for stream in streams:
         os.close(stream)
@@ -150,6 +225,56 @@ def _run(message: dict[str, Any], streams: list[int]) -> NoReturn:
     except BaseException:
         traceback.print_exc()
     os._exit(code if isinstance(code, int) else 1)
+
+
+def _guard(numbers: Sequence[int], given: Sequence[int]) -> NoReturn:
+    """Be the guardian of a module's `main`, which runs in a fork.
+
+    Args:
+        numbers: of the file descriptors that the module inherits.
+        given: standard input, standard output and error, and those descriptors.
+    """
+    code = 1
+    try:
+        os.setsid()
+        source, target, *passed = [fcntl.fcntl(one, fcntl.F_DUPFD, 200) for one in given]
+        for number, one in zip((0, 1, 2, *numbers), (source, target, target, *passed), strict=True):
+            os.dup2(one, number)
+        for one in (*given, source, target, *passed):
+            if one not in (0, 1, 2, *numbers):
+                os.close(one)
+        guardian.start = _start
+        guardian.main()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
+
+
+def _start(spec: dict[str, Any], libc: Any) -> int:
+    """Do as `guardian.start`, but for the new program."""
+    program = os.fork()
+    if program:
+        return program
+    code = 1
+    try:
+        libc.prctl(guardian.PR_SET_PDEATHSIG, signal.SIGKILL)
+        signal.set_wakeup_fd(-1)
+        for number in (*guardian.FORWARDED, signal.SIGCHLD):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # as Python has it
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.chdir(spec["directory"])
+        os.environ.clear()
+        os.environ.update(spec["environment"])
+        sys.stdout = os.fdopen(1, "w", encoding="utf-8", buffering=1, closefd=False)
+        sys.stderr = os.fdopen(2, "w", encoding="utf-8", buffering=1, closefd=False)
+        sys.argv = spec["command"]
+        code = import_module(f"{sys.argv[0]}.__main__").main()
+        sys.stderr.flush()
+    except BaseException:
+        traceback.print_exc()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.selftest.run import MAX_TOKENS, DtypeResult, PromptResult, Verdict, compare_devices, judge, run_selftest
 from trtqwen.system.host import Host, read_host
 
+pytestmark = pytest.mark.usefixtures("quick_ranks")
 PACKAGES = Path(__file__).parent / "standins" / "packages"
 
 

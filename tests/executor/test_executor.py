@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.models import bundled_model
+from tests.slow import slow
 from trtqwen.demo import HELDOUT, MODEL
 from trtqwen.diagnostics import EngineError, InputError
 from trtqwen.engine.builder import build_engine
@@ -88,9 +89,9 @@ SETTINGS = {
     ("tp_size", "setting"),
     [
         (1, "at ease"),
-        (4, "at ease"),
+        slow(4, "at ease"),
         (2, "chunked, waiting"),
-        (1, "chunked, pausing"),
+        slow(1, "chunked, pausing"),
         (2, "chunked, pausing"),
     ],
 )

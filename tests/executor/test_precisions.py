@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.models import random_model
+from tests.slow import slow
 from trtqwen.checkpoint.config import read_checkpoint_config
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.checkpoint.reader import read_rank
@@ -57,7 +58,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     ("shape", "settings"),
     [
         ({"num_hidden_layers": 3}, {"tp_size": 2, "pp_size": 2}),  # uneven stages
-        ({"num_hidden_layers": 4}, {"pp_size": 3}),
+        slow({"num_hidden_layers": 4}, {"pp_size": 3}),
         ({"num_key_value_heads": 2}, {"tp_size": 4}),  # repeated KV heads
         ({}, {"tp_size": 2, "embedding_sharding": "vocab"}),  # 515 rows need padding
         ({"tie_word_embeddings": True}, {"tp_size": 2, "embedding_sharding": "hidden"}),

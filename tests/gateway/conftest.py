@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.ranks import Nursery
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
 from trtqwen.triton.ports import Ports
@@ -156,12 +157,25 @@ def quick_triton(repository: Path) -> Iterator[TritonServer]:
                 os.killpg(group, signal.SIGKILL)
 
 
+_NURSERY = Nursery("trtqwen.gateway.__main__", "trtqwen.gateway.server")  # ends with the process of the tests
+
+
 @contextmanager
-def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> Iterator[Running]:
+def quick_gateway(
+    server: TritonServer, repository: Path, *, forked: bool = True, **settings: Any
+) -> Iterator[Running]:
+    """A gateway in front of a Triton.
+
+    Args:
+        forked: fork it from a process that has imported it. One with several workers is started as users do.
+    """
     config = {"repository": repository, "triton": (server.grpc_url,), "port": 0, "model_name": "qwen"}
     gateway = GatewayProcess(GatewayConfig(**{**config, **settings}))
     try:
-        gateway.start()
+        with pytest.MonkeyPatch.context() as patch:
+            if forked and gateway.config.num_workers == 1:
+                patch.setattr("trtqwen.gateway.process.start_guarded", _NURSERY.start_guarded)
+            gateway.start()
         gateway.wait_until_ready(behind=server)  # the end of the server is told as such
         yield Running(gateway, server)
     finally:
@@ -170,8 +184,8 @@ def quick_gateway(server: TritonServer, repository: Path, **settings: Any) -> It
 
 @pytest.fixture(scope="session")
 def live(served: TritonServer, engine_repository: Path) -> Iterator[Running]:
-    """A gateway in front of the bundled model."""
-    with quick_gateway(served, engine_repository) as running:
+    """A gateway in front of the bundled model, started as users do."""
+    with quick_gateway(served, engine_repository, forked=False) as running:
         yield running
 
 
@@ -183,8 +197,8 @@ def stand_in_triton(stand_in_repository: Path) -> Iterator[TritonServer]:
 
 @pytest.fixture(scope="session")
 def obedient(stand_in_repository: Path, stand_in_triton: TritonServer) -> Iterator[Running]:
-    """A gateway in front of the stand-in."""
-    with quick_gateway(stand_in_triton, stand_in_repository) as running:
+    """A gateway in front of the stand-in, started as users do."""
+    with quick_gateway(stand_in_triton, stand_in_repository, forked=False) as running:
         yield running
 
 

@@ -34,6 +34,10 @@ class Page:
         # In one step: the page draws its elements anew while an answer comes.
         return str(self.driver.execute_script("return document.querySelector(arguments[0]).innerText", selector))
 
+    def choose(self, number: int) -> None:
+        """Click on a conversation, in one step: the list is drawn again while answers come."""
+        self.driver.execute_script("document.querySelectorAll('#list button')[arguments[0]].click()", number)
+
     def shown(self, selector: str) -> bool:
         return bool(self.driver.find_element(By.CSS_SELECTOR, selector).is_displayed())
 
@@ -93,13 +97,13 @@ def test_two_conversations_answer_at_once_and_each_stops_alone(page: Page) -> No
     page.press(Keys.ESCAPE)
     assert wait_for(lambda: "Stopped." in page.answer)
     stopped = page.answer
-    page.driver.find_elements(By.CSS_SELECTOR, "#list button")[1].click()
+    page.choose(1)
     assert "sheep" in page.answer
     assert page.shown("#stop")
     page.driver.find_element(By.ID, "stop").click()
     assert wait_for(lambda: page.busy == 0)
     assert wait_for(lambda: page.running.metric("trtqwen_gateway_in_flight") == 0)
-    page.driver.find_elements(By.CSS_SELECTOR, "#list button")[0].click()
+    page.choose(0)
     assert page.answer == stopped
 
 

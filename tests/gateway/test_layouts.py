@@ -13,6 +13,7 @@ import pytest
 from tests.gateway.conftest import Running, quick_gateway, quick_triton
 from tests.hf.layouts import LAYOUTS
 from tests.models import their_tokenizer
+from tests.slow import slow
 from trtqwen.build import plan_build, run_build
 from trtqwen.recipe import load_recipe
 from trtqwen.triton.client import stream
@@ -30,7 +31,7 @@ QUESTION = {"role": "user", "content": "Hello"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture(scope="module", params=SERVED)
+@pytest.fixture(scope="module", params=[slow(name) if name == "r1-distill" else name for name in SERVED])
 def deployed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Running]]:

@@ -53,7 +53,9 @@ def limited(
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text(KEYS)
     replicas = (stand_in_triton.grpc_url, "127.0.0.1:9")
-    with quick_gateway(stand_in_triton, stand_in_repository, api_keys=keys, triton=replicas, **LIMITS) as running:
+    with quick_gateway(
+        stand_in_triton, stand_in_repository, forked=False, api_keys=keys, triton=replicas, **LIMITS
+    ) as running:
         yield replace(running, key=ALICE)
 
 

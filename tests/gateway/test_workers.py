@@ -41,7 +41,7 @@ def shared(
     keys = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys.write_text(KEYS)
     limits = {"kv_cache_tokens": 470, "max_tokens": 460, "max_queued_requests": 1, "queue_seconds": 3}
-    settings = {"api_keys": keys, "workers": WORKERS, **limits}
+    settings: dict[str, Any] = {"api_keys": keys, "workers": WORKERS, **limits}
     with quick_gateway(stand_in_triton, stand_in_repository, **settings) as running:
         yield replace(running, key=ALICE)
 

@@ -21,6 +21,7 @@ import numpy
 import pytest
 
 import trtqwen
+from tests.slow import slow
 from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
 from trtqwen.artifact.manifest import read_manifest, write_manifest
@@ -245,7 +246,7 @@ def leave_answers(url: str) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, slow(signal.SIGINT), slow(signal.SIGHUP)])
 def test_a_signal_while_starting_stops_everything_too(repository: Path, number: signal.Signals) -> None:
     with serving(repository, ready=False) as (process, group, _):
         process.send_signal(number)

@@ -34,7 +34,7 @@ def distance(result: Verification) -> float:
     ("options", "activations", "precision", "factor"),
     [
         slow({"dtype": "bfloat16", "tp_size": 2}, "16bit", "bfloat16", 1.001),
-        ({"dtype": "float32"}, "16bit", "float32", 1.001),
+        slow({"dtype": "float32"}, "16bit", "float32", 1.001),
         (WO, "16bit", "W8A16 float16", 1.05),  # vLLM's kernels take scales in 16 bits
         slow(
             WO, "int8", "W8A8 float16 (per token)", 5
