@@ -138,6 +138,35 @@ def test_only_what_an_image_lacks_is_installed_and_kept(tmp_path: Path) -> None:
     assert not (tmp_path / "ready").exists()  # a start that fails leaves nothing that a later one takes
 
 
+def test_a_built_image_is_taken_as_it_is(image: Path, tmp_path: Path) -> None:
+    """`trtqwen image build` makes the environment at the path that the script looks at first."""
+    baked, cache, script = tmp_path / "baked", tmp_path / "cache", tmp_path / "start.sh"
+    script.write_text(START.read_text().replace("/opt/trtqwen-venv", str(baked)))
+    package = tmp_path / "package" / "trtqwen"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "__main__.py").write_text("import sys; print(sys.prefix)")
+
+    def run(**environment: str) -> subprocess.CompletedProcess[str]:
+        settings = {"PATH": f"{image}:/usr/bin:/bin", "TRTQWEN_REQUIRES": "torch", "PYTHONPATH": str(package.parent)}
+        settings |= {"PIP_NO_INDEX": "1", **environment}
+        return subprocess.run(
+            ["bash", str(script)], env=settings, capture_output=True, text=True, cwd=tmp_path, timeout=110
+        )
+
+    made = run(TRTQWEN_CACHE=str(baked))  # as its Dockerfile does
+    assert made.returncode == 0, made.stderr
+    calls = image.parent / "calls"
+    calls.unlink()
+    # Pushed to a registry, it has a digest of its own.
+    started = run(TRTQWEN_CACHE=str(cache), TRTQWEN_IMAGE_DIGEST="mine@sha256:1")
+    assert (started.returncode, started.stdout, started.stderr) == (0, f"{baked / 'venv'}\n", "")
+    assert not calls.exists()
+    assert not cache.exists()
+    newer = run(TRTQWEN_CACHE=str(cache), TRTQWEN_REQUIRES="numpy")  # a newer trtqwen is mounted over it
+    assert newer.stdout == f"{cache / 'venv'}\n", newer.stderr
+
+
 def wheel(directory: Path, name: str) -> None:
     """Write a wheel with an empty module."""
     info = f"{name}-1.0.dist-info"
