@@ -93,10 +93,9 @@ FORMS: list[tuple[dict[str, Any], Callable[[str], bool]]] = [
 def test_an_answer_has_the_form_that_is_asked_for(
     live: Running, form: dict[str, Any], holds: Callable[[str], bool]
 ) -> None:
-    for path in PATHS:
-        for sampling in (COLD, HOT):
-            answer = ask(live, path, **form, **sampling)
-            assert holds(answer.text), (path, answer)
+    for path, sampling in [(PATHS[0], COLD), *((path, HOT) for path in PATHS)]:
+        answer = ask(live, path, **form, **sampling)
+        assert holds(answer.text), (path, answer)
 
 
 @pytest.mark.parametrize("path", PATHS)
