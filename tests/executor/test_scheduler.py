@@ -93,6 +93,46 @@ def test_long_prompts_are_cut_into_block_sized_chunks() -> None:
     assert step(subject)[0] == [("a", 6, 1), ("b", 21, 1)]
 
 
+def test_prompts_get_a_share_of_a_step_while_others_generate() -> None:
+    subject = scheduler(max_num_tokens=64, max_seq_len=128, context_share=12)
+    subject.add(request("a", 3, max_tokens=9))
+    step(subject)
+    subject.add(request("b", 20))
+    subject.add(request("c", 6))
+    assert step(subject)[0] == [("a", 3, 1), ("b", 0, 12)]
+    assert step(subject)[0] == [("a", 4, 1), ("b", 12, 8), ("c", 0, 4)]
+    # The share grows with the batch, as the steps of a large one take long anyway.
+    assert step(subject)[0] == [("a", 5, 1), ("b", 20, 1), ("c", 4, 2)]
+    subject.add(request("d", 40))
+    assert step(subject)[0] == [("a", 6, 1), ("b", 21, 1), ("c", 6, 1), ("d", 0, 24)]
+
+
+def test_prompts_that_fill_one_step_are_computed_one_by_one_where_nobody_generates() -> None:
+    subject = scheduler(max_num_tokens=64, max_seq_len=128, context_share=12)
+    for name, length in [("a", 10), ("b", 10), ("c", 30)]:
+        subject.add(request(name, length))
+    assert step(subject)[0] == [("a", 0, 10), ("b", 0, 10)]  # 12 tokens are more than a, and no prompt is cut
+
+
+def test_prompts_that_fill_more_than_one_step_get_whole_steps_until_somebody_generates() -> None:
+    subject = scheduler(max_num_tokens=24, max_seq_len=128, context_share=8)
+    subject.add(request("a", 60, max_tokens=1))
+    for name in "bcd":
+        subject.add(request(name, 24, max_tokens=1))
+    sizes = []
+    while not subject.idle:
+        sizes.append(sum(length for *_, length in step(subject)[0]))
+    assert sizes == [24, 24, 24, 24, 24, 12]  # requests for one token end with their prompt
+
+
+def test_a_share_cuts_nothing_without_chunked_context() -> None:
+    subject = scheduler(max_num_tokens=32, context_share=8, enable_chunked_context=False)
+    subject.add(request("a", 3))
+    step(subject)
+    subject.add(request("b", 20))
+    assert step(subject)[0] == [("a", 3, 1), ("b", 0, 20)]
+
+
 def test_without_chunked_context_a_prompt_waits_for_a_step_that_holds_it() -> None:
     subject = scheduler(max_num_tokens=10, enable_chunked_context=False)
     subject.add(request("a", 3, max_tokens=3))
@@ -205,9 +245,10 @@ def test_max_tokens_is_lowered_to_what_max_seq_len_leaves() -> None:
     st.integers(8, 40),
     st.integers(4, 20),
     st.booleans(),
+    st.sampled_from([0, 4, 9]),
 )
 def test_every_request_ends_with_all_its_tokens(
-    shapes: list[tuple[int, int]], policy: str, num_blocks: int, max_num_tokens: int, reuse: bool
+    shapes: list[tuple[int, int]], policy: str, num_blocks: int, max_num_tokens: int, reuse: bool, share: int
 ) -> None:
     """All prompts begin alike, so with reuse most blocks are shared."""
     subject = scheduler(
@@ -215,6 +256,7 @@ def test_every_request_ends_with_all_its_tokens(
         num_blocks=num_blocks,
         max_num_tokens=max_num_tokens,
         enable_kv_cache_reuse=reuse,
+        context_share=share,
     )
     cache, names = PlayedCache(subject), [str(index) for index in range(len(shapes))]
     for index, (length, max_tokens) in enumerate(shapes):
@@ -318,9 +360,10 @@ class AnyMix(RuleBasedStateMachine):
         max_num_tokens=st.integers(4, 32),
         queue=st.integers(0, 6),
         reuse=st.booleans(),
+        share=st.sampled_from([0, 4, 9]),
     )
     def start(
-        self, policy: str, chunked: bool, num_blocks: int, max_num_tokens: int, queue: int, reuse: bool
+        self, policy: str, chunked: bool, num_blocks: int, max_num_tokens: int, queue: int, reuse: bool, share: int
     ) -> None:
         self.subject = scheduler(
             batch_scheduler_policy=policy,
@@ -328,6 +371,7 @@ class AnyMix(RuleBasedStateMachine):
             num_blocks=num_blocks,
             max_num_tokens=max_num_tokens,
             max_queue_size=queue,
+            context_share=share,
             enable_kv_cache_reuse=reuse,
         )
         self.cache = PlayedCache(self.subject)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -24,6 +26,7 @@ from trtqwen.executor.parallel import SingleRank
 from trtqwen.executor.plain_runner import make_runner
 from trtqwen.executor.request import Command, Request
 from trtqwen.executor.scheduler import Scheduler, SchedulerConfig
+from trtqwen.recipe import load_recipe
 from trtqwen.simulate.deployment import Deployment, deploy
 from trtqwen.simulate.engine import StepWork, VirtualEngine
 from trtqwen.simulate.play import play
@@ -203,3 +206,19 @@ def test_no_forecast_exceeds_the_bound(
 ) -> None:
     work = StepWork(tokens, min(rows, tokens), pairs, rows, kv_tokens, past)
     assert deployment.cost.forecast(work) >= deployment.cost.bound([work]).least
+
+
+def test_short_steps_of_prompts_give_first_tokens_sooner_at_the_same_rate() -> None:
+    """Eight clients whose requests end at the same time send the next ones at the same time."""
+    found = deploy(load_recipe("qwen2.5-7b-bf16-torch-h100"))
+
+    def median_and_end(share: int) -> tuple[float, float]:
+        limits = replace(found.limits, context_share=share, enable_kv_cache_reuse=False)
+        engine = VirtualEngine(limits, found.cost.forecast, overlap=True)
+        records = play([Ask((1,) * 512, 64)] * 32, [engine], concurrency=8)
+        return median(record.pieces[0][0] - record.sent for record in records), max(one.ended for one in records)
+
+    assert found.limits.context_share == 1024
+    (shared, shared_end), (whole, whole_end) = median_and_end(1024), median_and_end(0)
+    assert shared < 0.75 * whole
+    assert shared_end < 1.01 * whole_end

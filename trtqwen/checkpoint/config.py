@@ -78,6 +78,13 @@ class CheckpointConfig(BaseModel):
         """KV heads of one rank; with more ranks than KV heads each rank holds a copy of one."""
         return max(1, self.num_key_value_heads // self.mapping.tp_size)
 
+    @property
+    def matrix_values(self) -> int:
+        """Weights in the linear layers of one rank, the embedding and the output layer apart."""
+        attention = 2 * (self.local_heads + self.local_kv_heads) * self.head_size
+        mlp = 3 * self.intermediate_size // self.mapping.tp_size
+        return self.hidden_size * (attention + mlp) * self.num_hidden_layers // self.mapping.pp_size
+
 
 def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:
     """The dtype of what is not quantized; `auto` makes float32 models float16, as NVIDIA's converter does."""

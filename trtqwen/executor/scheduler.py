@@ -23,11 +23,17 @@ SchedulerPolicy = Literal["guaranteed_no_evict", "max_utilization"]
 
 # Logits that one request may ask for: they cross two processes and a gRPC message, whose limit is 2 GiB.
 MOST_LOGITS_BYTES = 1 << 28
+_SHARE_OF_A_TOKEN = 8  # context tokens for each token of a large batch: its own reading of the cache takes as long
 
 
 @dataclass(frozen=True)
 class SchedulerConfig:
-    """Limits of a step, by TensorRT-LLM's names; see `recipe.EngineRecipe` and `recipe.ServeRecipe`."""
+    """Limits of a step, by TensorRT-LLM's names; see `recipe.EngineRecipe` and `recipe.ServeRecipe`.
+
+    Attributes:
+        context_share: with chunked context, tokens of prompts that a step takes while other requests generate; see
+            `config.context_share`. 0 is no limit but `max_num_tokens`.
+    """
 
     max_batch_size: int
     max_num_tokens: int
@@ -39,6 +45,7 @@ class SchedulerConfig:
     enable_chunked_context: bool = True
     enable_kv_cache_reuse: bool = False
     max_queue_size: int = 0
+    context_share: int = 0
 
 
 class Scheduler:
@@ -99,9 +106,7 @@ class Scheduler:
 
     def schedule(self) -> Step | None:
         """Choose the next step's tokens and give them KV cache blocks; None if there is nothing to compute."""
-        in_generation = sum(sequence.in_generation for sequence in self._running)
-        # Generation goes first: each such sequence has its token set aside before context gets the rest.
-        context_budget = max(0, self.config.max_num_tokens - in_generation)
+        context_budget = self._context_budget()
         chunks: list[Chunk] = []
         paused = generation = 0
         block_size = self.config.tokens_per_block
@@ -128,6 +133,32 @@ class Scheduler:
         self._count(chunks, generation, paused)
         chunks.sort(key=lambda chunk: len(chunk.token_ids) > 1)
         return Step(tuple(chunks))
+
+    def _context_budget(self) -> int:
+        """Tokens of prompts that the next step takes.
+
+        A step gives all its tokens when it ends. Short steps give first tokens sooner, delay the tokens of others
+        less, and keep requests apart that end, and are followed by new ones, at the same time. Long steps compute
+        more tokens a second; they pay while nobody has a token and the prompts fill more than one step.
+        """
+        in_generation = sum(sequence.in_generation for sequence in self._running)
+        # Generation goes first: each such sequence has its token set aside before context gets the rest.
+        budget = max(0, self.config.max_num_tokens - in_generation)
+        share = self.config.context_share
+        if not share or not self.config.enable_chunked_context:
+            return budget
+        generating = sum(sequence.in_generation and not sequence.complete for sequence in self._running)
+        if generating:
+            return min(budget, max(share, _SHARE_OF_A_TOKEN * generating))
+        prompts = [sequence.num_missing for sequence in self._running if not sequence.in_generation]
+        first = missing = sum(prompts)
+        for sequence in self._waiting:
+            if first < share:
+                first += sequence.num_missing
+            missing += sequence.num_missing
+            if missing > budget:
+                return budget
+        return min(budget, first)  # whole prompts: there is nobody to interrupt
 
     def is_live(self, chunk: Chunk) -> bool:
         """Whether the chunk's sequence is still in flight: it may have ended since the chunk was scheduled."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.diagnostics import InputError
+from trtqwen.executor.config import context_share
 from trtqwen.executor.scheduler import SchedulerConfig
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
@@ -14,6 +15,7 @@ from trtqwen.plan.assumptions import Link, assumptions
 from trtqwen.plan.layouts import recipe_roofline
 from trtqwen.plan.plan import Plan, model_config, plan_recipe
 from trtqwen.plan.speed import recipe_rates
+from trtqwen.plan.weights import rank_matrices
 from trtqwen.recipe import Recipe
 from trtqwen.simulate.corrections import Precision
 from trtqwen.simulate.cost import CostModel
@@ -86,6 +88,8 @@ def _limits(recipe: Recipe, config: HfConfig, plan: Plan) -> SchedulerConfig:
     engine, serve = recipe.engine, recipe.serve
     # vLLM knows no other policy.
     policy = "max_utilization" if engine.backend == "vllm" else serve.batch_scheduler_policy
+    checkpoint = recipe.checkpoint
+    values = rank_matrices(config, checkpoint.tp_size).values * config.num_hidden_layers // checkpoint.pp_size
     return SchedulerConfig(
         max_batch_size=engine.max_batch_size,
         max_num_tokens=engine.max_num_tokens,
@@ -97,4 +101,5 @@ def _limits(recipe: Recipe, config: HfConfig, plan: Plan) -> SchedulerConfig:
         enable_chunked_context=serve.enable_chunked_context,
         enable_kv_cache_reuse=serve.enable_kv_cache_reuse,
         max_queue_size=serve.max_queue_size,
+        context_share=context_share(values) if engine.backend == "torch" else 0,
     )
