@@ -139,7 +139,7 @@ class Scheduler:
 
         A step gives all its tokens when it ends. Short steps give first tokens sooner, delay the tokens of others
         less, and keep requests apart that end, and are followed by new ones, at the same time. Long steps compute
-        more tokens a second; they pay while nobody has a token and the prompts fill more than one step.
+        more tokens a second; they pay while no request has a token and the prompts fill more than one step.
         """
         in_generation = sum(sequence.in_generation for sequence in self._running)
         # Generation goes first: each such sequence has its token set aside before context gets the rest.
@@ -158,7 +158,7 @@ class Scheduler:
             missing += sequence.num_missing
             if missing > budget:
                 return budget
-        return min(budget, first)  # whole prompts: there is nobody to interrupt
+        return min(budget, first)  # whole prompts: no request is interrupted
 
     def is_live(self, chunk: Chunk) -> bool:
         """Whether the chunk's sequence is still in flight: it may have ended since the chunk was scheduled."""
