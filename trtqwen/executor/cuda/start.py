@@ -82,7 +82,7 @@ def make_runner(
             max_blocks=blocks_of_sequence,
         )
         model.allocate_cache(1, build.tokens_per_block, choice.kv_dtype)
-        clock.lap(f"{compile_kernels(runner, engine, choice.device)} kernels")
+        clock.lap(f"{compile_kernels(runner, model, engine, choice.device)} kernels")
         need = measure_steps(runner, engine, choice.device, sampler)
     except torch.OutOfMemoryError:
         raise EngineError(

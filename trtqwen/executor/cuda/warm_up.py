@@ -13,6 +13,7 @@ from trtqwen.executor.choose import Choice
 from trtqwen.executor.cuda.kernels.ahead import compile_ahead
 from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.kernels.penalize import penalize_fused
+from trtqwen.executor.cuda.model import CudaModel
 from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes, idle_generation
 from trtqwen.executor.inputs import Counts, StepInputs
 from trtqwen.executor.sampling import Sampler
@@ -20,7 +21,7 @@ from trtqwen.executor.sampling import Sampler
 _LENGTHS = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use every kernel
 
 
-def compile_kernels(runner: CudaRunner, engine: EngineConfig, device: torch.device) -> int:
+def compile_kernels(runner: CudaRunner, model: CudaModel, engine: EngineConfig, device: torch.device) -> int:
     """Compile what `measure_steps` launches, several kernels at a time; how many there are.
 
     The KV cache must have at least one block.
@@ -31,7 +32,8 @@ def compile_kernels(runner: CudaRunner, engine: EngineConfig, device: torch.devi
         return choose_fused(logits, choice).zero_()
 
     stand_in = Sampler(1, device, choose_first, penalize_fused)
-    return compile_ahead(lambda: _run_all(runner, engine, stand_in), device)
+    with model.shortened():
+        return compile_ahead(lambda: _run_all(runner, engine, stand_in), device)
 
 
 def measure_steps(runner: CudaRunner, engine: EngineConfig, device: torch.device, sampler: Sampler) -> int:
