@@ -79,11 +79,15 @@ class CheckpointConfig(BaseModel):
         return max(1, self.num_key_value_heads // self.mapping.tp_size)
 
     @property
+    def layer_values(self) -> int:
+        """Weights in the linear layers of one layer on one rank."""
+        attention = 2 * (self.local_heads + self.local_kv_heads) * self.head_size
+        return self.hidden_size * (attention + 3 * self.intermediate_size // self.mapping.tp_size)
+
+    @property
     def matrix_values(self) -> int:
         """Weights in the linear layers of one rank, the embedding and the output layer apart."""
-        attention = 2 * (self.local_heads + self.local_kv_heads) * self.head_size
-        mlp = 3 * self.intermediate_size // self.mapping.tp_size
-        return self.hidden_size * (attention + mlp) * self.num_hidden_layers // self.mapping.pp_size
+        return self.layer_values * self.num_hidden_layers // self.mapping.pp_size
 
 
 def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:

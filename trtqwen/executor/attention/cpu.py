@@ -18,7 +18,6 @@ class CpuAttention:
     """Online softmax over tiles of query rows, in float32, for context and generation alike."""
 
     def __init__(self) -> None:
-        numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
         self._planned: tuple[AttentionBatch, int, _Plan] | None = None
 
     def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
@@ -43,6 +42,7 @@ class CpuAttention:
     def _plan(self, batch: AttentionBatch, group: int) -> _Plan:
         """The same for every layer of a step."""
         if self._planned is None or self._planned[:2] != (batch, group):
+            numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
             self._planned = (batch, group, _Plan(batch, max(1, _TILE // group)))
         return self._planned[2]
 
