@@ -248,6 +248,7 @@ def test_finished_cancelled_and_failed_requests_leave_the_pool_full(server: Trit
 
     results = in_threads([finish, abandon, fail] * 6)
     assert not [result for result in results if isinstance(result, Exception)]
+    assert not [reply.error for replies in results[0::3] for reply in replies if reply.error]
     assert all(sum(len(reply.ids) for reply in replies) == 30 for replies in results[0::3])
     assert all("Prompt length (600) exceeds maximum input length (511)" in reply.error for [reply] in results[2::3])
     assert wait_for(lambda: metrics(server)[FREE] == blocks)
