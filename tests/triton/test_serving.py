@@ -280,8 +280,8 @@ def test_http_generate(server: TritonServer) -> None:
 
 
 def test_http_generate_stream(server: TritonServer) -> None:
-    request = {"text_input": LONG, "max_tokens": 100, "stream": True}
-    expected = ask(server, LONG, max_tokens=100)[0].text
+    request = {"text_input": LONG, "max_tokens": 200, "stream": True}
+    expected = ask(server, LONG, max_tokens=200)[0].text
 
     def in_pieces() -> bool:
         status, body = post(server, "ensemble/generate_stream", request)
@@ -302,10 +302,10 @@ def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: 
 
 
 def test_client_streams_raw_text(server: TritonServer) -> None:
-    [whole] = ask(server, LONG, max_tokens=100, return_num_output_tokens=True)
+    [whole] = ask(server, LONG, max_tokens=200, return_num_output_tokens=True)
 
     def in_pieces() -> bool:
-        pieces = list(stream(server.grpc_url, LONG, 100, chat=False))
+        pieces = list(stream(server.grpc_url, LONG, 200, chat=False))
         assert "".join(piece.text for piece in pieces) == whole.text
         assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
         return len(pieces) > 1
@@ -416,7 +416,7 @@ def test_the_program_cancels_what_its_clients_left(server: TritonServer) -> None
 
 
 def test_the_programs_clients_may_use_one_id(server: TritonServer) -> None:
-    requests = [text_request("Hello", max_tokens=n, stream=True, **typed({"end_id": -1})) for n in (150, 8)]
+    requests = [text_request("Hello", max_tokens=n, stream=True, **typed({"end_id": -1})) for n in (400, 20)]
     alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
     running = iter(Call(server, "tensorrt_llm_bls", requests[0], "1"))
     first = next(running)
