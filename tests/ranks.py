@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any, NoReturn
 
 from trtqwen.system import guardian
-from trtqwen.system.guarded import Farewell
+from trtqwen.system.guarded import Farewell, guardian_orders
 
 _MOST_BYTES = 1 << 17  # of a message: a rank's configuration, and the environment
 
@@ -73,22 +73,13 @@ class Nursery:
     ) -> Guarded:
         """Start `python -m` with a module that has a `main`, as `trtqwen.system.guarded.start_guarded` does."""
         assert (list(command[:2]), output) == ([sys.executable, "-m"], subprocess.PIPE)
-        farewell = farewell or Farewell()
-        spec = {
-            "command": list(command[2:]),
-            "environment": dict(environment),
-            "directory": os.fspath(directory),
-            "orphaned": [(int(number), seconds) for number, seconds in farewell.signals],
-            "remove": [os.fspath(path) for path in farewell.remove],
-            "shared_memory": farewell.shared_memory,
-        }
         pipes = [os.pipe() for _ in range(3)]  # standard input, output, and how the process ends
         given = [pipes[0][0], pipes[1][1], *pass_fds, pipes[2][1]]
         self._send({"pass_fds": list(pass_fds)}, given)
         for end in (pipes[0][0], pipes[1][1], pipes[2][1]):
             os.close(end)
         process = Guarded(pipes[0][1], pipes[1][0], pipes[2][0])
-        process.stdin.write(json.dumps(spec) + "\n")
+        process.stdin.write(guardian_orders(command[2:], environment, directory, farewell or Farewell()))
         process.stdin.flush()
         return process
 

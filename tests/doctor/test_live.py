@@ -7,18 +7,16 @@ import itertools
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import deserialize_bytes_tensor, np_to_triton_dtype, serialize_byte_tensor
 
 from tests.doctor.conftest import check, trtllm_engine
-from tests.triton.conftest import repository, server  # noqa: F401 (fixtures)
+from tests.triton.conftest import played_triton, repository, server  # noqa: F401 (fixtures)
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import ServerError
 from trtqwen.doctor.endpoint import Endpoint
@@ -123,17 +121,13 @@ def sick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
         def log_message(self, *message: Any) -> None:
             pass
 
-    with ThreadPoolExecutor(12) as pool, http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as metrics:
+    with (
+        played_triton(servicer, threads=12) as url,
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metrics) as metrics,
+    ):
         threading.Thread(target=metrics.serve_forever, daemon=True).start()
-        rpc = grpc.server(pool)
-        service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, rpc)
-        port = rpc.add_insecure_port("127.0.0.1:0")
-        rpc.start()
         engine = trtllm_engine(tmp_path / "engine", build_config__max_seq_len=MAX_SEQ_LEN)
-        yield Subject(
-            Host(), engine=engine, url=f"127.0.0.1:{port}", metrics=f"127.0.0.1:{metrics.server_address[1]}"
-        )
-        rpc.stop(None)
+        yield Subject(Host(), engine=engine, url=url, metrics=f"127.0.0.1:{metrics.server_address[1]}")
         metrics.shutdown()
 
 

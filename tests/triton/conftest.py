@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,19 @@ def repository(served_repository: Path) -> Path:
 @pytest.fixture(scope="session")
 def server(served: TritonServer) -> TritonServer:
     return served
+
+
+@contextmanager
+def played_triton(servicer: Any, threads: int = 4) -> Iterator[str]:
+    """The address of a gRPC server that answers as the servicer does."""
+    server = grpc.server(ThreadPoolExecutor(threads))
+    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
 
 
 class Reply:

@@ -6,15 +6,14 @@ import queue
 import threading
 import time
 from collections.abc import Generator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import grpc
 import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor
 
+from tests.triton.conftest import played_triton
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.triton.client import stream
 
@@ -63,12 +62,8 @@ class Stuck(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc
 @pytest.fixture
 def stuck() -> Iterator[tuple[str, Stuck]]:
     servicer = Stuck()
-    server = grpc.server(ThreadPoolExecutor(4))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}", servicer
-    server.stop(None).wait()
+    with played_triton(servicer) as url:
+        yield url, servicer
 
 
 def test_a_stuck_server_is_left_in_time_and_told_to_stop(stuck: tuple[str, Stuck]) -> None:

@@ -6,7 +6,6 @@ import asyncio
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, suppress
 from typing import Any
 
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from tests.triton.conftest import id_request
+from tests.triton.conftest import id_request, played_triton
 from tests.waiting import GENEROUS
 from trtqwen.bench.endpoint import Target, connect
 from trtqwen.bench.workload import Ask
@@ -63,12 +62,8 @@ class Slow(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
 @pytest.fixture(scope="module")
 def slow() -> Iterator[tuple[str, Slow]]:
     servicer = Slow()
-    server = grpc.server(ThreadPoolExecutor(4))
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield f"127.0.0.1:{port}", servicer
-    server.stop(None).wait()
+    with played_triton(servicer) as url:
+        yield url, servicer
 
 
 def doctor(url: str) -> None:

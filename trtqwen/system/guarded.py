@@ -41,6 +41,21 @@ def python_environment() -> dict[str, str]:
     return environment
 
 
+def guardian_orders(
+    command: Sequence[str], environment: Mapping[str, str], directory: Path, farewell: Farewell
+) -> str:
+    """The line that a guardian reads first: what it starts, and what it does when that is abandoned."""
+    orders = {
+        "command": list(command),
+        "environment": dict(environment),
+        "directory": os.fspath(directory),
+        "orphaned": [(int(number), seconds) for number, seconds in farewell.signals],
+        "remove": [os.fspath(path) for path in farewell.remove],
+        "shared_memory": farewell.shared_memory,
+    }
+    return json.dumps(orders) + "\n"
+
+
 def start_guarded(
     command: Sequence[str],
     environment: Mapping[str, str],
@@ -61,7 +76,6 @@ def start_guarded(
         output: for its standard output and standard error.
         pass_fds: file descriptors that it inherits.
     """
-    farewell = farewell or Farewell()
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", guardian.__file__],
         stdin=subprocess.PIPE,  # its end is the end of this process
@@ -73,16 +87,8 @@ def start_guarded(
         pass_fds=pass_fds,
         start_new_session=True,  # Ctrl-C in the terminal is for us alone
     )
-    spec = {
-        "command": list(command),
-        "environment": dict(environment),
-        "directory": os.fspath(directory),
-        "orphaned": [(int(number), seconds) for number, seconds in farewell.signals],
-        "remove": [os.fspath(path) for path in farewell.remove],
-        "shared_memory": farewell.shared_memory,
-    }
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # its end says what happened
-        process.stdin.write(json.dumps(spec) + "\n")
+        process.stdin.write(guardian_orders(command, environment, directory, farewell or Farewell()))
         process.stdin.flush()
     return process

@@ -82,7 +82,8 @@ def make_runner(
             max_blocks=blocks_of_sequence,
         )
         model.allocate_cache(1, build.tokens_per_block, choice.kv_dtype)
-        clock.lap(f"{compile_kernels(runner, model, engine, choice.device)} kernels")
+        compiled = compile_kernels(runner, model, engine, choice.device)
+        clock.lap(f"{compiled} kernels")
         need = measure_steps(runner, engine, choice.device, sampler)
     except torch.OutOfMemoryError:
         raise EngineError(
