@@ -1,4 +1,4 @@
-"""Manifests: what a build stage wrote and from what, and whether its files are still as it wrote them."""
+"""Manifests: the inputs and output files of a build stage, and a check that the files are unchanged."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What one stage wrote and from what: the record by which the next stage accepts or refuses it.
+    """The inputs and output files of one stage. The next stage accepts or refuses the result by it.
 
     `key` is the digest of tool version, inputs and parameters; a cached result is valid if the keys are equal.
-    `warnings` is what was said of the inputs.
+    `warnings` are the warnings about the inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +80,7 @@ def write_manifest(
 
     Args:
         known_digests: digests of files that were taken while writing them, by path relative to `directory`.
-        warnings: what was said of the inputs.
+        warnings: warnings about the inputs.
     """
     known = known_digests or {}
     outputs = {}
@@ -101,7 +101,7 @@ def write_manifest(
 
 
 def load_manifest(directory: Path, stage: StageName) -> Manifest:
-    """Read the manifest of a stage and check it in itself, without a look at the stage's files.
+    """Read the manifest of a stage and check its own integrity, but not the stage's files.
 
     Raises:
         InputError: if the directory is not a result of that stage, or its manifest is not as it was written.
@@ -128,7 +128,7 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
 
 
 def damage(directory: Path, manifest: Manifest, *, digests: bool = True) -> str | None:
-    """What is wrong with the first file that is not as the manifest says; None if all are.
+    """Describe the first file that differs from the manifest; None if all files are unchanged.
 
     Args:
         digests: read every file and compare its digest; otherwise only its size.
@@ -170,7 +170,7 @@ def read_manifest(directory: Path, stage: StageName, *, digests: bool = True) ->
 
 
 def cached(directory: Path, stage: StageName, key: str) -> bool:
-    """Whether `directory` already holds this very result."""
+    """Return whether `directory` already holds the result with this key."""
     try:
         return read_manifest(directory, stage).key == key
     except InputError:

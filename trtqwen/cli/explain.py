@@ -1,4 +1,4 @@
-"""`trtqwen explain`: what a log of TensorRT-LLM, Triton, MPI, NCCL or docker complains of, and what helps."""
+"""`trtqwen explain`: explain errors in a log of TensorRT-LLM, Triton, MPI, NCCL or docker."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtqwen image`: NVIDIA's images with TensorRT-LLM, and one built on them with trtqwen in it."""
+"""`trtqwen image`: list NVIDIA's images with TensorRT-LLM, and build an image with trtqwen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`trtqwen report`: one file about a host and what went wrong on it."""
+"""`trtqwen report`: collect facts and logs of a host in one file."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ _SHOWN = 12  # rows of the table in the terminal
 
 
 class On(str, Enum):
-    """Where configurations are measured."""
+    """The place where configurations are measured."""
 
     engine = "engine"
     simulator = "simulator"
@@ -130,7 +130,7 @@ def command(
 
 
 def _progress(bars: Bars) -> OnProgress:
-    """A bar with the best so far on a terminal, a line for each run elsewhere."""
+    """Show a bar with the best result so far on a terminal, and a line for each run elsewhere."""
     shown: list[object] = []
 
     def show(progress: Progress) -> None:

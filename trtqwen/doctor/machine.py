@@ -1,4 +1,4 @@
-"""Checks of the machine under the software: PCI express, shared memory, limits, memory and disk for a conversion."""
+"""Checks of the machine: PCI express, shared memory, limits, and memory and disk for a conversion."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def _limits(system: System) -> Iterator[Diagnostic]:
 
 
 def _stale_segments(system: System) -> list[str]:
-    """What killed servers left: segments that no process maps. Without root, the processes of others are not seen."""
+    """Return shared-memory segments of killed servers, which no process maps. Needs root to see all processes."""
     names = {path.name for path in (system.root / "dev/shm").iterdir() if path.name.startswith(_SEGMENTS)}
     if names:
         for maps in (system.root / "proc").glob("[0-9]*/maps"):
@@ -148,7 +148,7 @@ class ConversionRoom(Check):
 
 
 def _available_memory(system: System) -> tuple[int, str]:
-    """Bytes that a process may still take, and what limits them: the machine or its control group (version 2, 1)."""
+    """Return the bytes that a process can allocate, and their limit: the machine or its control group (v2, v1)."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", system.read("proc/meminfo") or "", re.MULTILINE)
     if found is None:
         raise Skip("/proc/meminfo cannot be read")

@@ -47,7 +47,7 @@ class TokenParity(LiveCheck):
 
 
 def _agreement(source: HfModel, answers: list[tuple[list[int], list[int]]]) -> float:
-    """Share of the answered tokens that the model, reading prompt and answer, rates within the margin of its best."""
+    """Return the share of answer tokens that the model rates within the margin of its best token."""
     import torch  # the other checks start without PyTorch
 
     from trtqwen.hf.forward import LayerwiseModel

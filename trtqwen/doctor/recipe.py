@@ -1,4 +1,4 @@
-"""Checks of a recipe's arithmetic and of the build command it leads to."""
+"""Checks of a recipe's sizes and of its build command."""
 
 from __future__ import annotations
 
