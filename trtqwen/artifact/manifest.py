@@ -17,7 +17,7 @@ from trtqwen.diagnostics import InputError
 
 MANIFEST = "manifest.json"
 StageName = Literal["checkpoint", "engine", "repository"]
-REMEDIES: dict[StageName, str] = {
+HINTS: dict[StageName, str] = {
     "checkpoint": "convert the model again with `trtqwen build`, or with `trtqwen convert --force`",
     "engine": "build it again with `trtqwen build`",
     "repository": "write it again with `trtqwen build`, or with `trtqwen repo --force`",
@@ -111,12 +111,15 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
         text = path.read_text(encoding="utf-8")
         manifest = Manifest.model_validate_json(text)
     except OSError:
-        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", REMEDIES[stage]) from None
+        if not directory.exists():
+            what = f"{directory}: is not a finished {stage} (the directory does not exist)"
+            raise InputError(what, "make it with `trtqwen build`, or name another directory") from None
+        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", HINTS[stage]) from None
     except ValueError:  # pydantic's ValidationError is one, and so is invalid UTF-8
-        raise InputError(f"{path}: is not a manifest of this version of trtqwen", REMEDIES[stage]) from None
+        raise InputError(f"{path}: is not a manifest of this version of trtqwen", HINTS[stage]) from None
     key = stage_key(manifest.stage, manifest.inputs, manifest.parameters, manifest.tool_version)
     if text != _text(manifest) or manifest.key != key:
-        raise InputError(f"{path}: was changed after it was written", REMEDIES[stage])
+        raise InputError(f"{path}: was changed after it was written", HINTS[stage])
     if manifest.stage != stage:
         raise InputError(
             f"{directory}: holds a finished {manifest.stage}, not a {stage}", f"name the {stage} directory"
@@ -160,9 +163,9 @@ def read_manifest(directory: Path, stage: StageName, *, digests: bool = True) ->
     try:
         problem = damage(directory, manifest, digests=digests)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", REMEDIES[stage]) from None
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", HINTS[stage]) from None
     if problem:
-        raise InputError(f"{directory}: {problem}", REMEDIES[stage])
+        raise InputError(f"{directory}: {problem}", HINTS[stage])
     return manifest
 
 

@@ -89,8 +89,8 @@ def _check_weight_only(config: HfConfig, mapping: RankMapping, settings: Checkpo
         sizes["intermediate size"] = config.intermediate_size
     for name, size in sizes.items():
         if size % unit:
-            remedy = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
+            hint = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
             raise CheckpointError(
                 f"INT8 weight-only at tp_size {mapping.tp_size}: {name} {size} is not a multiple of {unit}",
-                f"{remedy}",
+                hint,
             )

@@ -276,7 +276,7 @@ def _examined(plan: ConversionPlan) -> Iterator[Rule]:
                         f"{plan.source.directory}: {count} values of tensor {name!r} overflow float16 (largest "
                         f"{largest:.3g})"
                     ),
-                    f"{_overflow_remedy(plan.precision)}",
+                    _overflow_hint(plan.precision),
                 )
         return rule
 
@@ -290,7 +290,7 @@ def _examined(plan: ConversionPlan) -> Iterator[Rule]:
             yield coming.result()
 
 
-def _overflow_remedy(precision: Precision) -> str:
+def _overflow_hint(precision: Precision) -> str:
     if precision.through_float16:
         return "SmoothQuant and INT8 KV caches compute in it: use quant int8_wo or none with dtype bfloat16"
     return "use dtype bfloat16"

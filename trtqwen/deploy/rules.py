@@ -91,7 +91,7 @@ class Alert:
     wait: str
     severity: Literal["warning", "critical"]
     summary: str
-    remedy: str
+    hint: str
 
 
 def _quantile(share: float, histogram: str, window: str) -> str:
@@ -354,7 +354,7 @@ def alert_file(thresholds: Thresholds) -> dict[str, Any]:
             "labels": {"severity": alert.severity},
             "annotations": {
                 "summary": alert.summary,
-                "description": alert.remedy,
+                "description": alert.hint,
                 "runbook": f"{RUNBOOK}#{alert.name.lower()}",
             },
         }

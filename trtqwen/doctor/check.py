@@ -49,11 +49,9 @@ class Check(ABC):
         if not problems:
             return Result("ok", evidence)
         fails = self.level == "error" and any(problem.level == "error" for problem in problems)
-        remedies = dict.fromkeys(problem.hint for problem in problems)
-        return Result(
-            "fail" if fails else "warn", "\n".join(problem.what for problem in problems), "\n".join(remedies)
-        )
+        hints = dict.fromkeys(problem.hint for problem in problems)
+        return Result("fail" if fails else "warn", "\n".join(problem.what for problem in problems), "\n".join(hints))
 
-    def found(self, text: str, remedy: str, level: Level = "error") -> Result:
+    def found(self, text: str, hint: str, level: Level = "error") -> Result:
         """The result of one problem."""
-        return self.judge([Diagnostic(text, remedy, level)])
+        return self.judge([Diagnostic(text, hint, level)])

@@ -114,8 +114,8 @@ class LongContext(Check):
             if context.tokens > context.reach:
                 text = f"{context.name}: {context.tokens:,} tokens, but the model reads {context.reach:,}"
                 factor = -(-context.tokens // context.native)
-                remedy = f"set max_seq_len {context.reach}, or checkpoint.yarn_factor {factor} and build again"
-                problems.append(Diagnostic(text, remedy))
+                hint = f"set max_seq_len {context.reach}, or checkpoint.yarn_factor {factor} and build again"
+                problems.append(Diagnostic(text, hint))
             if scaled and context.tokens <= context.native:
                 text = (
                     f"{context.name}: YaRN is on for {context.tokens:,} tokens; it is static and costs short prompts"

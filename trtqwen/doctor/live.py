@@ -91,8 +91,8 @@ class InFlightBatching(LiveCheck):
         text = f"of {_PARALLEL} requests at once {in_flight:.1f} are answered at a time ({seconds:.2f} s)"
         if in_flight >= _MIN_IN_FLIGHT:
             return Result("ok", text)
-        remedy = "see D20 and D23: KV cache for one request only, a queue delay, or one BLS instance"
-        return self.found(text, remedy)
+        hint = "see D20 and D23: KV cache for one request only, a queue delay, or one BLS instance"
+        return self.found(text, hint)
 
 
 class Cancellation(LiveCheck):

@@ -127,10 +127,10 @@ class Overflow(Check):
         if dtype != "float16" or trained == "float16":
             return Result("ok", f"weights {trained}, recipe {dtype}")
         text = f"weights {trained}, recipe float16: activations over 65504 become NaN, and answers '!!!!'"
-        remedy = "set checkpoint.dtype bfloat16 (as fast on Ada), or run `trtqwen verify`, which measures the largest"
+        hint = "set checkpoint.dtype bfloat16 (as fast on Ada), or run `trtqwen verify`, which measures the largest"
         if recipe.engine.backend == "tensorrt_llm" and not recipe.serve.enable_context_fmha_fp32_acc:
-            remedy += ", and set serve.enable_context_fmha_fp32_acc"
-        return self.found(text, remedy)
+            hint += ", and set serve.enable_context_fmha_fp32_acc"
+        return self.found(text, hint)
 
 
 class Vocabulary(Check):

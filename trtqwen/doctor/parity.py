@@ -41,8 +41,8 @@ class TokenParity(LiveCheck):
             shares.append(f"{share:.0%} {name}")
             if share < _LEAST:
                 text = f"{share:.0%} of the greedy tokens {name} are the model's"
-                remedy = "check the all-reduce with `trtqwen doctor --gpu` and the checkpoint with `trtqwen verify`"
-                problems.append(Diagnostic(text, remedy))
+                hint = "check the all-reduce with `trtqwen doctor --gpu` and the checkpoint with `trtqwen verify`"
+                problems.append(Diagnostic(text, hint))
         return self.judge(problems, f"{', '.join(shares)}, within {_MARGIN:g} of the best logit")
 
 

@@ -201,7 +201,7 @@ def _existing(directory: Path) -> Path | None:
     return directory if directory.is_dir() else None
 
 
-def _given(value: T | None, remedy: str) -> T:
+def _given(value: T | None, hint: str) -> T:
     if value is None:
-        raise Skip(remedy)
+        raise Skip(hint)
     return value

@@ -153,10 +153,10 @@ def _check_prefix(directory: Path, names: Collection[str]) -> None:
         )
     if seen.startswith("model.model."):
         prefix = "model.model."
-    remedy = next((hint for known, hint in _PREFIXES.items() if prefix.startswith(known)), "")
+    hint = next((advice for known, advice in _PREFIXES.items() if prefix.startswith(known)), "")
     raise SourceError(
         f"{directory}: tensor names begin with {prefix or seen.removesuffix(_SEEN)!r} ({seen!r})",
-        f"{remedy}; or {_RENAME}" if remedy else _RENAME,
+        f"{hint}; or {_RENAME}" if hint else _RENAME,
     )
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trtqwen import __version__
 from trtqwen.artifact.directory import clear_leftovers
-from trtqwen.artifact.manifest import REMEDIES, Manifest, load_manifest, read_manifest
+from trtqwen.artifact.manifest import HINTS, Manifest, load_manifest, read_manifest
 from trtqwen.diagnostics import InputError, OutputError
 
 
@@ -25,12 +25,12 @@ def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
     manifest = read_manifest(repository, "repository", digests=digests)
     if manifest.tool_version != __version__:
         what = f"{repository}: was written by trtqwen {manifest.tool_version}, this is {__version__}"
-        raise InputError(what, REMEDIES["repository"])
+        raise InputError(what, HINTS["repository"])
     engine = Path(str(manifest.parameters.get("engine", "")))
     built = read_manifest(engine, "engine", digests=digests)
     if manifest.inputs.get("engine") != built.key:
         what = f"{repository}: was written for another engine than the one that is in {engine} now"
-        raise InputError(what, REMEDIES["repository"])
+        raise InputError(what, HINTS["repository"])
     return manifest
 
 

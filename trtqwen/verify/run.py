@@ -12,7 +12,7 @@ import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion
-from trtqwen.diagnostics import InputError
+from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.hf.checks import read_model
 from trtqwen.hf.config import load_config
 from trtqwen.hf.source import HfModel
@@ -56,17 +56,17 @@ class Verification:
     reference: TransformersReference | None = None
 
     @property
-    def sentence(self) -> str:
-        """The verdict."""
+    def diagnostic(self) -> Diagnostic | None:
+        """The first problem; None if the checkpoint agrees with its model."""
         if not self.problems:
-            return f"{self.checkpoint}: agrees with {self.model}, as far as {self.precision} can"
+            return None
         rest = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-        return f"{self.checkpoint}: {self.problems[0]}{rest}; {self._remedy}"
+        return Diagnostic(f"{self.checkpoint}: {self.problems[0]}{rest}", self._hint)
 
     @property
-    def _remedy(self) -> str:
+    def _hint(self) -> str:
         if self.reference is not None and self.reference.problems:
-            return "report it with the model's config.json and tokenizer files: trtqwen reads them otherwise"
+            return "report it with the model's config.json and tokenizer files: trtqwen reads them differently"
         if self.comparison is not None and implausible(self.comparison, self.thresholds):
             return "take all files from one model, or pass --max-model-perplexity for a model that is not trained"
         again = "export the checkpoint again" if is_export(self.checkpoint) else "convert the model again"
