@@ -12,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal
 
 from trtqwen.diagnostics import RequestError
@@ -139,7 +140,8 @@ class Scheduler:
 
         A step gives all its tokens when it ends. Short steps give first tokens sooner, delay the tokens of other
         requests less, and prevent that many requests start and end at the same time. Long steps compute more tokens
-        per second. They are better while no request has a token and the prompts fill more than one step.
+        per second and fill a batch sooner. They are better while more requests wait for their first token than
+        generate, and the prompts fill more than one step.
         """
         in_generation = sum(sequence.in_generation for sequence in self._running)
         # Generation goes first: each such sequence has its token set aside before context gets the rest.
@@ -148,17 +150,18 @@ class Scheduler:
         if not share or not self.config.enable_chunked_context:
             return budget
         generating = sum(sequence.in_generation and not sequence.complete for sequence in self._running)
+        begun = [sequence for sequence in self._running if not sequence.in_generation]
+        room = self.config.max_batch_size - len(self._running)
+        whole = missing = 0
+        for count, sequence in enumerate(chain(begun, islice(self._waiting, room)), 1):
+            missing += sequence.num_missing
+            if missing > budget and count > generating:
+                return budget
+            if whole < share:
+                whole = missing
         if generating:
             return min(budget, max(share, _SHARE_OF_A_TOKEN * generating))
-        prompts = [sequence.num_missing for sequence in self._running if not sequence.in_generation]
-        first = missing = sum(prompts)
-        for sequence in self._waiting:
-            if first < share:
-                first += sequence.num_missing
-            missing += sequence.num_missing
-            if missing > budget:
-                return budget
-        return min(budget, first)  # whole prompts: no request is interrupted
+        return min(budget, whole)  # whole prompts: no request is interrupted
 
     def is_live(self, chunk: Chunk) -> bool:
         """Return whether the chunk's sequence is still in flight. It may have ended since the chunk was scheduled."""
