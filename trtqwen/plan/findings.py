@@ -42,7 +42,7 @@ def find(
     layouts: tuple[Layout, ...],
     model: Path | None,
 ) -> tuple[Diagnostic, ...]:
-    """Everything worth saying, errors first.
+    """Find the errors, warnings and notes of a recipe, errors first.
 
     Args:
         config: as converted, stretched by YaRN if the recipe asks for it.
@@ -248,7 +248,7 @@ def _cards(recipe: Recipe) -> Iterator[Diagnostic]:
 
 
 def _replicate(recipe: Recipe, replicas: int) -> str:
-    """How to have so many replicas; a repository of the embedded engine holds one."""
+    """Return the hint for this many replicas; a repository of the embedded engine has one."""
     if recipe.engine.backend == "torch":
         return f"start {replicas} servers, each on cards of its own, and list them at `trtqwen gateway`"
     return f"set serve.replicas: {replicas}"

@@ -1,4 +1,4 @@
-"""Whether what is to be served is what was built: every byte of a repository and its engine, and that they match."""
+"""Integrity of a repository and its engine before they are served: every byte, and that they match."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
 
 
 def clear_build_leftovers(repository: Path) -> None:
-    """Remove what killed builds left next to a repository, its engine and their checkpoint, as far as we may."""
+    """Remove leftovers of killed builds next to a repository, its engine and their checkpoint, if permitted."""
     places = [repository]
     with suppress(InputError):
         engine = Path(str(load_manifest(repository, "repository").parameters.get("engine", "")))

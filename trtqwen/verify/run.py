@@ -42,9 +42,9 @@ class Verification:
     Attributes:
         checkpoint: the directory, also that of an export.
         precision: such as `W8A16 bfloat16, INT8 KV cache`.
-        comparison: None if the files are not those of such a checkpoint at all.
-        problems: what is not acceptable, one sentence each, the nearest to the cause first.
-        reference: what transformers says of the model, where it was asked.
+        comparison: None if the files do not match the checkpoint's config.
+        problems: values beyond the limits, one sentence each, the most likely cause first.
+        reference: results of transformers, if requested.
     """
 
     checkpoint: Path
@@ -127,7 +127,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is verified.
+    """The subject of the verification.
 
     Attributes:
         recipe: settings whose conversion of the model would give it, or would have its precision.
