@@ -136,7 +136,7 @@ def test_a_killed_comparison_goes_on_where_it_was(scripted: Callable[..., Script
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model repository"):
         find_contender(recipe_names()[0], tmp_path)
-    with pytest.raises(InputError, match="tells its tokenizer"):
+    with pytest.raises(InputError, match="reports its tokenizer"):
         find_vocabulary([Contender("a", url="http://127.0.0.1:9")], None)
     with (
         pytest.raises(ServerError, match="does not answer"),
