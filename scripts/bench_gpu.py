@@ -1,7 +1,7 @@
 """Measures the embedded engine against vLLM on this machine's cards, both in one run, and writes the rows as JSON.
 
 Loads are offline: token ids in and out, temperature 0.6, end ids ignored, no KV cache reuse, random weights in the
-shape of a known model. vLLM runs in a process of its own with dummy weights; `--vllm-path` names a directory that it
+shape of a known model, the same for both. vLLM runs in a process of its own; `--vllm-path` names a directory that it
 is installed in. Every ratio is of two numbers that this run measured. What our rates mean in operations and in bytes
 read stands next to what the card itself reached in the same run.
 """
@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,8 +25,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from gpu_work import Ceilings, measure_ceilings, operations, traffic
-from random_engine import PRECISIONS, make_engine
+from random_engine import PRECISIONS, export_model, make_checkpoint
 
+from trtqwen.engine.builder import build_engine
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import FinishReason, Request, SamplingConfig
@@ -33,21 +35,6 @@ from trtqwen.hf.known import known_config
 from trtqwen.recipe import EngineRecipe
 
 Shapes = list[tuple[int, int]]
-_VLLM_QUANTIZATION = {
-    "config_groups": {
-        "group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False},
-            "input_activations": {
-                "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
-            },
-        }
-    },
-    "format": "int-quantized",
-    "ignore": ["lm_head"],
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,7 +98,9 @@ def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> di
     limits = EngineRecipe(
         backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=4096
     )
-    engine = make_engine(directory / precision, options.model, precision, options.tp, limits)
+    checkpoint, engine = make_weights(directory, options, precision), directory / "engine"
+    if not engine.is_dir():
+        build_engine(checkpoint, limits, engine)
     say(f"{precision}: engine is made")
     config = ExecutorConfig(device="cuda", kv_cache_free_gpu_mem_fraction=0.9)
     results: dict[str, float] = {}
@@ -126,6 +115,14 @@ def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> di
             results[load.name] = load.counted / seconds
             say(f"ours, {precision}, {load.name}: {results[load.name]:.1f} {load.unit} tok/s ({seconds:.2f} s)")
     return results
+
+
+def make_weights(directory: Path, options: argparse.Namespace, precision: str) -> Path:
+    """The checkpoint of both sides."""
+    checkpoint = directory / "checkpoint"
+    if not checkpoint.is_dir():
+        make_checkpoint(checkpoint, options.model, precision, options.tp)
+    return checkpoint
 
 
 def answer(executor: Executor, shapes: Shapes, model: str, seed: int) -> float:
@@ -154,17 +151,15 @@ def answer(executor: Executor, shapes: Shapes, model: str, seed: int) -> float:
 
 def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> dict[str, float]:
     """The same on vLLM, in a process of its own."""
-    home = directory / f"vllm-{precision}"
-    home.mkdir()
-    config = known_config(options.model).model_dump(exclude_none=True) | {"torch_dtype": "float16"}
-    if precision == "w8a8":
-        config["quantization_config"] = _VLLM_QUANTIZATION
-    (home / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    checkpoint, home = make_weights(directory, options, precision), directory / "hf"
+    if not home.is_dir():
+        export_model(checkpoint, home)
+    say(f"{precision}: model for vLLM is written")
     job = {
         "model": str(home),
         "tp": options.tp,
         "loads": [(load.name, load.shapes, load.counted) for load in chosen(options)],
-        "vocab_size": config["vocab_size"],
+        "vocab_size": known_config(options.model).vocab_size,
     }
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
     if options.vllm_path:
@@ -246,13 +241,18 @@ def main() -> None:
     parser.add_argument("--vllm", default=sys.executable, help="python that has vLLM")
     parser.add_argument("--vllm-path", help="directory that vLLM is installed in")
     parser.add_argument("--scratch", help="directory for the random weights; memory is fastest")
+    parser.add_argument("--weights", type=Path, help="directory that keeps the random weights for the next run")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     options = parser.parse_args()
     found: list[Row] = []
     for precision in options.precisions:
-        with tempfile.TemporaryDirectory(dir=options.scratch) as directory:
-            mine = run_ours(Path(directory), options, precision) if "ours" in options.engines else {}
-            theirs = run_vllm(Path(directory), options, precision) if "vllm" in options.engines else {}
+        with ExitStack() as stack:
+            if options.weights:
+                directory = options.weights / f"{precision}-tp{options.tp}"
+            else:
+                directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch)))
+            mine = run_ours(directory, options, precision) if "ours" in options.engines else {}
+            theirs = run_vllm(directory, options, precision) if "vllm" in options.engines else {}
         found += rows(mine, theirs, precision, measure_ceilings(precision), options)
         if options.output:
             options.output.write_text(json.dumps([asdict(row) for row in found], indent=1), encoding="utf-8")

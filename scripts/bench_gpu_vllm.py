@@ -9,7 +9,7 @@ import time
 
 
 def main() -> None:
-    """Start vLLM with dummy weights and run the loads."""
+    """Start vLLM and run the loads."""
     job = json.loads(sys.argv[1])
     begin = time.monotonic()
     from vllm import LLM, SamplingParams
@@ -17,7 +17,6 @@ def main() -> None:
     llm = LLM(
         model=job["model"],
         skip_tokenizer_init=True,
-        load_format="dummy",
         dtype="float16",
         max_model_len=4096,
         gpu_memory_utilization=0.9,

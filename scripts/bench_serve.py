@@ -164,7 +164,6 @@ def main() -> None:
         if options.precision not in _RANDOM_PRECISIONS:
             parser.error(f"--random takes --precision {' or '.join(_RANDOM_PRECISIONS)}")
         make_random(options)
-        flags += ["--load-format", "dummy"]
     elif options.repository is None or options.model is None:
         parser.error("give --repository and --model, or --random")
     path = {"PYTHONPATH": options.vllm_path} if options.vllm_path else {}

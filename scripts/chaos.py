@@ -838,7 +838,7 @@ def main() -> int:
     misses = 0
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    print("| case | held | what was seen | seconds |\n| --- | --- | --- | --- |")
+    print("| case | passed | observed | seconds |\n| --- | --- | --- | --- |")
     with tempfile.TemporaryDirectory(prefix="chaos-home-") as place:
         home = Path(place)
         build(home)

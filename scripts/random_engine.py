@@ -1,4 +1,8 @@
-"""Makes an engine of the torch backend with random weights, in the shape of a known model, without its files."""
+"""Makes an engine of the torch backend with random weights, in the shape of a known model, without its files.
+
+Other engines get the same weights from `export_model`. Weights that an engine makes for itself can change its speed:
+products of zeros and of tiny numbers take less power, and a card at its power limit then runs faster.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from trtqwen.checkpoint.sharding import Split
 from trtqwen.checkpoint.tensors import RuleBook
 from trtqwen.demo import MODEL
 from trtqwen.engine.builder import build_engine
+from trtqwen.export.export import plan_export, run_export
 from trtqwen.hf.known import known_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.quantize.smoothquant import SmoothQuantMode
@@ -98,14 +103,16 @@ def make_engine(directory: Path, model: str, precision: str, tp_size: int, limit
 def make_repository(
     directory: Path, model: str, precision: str, tp_size: int, limits: EngineRecipe
 ) -> tuple[Path, Path]:
-    """`make_engine` with a model repository, and a Hugging Face directory without weights."""
+    """`make_engine` with a model repository, and the same weights as a Hugging Face directory."""
     engine = make_engine(directory, model, precision, tp_size, limits)
-    config = known_config(model)
     write_repository(engine, ServeRecipe(triton_max_batch_size=limits.max_batch_size), directory / "repo")
-    home = directory / "hf"
-    write_tokenizer(home, config.vocab_size)
-    (home / "config.json").write_text(json.dumps(config.model_dump(exclude_none=True)), encoding="utf-8")
-    return directory / "repo", home
+    export_model(directory / "checkpoint", directory / "hf")
+    return directory / "repo", directory / "hf"
+
+
+def export_model(checkpoint: Path, directory: Path) -> None:
+    """Write a checkpoint of `make_checkpoint` as a Hugging Face directory, for other engines."""
+    run_export(plan_export(checkpoint), directory)
 
 
 def write_tokenizer(directory: Path, vocab_size: int) -> None:

@@ -2,6 +2,7 @@
 
     python scripts/soak.py --minutes 30 --rate 1
     python scripts/soak.py --minutes 480 --rate 5 --workers 2 --json soak.json
+    python scripts/soak.py --minutes 10 --rate 8 --set checkpoint.tp_size=1 --set checkpoint.dtype=float16  # one GPU
 
 Starts `trtqwen serve --restart` with the bundled model. Clients send chats, completions, messages and plain requests,
 whole and streamed; some leave in mid-answer, some before the first byte, some stop in mid-request, and some send what
@@ -572,6 +573,7 @@ def table(verdicts: Sequence[Verdict]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="for `trtqwen build`")
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--rate", type=float, default=1, help="requests in a second, on average")
     parser.add_argument("--bursts", type=float, default=0.01, help="share of arrivals that are twenty at a time")
@@ -588,7 +590,7 @@ def main() -> int:
     options.every = options.every or min(10.0, max(1.0, options.minutes * 60 / 200))
     with tempfile.TemporaryDirectory(prefix="soak-") as place:
         home = Path(place)
-        build(home)
+        build(home, *(f"--set={setting}" for setting in options.set))
         settings = home / "gateway.yaml"
         settings.write_text(f"workers: {options.workers}\n")
         server = Server(home / "repo", ("--restart", f"--gateway-config={settings}")).start()

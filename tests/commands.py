@@ -1,9 +1,10 @@
-"""trtqwen commands that texts show, held against the real command line."""
+"""trtqwen commands that texts show, compared with the real command line."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import typer
 from typer import Context
@@ -13,11 +14,18 @@ from trtqwen.cli import app
 
 
 def shown_commands(text: str) -> Iterator[list[str]]:
-    """The words of every trtqwen command in a text: console lines and code spans."""
-    for line in re.findall(r"(?:^\$ |`)(trtqwen [^`\n]*)", text.replace("\\\n", " "), re.MULTILINE):
+    """The words of every trtqwen command in a text: console lines, indented blocks and code spans."""
+    for line in re.findall(r"(?:^\$ |^    |`)(trtqwen [^`\n]*)", text.replace("\\\n", " "), re.MULTILINE):
         words = line.partition("#")[0].split()[1:]
         if words and re.fullmatch(r"[a-z]+", words[0]):
             yield words
+
+
+def command_of(name: str) -> Any:
+    """The command of this name."""
+    root = typer.main.get_command(app)
+    assert isinstance(root, TyperGroup)
+    return root.resolve_command(Context(root), [name])[1]
 
 
 def check_command(words: list[str]) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 if not Path("/dev/nvidiactl").exists():  # before anything imports the Triton language: its kernels run interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import gc
 import json
 import shutil
+import signal
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
 
@@ -29,6 +31,11 @@ from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSett
 from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import TritonServer
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs and their children ignore it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+gc.disable()  # until the tests are collected: what imports make stays, and looking through it takes seconds
 
 hypothesis.settings.register_profile("busy", deadline=None)  # no test depends on how fast the machine is
 hypothesis.settings.load_profile("busy")
@@ -172,6 +179,12 @@ class _ByServer(LoadFileScheduling):  # type: ignore[misc,unused-ignore]
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
     """Take the place of --dist=loadfile."""
     return _ByServer(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_finish() -> None:
+    """Collect garbage from now on, without a look at modules and tests."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -8,8 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.core import TyperGroup
+from typer.testing import CliRunner
 
-from tests.commands import check_command, shown_commands
+from tests.commands import check_command, command_of, shown_commands
+from trtqwen.cli import COMMANDS, app
 from trtqwen.recipe import recipe_names
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +35,31 @@ def test_every_shown_command_exists(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_link_leads_somewhere(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text(encoding="utf-8")):
         if "://" not in target:
-            assert (page.parent / target).exists(), target
+            there = page.parent / target if target else page
+            assert there.exists(), target
+            assert not anchor or anchor in anchors(there), f"{target}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The ids of a page's headings, as the site and public forges make them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+def test_includes_are_in_the_form_that_the_site_reads() -> None:
+    pages = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    found = [(page, line.strip()) for page, text in pages.items() for line in text.splitlines() if "--8" in line]
+    assert found
+    for page, line in found:
+        included = re.fullmatch(r'--8<-- "(.+)"', line)
+        assert included, f"{page}: {line}"
+        assert (ROOT / included[1]).is_file(), f"{page}: {line}"
+
+
+@pytest.mark.parametrize("group", ["", *(name for name in COMMANDS if isinstance(command_of(name), TyperGroup))])
+def test_lists_of_commands_fit_a_terminal(group: str) -> None:
+    text = CliRunner().invoke(app, [group, "--help"] if group else ["--help"], terminal_width=80).output
+    cut = [line for line in text.splitlines() if line.endswith("...") and not line.startswith("Usage:")]
+    assert not cut

@@ -55,7 +55,7 @@ def _hints() -> Iterator[tuple[str, str]]:
         where = str(path.relative_to(PACKAGE))
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             target = node.targets[0] if isinstance(node, ast.Assign) else None
-            if isinstance(target, ast.Name) and re.search(r"hint|hint|advice", target.id):
+            if isinstance(target, ast.Name) and re.search(r"hint|advice", target.id):
                 yield f"{where}:{target.lineno}", texts(node)
             if not isinstance(node, ast.Call):
                 continue

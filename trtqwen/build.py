@@ -1,4 +1,4 @@
-"""The whole build of a recipe: checkpoint, engine and model repository, each taken from before if nothing changed."""
+"""The whole build of a recipe: checkpoint, engine and model repository. Unchanged stages are reused."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class BuildPlan:
 
     @property
     def engine_command(self) -> list[str] | None:
-        """The trtllm-build call that makes the engine; None if trtqwen makes it itself."""
+        """Return the trtllm-build command of the engine; None if trtqwen builds the engine itself."""
         if self.recipe.engine.backend != "tensorrt_llm":
             return None
         return build_command(self.recipe, self.checkpoint.directory, self.engine.directory)
 
 
 def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> BuildPlan:
-    """Check the source and work out every stage's key; reads the source's bytes to take its digests.
+    """Check the source and compute every stage's key. Reads the whole source for its digests.
 
     Args:
         engines: parent of the directories that are named after recipes.
@@ -55,7 +55,7 @@ def plan_build(recipe: Recipe, model: Path, engines: Path, repository: Path) -> 
 
     Raises:
         SourceError, CheckpointError, InputError: if the model cannot be converted, built or served as asked.
-        OutputError: if one of the directories lies around the model or another of them.
+        OutputError: if one of the directories contains the model or another one of them.
     """
     home, repository = engines / recipe.name, destination(repository)
     places = home / "checkpoint", home / "engine", repository
@@ -96,7 +96,7 @@ def plan_engine(recipe: Recipe, checkpoint: CheckpointStage, directory: Path) ->
 def run_build(
     plan: BuildPlan, *, force: bool = False, verify: bool = True, events: BuildEvents | None = None
 ) -> list[StageResult]:
-    """Make what is not up to date. Waits while another build works in the same directories.
+    """Make the stages that are not up to date. Waits for another build in the same directories.
 
     Args:
         force: make every stage, and replace what `check_build` protects.
@@ -122,7 +122,7 @@ def run_build(
 
 
 def check_build(plan: BuildPlan, *, force: bool) -> None:
-    """Refuse to replace what a build of this model has not made, unless `force` is set; and to convert for nothing.
+    """Refuse to replace files that no build of this model made, unless `force` is set, and builds that will fail.
 
     Raises:
         OutputError: if a stage's directory holds other files, or the checkpoint or engine of another model.

@@ -1,7 +1,7 @@
-"""What trtqwen reports: diagnostics, and the one hierarchy of errors.
+"""Diagnostics, and the hierarchy of errors.
 
-A diagnostic keeps two sentences apart: `what` is wrong and where, and the `hint` that says what to do about it. Only
-the hint gives advice, and it names no option, field or command that does not exist.
+A diagnostic has two texts: `what` says what is wrong and where, and `hint` says what to do about it. Only the hint
+gives advice, and it names only options, fields and commands that exist.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class TrtQwenError(Exception):
 
 
 class InputError(TrtQwenError):
-    """What the caller handed in cannot be used as it is."""
+    """An input of the caller cannot be used."""
 
     exit_code = 2
 
@@ -99,11 +99,11 @@ class ContainerError(TrtQwenError):
 
 
 class RequestError(TrtQwenError):
-    """One inference request cannot be served; the engine goes on with the others."""
+    """One inference request cannot be served; the engine continues with the others."""
 
 
 class ServerError(TrtQwenError):
-    """Triton did not start, died, or refused a request."""
+    """Triton did not start, exited, or refused a request."""
 
 
 class PortInUseError(ServerError):
@@ -113,7 +113,7 @@ class PortInUseError(ServerError):
 
 
 def first_problem(problem: ValidationError) -> str:
-    """The first of what pydantic found, as a part of a sentence that names field and value."""
+    """Return pydantic's first error as a part of a sentence, with field and value."""
     first = problem.errors()[0]
     field = ".".join(map(str, first["loc"]))
     message = first["msg"].removeprefix("Value error, ")

@@ -1,4 +1,4 @@
-"""A recipe for another engine: what stays, what changes and what is lost."""
+"""Migration of a recipe to another engine: settings that stay, change or are lost."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _TRANSLATED: dict[str, dict[str, str]] = {
 
 @dataclass(frozen=True)
 class Note:
-    """A setting of the old recipe and what becomes of it."""
+    """A setting of the old recipe and its change."""
 
     setting: str
     text: str
@@ -75,9 +75,9 @@ class Migration:
 
     Attributes:
         content: of the new recipe file.
-        same: settings that mean what they meant.
-        changed: settings that mean something else, or had to be set.
-        lost: what the new engine cannot do.
+        same: settings with the same meaning.
+        changed: settings with another meaning, and added settings.
+        lost: features that the new engine does not have.
         commands: each step, with what it is for.
     """
 
@@ -105,7 +105,7 @@ class Migration:
 
 
 def plan_migration(recipe: str, to: Backend, output: Path | None = None) -> Migration:
-    """Work out the recipe for another engine.
+    """Make the recipe for another engine.
 
     Args:
         recipe: name or file.

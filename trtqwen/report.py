@@ -1,4 +1,4 @@
-"""One file about a host and what went wrong on it: versions, checks, plan, selftest and logs, without secrets."""
+"""The report of a host in one file: versions, checks, plan, selftest and logs, without secrets."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _COUNT = re.compile(r"""^["']?[\d.,]*["']?$""")
 
 @dataclass(frozen=True)
 class ReportRequest:
-    """What a report is to hold.
+    """The content of a report.
 
     Attributes:
         subject: what `doctor` examines.
@@ -76,7 +76,7 @@ def write_report(request: ReportRequest, output: Path) -> None:
 
 
 def redacted(text: str) -> str:
-    """A text without what looks like a secret, and without the names of this user, home and host."""
+    """Remove text that looks like a secret, and the names of this user, home and host."""
     for secret in _SECRETS:
         text = secret.sub(_HIDDEN, text)
     text = _NAMED.sub(lambda found: found["name"] + (found["value"] if _is_count(found) else _HIDDEN), text)

@@ -114,7 +114,7 @@ def test_the_checks_run_inside_the_container(healthy_host: Path, monkeypatch: py
     refused(trtqwen("doctor", "--dry-run", cwd=healthy_host), "doctor changes nothing")
 
 
-def test_no_remedy_is_cut_off(healthy_host: Path) -> None:
+def test_no_hint_is_cut_off(healthy_host: Path) -> None:
     smi = healthy_host / "bin" / "nvidia-smi"
     smi.write_text(NVIDIA_SMI.replace("590.48.01", "575.57.08"))
     result = trtqwen("doctor", "qwen2.5-7b-bf16-tp4-4090d", cwd=healthy_host)

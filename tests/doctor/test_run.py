@@ -31,7 +31,7 @@ def test_a_host_alone_is_examined_and_the_rest_says_what_it_needs(machine: Calla
     assert all(result.verdict in ("ok", "skip") and result.evidence for result in findings.values())
 
 
-def test_whatever_is_not_ok_has_a_remedy(machine: Callable[..., System], tmp_path: Path) -> None:
+def test_every_failed_check_has_a_hint(machine: Callable[..., System], tmp_path: Path) -> None:
     host = IN_IMAGE.__class__(**{**vars(IN_IMAGE), "tensorrt_llm": "1.3.0", "tensorrt": "11.0", "driver": "500.1"})
     subject = Subject(
         host,

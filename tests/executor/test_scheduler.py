@@ -114,15 +114,23 @@ def test_prompts_that_fill_one_step_are_computed_one_by_one_where_nobody_generat
     assert step(subject)[0] == [("a", 0, 10), ("b", 0, 10)]  # 12 tokens are more than a, and no prompt is cut
 
 
-def test_prompts_that_fill_more_than_one_step_get_whole_steps_until_somebody_generates() -> None:
+def test_prompts_that_fill_more_than_one_step_get_whole_steps_until_as_many_generate_as_wait() -> None:
     subject = scheduler(max_num_tokens=24, max_seq_len=128, context_share=8)
-    subject.add(request("a", 60, max_tokens=1))
-    for name in "bcd":
-        subject.add(request(name, 24, max_tokens=1))
-    sizes = []
-    while not subject.idle:
-        sizes.append(sum(length for *_, length in step(subject)[0]))
-    assert sizes == [24, 24, 24, 24, 24, 12]  # requests for one token end with their prompt
+    subject.add(request("a", 24, max_tokens=9))
+    for name in "bc":
+        subject.add(request(name, 24, max_tokens=9))
+    assert step(subject)[0] == [("a", 0, 24)]
+    assert step(subject)[0] == [("a", 24, 1), ("b", 0, 20)]  # one generates, two wait; chunks are whole blocks
+    assert step(subject)[0] == [("a", 25, 1), ("b", 20, 4), ("c", 0, 16)]
+    assert step(subject)[0] == [("a", 26, 1), ("b", 24, 1), ("c", 16, 8)]  # two generate, one waits
+
+
+def test_prompts_without_room_in_the_batch_do_not_lengthen_steps() -> None:
+    subject = scheduler(max_batch_size=2, max_num_tokens=24, max_seq_len=128, context_share=8)
+    for name, length in [("a", 3), ("b", 40), ("c", 40), ("d", 40)]:
+        subject.add(request(name, length, max_tokens=9))
+    assert step(subject)[0] == [("a", 0, 3), ("b", 0, 20)]
+    assert step(subject)[0] == [("a", 3, 1), ("b", 20, 8)]  # b alone fits into a step
 
 
 def test_a_share_cuts_nothing_without_chunked_context() -> None:

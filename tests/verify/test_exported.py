@@ -136,7 +136,8 @@ def test_broken_exports_are_found(
 ) -> None:
     result = verify(broken(static, tmp_path / "out", change), MODEL, samples[:1])
     assert problem in result.problems[0]
-    assert "export the checkpoint again" in result.sentence
+    assert result.diagnostic is not None
+    assert "export the checkpoint again" in result.diagnostic.hint
 
 
 def test_what_another_tool_has_quantized_is_refused(static: Path, samples: list[list[int]], tmp_path: Path) -> None:

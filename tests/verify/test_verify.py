@@ -213,14 +213,16 @@ def test_mutations_are_found_and_named(
     broken = mutated(bundled_checkpoint(**({"dtype": "float16"} | options)), tmp_path / "broken", change)
     result = verify(broken, MODEL, samples[:2], int8_layout=options.get("int8_layout"))
     assert found in result.problems[0]
-    assert found in result.sentence
+    assert result.diagnostic is not None
+    assert found in result.diagnostic.what
+    assert result.diagnostic.hint
 
 
 def test_the_wrong_int8_layout_is_found_and_the_missing_one_asked_for(
     bundled_checkpoint: Make, samples: list[list[int]], tmp_path: Path
 ) -> None:
     checkpoint = bundled_checkpoint(dtype="float16", **WO)
-    assert "is wrong" in verify(checkpoint, MODEL, samples[:1], int8_layout="sm90").sentence
+    assert "is wrong" in verify(checkpoint, MODEL, samples[:1], int8_layout="sm90").problems[0]
     nameless = mutated(checkpoint, tmp_path / "nameless", lambda ranks, config: None)
     with pytest.raises(CheckpointError, match="pass --int8-layout"):
         verify(nameless, MODEL, samples[:1])
@@ -236,7 +238,7 @@ def test_activations_near_the_end_of_float16_fail_in_float16_only(
 
 def test_another_model_is_refused(bundled_checkpoint: Make, hf_directory: Callable[..., Path]) -> None:
     result = verify(bundled_checkpoint(dtype="float16"), hf_directory(), [[1, 2]])
-    assert "config.json says vocab_size 4096, but the model has 515" in result.sentence
+    assert "config.json says vocab_size 4096, but the model has 515" in result.problems[0]
     assert result.comparison is None
 
 
@@ -307,7 +309,8 @@ def test_a_model_that_predicts_nothing_is_not_agreed_with(tmp_path: Path, sample
     run_conversion(plan_conversion(directory, CheckpointRecipe(dtype="float32")), tmp_path / "out")
     result = verify(tmp_path / "out", directory, samples)
     assert "config.json or weights are not those that it was trained with" in result.problems[0]
-    assert "take all files from one model" in result.sentence
+    assert result.diagnostic is not None
+    assert "take all files from one model" in result.diagnostic.hint
     assert verify(tmp_path / "out", directory, samples, limits={"model_perplexity": 1e12}).problems == []
     assert plausible_perplexity([[0, 1, 2] * 200], 4096) == pytest.approx(3, rel=1e-3)
     assert plausible_perplexity([[0, 1]], 4096) == 40960

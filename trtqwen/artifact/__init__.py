@@ -1,1 +1,1 @@
-"""What the build stages write: checkpoint, engine and model repository, as finished directories with a manifest."""
+"""The output of the build stages: finished directories of checkpoint, engine and model repository, with manifests."""

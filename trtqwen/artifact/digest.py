@@ -22,7 +22,7 @@ def digest_file(path: Path) -> str:
 
 
 def digest_of_unchanged(path: Path) -> str:
-    """`digest_file`, once for each state of a file: a process that looks twice, or through two links, reads once."""
+    """Return `digest_file` of a file, and read an unchanged file only once in this process."""
     status = path.stat()
     state = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     if state in _digests:

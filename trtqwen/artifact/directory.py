@@ -1,4 +1,4 @@
-"""Finished directories: a result is complete, or it does not exist. A killed process leaves nothing half written."""
+"""Finished directories: a result is complete or does not exist, even if its process is killed."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _RENAME_EXCHANGE = 2
 def finished_directory(output: Path, *, force: bool = False, sources: Iterable[Path] = ()) -> Iterator[Path]:
     """Yield a fresh temporary sibling of `output`; on success sync it and rename it into place.
 
-    A process killed at any moment leaves at `output` what was there before or the whole result.
-    A reader takes a directory only with its manifest, which is written last.
+    If the process is killed, `output` holds either the old content or the whole result.
+    Readers accept a directory only with its manifest, which is written last.
 
     Args:
-        sources: what the result is made from, and must outlive it.
+        sources: inputs of the result, which must not be inside `output`.
 
     Raises:
         OutputError: from `check_output`, or if another process is writing it, or its parent cannot be written.
@@ -48,10 +48,10 @@ def finished_directory(output: Path, *, force: bool = False, sources: Iterable[P
 
 @contextmanager
 def locked(path: Path, on_busy: Callable[[int], None]) -> Iterator[None]:
-    """Hold the lock file `path`, which holds this process's id meanwhile; the kernel frees it if the process dies.
+    """Hold the lock file `path`, with this process's id in it. The kernel releases it if the process ends.
 
     Args:
-        on_busy: called once with the id of the process that holds it, before waiting for that; may raise instead.
+        on_busy: called once with the id of the process that holds the lock, before the wait; may raise instead.
 
     Raises:
         OutputError: if the file cannot be created.
@@ -80,7 +80,7 @@ def make_directory(directory: Path) -> None:
     """Create a directory with its parents, unless it exists.
 
     Raises:
-        OutputError: if that cannot be done.
+        OutputError: if it cannot be created.
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def make_directory(directory: Path) -> None:
 
 
 def recover(output: Path) -> None:
-    """Put back the result that a kill between the two renames of a replacement left next to `output`."""
+    """Restore the old result that a kill during a replacement left next to `output`."""
     output = destination(output)
     retired = _sibling(output, "old")
     if retired.exists() and not output.exists():
@@ -112,12 +112,12 @@ def clear_leftovers(output: Path) -> None:
 
 
 def destination(output: Path) -> Path:
-    """The directory itself where `output` is a link to it or a name such as `.`; siblings and renames need that."""
+    """Resolve links and names such as `.`, because siblings and renames need the real directory."""
     return output.resolve() if output.is_symlink() or output.name in ("", "..") else output
 
 
 def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
-    """Refuse what cannot become an output directory, even where the user allows a replacement.
+    """Refuse a path that cannot become an output directory, even with `force`.
 
     Raises:
         OutputError: if `output` is not a directory, or one of `sources` would be lost with it.
@@ -131,7 +131,7 @@ def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
 
 
 def check_output(output: Path, *, force: bool, sources: Iterable[Path] = ()) -> None:
-    """Refuse an output directory that exists, unless it is empty or `force` is set, and as `check_place` does."""
+    """Refuse an output directory that `check_place` refuses, or that is not empty unless `force` is set."""
     check_place(output, sources)
     if output.is_dir() and any(output.iterdir()) and not force:
         raise OutputError(f"{output}: exists", "pass --force to replace it or choose another directory")
@@ -169,7 +169,7 @@ def _cannot_create(directory: Path, problem: OSError) -> str:
 
 
 def _fresh_temporary(output: Path) -> Path:
-    """Clear away what a killed run left next to `output`, whose lock is ours, and start anew."""
+    """Remove leftovers of a killed run next to `output` and create an empty temporary directory. Needs the lock."""
     temporary = _sibling(output, "tmp")
     _remove_leftovers(output)
     make_directory(temporary)
@@ -185,7 +185,7 @@ def _remove_leftovers(output: Path) -> None:
 
 
 def _replace(temporary: Path, output: Path) -> None:
-    """Swap the two in one step; where the file system has none, in two, and `recover` mends a kill between them."""
+    """Swap the directories atomically, or in two renames if the file system cannot; `recover` completes these."""
     if not _exchange(temporary, output):
         retired = _sibling(output, "old")
         output.rename(retired)

@@ -1,4 +1,4 @@
-"""What a long command has done so far, in a file: run again after a kill, it goes on where it was."""
+"""A journal of a long command, from which an interrupted run resumes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from trtqwen.diagnostics import OutputError
 
 
 def journal_digest(content: Any) -> str:
-    """SHA-256 of everything that the entries of a journal depend on; `content` is what JSON can hold."""
+    """Return the SHA-256 of `content`, a JSON value with everything that the entries of a journal depend on."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Journal:
-    """JSON objects, one a line, behind a first line with the digest of everything that they depend on.
+    """A file of JSON objects, one per line. Its first line has the digest of everything that they depend on.
 
     Args:
-        other: what the file is if its digest differs, for the error: "is of another search".
-        hint: what to do then.
+        other: the error if the digest differs, such as "is of another search".
+        hint: the hint of that error.
         force: drop the entries of another digest.
-        sync: have each entry on the disk before `add` returns, not only in the system's hands.
+        sync: write each entry to the disk before `add` returns, not only to the page cache.
 
     Attributes:
         entries: those of earlier runs.
@@ -71,7 +71,7 @@ class Journal:
         self._path.unlink()
 
     def _read(self) -> list[dict[str, Any]]:
-        """The whole lines of the file; of a kill in the middle of one remains a part, which is dropped."""
+        """Return the complete lines of the file, without a last line that a kill cut short."""
         try:
             text = self._path.read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Manifests: what a build stage wrote and from what, and whether its files are still as it wrote them."""
+"""Manifests: the inputs and output files of a build stage, and a check that the files are unchanged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trtqwen.diagnostics import InputError
 
 MANIFEST = "manifest.json"
 StageName = Literal["checkpoint", "engine", "repository"]
-REMEDIES: dict[StageName, str] = {
+HINTS: dict[StageName, str] = {
     "checkpoint": "convert the model again with `trtqwen build`, or with `trtqwen convert --force`",
     "engine": "build it again with `trtqwen build`",
     "repository": "write it again with `trtqwen build`, or with `trtqwen repo --force`",
@@ -36,10 +36,10 @@ class FileRecord(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What one stage wrote and from what: the record by which the next stage accepts or refuses it.
+    """The inputs and output files of one stage. The next stage accepts or refuses the result by it.
 
     `key` is the digest of tool version, inputs and parameters; a cached result is valid if the keys are equal.
-    `warnings` is what was said of the inputs.
+    `warnings` are the warnings about the inputs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -80,7 +80,7 @@ def write_manifest(
 
     Args:
         known_digests: digests of files that were taken while writing them, by path relative to `directory`.
-        warnings: what was said of the inputs.
+        warnings: warnings about the inputs.
     """
     known = known_digests or {}
     outputs = {}
@@ -101,7 +101,7 @@ def write_manifest(
 
 
 def load_manifest(directory: Path, stage: StageName) -> Manifest:
-    """Read the manifest of a stage and check it in itself, without a look at the stage's files.
+    """Read the manifest of a stage and check its own integrity, but not the stage's files.
 
     Raises:
         InputError: if the directory is not a result of that stage, or its manifest is not as it was written.
@@ -111,12 +111,15 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
         text = path.read_text(encoding="utf-8")
         manifest = Manifest.model_validate_json(text)
     except OSError:
-        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", REMEDIES[stage]) from None
+        if not directory.exists():
+            what = f"{directory}: is not a finished {stage} (the directory does not exist)"
+            raise InputError(what, "make it with `trtqwen build`, or name another directory") from None
+        raise InputError(f"{directory}: is not a finished {stage} (no {MANIFEST})", HINTS[stage]) from None
     except ValueError:  # pydantic's ValidationError is one, and so is invalid UTF-8
-        raise InputError(f"{path}: is not a manifest of this version of trtqwen", REMEDIES[stage]) from None
+        raise InputError(f"{path}: is not a manifest of this version of trtqwen", HINTS[stage]) from None
     key = stage_key(manifest.stage, manifest.inputs, manifest.parameters, manifest.tool_version)
     if text != _text(manifest) or manifest.key != key:
-        raise InputError(f"{path}: was changed after it was written", REMEDIES[stage])
+        raise InputError(f"{path}: was changed after it was written", HINTS[stage])
     if manifest.stage != stage:
         raise InputError(
             f"{directory}: holds a finished {manifest.stage}, not a {stage}", f"name the {stage} directory"
@@ -125,7 +128,7 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
 
 
 def damage(directory: Path, manifest: Manifest, *, digests: bool = True) -> str | None:
-    """What is wrong with the first file that is not as the manifest says; None if all are.
+    """Describe the first file that differs from the manifest; None if all files are unchanged.
 
     Args:
         digests: read every file and compare its digest; otherwise only its size.
@@ -160,14 +163,14 @@ def read_manifest(directory: Path, stage: StageName, *, digests: bool = True) ->
     try:
         problem = damage(directory, manifest, digests=digests)
     except OSError as error:
-        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", REMEDIES[stage]) from None
+        raise InputError(f"{error.filename}: cannot be read ({error.strerror})", HINTS[stage]) from None
     if problem:
-        raise InputError(f"{directory}: {problem}", REMEDIES[stage])
+        raise InputError(f"{directory}: {problem}", HINTS[stage])
     return manifest
 
 
 def cached(directory: Path, stage: StageName, key: str) -> bool:
-    """Whether `directory` already holds this very result."""
+    """Return whether `directory` already holds the result with this key."""
     try:
         return read_manifest(directory, stage).key == key
     except InputError:

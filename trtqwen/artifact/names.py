@@ -1,7 +1,7 @@
 """File names inside a checkpoint, an engine and a model repository.
 
-Every package that reads or writes an artifact takes its names from here, so that a process which serves imports no
-converter.
+Every package that reads or writes an artifact takes its names from here, so that a serving process does not import
+the converter.
 """
 
 from __future__ import annotations

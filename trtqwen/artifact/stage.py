@@ -1,4 +1,4 @@
-"""One stage of a build: what it depends on, whether its result is up to date, and how it is made."""
+"""One stage of a build: its inputs, whether its result is up to date, and how to make it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from trtqwen.diagnostics import InputError
 
 @dataclass(frozen=True)
 class BuildProgress:
-    """How far an engine's builder is.
+    """The progress of an engine's builder.
 
     Attributes:
         line: the builder's latest line.
-        ranks_done: rank files there, of `ranks`.
+        ranks_done: number of finished rank files, of `ranks`.
     """
 
     line: str
@@ -31,11 +31,11 @@ class BuildProgress:
 
 @dataclass(frozen=True)
 class StageResult:
-    """What became of a stage.
+    """The result of a stage in one build.
 
     Attributes:
-        why: why it was made; None if an earlier result was taken as it is.
-        seconds: time it took.
+        why: why it was made; None if an earlier result was reused.
+        seconds: duration.
         nbytes: size of its directory.
     """
 
@@ -56,7 +56,7 @@ def _ignore(*_: object) -> None:
 
 @dataclass(frozen=True)
 class BuildEvents:
-    """Who is told what during a build.
+    """Callbacks of a build.
 
     Attributes:
         written: called with the bytes of checkpoint written since the last call.
@@ -81,8 +81,8 @@ class Stage(ABC):
 
     Attributes:
         name: as the manifest has it.
-        section: the recipe's section that steers it.
-        directory: where its result goes.
+        section: the recipe's section with its settings.
+        directory: output directory of its result.
     """
 
     name: ClassVar[StageName]
@@ -91,15 +91,15 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self) -> dict[str, str]:
-        """Digests of everything that the result is made of, by name."""
+        """Return the digests of all inputs of the result, by name."""
 
     @abstractmethod
     def parameters(self) -> dict[str, Any]:
-        """What else decides the result: the settings of the recipe's section."""
+        """Return the settings of the recipe's section that decide the result."""
 
     @abstractmethod
     def check(self, *, force: bool) -> None:
-        """Refuse at once what would fail later.
+        """Check everything that would fail later.
 
         Raises:
             TrtQwenError: with the hint.
@@ -115,11 +115,11 @@ class Stage(ABC):
 
     @property
     def sources(self) -> tuple[Path, ...]:
-        """Directories that the result is made from, and that must outlive it."""
+        """Return the input directories, which the result must not replace."""
         return ()
 
     def warnings(self) -> Sequence[str]:
-        """What the manifest tells of the inputs."""
+        """Return the warnings about the inputs for the manifest."""
         return ()
 
     def key(self) -> str:
@@ -128,11 +128,11 @@ class Stage(ABC):
 
     @property
     def done(self) -> bool:
-        """Whether the directory already holds this very result."""
+        """Return whether the directory already holds this result."""
         return cached(self.directory, self.name, self.key())
 
     def make(self, *, force: bool = False, events: BuildEvents | None = None) -> Manifest:
-        """Make the result, whether it is up to date or not.
+        """Make the result, even if it is up to date.
 
         Args:
             force: replace what is in the directory.
@@ -147,7 +147,7 @@ class Stage(ABC):
             )
 
     def why(self, *, digests: bool = True) -> str | None:
-        """Why it has to be made, in words that follow "because"; None if it is done.
+        """Say why the result must be made, as the end of a sentence with "because"; None if it is up to date.
 
         Args:
             digests: read every file of the result and compare its digest; otherwise only its size.
@@ -178,7 +178,7 @@ class Stage(ABC):
 
 
 def occupied(directory: Path) -> bool:
-    """Whether a directory is there and holds anything."""
+    """Return whether a directory exists and is not empty."""
     return directory.is_dir() and any(directory.iterdir())
 
 

@@ -1,1 +1,1 @@
-"""Offline inference: a file of requests in, a file of results out, without a server."""
+"""Offline inference: read a file of requests and write a file of results, without a server."""

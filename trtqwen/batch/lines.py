@@ -1,4 +1,4 @@
-"""Input files of a batch: a JSON list of prompts, JSONL, or OpenAI's batch format; and what is written for a line."""
+"""Input files of a batch (a JSON list of prompts, JSONL, or OpenAI's batch format) and their results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Line:
         custom_id: of OpenAI's format; None in others.
         url: the route that answers it.
         body: of the request.
-        error: what is wrong with it, in place of an answer.
+        error: why it cannot be answered; None if it can.
     """
 
     index: int
@@ -34,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request gets that does not say it.
+    """Defaults for fields that a request does not set.
 
     Attributes:
         chat: a prompt is a user's message.
@@ -109,7 +109,7 @@ def _openai_line(index: int, entry: dict[str, Any], defaults: Defaults) -> Line:
 
 
 def result(line: Line, status: int, answer: Mapping[str, Any]) -> dict[str, Any]:
-    """What the output file holds for a line: OpenAI's own format where the line has it.
+    """Return the output object of a line, in OpenAI's batch format if the line has that format.
 
     Args:
         status: of the answer by HTTP; 0 if there was no request.

@@ -1,4 +1,4 @@
-"""An engine in this process behind the calls that the gateway makes to Triton."""
+"""An engine in this process with the gRPC interface that the gateway uses."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LocalTriton:
     """Answers `ModelStreamInfer` of the model `tensorrt_llm` from an engine in this process.
 
     Attributes:
-        addresses: one, for the gateway alone; no port is open.
+        addresses: one name for the gateway; no port is open.
     """
 
     addresses = ("127.0.0.1:1",)
@@ -40,7 +40,7 @@ class LocalTriton:
         return Replica(address, self)
 
     def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float, metadata: object = ()) -> _Call:
-        """A call, as grpc's stub makes it."""
+        """Start a call, with the interface of grpc's stub."""
         return _Call(self._service, requests)
 
     def check(self) -> None:

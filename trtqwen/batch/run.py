@@ -1,4 +1,4 @@
-"""Runs a batch: the gateway's own routes, called in this process, in front of an engine.
+"""Run a batch: call the gateway's own routes in this process, in front of an engine.
 
 The embedded engine and the LLM API run in this process, vLLM and TensorRT engines behind the Triton servers that
 `serve` would start. A line gets the answer that the server would give, by the same code.
@@ -44,7 +44,7 @@ _IN_PROCESS = ("torch", "llmapi")
 
 @dataclass(frozen=True)
 class BatchResult:
-    """What became of a batch.
+    """The result of a batch.
 
     Attributes:
         reused: results that an earlier run had written.
@@ -58,7 +58,7 @@ class BatchResult:
 
 
 def find_engine(engine_or_recipe: str, engines: Path) -> tuple[Path, ServeRecipe]:
-    """The engine directory, and how it is served: a directory, or the engine that `trtqwen build RECIPE` made.
+    """Return an engine directory and its serving settings, for a directory or the name of a built recipe.
 
     Raises:
         InputError: if there is none.
@@ -90,7 +90,7 @@ def run_batch(
 
     Raises:
         OutputError: if the output exists, or a journal of another batch, and `force` is not set.
-        EngineError, ServerError: if the engine does not start, or dies; what is done is kept.
+        EngineError, ServerError: if the engine does not start or ends; finished results are kept.
     """
     if output.exists() and not force:
         raise OutputError(f"{output}: exists", "pass --force to replace it or choose another file")
@@ -119,7 +119,7 @@ def _open(repository: Path, *, local: bool) -> AbstractContextManager[LocalTrito
 
 @contextmanager
 def _repository(engine: Path, serve: ServeRecipe) -> Iterator[Path]:
-    """A model repository of the engine for as long as the block runs: it tells the gateway all about the model."""
+    """Yield a temporary model repository of the engine, from which the gateway reads the model's properties."""
     with workspace("batch") as home:
         repository = home / "repository"
         write_repository(engine, serve, repository)
@@ -185,7 +185,7 @@ async def _answer_all(
 
 
 async def _survive(triton: LocalTriton | ServedTriton, monitor: Monitor) -> None:
-    """Return when the engine has answered after a request failed; raise its error if it has died.
+    """Wait after a failed request until the engine answers; raise its error if it has ended.
 
     The line of a request that died with its engine has no result: the next run answers it.
     """
@@ -197,7 +197,7 @@ async def _survive(triton: LocalTriton | ServedTriton, monitor: Monitor) -> None
 
 
 async def _check_for(triton: LocalTriton | ServedTriton, seconds: float) -> None:
-    """Look at the engine again and again for so long; raise its error if it has died."""
+    """Check the engine repeatedly for this time; raise its error if it has ended."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         await asyncio.to_thread(triton.check)
@@ -205,7 +205,7 @@ async def _check_for(triton: LocalTriton | ServedTriton, seconds: float) -> None
 
 
 async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict[str, Any]]:
-    """Call a route of an ASGI application; its status and JSON."""
+    """Call a route of an ASGI application and return its status and JSON."""
     content = json.dumps(body).encode()
     scope = {
         "type": "http",
@@ -244,7 +244,7 @@ async def _post(app: Any, path: str, body: Mapping[str, Any]) -> tuple[int, dict
 
 
 class _Results:
-    """Results as they come, in a journal next to the output, so that nothing is computed twice."""
+    """A journal of results next to the output, so that a resumed batch computes nothing twice."""
 
     def __init__(self, output: Path, digest: str, *, force: bool) -> None:
         self._output = output

@@ -1,4 +1,4 @@
-"""Triton servers that are started for a batch: for engines that do not run in this process."""
+"""Triton servers for a batch, for engines that do not run in this process."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Whether servers give the same answers: greedy tokens, where they part, and the perplexity of a text.
+"""Agreement of the answers of servers: greedy tokens, their first difference, and the perplexity of a text.
 
-Perplexity comes over the same interface as answers do: each next token of the text is forced by a bias, and the
-server tells its log probability, which it takes before the bias.
+Perplexity uses the same interface as answers: a logit bias forces each next token of the text, and the server returns
+its log probability, which it computes before the bias.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ TEXT = (
 
 @dataclass(frozen=True)
 class Answers:
-    """What one server says.
+    """The answers of one server.
 
     Attributes:
         token_ids: of each prompt's greedy answer.
         log_probs: of its tokens.
-        perplexity: of the text; None if the server does not tell log probabilities.
+        perplexity: of the text; None if the server returns no log probabilities.
     """
 
     token_ids: tuple[tuple[int, ...], ...]
@@ -56,7 +56,7 @@ class Agreement:
     Attributes:
         same_answers: answers that are equal in every token.
         same_tokens: share of tokens before the first difference.
-        first_difference: token at which each answer parts; None where it does not.
+        first_difference: index of the first token that differs in each answer; None if all are equal.
         log_prob_difference: mean difference of the log probabilities of the equal tokens.
     """
 
@@ -114,7 +114,7 @@ async def _ask(target: Target, tokenizer: Tokenizer, max_tokens: int, text_token
 
 
 def compare_answers(one: Answers, other: Answers) -> Agreement:
-    """How the second server's answers compare with the first's."""
+    """Compare the second server's answers with the first's."""
     parts: list[int | None] = []
     equal = total = 0
     differences: list[float] = []

@@ -1,4 +1,4 @@
-"""Several servers under the same loads, alternating on the same machine, and where each one loses."""
+"""Compare several servers under the same loads, alternating on the same machine."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _MARGIN = 0.03  # a difference below is none
 
 @dataclass(frozen=True)
 class CompareSettings:
-    """How contenders are compared.
+    """Settings of a comparison.
 
     Attributes:
         turns: how often each one is started and measured; at least three.
@@ -52,7 +52,7 @@ class CompareSettings:
 
 @dataclass(frozen=True)
 class Side:
-    """What was measured of one contender.
+    """Measurements of one contender.
 
     Attributes:
         startup: seconds, and memory in GiB under load: of all processes, and of the GPUs; None for an address.
@@ -71,7 +71,7 @@ class Side:
 
 @dataclass(frozen=True)
 class Loss:
-    """Something in which a contender is behind the best.
+    """A measure in which a contender is worse than the best one.
 
     Attributes:
         where: workload, or empty for what does not depend on one.
@@ -123,7 +123,7 @@ class Comparison:
 
 
 def comparison_digest(contenders: Sequence[Contender], settings: CompareSettings, tokenizer: Path | None) -> str:
-    """Of everything that the measurements depend on; a repository counts with its manifest."""
+    """Return a digest of everything that the measurements depend on, manifests of repositories included."""
     sides = []
     for contender in contenders:
         manifest = None
@@ -142,12 +142,12 @@ def run_compare(
     visits: Visits,
     on_step: OnStep = lambda step: None,
 ) -> Comparison:
-    """Measure the contenders alternately: A, B, A, B and so on, each started anew.
+    """Measure the contenders alternately (A, B, A, B and so on), with a new start for each measurement.
 
     Args:
         config: with the sizes of the model; None if no contender is local.
         logs: directory for the servers' logs.
-        visits: those that an earlier run made count.
+        visits: measurements of an interrupted run, which are reused.
 
     Raises:
         ServerError: if a contender does not start, or fails every request of a workload.
@@ -210,7 +210,7 @@ def _visit(
 
 
 def _side(contender: Contender, visits: Sequence[Visit]) -> Side:
-    """What all visits of a contender say together."""
+    """Combine all visits of a contender."""
     results = {name: [visit.results[name] for visit in visits] for name in visits[0].results}
     startups = [visit.startup for visit in visits if visit.startup is not None]
     memories = [visit.memory for visit in visits if visit.memory is not None]
@@ -230,7 +230,7 @@ def _side(contender: Contender, visits: Sequence[Visit]) -> Side:
 
 
 def find_losses(sides: Sequence[Side]) -> tuple[Loss, ...]:
-    """Where contenders are behind the best of them, by more than the noise of both."""
+    """Find the measures in which a contender is worse than the best one by more than the noise of both."""
     losses: list[Loss] = []
 
     def look(where: str, metric: str, values: Mapping[str, tuple[float, float | None]], *, lower: bool) -> None:

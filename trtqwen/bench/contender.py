@@ -1,4 +1,4 @@
-"""What a comparison compares: a repository that it serves itself, or an address that already serves."""
+"""A contender of a comparison: a repository that the comparison serves, or the address of a running server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class Running:
-    """A contender that serves.
+    """A running contender.
 
     Attributes:
         startup: seconds until it answered; None for an address.
@@ -62,7 +62,7 @@ class Running:
 
     @property
     def memory(self) -> dict[str, float] | None:
-        """Memory in use now: GiB of all processes, and of all GPUs of the machine; None for an address."""
+        """Return the memory in use in GiB: of all processes, and of all GPUs of the machine; None for an address."""
         if self.pid is None:
             return None
         gpus = sum(gpu.used_mib for gpu in read_host().gpus) / 1024
@@ -70,7 +70,7 @@ class Running:
 
 
 def find_contender(text: str, repositories: Path) -> Contender:
-    """A contender by an address, a model repository, or a recipe that was built.
+    """Find a contender by an address, a model repository, or a built recipe.
 
     Raises:
         InputError: if it is none of them.
@@ -95,7 +95,7 @@ def find_contender(text: str, repositories: Path) -> Contender:
 
 
 def contender_engine(contender: Contender) -> Path | None:
-    """The engine directory of a contender, where this machine knows it."""
+    """Return the engine directory of a contender; None if it is not on this machine."""
     if contender.repository is None:
         return None
     parameters = json.loads((contender.repository / MANIFEST).read_text(encoding="utf-8"))["parameters"]
@@ -118,7 +118,7 @@ def find_vocabulary(contenders: list[Contender], given: Path | None) -> tuple[To
 
 @contextmanager
 def serving(contender: Contender, log: Path) -> Iterator[Running]:
-    """Start a contender, and stop it when the block ends; an address is only asked.
+    """Start a contender and stop it when the block ends. A contender with an address is already running.
 
     Raises:
         ServerError: if it does not start, with the last line that it wrote.
@@ -165,7 +165,7 @@ def serving(contender: Contender, log: Path) -> Iterator[Running]:
 
 
 def _endpoints(stdout: IO[str]) -> dict[str, Any] | None:
-    """The object that `serve --json` prints when it is ready; None if it ends before."""
+    """Return the object that `serve --json` prints when it is ready; None if it ends before that."""
     text = ""
     for line in stdout:
         text += line
@@ -176,7 +176,7 @@ def _endpoints(stdout: IO[str]) -> dict[str, Any] | None:
 
 
 class _Listener:
-    """Reads what a process writes, so that it never waits, and keeps the last error."""
+    """Reads the output of a process, so that the process never blocks, and keeps the last error."""
 
     def __init__(self, source: IO[str]) -> None:
         self._last, self._source = "", source

@@ -1,4 +1,4 @@
-"""The servers that a load test talks to: Triton's gRPC and OpenAI's HTTP, both with token ids in."""
+"""Clients of a load test: Triton's gRPC and OpenAI's HTTP, both with prompts as token ids."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ _NO_END = -1
 
 @dataclass(frozen=True)
 class Target:
-    """A server to put under load. Crosses into the processes that send.
+    """The server under load. It is sent to the processes of the load generator.
 
     Attributes:
         url: `host:port` of Triton's gRPC, or `http://host:port` of a server with OpenAI's routes.
         model: what the server calls the model; for gRPC the Triton model.
         api_key: sent to HTTP servers as a bearer token.
         timeout: seconds for one answer.
-        ignore_eos: have the engine go on behind the end token, so that every answer has the length asked for.
+        ignore_eos: generate past the end token, so that every answer has the requested length.
         keep: keep token ids, log probabilities and text of the answers.
-        stop_ids: end the answer, where `ignore_eos` is off.
-        token_ids: whether an HTTP server sends the ids of its tokens when it is asked to, as vLLM does.
+        stop_ids: token ids that end an answer if `ignore_eos` is off.
+        token_ids: whether an HTTP server can send the ids of its tokens, as vLLM can.
         vocab_size: of the model, padding included; gRPC needs it to bias logits.
     """
 
@@ -53,7 +53,7 @@ class Target:
 
 @dataclass
 class Outcome:
-    """An answer, complete."""
+    """A complete answer."""
 
     prompt_tokens: int = 0
     output_tokens: int = 0
@@ -66,7 +66,7 @@ class Endpoint(Protocol):
     """An open connection to a target."""
 
     async def generate(self, ask: Ask, on_piece: OnPiece, bias: dict[int, float] | None = None) -> Outcome:
-        """Send a request, call `on_piece` with the number of tokens whenever a piece arrives, return the whole.
+        """Send a request, call `on_piece` with the number of tokens of each piece, and return the whole answer.
 
         Raises:
             ServerError: if the server refuses, fails or cannot be reached.
@@ -231,7 +231,7 @@ class HttpEndpoint:
 
 
 def _reason(text: str) -> str:
-    """The message of an error as OpenAI writes it, or the start of what came in its place."""
+    """Return the message of an error in OpenAI's format, or the start of the body if it has another format."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -62,7 +62,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Goodput:
-    """What a request must keep to count as good, in milliseconds; None is no limit."""
+    """Limits of a good request in milliseconds; None is no limit."""
 
     time_to_first_token: float | None = None
     inter_token_latency: float | None = None
@@ -84,7 +84,7 @@ class ClientHealth:
     Attributes:
         cpu_share: of its busiest process.
         lag_p95_ms: lateness of its event loops, 95th percentile.
-        bottleneck: why its figures describe the client more than the server; None if it kept up.
+        bottleneck: why the client limited the measurement; None if it kept up.
     """
 
     cpu_share: float
@@ -99,7 +99,7 @@ class Figures:
     Attributes:
         rates: by AIPerf's names.
         distributions: by AIPerf's names.
-        errors: how often each error came.
+        errors: number of requests by error.
     """
 
     rates: Mapping[str, Rate]
@@ -125,7 +125,7 @@ def confidence(values: Sequence[float]) -> float | None:
 def figures(
     repeats: Sequence[Sequence[RequestRecord]], clients: Sequence[ClientLoad], goodput: Goodput | None = None
 ) -> Figures:
-    """Work out the figures of a test.
+    """Compute the figures of a test.
 
     Args:
         repeats: the records of each repeat; none of them is empty.

@@ -1,7 +1,7 @@
-"""The load generator: sends a workload and notes when every piece of every answer arrives.
+"""The load generator: send a workload and record when every piece of every answer arrives.
 
-It works in processes of its own, so that nothing else of this program, such as a progress bar, delays it. Times are
-taken where the piece is read; each process also measures how late its event loop wakes up.
+It runs in separate processes, so that other work of this program, such as a progress bar, does not delay it. A piece
+has the time at which it is read. Each process also measures how late its event loop wakes up.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _STARTUP_SECONDS = 120
 
 @dataclass(frozen=True)
 class Job:
-    """What one process sends in one run.
+    """The requests of one process in one run.
 
     Attributes:
         asks: the requests with their places in the workload; those with times are sent at them.
@@ -51,7 +51,7 @@ async def send_all(
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     on_done: OnDone = lambda record: None,
 ) -> list[RequestRecord]:
-    """Send the requests of a job and return what became of each, in the order of the job."""
+    """Send the requests of a job and return their records, in the order of the job."""
     if job.concurrency is None:
         return list(
             await asyncio.gather(*(_send_at(endpoint, job, place, clock, sleep, on_done) for place in job.asks))
@@ -103,7 +103,7 @@ async def _send(endpoint: Endpoint, index: int, ask: Ask, due: float, clock: Clo
 
 
 class _LagMeter:
-    """Notes how late the event loop wakes up, and how much of a processor this process uses."""
+    """Measures how late the event loop wakes up, and the CPU use of this process."""
 
     def __init__(self) -> None:
         self._lags: list[float] = []

@@ -86,7 +86,7 @@ class Spot:
     Attributes:
         label: next to the spot; empty for none.
         front: whether it is on the Pareto front.
-        whole: whether it had a whole run; others are drawn hollow.
+        whole: whether it had a full run; others are drawn hollow.
     """
 
     latency: float

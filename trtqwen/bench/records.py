@@ -1,4 +1,4 @@
-"""What a load generator notes of one request, and of itself."""
+"""Records of a load generator: of each request, and of its own load."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class RequestRecord:
         sent: when it was sent.
         pieces: arrival time and tokens of each piece of the answer; 0 tokens where the server does not tell.
         ended: when the answer was complete or failed.
-        asked_tokens: length of the answer that was asked for.
+        asked_tokens: requested length of the answer.
         prompt_tokens, output_tokens: counted from ids, or told by the server.
         error: why it failed.
-        token_ids, log_probs, text: the answer, where it was asked to be kept.
+        token_ids, log_probs, text: the answer, if it is kept.
     """
 
     index: int

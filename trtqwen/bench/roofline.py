@@ -1,4 +1,4 @@
-"""The most tokens per second that a card can make of a model: a rate above it was measured wrongly."""
+"""The highest token rate that a card allows for a model. A measured rate above it is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One load test: warm-up, at least three repeats, figures, and what they were measured on."""
+"""One load test: warm-up, at least three repeats, figures, and the versions and hardware that they belong to."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OnPhase = Callable[[str, int], Callable[[int, int], None]]
 
 @dataclass(frozen=True)
 class LoadSettings:
-    """How a workload is sent.
+    """Settings of a load test.
 
     Attributes:
         concurrency: requests open at a time (closed loop); None for an open loop.
@@ -96,7 +96,7 @@ class BenchReport:
 
 
 def check_settings(settings: LoadSettings, workload: Workload) -> None:
-    """Refuse settings that do not make an honest test.
+    """Refuse settings that would make the figures meaningless.
 
     Raises:
         InputError: with the hint.
@@ -174,7 +174,7 @@ def run_phase(
 
 
 def probe(url: str, model: str | None, api_key: str | None = None) -> tuple[Target, dict[str, Any]]:
-    """Ask a server who it is.
+    """Ask a server for its model and properties.
 
     Args:
         model: what it calls the model; None asks it.

@@ -1,4 +1,4 @@
-"""From what a user asks for to the workloads of a test."""
+"""Workloads and tokenizer of a load test from the options of a command."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from trtqwen.hf.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class WorkloadOptions:
-    """What to send.
+    """Options of a workload.
 
     Attributes:
         workload: name or file.
@@ -42,7 +42,7 @@ class WorkloadOptions:
 
 
 def find_tokenizer(given: Path | None, about: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer that is given, or that of the engine that the server names, if this machine has it.
+    """Return the given tokenizer, or that of the server's engine if the engine is on this machine.
 
     Raises:
         InputError: if there is none.
@@ -57,7 +57,7 @@ def find_tokenizer(given: Path | None, about: Mapping[str, Any]) -> Tokenizer:
 
 
 def make_workloads(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -> list[Workload]:
-    """As many workloads: drawn with different seeds, or cut from different parts of a file if it is long enough.
+    """Make `count` workloads, with different seeds or from different parts of a file that is long enough.
 
     Raises:
         InputError: if there is no such workload or file.
@@ -68,7 +68,7 @@ def make_workloads(options: WorkloadOptions, tokenizer: Tokenizer, count: int) -
 
 
 def named_workloads(options: WorkloadOptions, vocabulary: Sequence[int], count: int) -> list[Workload]:
-    """As many workloads of a name, drawn with different seeds.
+    """Draw `count` named workloads with different seeds.
 
     Args:
         vocabulary: the token ids to draw from.

@@ -1,4 +1,4 @@
-"""What a comparison has measured so far: one visit for each contender and turn."""
+"""The measurements of a comparison so far: one visit for each contender and turn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ JOURNAL = "compare.jsonl"
 
 @dataclass(frozen=True)
 class Visit:
-    """One start of a contender, and what was measured until it stopped.
+    """The measurements of a contender between its start and its stop.
 
     Attributes:
         startup: seconds until it answered; None for an address.
@@ -37,7 +37,7 @@ class Visit:
 
 
 class Visits:
-    """The visits of a comparison, in a journal for as long as it is not finished.
+    """The visits of an unfinished comparison, in a journal.
 
     Args:
         digest: of contenders and settings.

@@ -1,4 +1,4 @@
-"""Workloads: the requests of a load test, made by name or read from a file, with a digest of what is sent."""
+"""Workloads: the requests of a load test, made by name or read from a file, with a digest of the requests."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def _draw(drawn: random.Random, mean: int, deviation: int) -> int:
 
 
 def plain_vocabulary(tokenizer: Tokenizer) -> list[int]:
-    """Ids of tokens that are a space and a lower-case ASCII word, as their text encodes to the same ids again."""
+    """Return the ids of tokens with a space and a lowercase ASCII word, whose text encodes to the same ids again."""
     tokens = tokenizer.token_bytes
     words = [index for index, token in enumerate(tokens) if token[:1] == b" " and token[1:].isalpha()]
     plain = [index for index in words if tokens[index].isascii() and tokens[index].islower()]

@@ -1,1 +1,1 @@
-"""The TensorRT-LLM checkpoint: its names, shapes and shards, its config.json, a writer and a reader."""
+"""The TensorRT-LLM checkpoint: names, shapes and shards of its tensors, its config.json, a writer and a reader."""

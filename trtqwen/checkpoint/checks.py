@@ -1,4 +1,4 @@
-"""Whether a model can be converted as asked: refused before anything is written, each reason in one sentence."""
+"""Checks of a conversion before anything is written."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def check_settings(config: HfConfig, mapping: RankMapping, settings: CheckpointR
     """Check sizes against parallelism, precision and release.
 
     Raises:
-        CheckpointError: naming what does not fit.
+        CheckpointError: naming the size that does not fit.
     """
     check_parallel(config, mapping)
     _check_pipeline(config, mapping, settings)
@@ -34,7 +34,7 @@ def check_settings(config: HfConfig, mapping: RankMapping, settings: CheckpointR
 
 
 def check_disk(output: Path, nbytes: int) -> None:
-    """Refuse to start writing what the disk cannot hold.
+    """Refuse to write more than the disk can hold.
 
     Raises:
         OutputError: with the sizes.
@@ -48,7 +48,7 @@ def check_disk(output: Path, nbytes: int) -> None:
 
 
 def write_hint(problem: OSError) -> str:
-    """What to do about a write that failed."""
+    """Return the hint for a failed write."""
     if problem.errno in (errno.ENOSPC, errno.EDQUOT):
         return "free some space, or choose a directory on another disk"
     return "check the disk and the file system that holds the directory"
@@ -89,8 +89,8 @@ def _check_weight_only(config: HfConfig, mapping: RankMapping, settings: Checkpo
         sizes["intermediate size"] = config.intermediate_size
     for name, size in sizes.items():
         if size % unit:
-            remedy = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
+            hint = "use int8_layout sm80 or sm90, which pad it" if name == "intermediate size" else "lower tp_size"
             raise CheckpointError(
                 f"INT8 weight-only at tp_size {mapping.tp_size}: {name} {size} is not a multiple of {unit}",
-                f"{remedy}",
+                hint,
             )

@@ -40,7 +40,7 @@ class QuantConfig(BaseModel):
 
 
 class CheckpointConfig(BaseModel):
-    """What a reader of the checkpoint needs; absent keys are errors, not TensorRT-LLM's silent defaults."""
+    """The part of config.json that readers need. An absent key is an error, not TensorRT-LLM's silent default."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
@@ -86,12 +86,12 @@ class CheckpointConfig(BaseModel):
 
     @property
     def matrix_values(self) -> int:
-        """Weights in the linear layers of one rank, the embedding and the output layer apart."""
+        """Weights in the linear layers of one rank, without the embedding and the output layer."""
         return self.layer_values * self.num_hidden_layers // self.mapping.pp_size
 
 
 def resolved_dtype(choice: DtypeChoice, hf: HfConfig) -> Dtype:
-    """The dtype of what is not quantized; `auto` makes float32 models float16, as NVIDIA's converter does."""
+    """Return the dtype of unquantized tensors. As in NVIDIA's converter, `auto` is float16 for float32 models."""
     if choice != "auto":
         return choice
     return "bfloat16" if hf.torch_dtype == "bfloat16" else "float16"
@@ -107,10 +107,10 @@ def checkpoint_config(
     calibrated: bool,
     release: Release,
 ) -> dict[str, Any]:
-    """The content of config.json, in NVIDIA's key order (its reader fills wrong defaults for what is absent).
+    """Return the content of config.json, in NVIDIA's key order. NVIDIA's reader has wrong defaults for absent keys.
 
     Args:
-        quantization: what differs from an unquantized block.
+        quantization: keys that differ from those of an unquantized checkpoint.
         calibrated: whether activation ranges were used: NVIDIA's two paths write the mapping differently.
     """
     content: dict[str, Any] = {

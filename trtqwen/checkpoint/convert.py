@@ -1,7 +1,7 @@
 """From a Hugging Face directory to a TensorRT-LLM checkpoint: all ranks in one pass over the source.
 
 A thread reads and checks the tensors that come next, the main thread casts or quantizes, and each rank file's own
-thread writes. Resident memory: the source tensors in work (mapped, given back after use) and 8 MiB of buffers each.
+thread writes. Resident memory: the source tensors in use (mapped, released after use) and 8 MiB of buffers for each.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True)
 class ConversionPlan:
-    """What a conversion will write.
+    """The plan of a conversion.
 
     Attributes:
-        dtype: dtype of what is not quantized.
+        dtype: dtype of tensors that are not quantized.
         rules: how each tensor is made, in file order.
-        parameters: what, besides the source, decides the result.
+        parameters: all settings that change the result.
         tokenizer: the model's; None for a model without tokenizer files.
-        findings: what is said of the model: defaults that act, and what is not read.
+        findings: notes on the model, such as defaults that apply and tensors that are not read.
         files: the source's files, as they were when the plan was made.
     """
 
@@ -98,7 +98,7 @@ class ConversionPlan:
         return stage_key("checkpoint", self.inputs(), self.parameters)
 
     def inputs(self) -> dict[str, str]:
-        """Digests of everything the result is made of."""
+        """Return the digests of all inputs."""
         return self.source.digests() | calibration_inputs(self.settings)
 
 
@@ -106,10 +106,10 @@ Inspect = Callable[[ConversionPlan, Path, Ranges], None]
 
 
 def plan_conversion(model: Path, settings: CheckpointRecipe | None = None) -> ConversionPlan:
-    """Check the source against its config and lay out every rank file.
+    """Check the source against its config and plan every rank file.
 
     Raises:
-        SourceError: if config, weights, tokenizer or chat template are not those of a model that can be served.
+        SourceError: if config, weights, tokenizer or chat template cannot be served.
         CheckpointError: if the model cannot be converted as asked.
     """
     settings = settings or CheckpointRecipe()
@@ -263,7 +263,7 @@ def _write_ranks(plan: ConversionPlan, ranges: Ranges, directory: Path, progress
 
 
 def _examined(plan: ConversionPlan) -> Iterator[Rule]:
-    """The rules, each after its sources were read and found fit; a thread reads for the next one meanwhile."""
+    """Yield the rules after a check of their sources. A thread reads the sources of the next rule ahead."""
 
     def examine(rule: Rule) -> Rule:
         plan.files.check()
@@ -276,7 +276,7 @@ def _examined(plan: ConversionPlan) -> Iterator[Rule]:
                         f"{plan.source.directory}: {count} values of tensor {name!r} overflow float16 (largest "
                         f"{largest:.3g})"
                     ),
-                    f"{_overflow_remedy(plan.precision)}",
+                    _overflow_hint(plan.precision),
                 )
         return rule
 
@@ -290,7 +290,7 @@ def _examined(plan: ConversionPlan) -> Iterator[Rule]:
             yield coming.result()
 
 
-def _overflow_remedy(precision: Precision) -> str:
+def _overflow_hint(precision: Precision) -> str:
     if precision.through_float16:
         return "SmoothQuant and INT8 KV caches compute in it: use quant int8_wo or none with dtype bfloat16"
     return "use dtype bfloat16"

@@ -1,4 +1,4 @@
-"""Which rank holds what: tensor and pipeline parallelism as TensorRT-LLM numbers it."""
+"""The rank mapping: tensor and pipeline parallelism with TensorRT-LLM's numbering of ranks."""
 
 from __future__ import annotations
 

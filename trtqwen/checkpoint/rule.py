@@ -1,4 +1,4 @@
-"""What the rules of every precision share: what a rule is, what the numbers become, and the linear layers."""
+"""The parts that the rules of every precision share: rules, precisions and linear layers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FLOAT32, INT8 = np.dtype(np.float32), np.dtype(np.int8)
 
 @dataclass(frozen=True)
 class Precision:
-    """What the numbers become.
+    """The precision of a checkpoint.
 
     Attributes:
         dtype: of everything that is not quantized.
@@ -51,7 +51,7 @@ class Precision:
 
 @dataclass(frozen=True)
 class Rule:
-    """A few tensors of the checkpoint that are made together.
+    """A group of checkpoint tensors that are made together.
 
     Attributes:
         sources: the Hugging Face tensors they are made of, with the shapes these must have.

@@ -1,4 +1,4 @@
-"""How a tensor is divided over the tensor-parallel ranks, and which models can be divided."""
+"""Sharding of a tensor over the tensor-parallel ranks, and the models that allow it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SmoothQuant's rules: each linear layer in int8 with its scales, and the norm before it divided by the smoother."""
+"""Rules of SmoothQuant: INT8 linear layers with their scales, and norms divided by the smoother."""
 
 from __future__ import annotations
 
@@ -179,5 +179,5 @@ class SmoothRules:
         return shard(split, tensors, self._config, self._tp_size, tp_rank)
 
     def _shard_codes(self, split: Split, codes: Sequence[Codes], tp_rank: int) -> list[Array]:
-        """Codes are arrays in all that sharding and writing ask of one."""
+        """Return the shard of INT8 codes, which have the interface of arrays that sharding and writing need."""
         return self._shard(split, cast(Sequence[Array], codes), tp_rank)

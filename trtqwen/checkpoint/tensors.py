@@ -133,7 +133,7 @@ class RuleBook:
         return local
 
     def _kv_scale(self, target: str, source: str, stage: int) -> Rule:
-        """One step for keys and values of a layer: the largest output of all three projections, by 127."""
+        """Return the scale of a layer's keys and values: the largest output of all projections divided by 127."""
         name = f"{target}.attention.kv_cache_scaling_factor"
 
         def produce(tensors: Sequence[Array], ranges: Ranges) -> Iterator[Parts]:

@@ -14,30 +14,30 @@ from trtqwen.cli.output import Force, Json, print_json, progress_bars, stdout
 
 
 def command(
-    engine: Annotated[str, typer.Argument(help="Engine directory, or a recipe that was built.")],
+    engine: Annotated[str, typer.Argument(help="Run this engine directory, or the engine of this recipe.")],
     input_file: Annotated[
         Path, typer.Option(help="Read requests from here: a JSON list of prompts, JSONL, or OpenAI's batch format.")
     ],
-    output: Annotated[Path, typer.Option(help="Write the results here, one JSON object a line.")],
+    output: Annotated[Path, typer.Option(help="Write the results here, one JSON object per line.")],
     engines: Annotated[Path, typer.Option(help="Look for a recipe's engine here.")] = Path("engines"),
-    max_tokens: Annotated[int, typer.Option(min=1, help="Limit answers whose request names no limit.")] = 256,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Limit the answer tokens of requests without a limit.")
+    ] = 256,
     temperature: Annotated[
-        float | None, typer.Option(min=0, max=2, help="Set the temperature of requests that name none.")
+        float | None, typer.Option(min=0, max=2, help="Set the temperature of requests without one.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Set top_p of requests that name none.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Set the seed of requests that name none.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Set top_p of requests without one.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Set the seed of requests without one.")] = None,
     chat: Annotated[
-        bool, typer.Option("--chat/--no-chat", help="Send a prompt as a user's message, by the chat template.")
+        bool, typer.Option("--chat/--no-chat", help="Send prompts as user messages, with the chat template.")
     ] = True,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Answer a file of requests at full throughput, without a server.
 
-    A line is answered as the gateway would. Results stand in order of the input; a bad line is an error in its own
-    result. A batch that was stopped goes on where it was when you run the command again.
-
-    Exit code 1 if a line failed.
+    Each line gets the answer that the gateway would give. The results have the order of the input. A line that fails
+    has an error as its result, and the exit code is 1. If a batch is interrupted, run the command again to resume it.
     """
     given = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     defaults = Defaults(chat, {name: value for name, value in given.items() if value is not None})

@@ -39,8 +39,9 @@ PrefixTokens = Annotated[int | None, typer.Option(min=0, help="Let the prompts s
 GoodputLimits = Annotated[
     list[str] | None,
     typer.Option(
-        help="Count requests that keep a limit in ms: time_to_first_token:N, inter_token_latency:N or "
-        "request_latency:N. Repeat it for several."
+        metavar="LIMIT:MS",
+        help="Count requests within a limit in ms: time_to_first_token:N, inter_token_latency:N or "
+        "request_latency:N. Repeat it for more.",
     ),
 ]
 Seed = Annotated[int, typer.Option(help="Set the seed of prompts and arrivals.")]
@@ -48,7 +49,8 @@ Seed = Annotated[int, typer.Option(help="Set the seed of prompts and arrivals.")
 
 def command(
     url: Annotated[
-        str, typer.Argument(help="Address: `host:port` of Triton's gRPC, or `http://host:port` with OpenAI's routes.")
+        str,
+        typer.Argument(help="Measure the server at this address: `host:port` for gRPC, `http://host:port` for HTTP."),
     ],
     workload: WorkloadName = "chat",
     concurrency: Concurrency = None,
@@ -69,9 +71,12 @@ def command(
     ] = False,
     goodput: GoodputLimits = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Name the recipe that is served: it is recorded and gives the roofline.")
+        str | None,
+        typer.Option(help="Name the recipe that is served. The report records it and compares with its roofline."),
     ] = None,
-    model: Annotated[Path | None, typer.Option(help="Hugging Face directory of the model, for the roofline.")] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="Read the model's sizes for the roofline from this directory.")
+    ] = None,
     model_name: Annotated[str | None, typer.Option(help="Name the model as the server calls it.")] = None,
     api_key: Annotated[
         str | None, typer.Option(envvar="TRTQWEN_API_KEY", help="Send this key to HTTP servers.")

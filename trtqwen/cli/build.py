@@ -40,7 +40,7 @@ from trtqwen.system.host import read_host
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")],
     model: Annotated[Path, typer.Option(help="Read this Hugging Face model directory.")],
     engines: Annotated[Path, typer.Option(help="Write checkpoint and engine below this directory.")] = Path(
         "engines"
@@ -51,7 +51,9 @@ def command(
     changes: Changes = None,
     no_quality: NoQuality = False,
     no_verify: NoVerify = False,
-    force: Annotated[bool, typer.Option("--force", help="Make every stage again, and replace what exists.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Make every stage again, and replace existing files.")
+    ] = False,
     dry_run: DryRun = False,
     in_container: InContainer = False,
     image: ImageName = None,
@@ -61,11 +63,11 @@ def command(
 ) -> None:
     """Build a recipe: convert the model, build the engine, write the model repository.
 
-    Results that are up to date are kept.
+    Stages that are up to date are not made again.
 
-    With --in-container, the container mounts trtqwen and sees the image's packages. The first start installs missing
-    dependencies and keeps them in ~/.cache/trtqwen: from the package index, or from --wheels, a directory that
-    `pip download` filled for Python 3.12. An image of `trtqwen image build` needs neither.
+    With --in-container, the container mounts trtqwen and uses the image's packages. The first start installs missing
+    dependencies from the package index and keeps them in ~/.cache/trtqwen. Without a network, pass --wheels with a
+    directory that `pip download` filled for Python 3.12. An image of `trtqwen image build` has all dependencies.
     """
     loaded = load_recipe(recipe, changes or ())
     repository = repo or Path("triton_repo") / loaded.name

@@ -29,18 +29,21 @@ def command(
     contenders: Annotated[
         list[str],
         typer.Argument(
-            help="Two or more: a recipe that was built, a model repository, or an address. NAME=... names one."
+            help="Compare these, two or more: a built recipe, a model repository, or an address. NAME=... names one."
         ),
     ],
     workload: Annotated[
-        list[str] | None, typer.Option(help="Name a workload or a file; repeat it for several. [default: chat]")
+        list[str] | None,
+        typer.Option(metavar="WORKLOAD", help="Name a workload or a file. Repeat it for more. [default: chat]"),
     ] = None,
     concurrency: Concurrency = None,
     rate: RequestRate = None,
     requests: Requests = 100,
-    turns: Annotated[int, typer.Option(min=3, help="Start and measure each one this often, alternating.")] = 3,
+    turns: Annotated[
+        int, typer.Option(min=3, help="Start and measure each contender this many times, alternating.")
+    ] = 3,
     warmup: Annotated[
-        int | None, typer.Option(min=0, help="Send so many requests before each run. [default: the concurrency]")
+        int | None, typer.Option(min=0, help="Send this many requests before each run. [default: the concurrency]")
     ] = None,
     input_tokens: InputTokens = None,
     output_tokens: OutputTokens = None,
@@ -61,9 +64,9 @@ def command(
 ) -> None:
     """Compare servers: start-up time, throughput, latency, memory, success rate, and whether the answers agree.
 
-    Recipes and repositories are started and stopped by this command, one at a time, alternating; addresses are only
-    asked. All of them get the same requests. The first one is the reference for answers. A comparison that was
-    stopped goes on where it was when you run the command again.
+    The command starts and stops recipes and repositories, one at a time, alternating. It sends requests to an address
+    and starts nothing there. All contenders get the same requests. The answers of the others are compared with those
+    of the first one. If a comparison is interrupted, run the command again to resume it.
     """
     if len(contenders) < 2:
         raise InputError("one contender is no comparison", "name at least two, or use `trtqwen bench`")

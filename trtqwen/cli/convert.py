@@ -64,7 +64,7 @@ def command(
         bool | None, typer.Option("--per-token", help="Scale each token separately (SmoothQuant).")
     ] = None,
     kv_cache: Annotated[
-        KvCache | None, typer.Option(help="Write the scales of an INT8 KV cache with int8. [default: auto]")
+        KvCache | None, typer.Option(help="Set the KV cache precision; int8 adds its scales. [default: auto]")
     ] = None,
     int8_layout: Annotated[
         Int8LayoutChoice | None,
@@ -91,7 +91,7 @@ def command(
     no_quality: NoQuality = False,
     force: Annotated[
         bool,
-        typer.Option("--force", help="Replace what exists, and allow an INT8 KV cache that damages the answers."),
+        typer.Option("--force", help="Replace existing files, and allow an INT8 KV cache that damages the answers."),
     ] = False,
     dry_run: DryRun = False,
     json: Json = False,

@@ -26,12 +26,10 @@ command = typer.Typer(
     rich_markup_mode=None,
 )
 Output = Annotated[Path, typer.Option(help="Write the files to this directory.")]
-RecipeName = Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]
+RecipeName = Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")]
 ServingImageName = Annotated[
     str | None,
-    typer.Option(
-        "--image", help="Set the tag of the image that runs trtqwen.", show_default="trtqwen:VERSION-RELEASE"
-    ),
+    typer.Option("--image", help="Set the tag of the image that runs trtqwen. [default: trtqwen:VERSION-RELEASE]"),
 ]
 
 
@@ -47,14 +45,22 @@ def monitoring(
         str | None, typer.Argument(help="Scrape as many Triton servers as this recipe has replicas.")
     ] = None,
     gateway: Annotated[
-        list[str] | None, typer.Option(help="Scrape this gateway. Repeat it for more.", show_default="127.0.0.1:8080")
+        list[str] | None,
+        typer.Option(metavar="HOST:PORT", help="Scrape this gateway. Repeat it for more. [default: 127.0.0.1:8080]"),
     ] = None,
     triton: Annotated[
         list[str] | None,
-        typer.Option(help="Scrape this metrics port of Triton. Repeat it for more.", show_default="127.0.0.1:8002"),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Scrape this metrics port of Triton. Repeat it for more. [default: 127.0.0.1:8002]",
+        ),
     ] = None,
-    dcgm: Annotated[list[str] | None, typer.Option(help="Scrape this DCGM exporter. Repeat it for more.")] = None,
-    alertmanager: Annotated[list[str] | None, typer.Option(help="Send alerts to this Alertmanager.")] = None,
+    dcgm: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Scrape this DCGM exporter. Repeat it for more.")
+    ] = None,
+    alertmanager: Annotated[
+        list[str] | None, typer.Option(metavar="HOST:PORT", help="Send alerts to this Alertmanager.")
+    ] = None,
     threshold: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Replace the threshold of an alert: latency_p99_seconds=5."),
@@ -63,10 +69,10 @@ def monitoring(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write a Prometheus configuration, recording and alert rules, and Grafana dashboards.
+    """Write a Prometheus configuration and Grafana dashboards.
 
-    The directory has a compose.yaml that starts Prometheus and Grafana on this machine's loopback. The rules and
-    dashboards are the same for all engines. docs/monitoring.md explains each alert.
+    The directory includes recording and alert rules, and a compose.yaml that starts Prometheus and Grafana on
+    loopback. The rules and dashboards are the same for all engines. docs/monitoring.md explains each alert.
     """
     defaults = Targets() if recipe is None else Targets.of(load_recipe(recipe))
     targets = defaults.changed(gateway=gateway, triton=triton, dcgm=dcgm, alertmanager=alertmanager)
@@ -87,9 +93,10 @@ def compose(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write a compose.yaml that runs Triton on the GPUs of a recipe and the gateway in front of it, and a Dockerfile.
+    """Write a compose.yaml and a Dockerfile for a recipe.
 
-    Only the gateway is reachable from outside. Stopping drains: running answers are completed.
+    Triton runs on the GPUs of the recipe, with the gateway in front of it. Only the gateway is reachable from
+    outside. When the services stop, they complete the running answers first.
     """
     loaded = load_recipe(recipe)
     plan = Compose(loaded, serving_image(loaded, image), models, keys, port)
@@ -103,7 +110,7 @@ def kubernetes(
     image: ServingImageName = None,
     claim: Annotated[
         str | None,
-        typer.Option(help="Read the engine from this PersistentVolumeClaim.", show_default="trtqwen-models"),
+        typer.Option(help="Read the engine from this PersistentVolumeClaim. [default: trtqwen-models]"),
     ] = None,
     model_image: Annotated[
         str | None, typer.Option(help="Read the engine from this OCI image, mounted as a volume (Kubernetes 1.33).")
@@ -111,7 +118,7 @@ def kubernetes(
     engine: Annotated[
         str | None,
         typer.Option(
-            help="Set the engine's directory below the root of the volume.", show_default="engines/RECIPE/engine"
+            help="Set the engine's directory below the root of the volume. [default: engines/RECIPE/engine]"
         ),
     ] = None,
     namespace: Annotated[str, typer.Option(help="Set the namespace of the kustomize files.")] = "trtqwen",
@@ -131,7 +138,7 @@ def kubernetes(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write kustomize files and a Helm chart. A pod is one replica: Triton on its GPUs, and a gateway.
+    """Write kustomize files and a Helm chart. Each pod is one replica: Triton on its GPUs, and a gateway.
 
     Optional components: autoscaling with KEDA or prometheus-adapter, monitors and rules for the Prometheus operator,
     and an InferencePool for the Gateway API inference extension. docs/kubernetes.md explains them.

@@ -29,7 +29,7 @@ from trtqwen.doctor.subject import Subject, completed
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import read_host
 
-_COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+_COLORS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 
 
 def command(
@@ -48,7 +48,7 @@ def command(
     ] = None,
     gpu: Annotated[bool, typer.Option("--gpu", help="Run an all-reduce on every GPU too.")] = False,
     in_container: Annotated[
-        bool, typer.Option("--in-container", help="Check inside of NVIDIA's image too, with docker.")
+        bool, typer.Option("--in-container", help="Check inside NVIDIA's image too, with docker.")
     ] = False,
     image: ImageName = None,
     wheels: Wheels = None,
@@ -56,9 +56,9 @@ def command(
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Check this host, and the artifacts that you name, for known problems. Exit code 1 if a check fails.
+    """Check this host and the artifacts that you name for known problems. Exit code 1 if a check fails.
 
-    Without arguments, only the host is checked. With --in-container, docker, disk and the cards are checked here, and
+    Without arguments, check the host only. With --in-container, check docker, disk and GPUs on the host, and
     everything else in the container that the other commands start, with its limits and variables.
     """
     subject = completed(
@@ -120,13 +120,13 @@ def _container(recipe: str | None, subject: Subject, options: ContainerOptions) 
 
 
 def _print(findings: list[Finding]) -> None:
-    """A line for each check and its evidence, and one for each hint: none is cut off, all can be searched."""
+    """Print each check with its evidence, and each hint, on lines of their own. Long lines are not cut."""
     for found in findings:
         check, result = found.check, found.result
         if result.verdict == "skip":
             continue
         first, *more = result.evidence.splitlines() or [""]
-        line = Text.assemble((f"{result.verdict:<5}", _COLOURS[result.verdict]), f"{check.id} {check.title}: {first}")
+        line = Text.assemble((f"{result.verdict:<5}", _COLORS[result.verdict]), f"{check.id} {check.title}: {first}")
         for text in (line, *(Text(f"          {evidence}") for evidence in more)):
             stdout.print(text, soft_wrap=True)
         for hint in result.hint.splitlines():

@@ -1,4 +1,4 @@
-"""`trtqwen explain`: what a log of TensorRT-LLM, Triton, MPI, NCCL or docker complains of, and what helps."""
+"""`trtqwen explain`: explain errors in a log of TensorRT-LLM, Triton, MPI, NCCL or docker."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from trtqwen.engine.explain import Explanation, Finding, explain
 
 
 def command(
-    log: Annotated[Path, typer.Argument(help="Log file; - reads standard input.")],
+    log: Annotated[Path, typer.Argument(help="Read this log file; - is standard input.")],
     json: Json = False,
 ) -> None:
-    """Explain a failure log of trtllm-build, Triton, MPI, NCCL or docker: the telling lines, their cause, and a hint.
+    """Explain a failure log of trtllm-build, Triton, MPI, NCCL or docker: relevant lines, cause and hint.
 
-    The first cause comes first; what follows from it is left out. Exit code 1 if no cause is known: then the lines
-    that look like errors are shown.
+    The first cause in the log comes first. Errors that follow from it are left out. If no cause is known, print the
+    lines that look like errors; the exit code is then 1.
     """
     name = "standard input" if str(log) == "-" else str(log)
     try:

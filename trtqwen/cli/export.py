@@ -12,7 +12,9 @@ from trtqwen.export.export import Activations, plan_export, run_export
 
 
 def command(
-    checkpoint: Annotated[Path, typer.Argument(help="TensorRT-LLM checkpoint, of trtqwen or of NVIDIA's converter.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(help="Read this TensorRT-LLM checkpoint of trtqwen or NVIDIA's converter.")
+    ],
     output: Annotated[Path, typer.Option(help="Write the Hugging Face directory here.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Copy the tokenizer from here. [default: the checkpoint's own]")
@@ -20,17 +22,17 @@ def command(
     activations: Annotated[
         Activations,
         typer.Option(
-            help="Export INT8 weight-only for 16-bit inputs (W8A16), or for INT8 ones (W8A8, for CPUs too)."
+            help="Set the inputs of INT8 weight-only layers: 16-bit (W8A16), or INT8 (W8A8, also runs on CPUs)."
         ),
     ] = "16bit",
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Write a checkpoint of any number of ranks as a Hugging Face directory that transformers and vLLM load.
+    """Write a checkpoint of any number of ranks as a Hugging Face directory for transformers and vLLM.
 
-    Float tensors are bit for bit those of the checkpoint. INT8 becomes the compressed-tensors format with the same
-    codes and scales. What has no counterpart is listed with its cost.
+    Float tensors stay equal bit for bit. INT8 tensors get the compressed-tensors format with the same codes and
+    scales. The command lists what the new format cannot hold and what that costs.
     """
     plan = plan_export(checkpoint, activations)
     notes = list(plan.notes)

@@ -18,11 +18,11 @@ def command(
     ] = None,
     triton: Annotated[
         list[str] | None,
-        typer.Option(help="Set the gRPC address of a replica, host:port. Repeat it for more replicas."),
+        typer.Option(metavar="HOST:PORT", help="Set the gRPC address of a replica. Repeat it for more replicas."),
     ] = None,
-    host: Annotated[str | None, typer.Option(help="Set the address to listen on.", show_default="127.0.0.1")] = None,
+    host: Annotated[str | None, typer.Option(help="Set the address to listen on. [default: 127.0.0.1]")] = None,
     port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="Set the port; 0 picks a free one.", show_default="8080")
+        int | None, typer.Option(min=0, max=65535, help="Set the port; 0 picks a free one. [default: 8080]")
     ] = None,
     models: ModelsFile = None,
     api_keys: ApiKeys = None,
@@ -34,9 +34,8 @@ def command(
     """Serve the OpenAI routes and the chat page in front of running Triton servers until Ctrl-C or SIGTERM.
 
     A request goes to the replica with the fewest outstanding tokens. With enable_kv_cache_reuse, it goes to the
-    replica that has read the beginning of its prompt, unless that one is loaded. A failed replica gets none until it
-    answers.
-    The gateway reads config, tokenizer and engine limits from the repository.
+    replica that has read the beginning of its prompt, unless that one is loaded. A failed replica gets no requests
+    until it answers again. The gateway reads config, tokenizer and engine limits from the repository.
 
     With --models, it serves the models of a table, each with the repository and addresses that the table names.
     `trtqwen models` changes the table while clients are served.

@@ -1,4 +1,4 @@
-"""`trtqwen image`: NVIDIA's images with TensorRT-LLM, and one built on them with trtqwen in it."""
+"""`trtqwen image`: list NVIDIA's images with TensorRT-LLM, and build an image with trtqwen."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trtqwen.facts.releases import images, known_release, last_engine_release
 command = typer.Typer(
     add_completion=False,
     context_settings=HELP,
-    help="List NVIDIA's images; build one with trtqwen in it.",
+    help="List NVIDIA's images, or build one that contains trtqwen.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -25,7 +25,10 @@ command = typer.Typer(
 
 @command.command("list")
 def list_images(json: Json = False) -> None:
-    """List the known images: TensorRT-LLM, TensorRT, CUDA, and the oldest driver that runs each."""
+    """List the known images.
+
+    The table has the versions of TensorRT-LLM, TensorRT and CUDA, and the oldest driver that runs each image.
+    """
     if json:
         print_json({"images": [{**image.model_dump(), "oldest_driver": image.oldest_driver} for image in images()]})
         return
@@ -46,17 +49,22 @@ def list_images(json: Json = False) -> None:
 
 @command.command("build")
 def build(
-    output: Annotated[Path, typer.Option(help="Directory for the Dockerfile and what it copies.")] = Path("image"),
-    release: Annotated[str, typer.Option(help="TensorRT-LLM release that the image holds.")] = last_engine_release(),
-    base: Annotated[str | None, typer.Option(help="Base image. [default: the newest with the release]")] = None,
-    tag: Annotated[str | None, typer.Option(help="Name of the image. [default: trtqwen:RELEASE]")] = None,
+    output: Annotated[Path, typer.Option(help="Write the Dockerfile and the files that it copies here.")] = Path(
+        "image"
+    ),
+    release: Annotated[str, typer.Option(help="Set the TensorRT-LLM release of the image.")] = last_engine_release(),
+    base: Annotated[
+        str | None, typer.Option(help="Build on this image. [default: the newest with the release]")
+    ] = None,
+    tag: Annotated[str | None, typer.Option(help="Set the tag of the image. [default: trtqwen:RELEASE]")] = None,
     force: Force = False,
     dry_run: DryRun = False,
     json: Json = False,
 ) -> None:
-    """Build an image on NVIDIA's, pinned by digest, with trtqwen and all that it needs; writes its Dockerfile.
+    """Add trtqwen and its dependencies to NVIDIA's image.
 
-    Pass it to the other commands as --in-container --image TAG: they then start in seconds and need no package index.
+    Pass it to other commands as --in-container --image TAG. They then start in seconds without a package index. The
+    Dockerfile pins NVIDIA's image by digest and stays in --output.
     """
     known = known_release(release)
     if known is None:

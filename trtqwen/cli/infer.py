@@ -12,7 +12,7 @@ from trtqwen.triton.client import SamplingOptions, stream
 
 
 def command(
-    prompt: Annotated[str, typer.Argument(help="Ask this.")],
+    prompt: Annotated[str, typer.Argument(help="Send this prompt.")],
     url: Annotated[str, typer.Option(help="Set the gRPC address of Triton, host:port.")] = "127.0.0.1:8001",
     max_tokens: Annotated[int, typer.Option(min=1, max=2**31 - 1, help="Limit the tokens of the answer.")] = 256,
     raw: Annotated[bool, typer.Option("--raw", help="Send the prompt without the chat template.")] = False,

@@ -12,7 +12,7 @@ from trtqwen.migrate import Backend, default_output, notes_of, plan_migration, w
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Recipe to migrate, by name or file.")],
+    recipe: Annotated[str, typer.Argument(help="Migrate this recipe: a bundled name, or a YAML file.")],
     to: Annotated[Backend, typer.Option(help="Migrate to this backend.")],
     output: Annotated[
         Path | None, typer.Option(help="Write the new recipe here. [default: <recipe>-<backend>.yaml]")

@@ -24,22 +24,25 @@ Name = Annotated[str, typer.Argument(help="Name of the model, as clients give it
 Url = Annotated[str, typer.Option(help="Ask this gateway.")]
 KeyFile = Annotated[
     Path | None,
-    typer.Option(help="Read the admin key from this file.", show_default="the variable TRTQWEN_ADMIN_KEY"),
+    typer.Option(help="Read the admin key from this file. [default: the variable TRTQWEN_ADMIN_KEY]"),
 ]
 Repo = Annotated[Path | None, typer.Option(help="Serve this model repository.")]
 Triton = Annotated[
     list[str] | None,
     typer.Option(
-        help="Use the running Triton at this gRPC address, host:port. Repeat it for more replicas. Without it, "
-        "`trtqwen serve` starts Triton."
+        metavar="HOST:PORT",
+        help="Use the running Triton at this gRPC address. Repeat it for more replicas. Without it, "
+        "`trtqwen serve` starts Triton.",
     ),
 ]
-Gpus = Annotated[list[int] | None, typer.Option("--gpu", help="Start Triton on this GPU. Repeat it for more.")]
+Gpus = Annotated[
+    list[int] | None, typer.Option("--gpu", metavar="INDEX", help="Start Triton on this GPU. Repeat it for more.")
+]
 TargetName = Annotated[
-    str | None, typer.Option("--name", help="Set the target's name.", show_default="the repository's name")
+    str | None, typer.Option("--name", help="Set the target's name. [default: the repository's name]")
 ]
 Share = Annotated[float, typer.Option(min=0.1, max=100, help="Set the share of the requests in percent.")]
-Drain = Annotated[bool, typer.Option(help="Wait until requests on engines that leave have ended.")]
+Drain = Annotated[bool, typer.Option(help="Wait until requests on removed engines have ended.")]
 LOCAL = "http://127.0.0.1:8080"
 
 
@@ -55,7 +58,7 @@ def group() -> None:
 
 @command.command("list")
 def show(url: Url = LOCAL, key_file: KeyFile = None, json: Json = False) -> None:
-    """List the models with their targets, and changes that are under way."""
+    """List the models with their targets and the changes in progress."""
     status = Admin(url, admin_key(key_file)).status()
     if json:
         print_json(status)
@@ -79,7 +82,7 @@ def replace(
     key_file: KeyFile = None,
     json: Json = False,
 ) -> None:
-    """Add a model, or replace the engine behind it: start, warm up, switch, drain."""
+    """Add a model, or replace its engine. The steps are start, warm up, switch and drain."""
     target = new_target(repo, triton, gpus, name)
     _change(Admin(url, admin_key(key_file)), model, lambda entry: client.replaced(entry, target), drain, json)
 
@@ -97,7 +100,7 @@ def canary(
     key_file: KeyFile = None,
     json: Json = False,
 ) -> None:
-    """Send a share of the requests to a second engine; each API key stays with one of both.
+    """Send a share of the requests to a second engine. Each API key stays with one engine.
 
     Without --repo, change the share of the target --name.
     """
@@ -119,7 +122,10 @@ def shadow(
     key_file: KeyFile = None,
     json: Json = False,
 ) -> None:
-    """Copy a share of the requests to a second engine, and compare answers and latency. Clients notice nothing."""
+    """Copy a share of the requests to a second engine.
+
+    `trtqwen models report` compares its answers and latency. Clients get the answers of the stable target only.
+    """
     target = client.target_or_name(repo, triton, gpus, name)
     edit = lambda entry: client.with_shadow(entry, target, share, model)  # noqa: E731
     _change(Admin(url, admin_key(key_file)), model, edit, drain, json)
@@ -150,7 +156,7 @@ def rollback(
 
 @command.command()
 def remove(model: Name, drain: Drain = True, url: Url = LOCAL, key_file: KeyFile = None, json: Json = False) -> None:
-    """Remove a model; running requests finish."""
+    """Remove a model. Running requests finish."""
     _change(Admin(url, admin_key(key_file)), model, lambda entry: None, drain, json)
 
 
@@ -158,13 +164,14 @@ def remove(model: Name, drain: Drain = True, url: Url = LOCAL, key_file: KeyFile
 def compare(
     url: Annotated[
         list[str] | None,
-        typer.Option(help="Read the metrics of this gateway. Repeat it for more.", show_default=LOCAL),
+        typer.Option(metavar="URL", help=f"Read the metrics of this gateway. Repeat it for more. [default: {LOCAL}]"),
     ] = None,
     json: Json = False,
 ) -> None:
-    """Print latency, failures and equal answers of each target, and which is better. Needs no admin key.
+    """Compare latency, failures and answers of each target. Needs no admin key.
 
-    A difference counts at three standard errors and with 30 requests on both sides. Figures begin with the gateway.
+    A difference counts at three standard errors and with 30 requests on both sides. The figures count from
+    the start of the gateway.
     """
     models = report(client.read_metrics(url or [LOCAL]))
     if json:

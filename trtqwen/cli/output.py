@@ -35,11 +35,11 @@ stdout = Console()
 stderr = Console(stderr=True)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output.")]
-Force = Annotated[bool, typer.Option("--force", help="Replace what exists.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 NoVerify = Annotated[
     bool, typer.Option("--no-verify", help="Compare the sizes of files instead of their digests; faster.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and do nothing.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan and change nothing.")]
 InContainer = Annotated[
     bool, typer.Option("--in-container", help="Run in NVIDIA's image of the recipe's release with docker.")
 ]
@@ -48,7 +48,7 @@ ImageName = Annotated[
 ]
 SkipGates = Annotated[
     bool,
-    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and go on (with --in-container)."),
+    typer.Option("--skip-gates", help="Warn about an unsuitable driver or image and continue (with --in-container)."),
 ]
 Wheels = Annotated[Path | None, typer.Option(help="Install from this directory of wheels (with --in-container).")]
 Changes = Annotated[
@@ -67,7 +67,7 @@ ModelName = Annotated[
 
 
 def print_warnings(warnings: Iterable[Diagnostic]) -> None:
-    """Warnings and notes on standard error, each with its hint."""
+    """Print warnings and notes, each with its hint, on standard error."""
     for warning in warnings:
         style = "bold yellow" if warning.level != "note" else None
         level = "note" if warning.level == "note" else "warning"
@@ -93,7 +93,7 @@ class Bars:
         return lambda count: self._progress.advance(task, count)
 
     def rated(self, title: str, total: int, *, unit: str, what: str) -> Callable[[int, int], None]:
-        """A bar of `unit` with the rate of something else; call the result with what was done of both."""
+        """Add a bar of `unit` with the rate of `what`. Call the result with both increments."""
         task = self._progress.add_task(title, total=total, unit=unit)
         begun, amount = time.monotonic(), 0
 

@@ -14,7 +14,7 @@ from trtqwen.recipe import load_recipe
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")],
     other: Annotated[str | None, typer.Argument(help="Compare with this recipe.")] = None,
     model: Annotated[
         Path | None,

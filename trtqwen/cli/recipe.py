@@ -23,7 +23,7 @@ command = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-Name = Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")]
+Name = Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")]
 
 
 @command.command("list")
@@ -46,7 +46,7 @@ def list_recipes(json: Json = False) -> None:
 
 @command.command()
 def show(recipe: Name, changes: Changes = None, json: Json = False) -> None:
-    """Print a recipe with the default of every field that its file leaves out."""
+    """Print a recipe with every field, defaults included."""
     loaded = load_recipe(recipe, changes or ())
     content = loaded.model_dump(exclude={"name"})
     if json:
@@ -59,7 +59,7 @@ def show(recipe: Name, changes: Changes = None, json: Json = False) -> None:
 @command.command()
 def copy(
     recipe: Name,
-    file: Annotated[Path, typer.Argument(help="YAML file to write.")],
+    file: Annotated[Path, typer.Argument(help="Write this YAML file.")],
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -75,9 +75,10 @@ def copy(
 
 @command.command()
 def check(
-    recipes: Annotated[list[str], typer.Argument(help="Names of bundled recipes, or YAML files.")], json: Json = False
+    recipes: Annotated[list[str], typer.Argument(help="Check these recipes: bundled names, or YAML files.")],
+    json: Json = False,
 ) -> None:
-    """Check recipes, each against the sizes of the model that it names. Exit code 2 if one is wrong."""
+    """Check recipes against the sizes of their models. Exit code 2 if one is wrong."""
     problems = {recipe: _problem(recipe) for recipe in recipes}
     if json:
         results = [{"recipe": recipe, "ok": not problem, "problem": problem} for recipe, problem in problems.items()]

@@ -1,4 +1,4 @@
-"""`trtqwen report`: one file about a host and what went wrong on it."""
+"""`trtqwen report`: collect facts and logs of a host in one file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,11 @@ from trtqwen.system.host import read_host
 
 def command(
     recipe: Annotated[str | None, typer.Argument(help="Report on this recipe and what was built from it.")] = None,
-    log: Annotated[list[Path] | None, typer.Option(help="Take along this log; repeat it for more.")] = None,
+    log: Annotated[
+        list[Path] | None, typer.Option(metavar="PATH", help="Include this log. Repeat it for more.")
+    ] = None,
     model: Annotated[Path | None, typer.Option(help="Check this Hugging Face model directory too.")] = None,
-    engines: Annotated[Path, typer.Option(help="Take build logs and the selftest's result from here.")] = Path(
+    engines: Annotated[Path, typer.Option(help="Include build logs and the selftest's result from here.")] = Path(
         "engines"
     ),
     output: Annotated[Path, typer.Option(help="Write this file.")] = Path("trtqwen-report.md"),
@@ -28,7 +30,7 @@ def command(
 ) -> None:
     """Write one Markdown file to attach to an issue: versions, doctor, plan, selftest and logs, with causes.
 
-    What looks like a secret is removed, and so are the names of the user, the home directory and the host.
+    Text that looks like a secret is removed, and so are the names of the user, the home directory and the host.
     """
     if output.exists() and not force:
         raise OutputError(f"{output}: exists", "pass --force to replace it, or choose another --output")

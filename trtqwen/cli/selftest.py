@@ -51,9 +51,9 @@ def command(
 ) -> None:
     """Build the bundled model, run it on the GPU, and compare greedy tokens with the embedded engine on the CPU.
 
-    Run it first on a GPU host, with --in-container where TensorRT-LLM is only in the image. A token that the CPU
-    finds as good as its own, up to rounding, counts as a tie. The result is also written to
-    ENGINES/selftest/result.json, which `trtqwen report` takes along.
+    Run this command first on a GPU host. Add --in-container if TensorRT-LLM is only in the image. A different token
+    counts as a tie if the CPU rates it as high as its own, up to rounding. The command also writes the result to
+    ENGINES/selftest/result.json, and `trtqwen report` includes that file.
     """
     host = read_host()
     if in_container and backend == "torch":

@@ -73,13 +73,13 @@ def command(
         list[str] | None,
         typer.Option(
             metavar="HOST:RANKS",
-            help="Start so many ranks of a TensorRT engine on this host. Repeat it; this machine comes first.",
+            help="Start this many ranks of a TensorRT engine on this host. Repeat it for more; name this host first.",
         ),
     ] = None,
     rank_shell: Annotated[
         str | None,
         typer.Option(
-            help="Start ranks on other hosts with this program, called with host and command.", show_default="ssh"
+            help="Start ranks on other hosts with this program, called with host and command. [default: ssh]"
         ),
     ] = None,
     api_keys: ApiKeys = None,
@@ -91,7 +91,9 @@ def command(
     ] = False,
     watchdog: Annotated[
         float,
-        typer.Option(min=0, help="Seconds without a finished step after which an engine hangs; 0 never."),
+        typer.Option(
+            min=0, help="Call an engine hung after this many seconds without a finished step; 0 turns it off."
+        ),
     ] = 20,
     no_gateway: Annotated[bool, typer.Option("--no-gateway", help="Serve Triton alone.")] = False,
     log: Annotated[
@@ -110,14 +112,14 @@ def command(
     The gateway serves the OpenAI routes and a chat page at /. Beyond loopback it requires --api-keys. `trtqwen
     gateway` runs a gateway alone, in front of several Triton servers.
 
-    With --models, serve the models of a table instead: `trtqwen models` adds, replaces and removes them while clients
-    are served. Triton is started for each target without an address, on free ports.
+    With --models, serve the models of a table instead. `trtqwen models` adds, replaces and removes them while clients
+    are served. The command starts Triton on free ports for each target without an address.
 
-    A repository with serve.replicas gets a Triton for each replica, on GPUs of its own and on ports that are higher
-    by 10 each; `trtqwen gateway --help` says which replica a request goes to.
+    If the recipe sets serve.replicas, the command starts one Triton for each replica, on its own GPUs. The ports of
+    each further replica are higher by 10. `trtqwen gateway --help` says which replica gets a request.
 
-    With --in-container, RECIPE says which image and how many GPUs, and --repo where its repository is, if it is
-    elsewhere. `trtqwen build --help` says what else a container needs.
+    With --in-container, RECIPE selects the image and the number of GPUs. Add --repo if the repository is not in
+    triton_repo/. `trtqwen build --help` says what a container needs.
     """
 
     def gateway_settings(repository: Path | None, triton: tuple[str, ...] | None) -> GatewayConfig:

@@ -29,18 +29,18 @@ from trtqwen.simulate.run import Load, Simulation, run_simulation, simulated_wor
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")],
     workload: WorkloadName = "chat",
     concurrency: Concurrency = None,
     rate: RequestRate = None,
     requests: Requests = 100,
-    repeats: Annotated[int, typer.Option(min=1, help="Set the number of repeats, each with other prompts.")] = 1,
+    repeats: Annotated[int, typer.Option(min=1, help="Set the number of repeats, each with its own prompts.")] = 1,
     input_tokens: InputTokens = None,
     output_tokens: OutputTokens = None,
     prefix_tokens: PrefixTokens = None,
     served: Annotated[
         bool,
-        typer.Option("--served", help="Count the server process between engine and clients. Known for backend vllm."),
+        typer.Option("--served", help="Include the server process between engine and clients (backend vllm only)."),
     ] = False,
     goodput: GoodputLimits = None,
     model: Annotated[
@@ -53,9 +53,9 @@ def command(
 ) -> None:
     """Forecast throughput and latency of a recipe under a workload.
 
-    The embedded engine's own scheduler and KV cache accounting run on a virtual clock; a cost model of the card gives
-    the time of each step. The figures have the names that `bench` gives them. The bound is what the data sheet allows
-    for the same steps.
+    The scheduler and the KV cache accounting of the embedded engine run on a virtual clock. A cost model of the card
+    gives the time of each step. The figures have the same names as in `bench`. The bound is the fastest result that
+    the card's data sheet allows for the same steps.
     """
     limits = parse_goodput(goodput or [])
     deployment = deploy(load_recipe(recipe, changes or ()), model)

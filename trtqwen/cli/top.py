@@ -16,20 +16,26 @@ from trtqwen.deploy.top import Watch, metrics_url
 def command(
     url: Annotated[
         list[str] | None,
-        typer.Option(help="Read the metrics of this gateway. Repeat it for more.", show_default="127.0.0.1:8080"),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Read the metrics of this gateway. Repeat it for more. [default: 127.0.0.1:8080]",
+        ),
     ] = None,
     triton: Annotated[
         list[str] | None,
-        typer.Option(help="Read this metrics port of Triton. Repeat it for more.", show_default="127.0.0.1:8002"),
+        typer.Option(
+            metavar="HOST:PORT",
+            help="Read this metrics port of Triton. Repeat it for more. [default: 127.0.0.1:8002]",
+        ),
     ] = None,
-    interval: Annotated[float, typer.Option(min=0.2, help="Set the seconds between two looks.")] = 2.0,
+    interval: Annotated[float, typer.Option(min=0.2, help="Refresh after this many seconds.")] = 2.0,
     window: Annotated[float, typer.Option(min=1, help="Set the seconds that rates and percentiles cover.")] = 30.0,
-    once: Annotated[bool, typer.Option("--once", help="Look for one interval, print, and exit.")] = False,
+    once: Annotated[bool, typer.Option("--once", help="Print the figures of one interval and exit.")] = False,
     json: Json = False,
 ) -> None:
     """Show throughput, latency, queue, KV cache and GPUs of a running service until Ctrl-C. Needs no Prometheus.
 
-    With --json or --once, and where standard output is no terminal, it looks for one interval and prints the result.
+    With --json or --once, or if standard output is not a terminal, print the figures of one interval and exit.
     """
     gateways = [metrics_url(address) for address in url or ["127.0.0.1:8080"]]
     tritons = [metrics_url(address) for address in triton or ["127.0.0.1:8002"]]

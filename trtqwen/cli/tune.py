@@ -28,28 +28,26 @@ _SHOWN = 12  # rows of the table in the terminal
 
 
 class On(str, Enum):
-    """Where configurations are measured."""
+    """The place where configurations are measured."""
 
     engine = "engine"
     simulator = "simulator"
 
 
 def command(
-    recipe: Annotated[str, typer.Argument(help="Name of a bundled recipe, or a YAML file.")],
+    recipe: Annotated[str, typer.Argument(help="Use this recipe: a bundled name, or a YAML file.")],
     output: Annotated[
         Path, typer.Option(help="Write tables, plot, tuned recipe and the state of the search to this directory.")
     ],
     on: Annotated[
         On, typer.Option(help="Measure on an engine of this machine, or forecast on the simulator.")
     ] = On.engine,
-    model: Annotated[
-        Path | None, typer.Option(help="Hugging Face directory of the model. An engine is built from it.")
-    ] = None,
+    model: Annotated[Path | None, typer.Option(help="Build engines from this Hugging Face model directory.")] = None,
     workload: WorkloadName = "chat",
     concurrency: Concurrency = None,
     rate: RequestRate = None,
     requests: Annotated[
-        int | None, typer.Option(min=1, help="Set the number of requests of a whole run. [default: 18 x concurrency]")
+        int | None, typer.Option(min=1, help="Set the number of requests of a full run. [default: 18 x concurrency]")
     ] = None,
     input_tokens: InputTokens = None,
     output_tokens: OutputTokens = None,
@@ -61,32 +59,32 @@ def command(
         str | None, typer.Option(metavar="TIME", help="Limit the mean time between tokens of a request: 40ms.")
     ] = None,
     percentile: Annotated[
-        str, typer.Option(help="Hold the limits at this percentile of the requests: 50, 75, 90, 95 or 99.")
+        str, typer.Option(help="Apply the limits to this percentile of the requests: 50, 75, 90, 95 or 99.")
     ] = "95",
     sweep: Annotated[
         list[str] | None,
         typer.Option(
             metavar="FIELD=VALUE,...",
             help="Sweep this field over these values: engine.max_batch_size=16,32 or layout=TP4x1,TP1x4. Repeat it "
-            "for several. [default: every batching parameter, around the recipe's values]",
+            "for more. [default: every batching parameter, around the recipe's values]",
         ),
     ] = None,
     candidates: Annotated[int, typer.Option(min=1, help="Run this many configurations.")] = 27,
     served: Annotated[
-        bool, typer.Option("--served", help="Measure through Triton also where the engine could run alone.")
+        bool, typer.Option("--served", help="Measure through Triton, even if the engine can run alone.")
     ] = False,
     seed: Seed = 0,
     changes: Changes = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Find the configuration with the most throughput whose latency keeps the limits.
+    """Find the configuration with the highest throughput within the latency limits.
 
-    Every candidate gets a short run, the best third a run three times as long, the best third of those a whole run. A
-    candidate that does not build or start is a row with its cause. Invalid combinations cost no run. A search that
-    was stopped goes on where it was when you run the command again.
+    Every candidate gets a short run. The best third gets a run three times as long, and the best third of those gets
+    a full run. The table also lists candidates that do not build or start, with the cause. Invalid combinations get
+    no run. If a search is interrupted, run the command again to resume it.
 
-    Exit code 1 if no configuration keeps the limits.
+    Exit code 1 if no configuration is within the limits.
     """
     if percentile not in ("50", "75", "90", "95", "99"):
         raise typer.BadParameter(f"{percentile!r} is not one of 50, 75, 90, 95, 99", param_hint="--percentile")
@@ -132,7 +130,7 @@ def command(
 
 
 def _progress(bars: Bars) -> OnProgress:
-    """A bar with the best so far on a terminal, a line for each run elsewhere."""
+    """Show a bar with the best result so far on a terminal, and a line for each run elsewhere."""
     shown: list[object] = []
 
     def show(progress: Progress) -> None:

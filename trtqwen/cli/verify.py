@@ -57,8 +57,8 @@ def command(
 ) -> None:
     """Run every rank of a checkpoint layer by layer, compare with the original model, and fail above the limits.
 
-    A directory that `export` wrote is computed as vLLM computes it. The limits depend on the precision unless you set
-    them.
+    For a directory that `export` wrote, the command computes what vLLM would compute. Unless you set the limits, they
+    depend on the precision.
     """
     if importlib.util.find_spec("torch") is None:
         raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
@@ -99,11 +99,13 @@ def command(
         if result.reference is not None:
             words = f"transformers {result.reference.version}: perplexity {result.reference.perplexity:.4f}"
             stdout.print(words, highlight=False)
-    if result.problems:
-        stderr.print(f"error: {result.sentence}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+    if problem := result.diagnostic:
+        stderr.print(f"error: {problem.what}", style="bold red", markup=False, highlight=False, soft_wrap=True)
+        stderr.print(f"hint: {problem.hint}", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(1)
     if not json:
-        stdout.print(result.sentence, style="green", markup=False, highlight=False, soft_wrap=True)
+        verdict = f"{checkpoint}: agrees with {model}, within the limits of {result.precision}"
+        stdout.print(verdict, style="green", markup=False, highlight=False, soft_wrap=True)
 
 
 def _print(comparison: Comparison) -> None:

@@ -1,1 +1,1 @@
-"""trtqwen in NVIDIA's images: `docker run` lines for its commands, and images with trtqwen installed."""
+"""Containers: `docker run` commands for trtqwen in NVIDIA's images, and images with trtqwen installed."""

@@ -55,7 +55,7 @@ def plan_serve_container(
     log: Path | None,
     options: ContainerOptions,
 ) -> ContainerPlan:
-    """The container of `trtqwen serve`, in the host's network: addresses and ports mean what they mean outside.
+    """Plan the container of `trtqwen serve`. It uses the host's network, so addresses and ports are the host's.
 
     Args:
         files: that the flags name.
@@ -84,7 +84,7 @@ def plan_doctor_container(
     read: Sequence[Path],
     options: ContainerOptions,
 ) -> ContainerPlan:
-    """The container of `trtqwen doctor`: the checks of what the image holds, on the recipe's GPUs or on all.
+    """Plan the container of `trtqwen doctor`, which runs the checks inside the image, on the recipe's GPUs or on all.
 
     Args:
         read: directories that the flags name.
@@ -122,7 +122,7 @@ def _recipe_work(recipe: Recipe, arguments: Sequence[str], *, gpus: int) -> Work
 
 
 def _vllm_release(recipe: Recipe) -> str:
-    """The vLLM that the image has to hold: Triton's images with vLLM have both.
+    """Return the vLLM release that the image must contain, for Triton's images with vLLM.
 
     Raises:
         InputError: if the recipe says that vLLM runs elsewhere.
@@ -142,11 +142,11 @@ def _vllm_release(recipe: Recipe) -> str:
 
 
 def _recipe_argument(name: str) -> tuple[str, list[Path]]:
-    """The recipe as the container is to be told, and what to mount for it."""
+    """Return the recipe argument for the container, and the directories to mount for it."""
     path = Path(name)
     return (str(path.resolve()), [path]) if path.is_file() else (name, [])
 
 
 def _link_targets(directory: Path) -> list[Path]:
-    """Where the links of a directory lead, such as those of a Hugging Face cache to its blobs."""
+    """Return the directories to which links in a directory point, such as the blobs of a Hugging Face cache."""
     return sorted({path.resolve().parent for path in directory.glob("*") if path.is_symlink()})

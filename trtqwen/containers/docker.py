@@ -1,4 +1,4 @@
-"""Docker itself: whether it answers, which images it has, and how it becomes this process."""
+"""Docker: check the daemon, find images, and replace this process with `docker run`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from trtqwen.system.host import DIGEST_VARIABLE
 
 
 def run_container(plan: ContainerPlan) -> NoReturn:
-    """Become `docker run`: its exit code is the command's, and signals reach the container through it.
+    """Replace this process with `docker run`, which passes on signals and the exit code.
 
     Raises:
         ContainerError, OutputError: as `prepared`.
@@ -27,10 +27,10 @@ def run_container(plan: ContainerPlan) -> NoReturn:
 
 
 def prepared(plan: ContainerPlan) -> ContainerPlan:
-    """The plan with the image by digest, if docker has it; its directories exist then.
+    """Return the plan with the image by digest, if docker has it. Creates the plan's directories.
 
     Raises:
-        ContainerError: if docker is not there or its daemon does not answer.
+        ContainerError: if docker is not installed or its daemon does not answer.
         OutputError: if a directory to write to cannot be created.
     """
     check_docker()
@@ -44,7 +44,7 @@ def prepared(plan: ContainerPlan) -> ContainerPlan:
 
 
 def check_docker() -> None:
-    """Raise a ContainerError if docker is not there or its daemon does not answer."""
+    """Raise a ContainerError if docker is not installed or its daemon does not answer."""
     if shutil.which("docker") is None:
         raise ContainerError("docker is not on PATH", "install it, or run trtqwen in the container yourself")
     answer = subprocess.run(["docker", "version"], capture_output=True, text=True)

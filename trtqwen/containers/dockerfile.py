@@ -1,4 +1,4 @@
-"""An image with trtqwen in it: NVIDIA's image by digest, and what that lacks already installed."""
+"""An image with trtqwen and its dependencies on NVIDIA's image, which is pinned by digest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImagePlan:
 
     @property
     def commands(self) -> list[list[str]]:
-        """What is run, in order: the base is pulled first, so that its digest is known."""
+        """Return the commands in order. The first one pulls the base, so that its digest is known."""
         return [["docker", "pull", self.base], ["docker", "build", f"--tag={self.tag}", str(self.context)]]
 
     def dockerfile(self, digest: str | None) -> str:
@@ -87,7 +87,7 @@ def write_context(plan: ImagePlan, digest: str | None, *, force: bool = False) -
 
 
 def build_image(plan: ImagePlan, *, force: bool = False) -> str | None:
-    """Pull the base, write the context and build; docker's output is shown as it comes.
+    """Pull the base, write the context and build; Docker's output is shown.
 
     Returns:
         The base by digest.

@@ -1,4 +1,4 @@
-"""The image that a container needs: the newest that holds the recipe's release, checked against the driver."""
+"""Choice of the image: the newest one with the recipe's release, checked against the driver."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from trtqwen.facts.vllm import known_vllm_image, vllm_image
 
 
 def choose_image(work: Work, options: ContainerOptions) -> tuple[str, tuple[Diagnostic, ...]]:
-    """The image to run, and what speaks against it.
+    """Choose the image to run, and return warnings about it.
 
     Raises:
-        InputError: if its release or the driver does not suit, and gates are not skipped.
+        InputError: if its release or the driver does not match, and gates are not skipped.
     """
     if work.vllm is not None:
         return _choose_vllm_image(work.vllm, options)

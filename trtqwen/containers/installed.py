@@ -1,4 +1,4 @@
-"""trtqwen as a container finds it: where it is mounted, how it starts, and which packages it needs."""
+"""trtqwen inside a container: mount point, start script, and required packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ START_INSIDE = f"{HOME}/{START.relative_to(PACKAGE.parent)}"
 
 
 def requirements() -> list[str]:
-    """What trtqwen's package needs, without its extras; no word has a space."""
+    """Return the requirements of trtqwen without its extras, each without spaces."""
     try:
         named = metadata.requires("trtqwen") or []
     except metadata.PackageNotFoundError:
@@ -26,9 +26,9 @@ def requirements() -> list[str]:
 
 
 def pins() -> list[str]:
-    """The versions that are installed here of all that trtqwen needs, as `name==version`.
+    """Return `name==version` for every dependency of trtqwen that is installed here.
 
-    A container installs these of what its image lacks, and not what a registry has meanwhile.
+    A container installs these versions of packages that its image lacks, not the registry's newest ones.
     """
     found: dict[str, str] = {}
     new = {"trtqwen"}

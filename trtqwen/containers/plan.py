@@ -26,8 +26,8 @@ class ContainerPlan:
     Attributes:
         options: those of `docker run`, each one word.
         arguments: trtqwen's.
-        writable: mounted directories that are written to; they have to exist.
-        warnings: what is not as it should be and does not keep it from starting.
+        writable: mounted directories that the container writes to; they must exist.
+        warnings: problems that do not prevent the start.
     """
 
     image: str
@@ -41,7 +41,7 @@ class ContainerPlan:
         return ["docker", "run", *self.options, self.image, START_INSIDE, *self.arguments]
 
     def shell(self) -> str:
-        """The command for a shell: an option a line, to be read and pasted."""
+        """Return the command for a shell, one option per line."""
         words = [shlex.join(self.command[:2]), *map(shlex.quote, self.options), shlex.quote(self.image)]
         return " \\\n  ".join([*words, shlex.join(self.command[len(self.options) + 3 :])])
 
@@ -94,7 +94,7 @@ def _environment(work: Work, image: str, needs: str, options: ContainerOptions) 
 
 
 def _cache_directory(image: str, needs: str) -> Path:
-    """Where the host keeps the virtual environment for an image, so that only the first start installs."""
+    """Return the host's directory for the virtual environment of an image, so that only the first start installs."""
     key = hashlib.sha256(f"{image} {needs}".encode()).hexdigest()[:16]
     return user_cache("containers") / key
 

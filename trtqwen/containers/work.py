@@ -1,4 +1,4 @@
-"""What a container is to run, and what a user and the host say about it."""
+"""The work of a container, and its options from the user and the host."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trtqwen.system.host import Host
 
 @dataclass(frozen=True)
 class ContainerOptions:
-    """What a user and the host say about the container.
+    """Options of a container from the user and the host.
 
     Attributes:
         image: an image by tag or digest, in place of the newest with the recipe's release.
-        wheels: directory to install from what the image lacks, in place of the network.
+        wheels: directory of wheels from which missing packages are installed, instead of the network.
         driver: the host's NVIDIA driver; None if it is not known.
         gpus: names of the host's GPUs.
         skip_gates: turn a refusal of driver or image into a warning.
@@ -38,14 +38,14 @@ def container_options(
 
 @dataclass(frozen=True)
 class Work:
-    """What runs in a container.
+    """The requirements of the command in a container.
 
     Attributes:
-        release: of TensorRT-LLM that the image has to hold.
-        gpus: how many, from the first on; None for all of them.
+        release: TensorRT-LLM release that the image must contain.
+        gpus: number of GPUs, from the first one on; None for all.
         ranks: of one engine; more than one talk through NCCL.
         peer_to_peer: whether the cards can read each other's memory.
-        vllm: release of vLLM that the image has to hold instead; None for TensorRT-LLM.
+        vllm: release of vLLM that the image must contain instead; None for TensorRT-LLM.
     """
 
     arguments: Sequence[str]

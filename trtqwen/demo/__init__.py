@@ -1,4 +1,4 @@
-"""The bundled model, the demo's prompts, and the walk through the whole system."""
+"""The bundled model, the demo's prompts, and the demo itself."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ class _Section(BaseModel):
 
 
 class StageTime(_Section):
-    """Duration of a stage, and what it did."""
+    """Duration and description of a stage."""
 
     name: str
     seconds: float

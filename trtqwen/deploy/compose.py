@@ -132,6 +132,6 @@ def _ready(port: int) -> str:
 
 
 def _answers(port: int, path: str) -> str:
-    """A shell command that succeeds if the path answers 200; the images have Python but not always curl."""
+    """Return a shell command that succeeds if the path answers 200. It uses Python: not all images have curl."""
     url = f"http://127.0.0.1:{port}{path}"
     return f"python3 -c \"import urllib.request as r; r.urlopen('{url}', timeout=5)\""

@@ -15,7 +15,7 @@ Files = Mapping[str, str]  # text by path below the directory
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes long strings as blocks and indents lists, as people write YAML."""
+    """Writes long strings as blocks and indents lists."""
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)

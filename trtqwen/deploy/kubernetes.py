@@ -72,7 +72,7 @@ def _operator(names: Names, plan: Kubernetes) -> list[Object]:
 
 
 def _picker(names: Names, plan: Kubernetes) -> list[Object]:
-    """The gateways publish the figures that the endpoint picker reads under its default names, `vllm:*`."""
+    """Return the endpoint picker's object. Gateways publish its figures under its default names, `vllm:*`."""
     pool = {
         "selector": {"matchLabels": names.serving},
         "targetPorts": [{"number": GATEWAY_PORT}],

@@ -37,12 +37,12 @@ class Targets:
 
     @classmethod
     def of(cls, recipe: Recipe) -> Targets:
-        """Those of `trtqwen serve` with its own ports."""
+        """Return the targets of `trtqwen serve` with its default ports."""
         servers = recipe.serve.replicas if recipe.serve.replica_mode == "servers" else 1
         return cls(triton=tuple(f"127.0.0.1:{Ports().metrics + PORT_STEP * number}" for number in range(servers)))
 
     def changed(self, **given: Sequence[str] | None) -> Targets:
-        """These targets, with those that a user gave in place of the defaults."""
+        """Return these targets with a user's targets in place of the defaults."""
         return replace(self, **{name: tuple(addresses) for name, addresses in given.items() if addresses})
 
 
@@ -113,7 +113,7 @@ def _provider() -> dict[str, Any]:
 
 
 def _compose() -> dict[str, Any]:
-    """Both programs in the host's network, on loopback: they reach a server that listens on loopback alone."""
+    """Return compose.yaml. Both programs use the host's network, so that they reach a server on loopback."""
     prometheus = {
         "image": PROMETHEUS_IMAGE,
         "network_mode": "host",

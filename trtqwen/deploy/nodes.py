@@ -49,7 +49,7 @@ def group(
     Args:
         pod: the spec of a pod that serves on one node.
         name: of the ConfigMap with the shell, and of the service account.
-        drain: seconds that a worker outlives the order to stop.
+        drain: seconds that a worker continues after SIGTERM.
     """
     return {
         "replicas": replicas,

@@ -63,7 +63,7 @@ class Kubernetes:
 
 
 def values_of(plan: Kubernetes) -> dict[str, Any]:
-    """What a person sets: kustomize gets it as it is, the chart as references to values.yaml."""
+    """Return the values that a user sets. Kustomize gets the values, the chart references to values.yaml."""
     recipe = plan.recipe
     gpus = gpus_of(recipe) // plan.nodes
     volume = (

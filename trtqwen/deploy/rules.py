@@ -19,7 +19,7 @@ _QUEUE_AGE = f"max(time() - ({_GATEWAY}_queue_since_timestamp_seconds > 0)) or v
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Where alerts begin.
+    """Thresholds of the alerts.
 
     Attributes:
         latency_p99_seconds, latency_mean_seconds: of whole requests.
@@ -49,7 +49,7 @@ class Thresholds:
             changes: each `NAME=VALUE`.
 
         Raises:
-            InputError: if a name is unknown or a value is no positive number.
+            InputError: if a name is unknown or a value is not a positive number.
         """
         names = [field.name for field in fields(self)]
         result = self
@@ -91,7 +91,7 @@ class Alert:
     wait: str
     severity: Literal["warning", "critical"]
     summary: str
-    remedy: str
+    hint: str
 
 
 def _quantile(share: float, histogram: str, window: str) -> str:
@@ -104,7 +104,7 @@ def _mean(histogram: str, window: str) -> str:
 
 
 def _gpu(triton: str, dcgm: str) -> str:
-    """A GPU figure by the GPU's UUID, from whichever exporter has it."""
+    """Return a GPU figure by the GPU's UUID, from the exporter that has it."""
     one = f'label_replace({triton}, "gpu", "$1", "gpu_uuid", "(.*)")'
     other = f'label_replace({dcgm}, "gpu", "$1", "UUID", "(.*)")'
     return f"max by (gpu) ({one} or {other})"
@@ -354,7 +354,7 @@ def alert_file(thresholds: Thresholds) -> dict[str, Any]:
             "labels": {"severity": alert.severity},
             "annotations": {
                 "summary": alert.summary,
-                "description": alert.remedy,
+                "description": alert.hint,
                 "runbook": f"{RUNBOOK}#{alert.name.lower()}",
             },
         }

@@ -8,7 +8,7 @@ from trtqwen.deploy.objects import Kubernetes, Names, Object
 
 
 def signals(name: str, namespace: str) -> dict[str, str]:
-    """The queries that autoscalers ask, by what they tell; each returns exactly one number, also without traffic."""
+    """Return the autoscalers' queries by signal. Each returns exactly one number, also without traffic."""
     pods = f'namespace="{namespace}",pod=~"{name}-.*"'
     latency = "trtqwen_gateway_request_seconds"
     mean = f"sum(rate({latency}_sum{{{pods}}}[1m])) / sum(rate({latency}_count{{{pods}}}[1m]))"

@@ -1,4 +1,4 @@
-"""A glance at a service as text for a terminal."""
+"""The state of a service as text for a terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `trtqwen top` shows: the figures of the dashboards, straight from the metrics endpoints."""
+"""The figures of `trtqwen top`: those of the dashboards, read from the metrics endpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Labels = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Scrape:
-    """What one endpoint said.
+    """The samples of one endpoint.
 
     Attributes:
         at: seconds of the monotonic clock.
@@ -35,7 +35,7 @@ class Scrape:
     samples: Mapping[tuple[str, Labels], float]
 
     def select(self, name: str, **labels: str) -> dict[Labels, float]:
-        """The samples of a name with these labels among theirs."""
+        """Return the samples of a name that have these labels."""
         wanted = set(labels.items())
         return {key[1]: value for key, value in self.samples.items() if key[0] == name and wanted <= set(key[1])}
 
@@ -120,7 +120,7 @@ class Glance:
 
     Attributes:
         seconds: the window's length.
-        silent: endpoints that do not answer.
+        silent: endpoints without an answer.
     """
 
     seconds: float
@@ -145,7 +145,7 @@ class Glance:
 
 @dataclass
 class Watch:
-    """Scrapes gateways and Triton servers again and again.
+    """Scrapes gateways and Triton servers repeatedly.
 
     Args:
         gateways, tritons: URLs of metrics.
@@ -242,7 +242,7 @@ def _sum(values: Iterable[float | None]) -> float | None:
 
 
 def _rate(history: deque[Scrape], name: str, status: Any = None) -> float | None:
-    """Growth of a counter per second; None with a single scrape. A restarted process counts from 0."""
+    """Return a counter's rate per second; None with a single scrape. A restarted process counts from 0."""
     if len(history) < 2:
         return None
     first, last = history[0], history[-1]
@@ -256,7 +256,7 @@ def _rate(history: deque[Scrape], name: str, status: Any = None) -> float | None
 
 
 def _percentiles(gateways: Sequence[deque[Scrape]], name: str) -> dict[str, float | None]:
-    """Of all gateways together, over the window; since their start with a single scrape."""
+    """Return the latency percentiles of all gateways over the window; with a single scrape, since their start."""
     buckets: dict[float, float] = {}
     for history in gateways:
         before = history[0].select(name) if len(history) > 1 else {}
@@ -313,7 +313,7 @@ def _engine(url: str, history: deque[Scrape]) -> EngineRow | None:
 
 
 def _gpus(scrapes: Sequence[Scrape]) -> tuple[GpuRow, ...]:
-    """By UUID: Triton servers of one machine may all see the same GPUs."""
+    """Return each GPU once, by UUID: several Triton servers may report the same GPU."""
     rows: dict[str, GpuRow] = {}
     for scrape in scrapes:
         for labels, utilization in scrape.select("nv_gpu_utilization").items():

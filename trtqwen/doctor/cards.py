@@ -1,4 +1,4 @@
-"""Checks of the cards as the host has set them up: PCI express, power, persistence."""
+"""Checks of the GPUs' setup: PCI express, power, persistence."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class Persistence(Check):
 
 
 def _query(subject: Subject, *fields: str) -> list[list[str]]:
-    """Rows of nvidia-smi, one a GPU."""
+    """Return the rows of nvidia-smi, one per GPU."""
     if not subject.host.gpus:
         raise Skip("no GPU here")
     answer = subject.system.output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")

@@ -1,4 +1,4 @@
-"""What a check is and what it answers."""
+"""Checks and their results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Verdict = Literal["ok", "warn", "fail", "skip"]
 
 @dataclass(frozen=True)
 class Result:
-    """What a check found. Evidence and hint have a line for each problem; the evidence of a skip is its reason."""
+    """The result of a check. Evidence and hint have one line per problem; a skip has its reason as evidence."""
 
     verdict: Verdict
     evidence: str
@@ -26,8 +26,8 @@ class Check(ABC):
     """One check. A new one is a subclass, named in its module's CHECKS.
 
     Attributes:
-        level: the worst it can say: an error fails, a warning warns.
-        place: `host` for what is looked at outside of containers only.
+        level: `error` if a problem fails the command, `warning` if not.
+        place: `host` for checks that run only outside of containers.
     """
 
     id: ClassVar[str]
@@ -37,23 +37,21 @@ class Check(ABC):
 
     @abstractmethod
     def run(self, subject: Subject) -> Result:
-        """Look at the subject.
+        """Check the subject.
 
         Raises:
-            Skip: if there is nothing to look at.
-            TrtQwenError: a problem, as its own sentence.
+            Skip: if there is nothing to check.
+            TrtQwenError: for a problem.
         """
 
     def judge(self, problems: Sequence[Diagnostic], evidence: str = "") -> Result:
-        """Ok with the evidence where there are no problems; else the problems in its place."""
+        """Return `ok` with the evidence if there are no problems; otherwise the problems."""
         if not problems:
             return Result("ok", evidence)
         fails = self.level == "error" and any(problem.level == "error" for problem in problems)
-        remedies = dict.fromkeys(problem.hint for problem in problems)
-        return Result(
-            "fail" if fails else "warn", "\n".join(problem.what for problem in problems), "\n".join(remedies)
-        )
+        hints = dict.fromkeys(problem.hint for problem in problems)
+        return Result("fail" if fails else "warn", "\n".join(problem.what for problem in problems), "\n".join(hints))
 
-    def found(self, text: str, remedy: str, level: Level = "error") -> Result:
-        """The result of one problem."""
-        return self.judge([Diagnostic(text, remedy, level)])
+    def found(self, text: str, hint: str, level: Level = "error") -> Result:
+        """Return the result of one problem."""
+        return self.judge([Diagnostic(text, hint, level)])

@@ -1,4 +1,4 @@
-"""An all-reduce with a known sum, in processes of its own: what hangs or damages data does so here, in seconds."""
+"""An all-reduce with a known sum in separate processes, which shows whether collectives hang or damage data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cuda_version() -> str | None:
 def all_reduce_problem(
     world_size: int, backend: Backend, timeout: float, environment: Mapping[str, str] | None = None
 ) -> str | None:
-    """Run the all-reduce on so many ranks; what went wrong, or None.
+    """Run the all-reduce and return its problem, or None.
 
     Args:
         timeout: seconds for all of it.
@@ -71,7 +71,7 @@ def all_reduce_problem(
 
 
 def contribution(rank: int, size: int) -> Tensor:
-    """What a rank puts in: float32 whole numbers, so that every order of adding gives the same sum."""
+    """Return a rank's input: whole numbers in float32, so that every order of addition gives the same sum."""
     import torch
 
     return (torch.arange(size) % _MODULUS + rank).float()

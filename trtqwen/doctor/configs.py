@@ -1,4 +1,4 @@
-"""The `config.pbtxt` files of any model repository, with what upstream's fill_template left unfilled."""
+"""The `config.pbtxt` files of a model repository, and placeholders that upstream's fill_template did not fill."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Placeholder:
     Attributes:
         line: counted from 1.
         key: the parameter or field it stands for.
-        quoted: whether it is a string's whole value; a bare one makes the file unreadable.
+        quoted: whether it is the whole value of a string; without quotes, the file cannot be parsed.
     """
 
     name: str
@@ -39,8 +39,8 @@ class ModelFile:
     """One model of a repository.
 
     Attributes:
-        config: None where the file does not parse.
-        error: why not, with line and column.
+        config: None if the file cannot be parsed.
+        error: why it cannot be parsed, with line and column.
     """
 
     name: str

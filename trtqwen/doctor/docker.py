@@ -1,4 +1,4 @@
-"""Checks of what the host needs to run NVIDIA's image."""
+"""Checks of the host's requirements for NVIDIA's image."""
 
 from __future__ import annotations
 

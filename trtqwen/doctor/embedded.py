@@ -1,4 +1,4 @@
-"""Whether the embedded engine can compute on this host's GPUs: PyTorch, its CUDA, and what its kernels need."""
+"""Requirements of the embedded engine on this host's GPUs: PyTorch, its CUDA, and those of its kernels."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ print(json.dumps([torch.__version__, cuda, devices, torch.cuda.get_arch_list() i
 
 @dataclass(frozen=True)
 class TorchFacts:
-    """What PyTorch and the system say.
+    """Facts about PyTorch and the system.
 
     Attributes:
         cuda: CUDA's version that PyTorch was built for; None for a CPU build.
         devices: compute capability of each device that PyTorch sees.
-        architectures: what its kernels were compiled for, such as `sm_90`.
+        architectures: GPU architectures that its kernels were compiled for, such as `sm_90`.
         triton: whether the Triton language is installed.
         compiler: a C compiler; None without one.
-        headers: whether Python.h is there.
+        headers: whether Python.h exists.
     """
 
     version: str
@@ -77,7 +77,7 @@ class EmbeddedDevice(Check):
 
 
 def problems(facts: TorchFacts, recipe: Recipe) -> Iterator[Diagnostic]:
-    """What keeps the engine off this host's GPUs, or makes it slow there."""
+    """Return the problems that prevent the engine from running on this host's GPUs, or make it slow."""
     if facts.cuda is None:
         where = "cannot start" if recipe.serve.device == "cuda" else "would compute on the CPU"
         yield Diagnostic(
@@ -131,7 +131,7 @@ def _runs_on(architectures: tuple[str, ...], major: int, minor: int) -> bool:
 
 
 def _read_facts() -> TorchFacts | str:
-    """The facts; the last line of the error if PyTorch does not import."""
+    """Read the facts; return the last line of the error if PyTorch cannot be imported."""
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROBE], capture_output=True, text=True, timeout=_SECONDS, cwd="/"

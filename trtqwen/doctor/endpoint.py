@@ -1,4 +1,4 @@
-"""A running server as the live checks talk to it: tensors over gRPC, a deadline for each request, its gauges."""
+"""Client of the live checks: tensors over gRPC, a deadline for each request, and gauges."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.flo
 
 
 def chat_prompt(question: str) -> str:
-    """A question in Qwen's ChatML."""
+    """Return a user's message in Qwen's ChatML."""
     return f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
 
 
@@ -46,14 +46,14 @@ class Endpoint:
         self._channel.close()
 
     def alive(self) -> bool:
-        """Whether a Triton answers at all."""
+        """Return whether a Triton server answers."""
         try:
             return bool(self._stub.ServerLive(service_pb2.ServerLiveRequest(), timeout=5).live)
         except grpc.RpcError:
             return False
 
     def instances(self, model: str) -> int:
-        """How many instances of a model one server runs; 1 if it does not tell."""
+        """Return the number of instances of a model; 1 if the server does not report it."""
         try:
             reply = self._stub.ModelConfig(service_pb2.ModelConfigRequest(name=model), timeout=5)
         except grpc.RpcError:
@@ -61,7 +61,7 @@ class Endpoint:
         return sum(max(1, group.count) for group in reply.config.instance_group) or 1
 
     def text(self, prompt: str, max_tokens: int, **options: float) -> Iterator[str]:
-        """The pieces of an answer from `ensemble`, as they come. Closing the iterator cancels.
+        """Yield the pieces of an answer from `ensemble`. Closing the iterator cancels the request.
 
         Raises:
             ServerError: if the server refuses, or does not answer in time.
@@ -95,7 +95,7 @@ class Endpoint:
         return outputs["INPUT_ID"].reshape(-1).tolist(), int(outputs["OUT_END_ID"].reshape(-1)[0])
 
     def tokens(self, ids: list[int], max_tokens: int, **options: int) -> Generator[list[int]]:
-        """The token ids of an answer from `tensorrt_llm`, greedily, as they come. Closing the iterator cancels."""
+        """Yield the token ids of a greedy answer from `tensorrt_llm`. Closing the iterator cancels the request."""
         inputs: dict[str, Array] = {
             "input_ids": np.array([ids], np.int32),
             "input_lengths": np.array([[len(ids)]], np.int32),
@@ -111,7 +111,7 @@ class Endpoint:
         """The engine's gauges by `family/value of the label that is neither model nor version`.
 
         Raises:
-            ServerError: if there are none to be had.
+            ServerError: if the gauges cannot be read.
         """
         try:
             with urllib.request.urlopen(f"http://{self._metrics}/metrics", timeout=5) as response:

@@ -1,4 +1,4 @@
-"""Checks of checkpoints and engines: do they fit this host, each other, and what they are to be used for."""
+"""Checks of checkpoints and engines against this host, each other, and the recipe."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class CheckpointRelease(Check):
 
 
 def _release(subject: Subject) -> Release:
-    """What will read the checkpoint: the installed release, else the recipe's, else the last with engines."""
+    """Return the release that reads the checkpoint: the installed one, the recipe's, or the last with engines."""
     if installed := known_release(subject.host.tensorrt_llm):
         return installed
     return subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
@@ -85,12 +85,12 @@ def _release(subject: Subject) -> Release:
 
 @dataclass(frozen=True)
 class _Context:
-    """Who promises how long a context.
+    """The context lengths that the parts of a deployment promise.
 
     Attributes:
-        tokens: what is promised.
-        reach: what the rotary embedding reaches.
-        native: what it reaches without YaRN.
+        tokens: promised length.
+        reach: longest context of the rotary embedding.
+        native: its longest context without YaRN.
     """
 
     name: str
@@ -114,8 +114,8 @@ class LongContext(Check):
             if context.tokens > context.reach:
                 text = f"{context.name}: {context.tokens:,} tokens, but the model reads {context.reach:,}"
                 factor = -(-context.tokens // context.native)
-                remedy = f"set max_seq_len {context.reach}, or checkpoint.yarn_factor {factor} and build again"
-                problems.append(Diagnostic(text, remedy))
+                hint = f"set max_seq_len {context.reach}, or checkpoint.yarn_factor {factor} and build again"
+                problems.append(Diagnostic(text, hint))
             if scaled and context.tokens <= context.native:
                 text = (
                     f"{context.name}: YaRN is on for {context.tokens:,} tokens; it is static and costs short prompts"

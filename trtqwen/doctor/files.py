@@ -1,4 +1,4 @@
-"""Whether the files of checkpoint, engine and repository are as they were written."""
+"""Checks that the files of checkpoint, engine and repository are unchanged."""
 
 from __future__ import annotations
 

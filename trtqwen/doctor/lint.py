@@ -1,4 +1,4 @@
-"""What is wrong with a model repository: slips of filling upstream's templates, told before Triton dies of them."""
+"""Checks of a model repository for mistakes in upstream's filled templates that would crash Triton."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def lint(models: Models) -> Iterator[Diagnostic]:
-    """Every problem of a repository's models, those that keep Triton from starting first."""
+    """Return every problem of a repository's models, first those that prevent Triton from starting."""
     for rule in RULES:
         yield from rule(models)
 

@@ -1,4 +1,4 @@
-"""Checks of a running server, by what it answers."""
+"""Checks of a running server by its answers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class LiveCheck(Check):
 
     @abstractmethod
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
-        """Talk to the server."""
+        """Send requests to the server."""
 
 
 class Sanity(LiveCheck):
@@ -77,7 +77,7 @@ class InFlightBatching(LiveCheck):
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
         def answer(seed: int) -> list[float]:
-            """The times at which the pieces of an answer come, seconds."""
+            """Return the arrival times of an answer's pieces, in seconds."""
             return [time.perf_counter() for _ in endpoint.text("Once upon a time", 64, seed=seed, **_NOISE)]
 
         answer(0)  # warm
@@ -91,8 +91,8 @@ class InFlightBatching(LiveCheck):
         text = f"of {_PARALLEL} requests at once {in_flight:.1f} are answered at a time ({seconds:.2f} s)"
         if in_flight >= _MIN_IN_FLIGHT:
             return Result("ok", text)
-        remedy = "see D20 and D23: KV cache for one request only, a queue delay, or one BLS instance"
-        return self.found(text, remedy)
+        hint = "see D20 and D23: KV cache for one request only, a queue delay, or one BLS instance"
+        return self.found(text, hint)
 
 
 class Cancellation(LiveCheck):
@@ -196,7 +196,7 @@ class Seeds(LiveCheck):
 
 
 def _settled(endpoint: Endpoint) -> float:
-    """Blocks in use when requests that have ended are out of the gauges."""
+    """Return the number of blocks in use after the gauges no longer count requests that have ended."""
     deadline = time.monotonic() + _CANCEL_SECONDS
     while (used := endpoint.gauges()[_USED]) > 0 and time.monotonic() < deadline:
         time.sleep(0.02)

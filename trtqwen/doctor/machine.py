@@ -1,4 +1,4 @@
-"""Checks of the machine under the software: PCI express, shared memory, limits, memory and disk for a conversion."""
+"""Checks of the machine: PCI express, shared memory, limits, and memory and disk for a conversion."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class PciRouting(Check):
         problems = []
         words = (system.read("proc/cmdline") or "").split()
         if _iommu_is_on(system) and "iommu=pt" not in words:
-            remedy = "boot with iommu=pt, switch the IOMMU off in the BIOS, or export NCCL_P2P_DISABLE=1"
-            problems.append(Diagnostic("the IOMMU translates (no iommu=pt on the kernel's command line)", remedy))
+            hint = "boot with iommu=pt, switch the IOMMU off in the BIOS, or export NCCL_P2P_DISABLE=1"
+            problems.append(Diagnostic("the IOMMU translates (no iommu=pt on the kernel's command line)", hint))
         listing = system.output("lspci", "-vvv") or ""
         bridges = _acs_bridges(listing)
         if bridges:
@@ -81,17 +81,17 @@ class SharedMemory(Check):
         problems = []
         if total < ranks * _SHM_PER_RANK:
             text = f"/dev/shm has {total / GIB:.2f} GiB for {ranks} ranks, one GiB each is needed"
-            remedy = "start the container with --ipc=host or --shm-size=16g"
+            hint = "start the container with --ipc=host or --shm-size=16g"
             if subject.starts_containers and subject.host.gpus:  # with --ipc=host, which takes the host's
-                remedy = "mount -o remount,size=16g /dev/shm"
-            problems.append(Diagnostic(text, remedy))
+                hint = "mount -o remount,size=16g /dev/shm"
+            problems.append(Diagnostic(text, hint))
         if subject.host.gpus and subject.engine_ranks > 1 and not subject.starts_containers:
             problems += _limits(system)
         stale = _stale_segments(system)
         if stale:
             text = f"/dev/shm holds {len(stale)} segments that no process has open: {', '.join(stale[:4])}"
-            remedy = f"rm {' '.join(f'/dev/shm/{name}' for name in stale[:4])}"
-            problems.append(Diagnostic(text, remedy + (" ..." if len(stale) > 4 else ""), "warning"))
+            hint = f"rm {' '.join(f'/dev/shm/{name}' for name in stale[:4])}"
+            problems.append(Diagnostic(text, hint + (" ..." if len(stale) > 4 else ""), "warning"))
         return self.judge(problems, f"/dev/shm {total / GIB:.1f} GiB for {ranks} {'rank' if ranks == 1 else 'ranks'}")
 
 
@@ -110,7 +110,7 @@ def _limits(system: System) -> Iterator[Diagnostic]:
 
 
 def _stale_segments(system: System) -> list[str]:
-    """What killed servers left: segments that no process maps. Without root, the processes of others are not seen."""
+    """Return shared-memory segments of killed servers, which no process maps. Needs root to see all processes."""
     names = {path.name for path in (system.root / "dev/shm").iterdir() if path.name.startswith(_SEGMENTS)}
     if names:
         for maps in (system.root / "proc").glob("[0-9]*/maps"):
@@ -148,7 +148,7 @@ class ConversionRoom(Check):
 
 
 def _available_memory(system: System) -> tuple[int, str]:
-    """Bytes that a process may still take, and what limits them: the machine or its control group (version 2, 1)."""
+    """Return the bytes that a process can allocate, and their limit: the machine or its control group (v2, v1)."""
     found = re.search(r"^MemAvailable:\s+(\d+) kB", system.read("proc/meminfo") or "", re.MULTILINE)
     if found is None:
         raise Skip("/proc/meminfo cannot be read")

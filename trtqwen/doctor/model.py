@@ -1,4 +1,4 @@
-"""Checks of a Hugging Face model directory, and of what a recipe would make of it."""
+"""Checks of a Hugging Face model directory, and of its conversion by a recipe."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class KeyBias(Check):
         norms = np.array(bias_norms(subject.source))
         ratios = norms / max(float(np.median(norms)), float(np.finfo(np.float64).tiny))
         largest = f"k_proj bias norms up to {ratios.max():.1f} times the median (layer {int(ratios.argmax())})"
-        quantised = _quantised_kv_cache(subject)
+        quantised = _quantized_kv_cache(subject)
         if ratios.max() <= BIAS_RATIO:
             return Result("ok", f"{largest}; {BIAS_RATIO:g} is the limit for 8 bits")
         if quantised is None:
@@ -106,8 +106,8 @@ class KeyBias(Check):
         return self.found(text, "leave kv_cache auto; if you must, measure with `trtqwen verify`")
 
 
-def _quantised_kv_cache(subject: Subject) -> str | None:
-    """What asks for an 8-bit KV cache, if anything does."""
+def _quantized_kv_cache(subject: Subject) -> str | None:
+    """Return the setting that requests an 8-bit KV cache; None if none does."""
     if subject.recipe is not None and subject.recipe.checkpoint.kv_cache != "auto":
         return f"the recipe has kv_cache {subject.recipe.checkpoint.kv_cache}"
     if subject.engine is not None:
@@ -127,10 +127,10 @@ class Overflow(Check):
         if dtype != "float16" or trained == "float16":
             return Result("ok", f"weights {trained}, recipe {dtype}")
         text = f"weights {trained}, recipe float16: activations over 65504 become NaN, and answers '!!!!'"
-        remedy = "set checkpoint.dtype bfloat16 (as fast on Ada), or run `trtqwen verify`, which measures the largest"
+        hint = "set checkpoint.dtype bfloat16 (as fast on Ada), or run `trtqwen verify`, which measures the largest"
         if recipe.engine.backend == "tensorrt_llm" and not recipe.serve.enable_context_fmha_fp32_acc:
-            remedy += ", and set serve.enable_context_fmha_fp32_acc"
-        return self.found(text, remedy)
+            hint += ", and set serve.enable_context_fmha_fp32_acc"
+        return self.found(text, hint)
 
 
 class Vocabulary(Check):

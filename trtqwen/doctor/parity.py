@@ -41,13 +41,13 @@ class TokenParity(LiveCheck):
             shares.append(f"{share:.0%} {name}")
             if share < _LEAST:
                 text = f"{share:.0%} of the greedy tokens {name} are the model's"
-                remedy = "check the all-reduce with `trtqwen doctor --gpu` and the checkpoint with `trtqwen verify`"
-                problems.append(Diagnostic(text, remedy))
+                hint = "check the all-reduce with `trtqwen doctor --gpu` and the checkpoint with `trtqwen verify`"
+                problems.append(Diagnostic(text, hint))
         return self.judge(problems, f"{', '.join(shares)}, within {_MARGIN:g} of the best logit")
 
 
 def _agreement(source: HfModel, answers: list[tuple[list[int], list[int]]]) -> float:
-    """Share of the answered tokens that the model, reading prompt and answer, rates within the margin of its best."""
+    """Return the share of answer tokens that the model rates within the margin of its best token."""
     import torch  # the other checks start without PyTorch
 
     from trtqwen.hf.forward import LayerwiseModel

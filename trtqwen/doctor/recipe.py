@@ -1,4 +1,4 @@
-"""Checks of a recipe's arithmetic and of the build command it leads to."""
+"""Checks of a recipe's sizes and of its build command."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Concurrent(Check):
         full = _plan(subject).concurrency[-1]
         if full.sequences < 2:
             text = f"{full.sequences} request of {full.tokens:,} tokens runs at a time: serving will be sequential"
-            remedy = "lower engine.max_seq_len, take more cards or INT8 weights, and have clients send max_tokens"
-            return self.found(text, remedy)
+            hint = "lower engine.max_seq_len, take more cards or INT8 weights, and have clients send max_tokens"
+            return self.found(text, hint)
         return Result("ok", f"{full.sequences} requests of {full.tokens:,} tokens")
 
 

@@ -90,17 +90,17 @@ def _xgrammar(engine: ModelFile, subject: Subject) -> Iterator[Diagnostic]:
         if not engine.parameter("tokenizer_dir"):
             yield Diagnostic("guided decoding on the python backend needs tokenizer_dir", "set it in tensorrt_llm")
         return
-    remedy = "write it with upstream's generate_xgrammar_tokenizer_info.py"
+    hint = "write it with upstream's generate_xgrammar_tokenizer_info.py"
     try:
         vocabulary = json.loads(Path(info).read_text(encoding="utf-8"))["encoded_vocab"]
     except (OSError, ValueError, KeyError, TypeError):
-        yield Diagnostic(f"xgrammar_tokenizer_info_path {info!r}: cannot be read", remedy)
+        yield Diagnostic(f"xgrammar_tokenizer_info_path {info!r}: cannot be read", hint)
         return
     if subject.engine is not None and len(vocabulary) != (size := subject.engine_config.pretrained_config.vocab_size):
         text = (
             f"xgrammar's vocabulary has {len(vocabulary)} entries, the engine {size}: masks fall on the wrong words"
         )
-        yield Diagnostic(text, f"{remedy}, with the model's vocab_size")
+        yield Diagnostic(text, f"{hint}, with the model's vocab_size")
 
 
 CHECKS: tuple[Check, ...] = (RepositoryLint(), Queue(), GuidedDecoding())

@@ -38,7 +38,7 @@ CHECKS: tuple[Check, ...] = tuple(
 
 @dataclass(frozen=True)
 class Finding:
-    """A check and what it found."""
+    """A check and its result."""
 
     check: Check
     result: Result
@@ -56,7 +56,7 @@ class Finding:
 
 
 def examine(subject: Subject, started: Callable[[Check], None] = lambda check: None) -> Iterator[Finding]:
-    """Every check's finding, in the order of their ids.
+    """Run every check, in the order of their ids.
 
     Args:
         started: called before each check; some take seconds.
@@ -67,7 +67,7 @@ def examine(subject: Subject, started: Callable[[Check], None] = lambda check: N
 
 
 def run_check(check: Check, subject: Subject) -> Result:
-    """What a check says; a skip and an error are answers too."""
+    """Run a check. Skips and errors become results."""
     if check.place == "host" and subject.host.image is not None:
         return Result("skip", "a check of the host, outside of the container")
     try:
@@ -82,7 +82,7 @@ def run_check(check: Check, subject: Subject) -> Result:
 
 
 def examine_in_container(plan: ContainerPlan, subject: Subject) -> list[Finding]:
-    """Every check's finding: those of the host from here, all others from inside the container of `plan`.
+    """Run the host's checks here, and all others inside the container of `plan`.
 
     Args:
         subject: this host, with what was named.

@@ -1,4 +1,4 @@
-"""Checks of what is installed on the host: TensorRT-LLM, TensorRT, the driver, and the environment they run in."""
+"""Checks of the installed TensorRT-LLM, TensorRT and driver, and of their environment."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Advisories(Check):
 
 
 def _image(subject: Subject) -> Image:
-    """The image this runs in if it is a known one, else the newest that holds the recipe's release."""
+    """Return the image of this container if it is known, otherwise the newest image with the recipe's release."""
     release = subject.recipe.checkpoint.release if subject.recipe else last_engine_release()
     return known_image(subject.host.image) or newest_image(release)
 

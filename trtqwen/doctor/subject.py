@@ -1,4 +1,4 @@
-"""What is examined: the host, and the recipe, model, checkpoint, engine, repository and server that were named."""
+"""The subject of the checks: the host, and the named recipe, model, checkpoint, engine, repository and server."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ T = TypeVar("T")
 
 
 class Skip(Exception):
-    """A check has nothing to look at; the message says why."""
+    """A check does not apply; the message says why."""
 
 
 @dataclass(frozen=True)
 class System:
-    """Where this machine's own facts are read.
+    """Reads facts of this machine.
 
     Attributes:
         root: above proc, sys, dev and opt.
@@ -49,14 +49,14 @@ class System:
     disk_usage: Callable[[Path], tuple[int, int, int]] = shutil.disk_usage
 
     def read(self, path: str) -> str | None:
-        """A file below the root; None if it cannot be read."""
+        """Read a file below the root; None if it cannot be read."""
         try:
             return (self.root / path).read_text(encoding="utf-8", errors="replace")
         except OSError:
             return None
 
     def output(self, *command: str) -> str | None:
-        """What a program prints; None if it is not there or fails."""
+        """Return the output of a program; None if it does not exist or fails."""
         program = shutil.which(command[0], path=self.environ.get("PATH"))
         if program is None:
             return None
@@ -70,7 +70,7 @@ class System:
 
 @dataclass(frozen=True)
 class Subject:
-    """What is examined; None was not named, and the checks that need it skip.
+    """The subject of the checks. Checks of an artifact that is None are skipped.
 
     Attributes:
         url, metrics: host:port of Triton's gRPC and metrics endpoints.
@@ -90,21 +90,21 @@ class Subject:
 
     @property
     def local_ranks(self) -> int:
-        """Ranks that run on this machine, as far as recipe and host tell; at least 1."""
+        """Return the ranks that run on this machine according to recipe and host; at least 1."""
         if self.recipe is not None and (self.recipe.engine.backend == "torch" or self.host.gpus):
             return self.recipe.world_size * self.recipe.serve.replicas
         return max(1, len(self.host.gpus))
 
     @property
     def engine_ranks(self) -> int:
-        """Ranks of one engine, as far as the recipe tells; else one for each GPU. A single one has no collectives."""
+        """Return the ranks of one engine: the recipe's, or one for each GPU. A single rank has no collectives."""
         if self.recipe is not None:
             return 1 if self.recipe.engine.backend == "torch" and not self.host.gpus else self.recipe.world_size
         return max(1, len(self.host.gpus))
 
     @property
     def starts_containers(self) -> bool:
-        """Whether TensorRT-LLM is only in the image, which --in-container starts with its own limits."""
+        """Return whether TensorRT-LLM is only in the image, which --in-container starts with its own limits."""
         return self.host.tensorrt_llm is None and self.host.image is None
 
     @property
@@ -154,7 +154,7 @@ class Subject:
 
     @cached_property
     def plugin_config(self) -> Mapping[str, Any]:
-        """What trtllm-build set, with all it changed itself; empty for a torch engine."""
+        """Return trtllm-build's settings, with its own changes; empty for a torch engine."""
         if self.engine_config.backend != "tensorrt_llm" or self.engine is None:
             return {}
         content = json.loads((self.engine / CONFIG).read_text(encoding="utf-8"))
@@ -168,10 +168,10 @@ class Subject:
 
 
 def completed(subject: Subject) -> Subject:
-    """Add what `trtqwen build` made of the recipe, where it was not named, and the engine that the repository serves.
+    """Add the artifacts that `trtqwen build` made of the recipe, unless they are named, and the repository's engine.
 
     Raises:
-        InputError: if a named directory is not there, or an address is not host:port.
+        InputError: if a named directory does not exist, or an address is not host:port.
     """
     for name in ("model", "checkpoint", "engine", "repository"):
         directory = getattr(subject, name)
@@ -201,7 +201,7 @@ def _existing(directory: Path) -> Path | None:
     return directory if directory.is_dir() else None
 
 
-def _given(value: T | None, remedy: str) -> T:
+def _given(value: T | None, hint: str) -> T:
     if value is None:
-        raise Skip(remedy)
+        raise Skip(hint)
     return value

@@ -1,1 +1,1 @@
-"""Builders of engines behind one protocol, and the engine directory they write."""
+"""Builders of engines with one protocol, and the engine directory that they write."""

@@ -1,4 +1,4 @@
-"""From a checkpoint to an engine: the choice of the builder, and what all builders have in common."""
+"""The engine stage: choose the builder of a backend and build the engine from a checkpoint."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from trtqwen.system.host import Host
 
 
 def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
-    """The manifest key of the engine that `build_engine` would write from a checkpoint with this key.
+    """Return the manifest key of the engine that `build_engine` would write for this checkpoint key.
 
     The checkpoint's key covers TensorRT-LLM's release and the precision.
     """
@@ -36,7 +36,7 @@ def engine_key(checkpoint_key: str, recipe: EngineRecipe) -> str:
 
 
 def engine_parameters(recipe: EngineRecipe) -> dict[str, Any]:
-    """What of a recipe changes the engine."""
+    """Return the settings of a recipe that change the engine."""
     if recipe.backend == "torch":
         return {"backend": "torch", **BuildConfig.model_validate(recipe.model_dump()).model_dump()}
     if recipe.backend == "llmapi":
@@ -69,11 +69,11 @@ class EngineStage(Stage):
     """The second stage of a build.
 
     Args:
-        checkpoint: the checkpoint's directory, which need not be there before `run`.
+        checkpoint: the checkpoint's directory; it may not exist before `run`.
         checkpoint_key: its manifest key.
-        serve: how the engine will be served: one that cannot be served so is refused.
-        card: the GPU it is for; None takes the one that is here.
-        host: this machine; None looks at it.
+        serve: serving settings; an engine that cannot be served with them is refused.
+        card: the GPU of the engine; None takes this machine's GPU.
+        host: this machine; None reads its facts.
     """
 
     name = section = "engine"

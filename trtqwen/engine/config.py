@@ -41,8 +41,8 @@ class EngineConfig(BaseModel):
 
     Attributes:
         version: the TensorRT-LLM release that built it; None for a torch engine.
-        vllm, llmapi: how these run, for their backends.
-        int8_layout: how INT8 weight-only matrices lie in the rank files of a torch engine.
+        vllm, llmapi: settings of these backends.
+        int8_layout: INT8 layout of the rank files of a torch engine.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
@@ -57,7 +57,7 @@ class EngineConfig(BaseModel):
 
     @property
     def starts_vllm(self) -> bool:
-        """Whether it is served by a vLLM that has to be started, unlike one at an address."""
+        """Return whether the engine needs a vLLM that trtqwen starts, unlike one at an address."""
         return self.backend == "vllm" and (self.vllm is None or self.vllm.address is None)
 
 

@@ -1,4 +1,4 @@
-"""What trtllm-build made of its flags: it changes some without an error, and the engine's config.json tells."""
+"""The effective settings of trtllm-build: it changes some flags without an error, and config.json shows that."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class SettingChange(BaseModel):
 def changed_settings(flags: Flags, config: Mapping[str, Any]) -> list[SettingChange]:
     """Compare the flags with an engine's config.json.
 
-    A plugin asked for by `auto` may be recorded by that word or by the model's dtype. A setting that is not recorded
-    at all counts as changed: nothing shows that it was heeded.
+    A plugin with the flag `auto` may be recorded as `auto` or as the model's dtype. A setting that is not recorded
+    counts as changed, because nothing shows that it has an effect.
     """
     dtype = config["pretrained_config"]["dtype"]
     changes = []
@@ -58,7 +58,7 @@ def check_promises(config: Mapping[str, Any], serve: ServeRecipe) -> None:
         config: the engine's config.json.
 
     Raises:
-        EngineError: if the builder left out what a serving setting rests on.
+        EngineError: if the engine lacks a feature that a serving setting needs.
     """
     broken = [f"serve.{name}" for name in _NEED_PAGED_CONTEXT if getattr(serve, name)]
     if broken and not _effective(PAGED_CONTEXT, config):

@@ -1,7 +1,7 @@
-"""From a log to causes and hints, by the patterns in `failures.json` and the tables in `failure_tables.json`.
+"""Find causes and hints for a log, with the patterns in `failures.json` and the tables in `failure_tables.json`.
 
-An entry of `failures.json` is a kind of failure. Where the kind has numbered or named members, as the errors of CUDA,
-the statuses of Triton or the exceptions of Python, a table gives what each member means.
+An entry of `failures.json` is a kind of failure. If the kind has numbered or named members, such as the errors of
+CUDA, the statuses of Triton or the exceptions of Python, a table gives the meaning of each member.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Row(BaseModel):
     """One member of a kind.
 
     Attributes:
-        keys: how programs write it: number, name, text.
-        means: what it tells; fills `{means}` of the entry.
-        hint: what helps; fills `{help}` of the entry.
+        keys: spellings of the member in logs: number, name, text.
+        means: its meaning; fills `{means}` of the entry.
+        hint: what to do; fills `{help}` of the entry.
         role: replaces the role of the entry.
     """
 
@@ -56,14 +56,14 @@ class Failure(BaseModel):
         pattern: regular expression; white space in it and in the log does not count. `KEYS` stands for every key of
             the table.
         line: match single lines, with their white space, instead.
-        telling: match only lines that look like errors.
+        telling: match only in lines that look like errors.
         certain: stays a cause on a line that its program calls a warning or information.
-        placed: match only where a traceback leads to a part of a program that is known.
+        placed: match only if a traceback leads to a known part of a program.
         table: where the group `key` of the pattern is looked up; a key without a row does not count.
-        unless: regular expression; a line that matches it too is not meant.
+        unless: regular expression; a line that also matches it does not count.
         after: regular expression that an earlier line must match.
-        unless_after: regular expression; what follows a line that matches it is not meant.
-        last: whether only the log's last line counts: the program hung there.
+        unless_after: regular expression; lines after a line that matches it do not count.
+        last: whether only the log's last line counts, because the program hung there.
         cause: may name groups of the pattern in braces, `{means}` of the table's row, `{rest}`, what the line says
             after the pattern, and `{place}`, the part of a program that raised a Python exception.
         source: where the message was seen.
@@ -90,11 +90,11 @@ class Failure(BaseModel):
 
 @dataclass(frozen=True)
 class Finding:
-    """Lines of a log that tell what went wrong.
+    """Lines of a log that show a failure.
 
     Attributes:
         number: of the first line, from 1.
-        times: how often the log says the same.
+        times: number of occurrences in the log.
     """
 
     id: str
@@ -108,12 +108,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a log tells.
+    """The explanation of a log.
 
     Attributes:
         findings: causes first, in the order of the log, warnings after errors; then symptoms, the specific ones
             first, then what follows.
-        telling: lines that speak of errors, with their numbers; for a log without a known cause.
+        telling: lines that look like errors, with their numbers; for a log without a known cause.
     """
 
     findings: tuple[Finding, ...]
@@ -160,7 +160,7 @@ def explain(lines: Iterable[str]) -> Explanation:
 
 
 class _Groups(dict[str, str]):
-    """What a pattern caught; a group without text reads as the kind of thing it is."""
+    """The groups of a match. A group without text reads as its kind."""
 
     def __missing__(self, name: str) -> str:
         return f"it ({name})"
@@ -168,7 +168,7 @@ class _Groups(dict[str, str]):
 
 @dataclass(frozen=True)
 class _Hit:
-    """Lines that match; `text` is all of them, for people."""
+    """Lines that match; `text` joins them for display."""
 
     lines: tuple[Line, ...]
     text: str
@@ -182,13 +182,13 @@ class _Hit:
 
     @property
     def rank(self) -> tuple[int, bool, int]:
-        """Where it stands among the findings."""
+        """Return the sort key among the findings."""
         cause = self.role == "cause"
         return _ROLES.index(self.role), self.warning, cause * self.lines[0].number
 
 
 class _Search:
-    """One failure, looked for in one chunk after the other."""
+    """The search for one failure, chunk after chunk."""
 
     def __init__(self, failure: Failure) -> None:
         self.failure = failure

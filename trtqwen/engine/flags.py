@@ -1,4 +1,4 @@
-"""The flags of `trtllm-build`: worked out from a recipe, checked against the facts in `trtllm_build.json`."""
+"""The flags of `trtllm-build`: computed from a recipe and checked against `trtllm_build.json`."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def build_flags(
 ) -> dict[str, FlagValue]:
     """Every flag but the paths.
 
-    What in-flight batching rests on is passed even where it is the default: defaults have moved before.
+    Flags that in-flight batching needs are passed even if they are the default, because defaults have changed before.
 
     Args:
-        gpus: GPUs at hand; None if that is not known, and then workers is as the recipe has it.
+        gpus: number of available GPUs; None if unknown, and then the recipe's `workers` is used.
     """
     # The builder has no paged context FMHA for an INT8 KV cache and would switch it off without an error.
     paged = engine.use_paged_context_fmha and checkpoint.kv_cache != "int8"
@@ -127,7 +127,7 @@ def command_line(flags: Flags, checkpoint: Path, output: Path, release: Release)
 
 
 def check_command(command: list[str], release: Release) -> None:
-    """Hold every flag of a call against the facts about a release.
+    """Check every flag of a command against the facts about a release.
 
     Raises:
         EngineError: naming the flag that the release does not have, or that has no effect there; or naming the
@@ -154,7 +154,7 @@ def check_command(command: list[str], release: Release) -> None:
 
 
 def check_against_help(command: list[str], text: str) -> None:
-    """Hold every flag of a call against what the installed `trtllm-build --help` prints.
+    """Check every flag of a command against the output of the installed `trtllm-build --help`.
 
     Raises:
         EngineError: naming the flag.

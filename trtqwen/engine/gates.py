@@ -1,4 +1,4 @@
-"""Whether an engine can be built on this machine and an image run on it, told before anything is started."""
+"""Checks before a start: whether this machine can build an engine and run an image."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from trtqwen.system.host import Host
 
 
 def driver_problem(driver: str, image: Image, gpus: Sequence[str] = ()) -> Diagnostic | None:
-    """What a driver means for an image; None where it is as new as the one that the image was built with.
+    """Return the problem of a driver with an image; None if the driver is as new as the image's own.
 
     The major version of the image's CUDA decides: a driver below it cannot run the image, one between that and the
     built one can.
@@ -55,7 +55,7 @@ def driver_problem(driver: str, image: Image, gpus: Sequence[str] = ()) -> Diagn
 
 
 def advisory_problem(image: Image) -> Diagnostic | None:
-    """What is known of attacks on an image's Triton; None if nothing is."""
+    """Return the known vulnerabilities of an image's Triton; None if there are none."""
     if not image.advisories:
         return None
     [first, *_] = image.advisories
@@ -77,7 +77,7 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
         command: the call that cannot be made here.
 
     Raises:
-        EngineError: naming what is here, what is needed, and what to do.
+        EngineError: with the actual and the required versions, and a hint.
     """
     check_software(host, release, command=command)
     gpus = host.visible_gpus
@@ -106,7 +106,7 @@ def check_host(host: Host, release: Release, card: CardName | None, *, workers: 
 def check_release(host: Host, release: Release) -> None:
     """Refuse a TensorRT-LLM that cannot build for this release, before weights are converted for it.
 
-    A machine without trtllm-build may convert all the same: the engine is built elsewhere.
+    A machine without trtllm-build may still convert: the engine is then built elsewhere.
 
     Raises:
         EngineError: as `check_host` does.

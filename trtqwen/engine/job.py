@@ -1,4 +1,4 @@
-"""What a builder is given, and what every builder does with it."""
+"""The input of a builder, and the protocol of all builders."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class BuildJob:
         checkpoint_key: its manifest key.
         settings: how the checkpoint was converted.
         ranks: how many files the engine has.
-        output: where the engine will stand when it is finished.
-        serve: how it will be served, as far as that is known.
-        card: the GPU it is for; None takes the one that is here.
+        output: directory of the finished engine.
+        serve: serving settings; None if unknown.
+        card: the GPU of the engine; None takes this machine's GPU.
     """
 
     checkpoint: Path

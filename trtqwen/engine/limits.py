@@ -1,4 +1,4 @@
-"""What the engines compute, and how far: checked before a checkpoint is written for one that could not run it."""
+"""Limits of the engines, checked before a checkpoint is written that an engine cannot run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TORCH_ROPE_SCALINGS = ("yarn", "linear")  # what trtqwen.nn.rotary computes
 
 
 def check_computed(backend: Backend, config: HfConfig) -> None:
-    """Refuse what an engine of this kind would refuse when it starts.
+    """Refuse a model that an engine of this kind would refuse at its start.
 
     Raises:
         InputError: naming the field of config.json.
@@ -46,7 +46,7 @@ def check_context(recipe: Recipe, config: HfConfig) -> None:
 
 
 def context_words(config: HfConfig) -> str:
-    """The model's context and where it is said."""
+    """Return the model's context in words, with its source."""
     if config.dense_context is not None and config.dense_context < config.max_position_embeddings:
         return (
             f"the {config.context} tokens up to which dual_chunk_attention_config is ordinary attention; "
@@ -56,7 +56,7 @@ def context_words(config: HfConfig) -> str:
 
 
 def longer_context(recipe: Recipe, config: HfConfig) -> str:
-    """What to do about a context that is too short."""
+    """Return the hint for a context that is too short."""
     lower = f"lower engine.max_seq_len to {config.context}"
     factor = needed_factor(recipe, config)
     stretchable = config.rope_scaling is None or recipe.checkpoint.yarn_factor is not None
@@ -67,5 +67,5 @@ def longer_context(recipe: Recipe, config: HfConfig) -> str:
 
 
 def needed_factor(recipe: Recipe, config: HfConfig) -> int:
-    """How many times the context that the model reads without a stretch the recipe asks for."""
+    """Return the ratio of the recipe's context to the model's context without YaRN."""
     return max(1, -(-recipe.engine.max_seq_len // config.native_context))

@@ -1,8 +1,8 @@
-"""Logs of programs, as they reach us, in pieces that can be searched.
+"""Logs of programs, cut into chunks for the search.
 
-Logs reach us wrapped: Triton prints errors in a table, terminals and issue threads break lines within words, docker
-and mpirun put a prefix before each. So a chunk holds its lines without prefixes and table borders, and once more as
-one text without any white space, in which a match may run over several lines.
+Log lines are often wrapped: Triton prints errors in a table, terminals and issue threads break lines within words,
+and docker and mpirun add prefixes. A chunk therefore holds its lines without prefixes and table borders, and also one
+text without any white space, in which a match can extend over several lines.
 """
 
 from __future__ import annotations
@@ -62,9 +62,9 @@ class Line:
 
     Attributes:
         number: from 1.
-        sign: how telling of an error it is, 0 the most; None if it does not look like one.
+        sign: how strongly it looks like an error, 0 the most; None if it does not.
         warning: whether the program that wrote it calls it a warning or less.
-        info: whether that program calls it information: what it says is no failure.
+        info: whether that program calls it information, so that it is not a failure.
         frames: path and function of the stack frames of a Python traceback before it, the innermost last.
     """
 
@@ -95,7 +95,7 @@ class Chunk:
 
 
 class Log:
-    """A log that is read once, in pieces.
+    """A log that is read once, in chunks.
 
     Attributes:
         counts: how often each line occurs, numbers in it aside.
@@ -187,7 +187,7 @@ def _clean(raw: str) -> str:
 
 
 def key(line: str) -> str:
-    """What lines that differ in numbers alone have in common."""
+    """Return a key that is equal for lines which differ only in numbers."""
     return _NUMBER.sub("#", line)
 
 

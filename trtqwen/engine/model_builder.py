@@ -17,7 +17,7 @@ class ModelBuilder:
     """Exports models, on any machine."""
 
     def check(self, job: BuildJob) -> None:
-        """Nothing is in the way: whether the backend is installed, `serve` tells."""
+        """Check nothing: `serve` checks whether the backend is installed."""
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
         """Write the model directory next to the engine's config.json."""

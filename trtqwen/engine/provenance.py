@@ -1,4 +1,4 @@
-"""Where an engine comes from: written into it when it is built, held against the machine that is to run it."""
+"""Provenance of an engine: recorded at its build and compared with the machine that runs it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Provenance(BaseModel):
         image, image_digest: the container image it was built in, as far as it is known.
         checkpoint: manifest key of the checkpoint.
         flags: every flag of trtllm-build but the paths.
-        changes: what the builder made of them.
+        changes: flags that the builder changed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,7 +67,7 @@ def provenance_of(host: Host, checkpoint: str, flags: Flags, changes: list[Setti
 
 
 def read_provenance(engine: Path) -> Provenance | None:
-    """The record in an engine directory; None where there is none: in torch engines and those built by hand.
+    """Read the record of an engine directory; None for torch engines and engines that were built by hand.
 
     Raises:
         EngineError: if there is one that cannot be read.
@@ -82,7 +82,7 @@ def read_provenance(engine: Path) -> Provenance | None:
 
 
 def check_provenance(engine: Path, host: Host) -> list[Diagnostic]:
-    """What keeps an engine from running on this machine; nothing for torch engines.
+    """Return the problems that prevent an engine from running on this machine; empty for torch engines.
 
     Raises:
         InputError: if the engine's config.json is missing or broken.

@@ -1,4 +1,4 @@
-"""The embedded engine: it executes the checkpoint's own rank files, so building it is a matter of links."""
+"""Builder of the embedded engine, which executes the checkpoint's rank files: it only links them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class TorchBuilder:
     """Builds torch engines, on any machine."""
 
     def check(self, job: BuildJob) -> None:
-        """Nothing is in the way."""
+        """Check nothing: every machine can build it."""
 
     def build(self, job: BuildJob, directory: Path, watch: Watch) -> None:
         """Link the rank files, or copy them across disks."""

@@ -1,4 +1,4 @@
-"""The production engine: runs the installed `trtllm-build`, and looks at what came out."""
+"""Builder of TensorRT engines: run the installed `trtllm-build` and check its result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HELP_SECONDS = 600  # importing TensorRT-LLM from a cold disk takes its time
 
 
 class BuildFailed(EngineError):
-    """trtllm-build ended without an engine.
+    """trtllm-build did not build an engine.
 
     Attributes:
         log: its whole output.
@@ -57,7 +57,7 @@ class TrtLlmBuilder:
         self._host = host or read_host()
 
     def check(self, job: BuildJob) -> None:
-        """Hold the machine and every flag against what the build needs.
+        """Check the machine and every flag against the requirements of the build.
 
         Raises:
             EngineError: with the hint.
@@ -74,7 +74,7 @@ class TrtLlmBuilder:
 
         Raises:
             BuildFailed: if it fails, naming the cause as far as its log tells.
-            EngineError: if the engine is not what was asked for.
+            EngineError: if the engine differs from the requested one.
         """
         flags = self._flags(job)
         command = command_line(flags, job.checkpoint, directory, job.settings.release)

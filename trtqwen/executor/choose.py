@@ -21,7 +21,7 @@ _COLDEST = 1e-20
 
 @dataclass(frozen=True)
 class Choice:
-    """How each of some rows is chosen.
+    """The sampling parameters of some rows.
 
     Attributes:
         values: float32 [5, rows]: temperature, top_p, min_p, a uniform number in [0, 1), and top_k (0 is no limit).

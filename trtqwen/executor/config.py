@@ -1,4 +1,4 @@
-"""How the executor runs an engine: the runtime side of a recipe, as the Triton model's parameters carry it."""
+"""Settings of the executor: the serving settings of a recipe, as the Triton model's parameters hold them."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class ExecutorConfig(BaseModel):
 
 
 class WorkerConfig(BaseModel):
-    """What one rank's process is started with.
+    """The input of one rank's process.
 
     Attributes:
-        rendezvous: file through which the ranks find each other.
+        rendezvous: file with which the ranks find each other.
         threads: CPU threads of this rank.
     """
 
@@ -58,17 +58,18 @@ class WorkerConfig(BaseModel):
 
 
 def kv_cache_blocks(engine: EngineConfig, executor: ExecutorConfig) -> int:
-    """KV cache blocks that the config asks for: as it says, or enough for every full-length batch."""
+    """Return the number of KV cache blocks: the configured one, or enough for a batch of full-length requests."""
     build = engine.build_config
     tokens = executor.max_tokens_in_paged_kv_cache or build.max_batch_size * build.max_seq_len
     return tokens // build.tokens_per_block
 
 
 def context_share(matrix_values: int) -> int:
-    """Context tokens that a step takes while other requests generate.
+    """Return the maximum number of context tokens in a step while other requests generate.
 
-    As many as make a step worth its launch: by the cost model of `simulate`, 1,024 tokens of a 7B model take 22 ms on
-    an H100 in float16, at 95 % of the rate of 8,192 tokens. A smaller model, or a share of one, takes more.
+    The number is large enough for an efficient step. By the cost model of `simulate`, 1,024 tokens of a 7B model take
+    22 ms on an H100 in float16, at 95 % of the rate of 8,192 tokens. A smaller model, or one rank's part of a model,
+    needs more tokens for the same rate.
 
     Args:
         matrix_values: of the layers of one rank.
@@ -77,7 +78,7 @@ def context_share(matrix_values: int) -> int:
 
 
 def scheduler_config(engine: EngineConfig, executor: ExecutorConfig, num_blocks: int) -> SchedulerConfig:
-    """The limits of the step loop for an engine with `num_blocks` KV cache blocks."""
+    """Return the scheduler's limits for an engine with `num_blocks` KV cache blocks."""
     build, model = engine.build_config, engine.pretrained_config
     return SchedulerConfig(
         max_batch_size=build.max_batch_size,

@@ -1,4 +1,4 @@
-"""How rank 0 tells the other ranks what to compute: a Unix socket to each, one write for each step."""
+"""Control channel from rank 0 to the other ranks: a Unix socket to each, with one message for each step."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class ControlChannel:
         path: of the socket.
 
     Raises:
-        EngineError: if a rank does not come.
+        EngineError: if a rank does not connect.
     """
 
     def __init__(self, rank: int, size: int, path: Path) -> None:
@@ -43,7 +43,7 @@ class ControlChannel:
             other.sendall(content)
 
     def receive(self) -> bytes:
-        """The next message, on every other rank; waits as long as it takes.
+        """Receive the next message, on every other rank. Waits without a limit.
 
         Raises:
             EngineError: if rank 0 has ended.

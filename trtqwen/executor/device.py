@@ -1,4 +1,4 @@
-"""Decides where and how an engine computes: device, dtypes, attention and kernels, from its config and this host."""
+"""Choice of device, dtypes, attention and kernels, from an engine's config and this host."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FUSED_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 @dataclass(frozen=True)
 class DeviceChoice:
-    """How one rank computes.
+    """Device, dtypes and kernels of one rank.
 
     Attributes:
         device: `cpu`, or the rank's own card.

@@ -1,4 +1,4 @@
-"""The client's handle on a running engine: starts one process per rank, hands requests in, hands tokens out."""
+"""The client's handle on a running engine: start one process per rank, send requests, and return tokens."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _CACHES = {"LRU_CACHE_CAPACITY": "64", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
 class Executor(EngineHandle):
     """A running torch engine. Thread-safe; use as a context manager or call `shutdown`.
 
-    Callbacks run on the executor's reader thread: they must be quick and must not raise. Tokens that come while one
-    runs wait, and each request's are then handed over in one response.
+    Callbacks run on the executor's reader thread: they must be quick and must not raise. Tokens that arrive while a
+    callback runs are joined to one response per request.
 
     Args:
         verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
@@ -95,7 +95,7 @@ class Executor(EngineHandle):
         return sum(map(_resident_bytes, self._processes))
 
     def stats(self) -> IterationStats:
-        """The step loop's own account, taken between two steps."""
+        """Return the statistics of the step loop, taken between two steps."""
         with self._lock:
             if self._death is not None:
                 raise EngineError(f"the engine has stopped ({self._death})", "start the server again")
@@ -183,7 +183,7 @@ class Executor(EngineHandle):
             self._die(event.fatal)
 
     def _die(self, reason: str) -> None:
-        """One rank's end is everyone's: stop the others and answer whoever waits. The first reason counts."""
+        """Stop all ranks after the end of one, and end all requests with an error. The first reason counts."""
         with self._lock:
             if self._death is not None:
                 return

@@ -1,4 +1,4 @@
-"""A pool of threads in which owners take turns: work of one never fills it while another waits."""
+"""A thread pool in which owners take turns, so that one owner's work never blocks another's."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NICENESS = 5  # below the step loop: with both on one core, a quarter of it
 
 
 class FairPool:
-    """Runs functions in threads that give way to the rest of the process; owners take turns.
+    """Runs functions in threads of low priority. Owners take turns.
 
     Args:
         most_per_owner: threads that one owner may have at a time. There is one more, for the others.

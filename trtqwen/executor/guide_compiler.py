@@ -1,4 +1,4 @@
-"""Compiles guides with xgrammar, each first in a process that the kernel ends at a limit: xgrammar cannot be stopped.
+"""Compile guides with xgrammar. A process with a CPU limit tries each one first, because xgrammar cannot be stopped.
 
 `python -m trtqwen.executor.guide_compiler FD TOKENIZER VOCAB_SIZE` imports xgrammar once, which takes seconds; see
 `trtqwen.system.forks`.
@@ -33,8 +33,8 @@ _NICENESS = 5  # below the engine's step loop
 class GuideCompiler:
     """Compiles guides within the limit. Thread-safe; xgrammar lets other Python threads run meanwhile.
 
-    A guide that its trial has shown to be quick is compiled once more, here: handing a compiled grammar from process
-    to process takes longer than compiling it (400 optional properties: 9 s and 80 MB of JSON against 0.4 s).
+    If the trial is quick, the guide is compiled again in this process: to transfer a compiled grammar takes longer
+    than to compile it (400 optional properties: 9 s and 80 MB of JSON, compared with 0.4 s).
 
     Args:
         directory: of the tokenizer.
@@ -48,7 +48,7 @@ class GuideCompiler:
         self.check = lru_cache(_TRIALS_KEPT)(self._check)
 
     def compile(self, params: GuidedDecodingParams) -> xgrammar.CompiledGrammar:
-        """Compile a guide that `check` has let through; xgrammar raises bare RuntimeErrors."""
+        """Compile a guide that `check` has accepted; xgrammar raises bare RuntimeErrors."""
         grammar: xgrammar.CompiledGrammar = _compile(self._compiler, params)
         return grammar
 
@@ -77,7 +77,7 @@ def _make_compiler(tokenizer: Tokenizer, vocab_size: int) -> xgrammar.GrammarCom
 
 
 def pad_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> list[bytes]:
-    """What each of the model's ids stands for; nothing, beyond the tokenizer."""
+    """Return the bytes of each of the model's ids; empty for ids beyond the tokenizer."""
     return list(tokenizer.token_bytes) + [b""] * (vocab_size - len(tokenizer))
 
 

@@ -1,4 +1,4 @@
-"""Guided decoding: schemas, regular expressions and grammars, by xgrammar, as masks over the vocabulary."""
+"""Guided decoding with xgrammar: schemas, regular expressions and grammars as masks over the vocabulary."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _PLACE_IN_SOURCE = re.compile(r"^\[[\d:]+\] \S+?: ")
 
 
 class GuidedDecoder:
-    """Makes the guides of requests. Thread-safe; xgrammar lets other Python threads run while it compiles.
+    """Creates the guides of requests. Thread-safe; xgrammar lets other Python threads run while it compiles.
 
     Args:
         tokenizer: the model's tokenizer directory.
@@ -74,7 +74,7 @@ class GuidedDecoder:
 
 
 class XGrammarGuide:
-    """One answer's place in its grammar.
+    """The state of one answer in its grammar.
 
     Args:
         bias: added to the logits besides, float32 [vocab_size].

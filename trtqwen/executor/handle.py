@@ -1,4 +1,4 @@
-"""What every handle on a running engine shares: the wait for whole answers, and the end with a block."""
+"""The base class of handles on a running engine: it waits for whole answers, and it is a context manager."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class EngineHandle(ABC):
 
     @property
     def alive(self) -> bool:
-        """Whether requests are served."""
+        """Return whether the engine serves requests."""
         return self._death is None
 
     @abstractmethod

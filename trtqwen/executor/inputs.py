@@ -1,8 +1,8 @@
-"""A step as numbers: what the ranks need to compute it, packed into one array that crosses to them and to the device.
+"""The inputs of a step, packed into one array that is sent to the ranks and copied to the device.
 
-All sections are int32 and lie one behind the other, so that one copy moves a step; each begins at 16 bytes, because
-kernels are compiled for the alignment of their arguments. Their offsets depend on the counts alone: a step padded to
-a fixed batch size always has its sections in the same places, as a CUDA graph needs.
+All sections are int32 and contiguous, so that one copy moves a step. Each is aligned to 16 bytes, because kernels are
+compiled for the alignment of their arguments. Their offsets depend only on the counts: a step that is padded to a
+fixed batch size always has the same offsets, as a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -104,20 +104,20 @@ class StepInputs:
             setattr(self, name, data[place])
 
     def to_bytes(self) -> bytes:
-        """The step as it crosses to another rank."""
+        """Serialize the step for another rank."""
         counts = self.counts
         head = (counts.tokens, counts.sequences, counts.generation, counts.logits, counts.blocks)
         return np.array(head, np.int32).tobytes() + self.data.tobytes()
 
     @classmethod
     def from_bytes(cls, content: bytes) -> StepInputs:
-        """What `to_bytes` wrote."""
+        """Read a step that `to_bytes` wrote."""
         data = np.frombuffer(content, np.int32)
         return cls(Counts(*data[:_COUNTS].tolist()), data[_COUNTS:])
 
     @cached_property
     def has_placeholders(self) -> bool:
-        """Whether some token ids are known to the device only."""
+        """Return whether only the device knows some token ids."""
         return bool((self.token_ids < 0).any())
 
 

@@ -1,4 +1,4 @@
-"""The paged KV cache: a pool of blocks handed out by number, and the tensors behind them."""
+"""The paged KV cache: a pool of numbered blocks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hashlib import blake2b
 
 
 class BlockPool:
-    """Numbers of KV cache blocks, and who holds and what is in them.
+    """The numbers of KV cache blocks, their holders and their contents.
 
     Invariant: a block is free exactly if no sequence holds it. Full blocks may be published under a key that stands
     for all tokens up to their end; sequences that begin alike then share them. A published block stays findable
@@ -42,7 +42,7 @@ class BlockPool:
         return True
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Give a sequence's blocks back; the end of a text is forgotten before its beginning."""
+        """Release a sequence's blocks. The end of a text is evicted before its beginning."""
         for block in reversed(blocks):
             self._holders[block] -= 1
             if self._holders[block] == 0:
@@ -85,8 +85,9 @@ class BlockPool:
 
 
 def block_key(before: bytes, token_ids: Sequence[int]) -> bytes:
-    """The key of a full block: a digest of all tokens up to its end. Not Python's `hash`, for which a client can
-    find two prompts that collide, and read from one what another client wrote.
+    """Return the key of a full block: a digest of all tokens up to its end.
+
+    Python's `hash` is not safe here: a client could find two prompts that collide, and read another client's block.
 
     Args:
         before: key of the block before; for the first one that of the salt.
@@ -96,5 +97,5 @@ def block_key(before: bytes, token_ids: Sequence[int]) -> bytes:
 
 
 def salt_key(salt: str) -> bytes:
-    """What the first block's key begins with: requests with other salts find none of its blocks."""
+    """Return the key before the first block's. Requests with different salts share no blocks."""
     return blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest() if salt else b""

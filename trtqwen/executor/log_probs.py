@@ -1,4 +1,4 @@
-"""Log probabilities by the model itself, before penalties and masks: of chosen tokens and of the most likely ones."""
+"""Log probabilities before penalties and masks, of chosen tokens and of the most likely ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Likeliest:
-    """The most likely tokens at some places, the most likely first.
+    """The most likely tokens at some positions, in falling order.
 
     Attributes:
         ids: int32 [places, count].

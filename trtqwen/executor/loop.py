@@ -1,8 +1,8 @@
-"""Rank 0's loop: take in commands, decide a step, compute it with the other ranks, hand out tokens.
+"""Rank 0's loop: read commands, schedule a step, compute it with the other ranks, and send tokens.
 
-Overlapped, the loop schedules and launches the next step before it reads the tokens of the current one, so that the
-device never waits for the host; the host learns of an end one step late, and drops what that step computed.
-Synchronous, it reads each step's tokens first. Both give the same tokens.
+In overlapped mode, the loop schedules and launches the next step before it reads the tokens of the current one, so
+that the device never waits for the host. The host sees the end of an answer one step late and drops that step's
+token. In synchronous mode, the loop reads each step's tokens first. Both modes give the same tokens.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class CompiledGuide:
-    """A guided request whose guide is compiled, or why it could not be."""
+    """A guided request with its compiled guide, or the error of the compilation."""
 
     request: Request
     guide: Guide | RequestError
@@ -142,7 +142,7 @@ class StepLoop:
         return _Flight(step, sampling, pending)
 
     def _must_wait(self, flight: _Flight) -> bool:
-        """Whether this step's tokens decide what the next step may do."""
+        """Return whether the next step depends on this step's tokens."""
         return not self._overlap or any(chunk.sequence.needs_host for chunk in flight.sampling)
 
     def _finish(self, flight: _Flight) -> None:
@@ -165,7 +165,7 @@ class StepLoop:
         self._emit(failed + [self._output.complete(g.response(), sampled[g.request_id]) for g in generated])
 
     def _finish_plain(self, flight: _Flight, token_ids: list[int]) -> None:
-        """`_finish` for a step that gives tokens and nothing else: the way of nearly all steps, kept short."""
+        """A fast version of `_finish` for steps that give only tokens, as nearly all steps do."""
         sampled = {chunk.sequence.request.id: token for chunk, token in zip(flight.sampling, token_ids, strict=True)}
         generated = self._scheduler.update(flight.step, sampled)
         events = self._output.timed(generated)
@@ -199,7 +199,7 @@ class StepLoop:
             self._emit([_error(request, problem)])
 
     def _compile(self, request: Request) -> None:
-        """Compile the guide outside the step loop: a large schema takes seconds, and everyone else goes on."""
+        """Compile the guide outside the step loop, because a large schema takes seconds."""
         check_installed()
 
         def compile_guide() -> None:
@@ -245,7 +245,7 @@ class StepLoop:
 
 
 def _is_fatal(problem: Exception) -> bool:
-    """Whether the device is lost: after a CUDA error nothing in this process runs on it again."""
+    """Return whether the device is lost. After a CUDA error, this process cannot use it again."""
     return type(problem).__name__ == "AcceleratorError" or "CUDA error" in str(problem)
 
 

@@ -1,4 +1,4 @@
-"""What responses carry besides tokens: log probabilities, logits, times and blocks, for the requests that ask."""
+"""Outputs of responses besides tokens: log probabilities, logits, times and blocks, if a request asks for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trtqwen.executor.sequence import Chunk, Generated, SequenceState, Step
 
 @dataclass
 class _Record:
-    """A request's times, ns, and what its prompt's logits say so far."""
+    """A request's times in ns, and the collected results of its prompt's logits."""
 
     request: Request
     arrival: int
@@ -33,7 +33,7 @@ class _Record:
 
 
 class OutputCollector:
-    """Gathers over the steps what a request's `OutputConfig` asks for; costs nothing for the others."""
+    """Collects the outputs that a request's `OutputConfig` asks for, over several steps."""
 
     def __init__(self) -> None:
         self._records: dict[str, _Record] = {}
@@ -45,14 +45,14 @@ class OutputCollector:
         return not self._readers
 
     def arrived(self, request: Request) -> None:
-        """Note the time of a request that wants more than tokens."""
+        """Record the arrival of a request that asks for more than tokens."""
         if request.output.return_perf_metrics or request.output.reads_whole_prompt:
             self._records[request.id] = _Record(request, time.monotonic_ns())
         if request.output.reads_whole_prompt:
             self._readers.add(request.id)
 
     def scheduled(self, sequences: Sequence[SequenceState]) -> None:
-        """Note times and blocks of a step's sequences."""
+        """Record times and blocks of a step's sequences."""
         if not self._records:
             return
         for sequence in sequences:
@@ -124,7 +124,7 @@ class OutputCollector:
         return events
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept for a request that ended."""
+        """Forget a request that has ended."""
         self._records.pop(request_id, None)
         self._readers.discard(request_id)
 

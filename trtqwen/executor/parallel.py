@@ -1,4 +1,4 @@
-"""Tensor and pipeline parallelism: the few exchanges a step needs, over torch.distributed or for a single rank."""
+"""Communication for tensor and pipeline parallelism, over torch.distributed or for a single rank."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SMALL = 1 << 16
 
 
 class Communicator(Protocol):
-    """What the model and the step loop ask of the other ranks.
+    """The communication of the model and the step loop with other ranks.
 
     Attributes:
         rank, size: place among all ranks.
@@ -51,15 +51,15 @@ class Communicator(Protocol):
         ...
 
     def send(self, tensor: Tensor) -> None:
-        """Hand a tensor to the next stage."""
+        """Send a tensor to the next stage."""
         ...
 
     def receive(self, tensor: Tensor) -> Tensor:
-        """Fill the tensor with what the stage before sends."""
+        """Receive a tensor from the previous stage."""
         ...
 
     def to_rank_0(self, tensor: Tensor | None, room: Tensor) -> Tensor | None:
-        """Bring the tensor that the last stage's first rank has to rank 0; None on the others.
+        """Return the tensor of the last stage's first rank on rank 0; None on the other ranks.
 
         Args:
             room: a tensor of its shape, to receive it into.
@@ -67,15 +67,15 @@ class Communicator(Protocol):
         ...
 
     def broadcast(self, data: bytes | None) -> bytes:
-        """Rank 0's bytes, on every rank, by way of the host."""
+        """Send rank 0's bytes to every rank, through the host."""
         ...
 
     def least(self, value: int) -> int:
-        """The smallest of all ranks' values."""
+        """Return the smallest value of all ranks."""
         ...
 
     def share_tokens(self, tokens: Tensor) -> None:
-        """Bring rank 0's sampled tokens to every rank's device, in place. Overlapped steps read them there."""
+        """Copy rank 0's sampled tokens to every rank's device, in place. Overlapped steps read them there."""
         ...
 
 
@@ -112,14 +112,14 @@ class SingleRank:
         return value
 
     def share_tokens(self, tokens: Tensor) -> None:
-        """A single rank shares with no other."""
+        """Do nothing: there is no other rank."""
 
 
 class ProcessGroup:
     """One process for each rank of one host: NCCL between GPUs, gloo on loopback between CPUs.
 
     Args:
-        rendezvous: file through which the ranks find each other; steps cross a socket next to it.
+        rendezvous: file with which the ranks find each other; steps use a socket next to it.
     """
 
     def __init__(self, rank: int, mapping: RankMapping, rendezvous: Path, device: torch.device) -> None:

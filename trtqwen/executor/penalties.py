@@ -1,4 +1,4 @@
-"""What requests ask to change in their logits before a token is chosen, for all rows of a step at once.
+"""Changes of logits that requests ask for before a token is chosen, for all rows of a step at once.
 
 Biases and bad words are changes of single logits, which the host lists for each step. Penalties read the tokens that
 a sequence has seen, which stay on the device: Qwen's own defaults have a repetition penalty, so most steps have some.
@@ -138,7 +138,7 @@ class PenaltyTables:
             self._lengths[slot] += 1
 
     def _load(self, sequence: SequenceState) -> None:
-        """Have the table hold what a sequence's tokens are before the one that is chosen now."""
+        """Write the tokens of a sequence, up to the one that is chosen now, to the table."""
         slot, prompt = sequence.slot, sequence.num_prompt
         length = prompt + sequence.next_output
         if self._owners[slot] is sequence and self._lengths[slot] == length:

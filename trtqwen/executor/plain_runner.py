@@ -1,4 +1,4 @@
-"""Steps computed as they come: the plain reference, the CPU, and CUDA without the Triton language."""
+"""Steps without CUDA graphs: the plain reference, the CPU, and CUDA without the Triton language."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ class Started:
 
 
 class PlainRunner:
-    """Runs each step as it comes.
+    """Runs one step after the other.
 
     Args:
-        layer_values: weights in the linear layers of one layer on this rank; they say what a step's work is.
+        layer_values: weights in the linear layers of one layer on this rank; they determine the work of a step.
     """
 
     def __init__(self, model: Qwen2Model, device: torch.device, layer_values: int) -> None:

@@ -1,4 +1,4 @@
-"""Requests and responses: what crosses between a client of the executor and its step loop."""
+"""Requests and responses between a client of the executor and its step loop."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class _Message(BaseModel):
 
 
 class SamplingConfig(_Message):
-    """How the next token is chosen. As in TensorRT-LLM, a request is greedy unless top_k, top_p or min_p is given.
+    """Sampling parameters. As in TensorRT-LLM, a request is greedy unless top_k, top_p or min_p is given.
 
     Attributes:
         top_k: sample from the k most likely tokens; 0 is no limit, 1 is greedy.
@@ -60,7 +60,7 @@ class SamplingConfig(_Message):
 
 
 class OutputConfig(_Message):
-    """What a response carries besides tokens.
+    """Outputs of a response besides tokens.
 
     Attributes:
         return_log_probs: each token's log probability by the model itself, before penalties and masks.
@@ -85,7 +85,7 @@ class OutputConfig(_Message):
 
 
 class GuidedDecodingParams(_Message):
-    """The form that an answer must have: any JSON, or what the schema, regular expression or grammar describes."""
+    """The guide of an answer: any JSON, or a schema, a regular expression or a grammar."""
 
     guide_type: GuideType
     guide: str = ""
@@ -104,7 +104,7 @@ class Request(_Message):
         embedding_bias: added to the logits, by token id; -inf forbids a token.
         cache_salt: requests reuse KV cache blocks of those with the same salt alone.
         priority: a smaller one is served first, by engines that serve by priority.
-        owner: whose request it is: owners take turns at compiling guides.
+        owner: owner of the request; guides of different owners are compiled in turn.
     """
 
     id: str
@@ -133,7 +133,7 @@ class FinishReason(str, Enum):
 
 
 class PerfMetrics(_Message):
-    """A request's own account, by TensorRT-LLM's names: nanoseconds on one monotonic clock, and KV cache blocks."""
+    """Metrics of a request, with TensorRT-LLM's names: nanoseconds of a monotonic clock, and KV cache blocks."""
 
     arrival_time_ns: int
     first_scheduled_time_ns: int
@@ -157,7 +157,7 @@ class TopLogProbs(_Message):
 
 
 class PromptLogProbs(_Message):
-    """What the model thought of a prompt's tokens.
+    """Log probabilities of a prompt's tokens.
 
     Attributes:
         log_probs: float32 [prompt tokens]; NaN for the first one, which follows nothing.
@@ -194,14 +194,14 @@ class Response(_Message):
 
 
 class IterationStats(_Message):
-    """The executor's account of its steps, in requests, tokens and blocks.
+    """Statistics of the executor's steps, in requests, tokens and blocks.
 
     Attributes:
         iterations: steps taken since the start.
         context_tokens, generation_tokens: tokens computed in them.
         active, waiting: requests in the batch, and in front of it.
         max_active: most requests that ever shared a step.
-        paused: how often a request lost its blocks to an older one.
+        paused: how often a request lost its blocks to an older request.
         used_blocks, max_blocks: KV cache blocks.
         reused_blocks: how often a block was found computed already, since the start.
         context_requests, generation_requests: those of the batch in either phase.
@@ -226,7 +226,7 @@ class IterationStats(_Message):
 
 
 class Command(_Message):
-    """What the client tells rank 0, one per line of JSON; exactly one field is set."""
+    """A message from the client to rank 0, one JSON object per line. Exactly one field is set."""
 
     request: Request | None = None
     cancel: str | None = None
@@ -234,7 +234,7 @@ class Command(_Message):
 
 
 class Event(_Message):
-    """What a rank tells the client, in the frames of `wire`; exactly one field is set."""
+    """A message from a rank to the client, in the frames of `wire`. Exactly one field is set."""
 
     ready: bool = False
     response: Response | None = None

@@ -1,7 +1,7 @@
-"""Choosing the next token of each sequence from its logits, with TensorRT-LLM's parameters and order of steps.
+"""Sampling of each sequence's next token from its logits, with TensorRT-LLM's parameters and order of operations.
 
-One module for CPU and CUDA. `launch` queues everything on the device and asks the host for nothing; `Pending.results`
-waits for the tokens, which on CUDA come one step late.
+One module for CPU and CUDA. `launch` queues all work on the device without a wait. `Pending.results` waits for the
+tokens, which on CUDA arrive one step late.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Choose = Callable[[Tensor, Choice], Tensor]
 
 
 class Guide(Protocol):
-    """Keeps an answer in a form, token by token."""
+    """A guide of an answer, token by token."""
 
     def mask(self, row: Tensor) -> None:
         """Forbid, in place, what must not come next.
@@ -47,7 +47,7 @@ class Guide(Protocol):
         """
 
     def accept(self, token_id: int) -> None:
-        """Take in the token that came next."""
+        """Advance by the chosen token."""
 
 
 @dataclass(frozen=True)
@@ -148,11 +148,11 @@ class Sampler:
         self.last_tokens = torch.zeros(slots + 1, dtype=torch.int64, device=device)
 
     def guide(self, request_id: str, guide: Guide) -> None:
-        """Have a guide decide about a request's tokens, from the first one on."""
+        """Set the guide of a request, from its first token on."""
         self._guides[request_id] = guide
 
     def forget(self, request_id: str) -> None:
-        """Drop what is kept for a request that ended."""
+        """Forget a request that has ended."""
         self._guides.pop(request_id, None)
 
     def make_tables(self, vocab_size: int) -> PenaltyTables:
@@ -206,7 +206,7 @@ class Sampler:
         return Pending(tokens, None, {}, {}, _nothing)
 
     def _special_launch(self, logits: Tensor, rows: Rows, choice: Choice) -> Pending:
-        """Sampling with everything that the host prepares: biases, bad words, guides, log probabilities."""
+        """Sample with biases, bad words, guides and log probabilities, which the host prepares."""
         sequences = rows.sequences
         unusable = ~logits.amax(dim=-1).isfinite()
         wanting = [row for row, sequence in enumerate(sequences) if _wants_logits(sequence)]
@@ -279,7 +279,7 @@ class Sampler:
 
 
 def _nothing(results: list[Sampled | RequestError]) -> None:
-    """The rows ask for nothing but tokens."""
+    """Return the empty extras of rows that ask only for tokens."""
 
 
 def _asked_for(sequence: SequenceState, sampled: Sampled) -> Sampled:

@@ -1,9 +1,9 @@
 """Decides each step of in-flight batching. Pure Python: no tensors, no clock, no I/O.
 
-One idea: a sequence has tokens it knows (prompt and answer so far) and tokens whose keys and values are computed. A
-step computes some of the missing ones of many sequences at once. Where it computes a sequence's last known token,
-the model's output gives one token more. While only that one is missing a sequence is in its generation phase, before
-that in its context phase; a paused sequence has nothing computed and is in its context phase again.
+The idea: a sequence has known tokens (prompt and answer so far), and some of them have computed keys and values. A
+step computes missing tokens of many sequences at once. If it computes a sequence's last known token, the model's
+output gives one more token. A sequence is in its generation phase while only its last token is missing, and in its
+context phase before that. A paused sequence has no computed tokens and is in its context phase again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from array import array
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Literal
 
 from trtqwen.diagnostics import RequestError
@@ -89,7 +90,7 @@ class Scheduler:
         self._waiting.append(sequence)
 
     def cancel(self, request_id: str) -> Response | None:
-        """End a request at once, wherever it is; None if it is not in flight (any more)."""
+        """End a request immediately; None if it is not in flight."""
         if request_id not in self._sequences:
             return None
         self._leave(self._sequences[request_id])
@@ -137,9 +138,10 @@ class Scheduler:
     def _context_budget(self) -> int:
         """Tokens of prompts that the next step takes.
 
-        A step gives all its tokens when it ends. Short steps give first tokens sooner, delay the tokens of others
-        less, and keep requests apart that end, and are followed by new ones, at the same time. Long steps compute
-        more tokens a second; they pay while no request has a token and the prompts fill more than one step.
+        A step gives all its tokens when it ends. Short steps give first tokens sooner, delay the tokens of other
+        requests less, and prevent that many requests start and end at the same time. Long steps compute more tokens
+        per second and fill a batch sooner. They are better while more requests wait for their first token than
+        generate, and the prompts fill more than one step.
         """
         in_generation = sum(sequence.in_generation for sequence in self._running)
         # Generation goes first: each such sequence has its token set aside before context gets the rest.
@@ -148,24 +150,25 @@ class Scheduler:
         if not share or not self.config.enable_chunked_context:
             return budget
         generating = sum(sequence.in_generation and not sequence.complete for sequence in self._running)
+        begun = [sequence for sequence in self._running if not sequence.in_generation]
+        room = self.config.max_batch_size - len(self._running)
+        whole = missing = 0
+        for count, sequence in enumerate(chain(begun, islice(self._waiting, room)), 1):
+            missing += sequence.num_missing
+            if missing > budget and count > generating:
+                return budget
+            if whole < share:
+                whole = missing
         if generating:
             return min(budget, max(share, _SHARE_OF_A_TOKEN * generating))
-        prompts = [sequence.num_missing for sequence in self._running if not sequence.in_generation]
-        first = missing = sum(prompts)
-        for sequence in self._waiting:
-            if first < share:
-                first += sequence.num_missing
-            missing += sequence.num_missing
-            if missing > budget:
-                return budget
-        return min(budget, first)  # whole prompts: no request is interrupted
+        return min(budget, whole)  # whole prompts: no request is interrupted
 
     def is_live(self, chunk: Chunk) -> bool:
-        """Whether the chunk's sequence is still in flight: it may have ended since the chunk was scheduled."""
+        """Return whether the chunk's sequence is still in flight. It may have ended since the chunk was scheduled."""
         return not chunk.sequence.ended
 
     def update(self, step: Step, sampled: Mapping[str, int]) -> list[Generated]:
-        """Take in a computed step: `sampled` has the new token of every chunk that samples and is still in flight."""
+        """Process a computed step: `sampled` has the new token of every chunk that samples and is still in flight."""
         generated = []
         for chunk in step.chunks:
             sequence = chunk.sequence
@@ -257,7 +260,7 @@ class Scheduler:
         return budget - budget % self.config.tokens_per_block  # only a last chunk may end inside a block
 
     def _admit(self, budget: int) -> list[Chunk]:
-        """Let waiting sequences join, first come first served."""
+        """Admit waiting sequences, first come first served."""
         chunks: list[Chunk] = []
         while self._waiting and len(self._running) < self.config.max_batch_size:
             sequence = self._waiting[0]

@@ -1,4 +1,4 @@
-"""A request in the scheduler's hands, its share of a step, and what a step gave it."""
+"""A request in the scheduler, its chunk of a step, and the step's result."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ class Chunk(NamedTuple):
 
 @dataclass(frozen=True)
 class Step:
-    """What every rank computes next, in the order of the packed tokens: sequences with one token come first."""
+    """The next step of every rank, in the order of the packed tokens. Sequences with one token come first."""
 
     chunks: tuple[Chunk, ...]
 
 
 class Generated(NamedTuple):
-    """What a step gave a sequence.
+    """The result of a step for a sequence.
 
     Attributes:
         token_id: its new token; None for an end id, which is not part of the answer.
@@ -62,7 +62,7 @@ class Generated(NamedTuple):
         return self.sequence.request.id
 
     def response(self) -> Response:
-        """The same as a client's response."""
+        """Return the response for the client."""
         token_ids = () if self.token_id is None else (self.token_id,)
         return Response(request_id=self.request_id, token_ids=token_ids, finish_reason=self.finish_reason)
 
@@ -74,12 +74,12 @@ def placeholder(slot: int) -> int:
 
 @dataclass(eq=False)
 class SequenceState:
-    """A request on its way: the tokens known so far and how many of them are computed.
+    """The state of a request: the known tokens, and how many of them are computed.
 
     Attributes:
         num_computed: tokens whose keys and values are computed, or are being computed by a step in flight.
         num_pending: tokens that steps in flight sample; `token_ids` gets them in `Scheduler.update`.
-        ended: whether it has left; a step in flight may still hold it.
+        ended: whether it has ended; a step in flight may still contain it.
         slot: its place in the batch while it runs, below `max_batch_size`; -1 while it waits.
         block_keys: keys of the full blocks, as far as they were needed.
         num_published: how many of its blocks others can find.
@@ -112,7 +112,7 @@ class SequenceState:
 
     @property
     def paused(self) -> bool:
-        """Whether it has begun, but lost its blocks."""
+        """Return whether it has started but lost its blocks."""
         return self.num_output > 0 and not self.block_ids
 
     @property
@@ -125,7 +125,7 @@ class SequenceState:
 
     @property
     def complete(self) -> bool:
-        """Whether its last token is known, or on its way."""
+        """Return whether its last token is known, or sampled by a step in flight."""
         return self.num_output + self.num_pending >= self.max_tokens
 
     @property

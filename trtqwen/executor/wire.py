@@ -1,4 +1,4 @@
-"""Events on their way from rank 0 to the client: frames that hold all that a step has to tell.
+"""The format of events from rank 0 to the client: one frame for each step.
 
 A frame is its kind (1 byte), the length of its content (4 bytes, little endian) and the content. Most tokens travel
 in a TOKENS frame of three int32 each: the request's number, the token id, and why the request ended. Everything else
@@ -91,7 +91,7 @@ class EventDecoder:
         self._names: dict[int, str] = {}
 
     def decode(self, data: bytes) -> Iterator[Event | Response]:
-        """What has come whole, in order; responses without an event around them."""
+        """Return the complete events in order; responses without an event around them."""
         data, at = self._rest + data, 0
         while len(data) - at >= _HEADER:
             end = at + _HEADER + int.from_bytes(data[at + 1 : at + _HEADER], "little")
@@ -163,7 +163,7 @@ def _joined_tops(first: TopLogProbs | None, second: TopLogProbs | None) -> TopLo
 
 
 def _is_plain(response: Response) -> bool:
-    """Whether three integers tell all of it."""
+    """Return whether three integers describe the response."""
     return (
         len(response.token_ids) <= 1
         and not response.log_probs

@@ -1,8 +1,8 @@
 """One rank of the executor in its own process: `python -m trtqwen.executor.worker` with a `WorkerConfig`.
 
-Rank 0 reads commands from standard input, one JSON object a line, decides each step, tells the other ranks, samples,
-and writes events to standard output. The other ranks compute what they are told. When standard input closes, the
-process ends at once: a client that dies leaves no rank behind.
+Rank 0 reads commands from standard input, one JSON object per line, schedules each step, tells the other ranks,
+samples, and writes events to standard output. The other ranks compute what they are told. When standard input closes,
+the process ends at once: a client that dies leaves no rank behind.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trtqwen.executor.wire import EventEncoder
 
 
 def main() -> None:
-    """Run one rank until standard input closes; a failure is told on standard output before leaving."""
+    """Run one rank until standard input closes. A failure is reported on standard output."""
     config = WorkerConfig.model_validate_json(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the client, which closes our input
     events, sys.stdout = sys.stdout.buffer, sys.stderr  # stray prints must not mix with events

@@ -1,1 +1,1 @@
-"""From a TensorRT-LLM checkpoint back to a Hugging Face directory."""
+"""Export of a TensorRT-LLM checkpoint to a Hugging Face directory."""

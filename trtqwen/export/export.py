@@ -1,8 +1,8 @@
 """Writes a TensorRT-LLM checkpoint as a Hugging Face directory: floats exactly, INT8 as compressed-tensors.
 
-What lies in the checkpoint is what is written: float tensors bit for bit in the checkpoint's dtype, INT8 codes and
-scales as they are. Three things have no counterpart and are told as notes: an INT8 KV cache, the smoother of
-`attention.dense` where query heads share a KV head, and parts of a row with steps of their own.
+The export keeps the checkpoint's values: float tensors bit for bit in the checkpoint's dtype, and INT8 codes and
+scales unchanged. Three things have no counterpart and become notes: an INT8 KV cache, the smoother of
+`attention.dense` if query heads share a KV head, and separate scales for parts of a row.
 """
 
 from __future__ import annotations
@@ -58,13 +58,13 @@ SHARD_BYTES = 5_000_000_000  # transformers' own limit
 
 @dataclass(frozen=True)
 class ExportPlan:
-    """What an export will write.
+    """The plan of an export.
 
     Attributes:
         activations: how a weight-only checkpoint's inputs are to be computed.
         specs: every tensor, in the order of the files.
         config: config.json.
-        notes: what is not as the checkpoint has it, and what that costs.
+        notes: differences from the checkpoint, and their cost.
     """
 
     checkpoint: Checkpoint
@@ -80,7 +80,7 @@ class ExportPlan:
 
 
 def plan_export(directory: Path, activations: Activations = "16bit", *, plain: bool = False) -> ExportPlan:
-    """Read the checkpoint's headers and work out every tensor of the result.
+    """Read the checkpoint's headers and plan every tensor of the result.
 
     Args:
         activations: for INT8 weight-only: `16bit` keeps W8A16, `int8` writes W8A8 with a scale for each token, which
@@ -208,7 +208,7 @@ class _LayerWriter:
         yield f"{prefix}.post_attention_layernorm.weight", checkpoint.norm(layer, "post_layernorm")
 
     def notes(self) -> tuple[Diagnostic, ...]:
-        """What is not as in the checkpoint; after a layer was made."""
+        """Return the differences from the checkpoint; call it after the layers were made."""
         config, notes = self._checkpoint.config, []
         if config.quantization.kv_cache_quant_algo == "INT8":
             what = "the scales of the INT8 KV cache are left out: vLLM has no such cache"

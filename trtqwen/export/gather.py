@@ -1,4 +1,4 @@
-"""Whole tensors of a TensorRT-LLM checkpoint, put together from the files of all ranks."""
+"""Whole tensors of a TensorRT-LLM checkpoint, gathered from the files of all ranks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Scales:
 
 
 class Checkpoint:
-    """A checkpoint of any mapping and precision; tensors are read when they are asked for.
+    """A checkpoint of any mapping and precision. Tensors are read on demand.
 
     Raises:
         CheckpointError: if config.json or a rank file is missing or damaged, or the precision is not known.
@@ -158,7 +158,7 @@ class Checkpoint:
         return self._equal(self.embedding(), self.lm_head())
 
     def release(self, layer: int) -> None:
-        """Give back the memory of a layer's tensors."""
+        """Release the memory of a layer's tensors."""
         prefix, ranks = self._place(layer)
         for rank in ranks:
             for name in self._readers[rank]:
@@ -216,7 +216,7 @@ class Checkpoint:
         ]
 
     def _layout(self, stored: Array, name: str) -> Int8Layout:
-        """How INT8 weight-only matrices lie, which no file tells: the quantizer leaves a 127 or -128 in each row."""
+        """Find the INT8 layout, which no file records: the quantizer leaves a 127 or -128 in each row."""
         if self._int8_layout is None:
             fitting = [layout for layout in _LAYOUTS if _every_row_reaches_its_end(from_layout(stored, layout))]
             if not fitting:

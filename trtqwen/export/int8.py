@@ -1,4 +1,4 @@
-"""INT8 matrices as the compressed-tensors format keeps them, and the smoothers that have to find another place.
+"""INT8 matrices in the compressed-tensors format, and smoothers, for which the format has no place.
 
 Format (compressed-tensors 0.17): `int-quantized` holds int8 `weight` [out, in] and float32 `weight_scale` [out, 1];
 `pack-quantized` holds codes + 128 as bytes of `weight_packed` int32 [out, in / 4], `weight_scale` [out, groups] in

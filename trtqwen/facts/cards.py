@@ -22,7 +22,7 @@ class Card(BaseModel):
         float16_tflops: float16 and bfloat16 products summed in float32, in TFLOP/s.
         float16_sums: how much faster float16 products are that are summed in float16.
         int8_tops: INT8 products, in TOP/s.
-        peer_to_peer: whether its driver lets cards read each other's memory; without, NCCL goes through the host.
+        peer_to_peer: whether its driver lets GPUs read each other's memory; if not, NCCL uses host memory.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,5 +45,5 @@ def card_facts(name: CardName) -> Card:
 
 
 def has_peer_to_peer(gpu: str) -> bool:
-    """Whether a GPU's driver lets cards read each other's memory, by the name that nvidia-smi gives it."""
+    """Return whether GPUs of this name (as in nvidia-smi) can read each other's memory."""
     return "GeForce" not in gpu

@@ -21,7 +21,7 @@ def llm_arguments(release: LlmApiRelease) -> frozenset[str]:
 
 
 def llmapi_release(installed: str) -> LlmApiRelease:
-    """The known release that an installed version behaves like: the newest that is not newer than it."""
+    """Return the newest known release that is not newer than an installed version."""
     known: list[LlmApiRelease] = sorted(_content()["releases"], key=version)
     older = [name for name in known if version(name) <= version(installed)]
     return older[-1] if older else known[0]

@@ -16,10 +16,10 @@ _FACTS = Path(__file__).with_name("releases.json")
 
 
 class ReleaseFacts(BaseModel):
-    """What a release reads and is built on.
+    """Facts about a release.
 
     Attributes:
-        tensorrt: the TensorRT it pins, `major.minor`; None where engines are not built with it here.
+        tensorrt: the TensorRT that it pins, `major.minor`; None if trtqwen builds no engines with it.
         unknown_checkpoint_keys: keys of config.json, by section, that its reader refuses.
         uneven_pipeline: whether it keeps the layers that pp_size does not divide; otherwise it drops them silently.
         rope_scalings: types of rotary scaling it computes for Qwen2.
@@ -34,12 +34,12 @@ class ReleaseFacts(BaseModel):
 
 
 class Advisory(BaseModel):
-    """Known attacks on Triton.
+    """Known vulnerabilities of Triton.
 
     Attributes:
-        fixed_in: the first image without them, `year.month` as its tag begins.
-        names: of the attacks.
-        what: an attacker can do, in words that follow a colon.
+        fixed_in: the first image without them, as `year.month` in its tag.
+        names: their CVE numbers.
+        what: what an attacker can do, as text after a colon.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -72,7 +72,7 @@ class Image(BaseModel):
 
     @property
     def advisories(self) -> tuple[Advisory, ...]:
-        """Known attacks that it is open to."""
+        """Known vulnerabilities of the image."""
         tag = version(self.image.rpartition(":")[2])
         known = (Advisory.model_validate(content) for content in _facts()["advisories"])
         return tuple(advisory for advisory in known if tag < version(advisory.fixed_in))

@@ -18,7 +18,7 @@ _FACTS = Path(__file__).with_name("vllm.json")
 
 @dataclass(frozen=True)
 class VllmFacts:
-    """What the API server of a release understands.
+    """Options and fields of a release's API server.
 
     Attributes:
         release: the known release; newer ones are read as the newest known.
@@ -31,7 +31,7 @@ class VllmFacts:
     request_fields: frozenset[str]
 
     def near(self, flag: str) -> str | None:
-        """The option that a misspelled one may stand for."""
+        """Return the known option that is most similar to a misspelled one."""
         match = get_close_matches(flag, self.flags, n=1)
         return match[0] if match else None
 

@@ -1,7 +1,7 @@
 """The gateway's process: `python -m trtqwen.gateway CONFIG [DESCRIPTOR]`, CONFIG a `GatewayConfig` as JSON.
 
-With several workers this process is the first one, and starts each worker with two descriptors more: its sockets to
-the broker.
+With several workers, this process is the first one. It starts each worker with two further descriptors: its sockets
+to the broker.
 
 `trtqwen serve` starts it with the file descriptor of a bound socket, under a guardian that stops it when `serve`
 ends.

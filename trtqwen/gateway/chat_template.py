@@ -1,4 +1,4 @@
-"""The model's chat templates for clients of the web: what they cannot render is the client's mistake."""
+"""The model's chat templates for web clients: a message that they cannot render is a client's error."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _QUICK_SECONDS = 0.05  # that every stream may wait for a template
 
 
 class NeedsThread(Exception):
-    """A template takes longer than the event loop can wait: try again in a thread."""
+    """A template takes too long for the event loop: try again in a thread."""
 
 
 class ChatTemplate:
-    """Renders what clients send, in another process: a template is a program of a stranger.
+    """Renders clients' messages in another process, because a template is an untrusted program.
 
     Attributes:
-        slow: whether the template once was not quick: the event loop does not wait for such a one again.
-        takes_tools: whether there is a place for tools.
-        takes_documents: whether there is a place for documents.
-        reasons: whether a template knows what a model thinks before it answers.
+        slow: whether the template was slow once; the event loop does not wait for it again.
+        takes_tools: whether a template reads tools.
+        takes_documents: whether a template reads documents.
+        reasons: whether a template has reasoning.
     """
 
     def __init__(self, template: hf.ChatTemplate) -> None:
@@ -75,7 +75,7 @@ def _in_event_loop() -> bool:
 
 
 def _calls_as_text(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as DeepSeek's template takes calls: arguments in JSON, and a null where there is no content."""
+    """Return messages with calls as DeepSeek's template reads them: arguments as JSON text, empty content as null."""
     copy = deepcopy(list(messages))
     for message in copy:
         for call in message.get("tool_calls") or ():

@@ -1,4 +1,4 @@
-"""What the gateway is started with."""
+"""The settings of the gateway."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class GatewayConfig(BaseModel):
         models: YAML file with a table of models, in place of repository, triton and model_name. A changed file is
             read again.
         admin_keys: YAML file with the keys of the admin routes, in the form of `api_keys`; None has no admin routes.
-        engine_start_seconds: how long an engine that is added may take until it answers.
+        engine_start_seconds: longest time until an added engine answers.
         triton: host:port of each replica's gRPC endpoint; `prefix_routing` says which one a request goes to.
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None requires no key, which only a loopback address allows
@@ -79,51 +79,52 @@ class GatewayConfig(BaseModel):
             the context, but 1 MiB at least.
         max_choices: answers of one request, `n` times the prompts.
         allowed_origins: origins whose web pages may read answers (CORS); `*` is any, `loopback` any on this machine.
-        path_prefix: what a proxy leaves in front of the paths, such as `/llm`; the paths work without it too.
-        unknown_fields: what a field does that no API here has: `refuse` the request, `warn` in the log and in the
+        path_prefix: prefix that a proxy leaves in front of the paths, such as `/llm`; the paths work without it too.
+        unknown_fields: effect of a field that no API here has: `refuse` the request, `warn` in the log and in the
             header `x-trtqwen-ignored`, or `ignore` it.
-        special_tokens_in_messages: let special tokens that are written out in messages and tools count as such.
+        special_tokens_in_messages: let the text of special tokens in messages and tools become special tokens.
             They can end a turn and forge another.
-        reasoning: tell what a model thinks between `<think>` and `</think>` apart from its answer; None does so for
-            a model whose chat template knows these tags.
-        default_max_tokens: answer tokens when the request names no limit; None is what the context leaves.
-        max_tokens: the largest limit that a request may name; None is the context.
+        reasoning: separate the reasoning between `<think>` and `</think>` from the answer; None does so if the chat
+            template of the model has these tags.
+        default_max_tokens: answer tokens of a request without a limit; None is the rest of the context.
+        max_tokens: the largest limit of a request; None is the context.
         kv_cache_tokens: tokens that one replica's KV cache holds; None is the repository's
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
-        max_queued_requests, max_queued_tokens: what waits in front of the engine before requests are refused; None
-            is twice what the replicas run at once, and at least 1024 requests and 2**21 tokens.
-        key_share: of the engines that one API key may use at a time where there are several keys.
+        max_queued_requests, max_queued_tokens: size of the queue; further requests are refused. None is twice what
+            the replicas run at once, and at least 1024 requests and 2**21 tokens.
+        key_share: share of the engines that one API key may use at a time if there are several keys.
         prefix_routing: send a request to the replica that has read the beginning of its prompt, unless that one is
             loaded; None does so if there are several replicas and their engines reuse KV cache blocks.
         throttle_seconds: while requests of the last minute took longer than this on average, a request that would
             have to wait is refused with status 429; None refuses none.
-        queue_seconds: how long a request may wait for its turn.
-        request_seconds: how long a request may take in all.
-        stall_seconds: an answer without a new token for so long is ended; one that has none yet waits on as long as
-            the engine has tokens for others.
-        body_seconds: how long a client may take to send headers, and again for the body.
-        drain_seconds: how long running requests may finish once SIGTERM has come.
-        probe_seconds: how long an engine may be silent before it is asked for a token, and how long that may take.
-            The only engine that works may be slow: it is asked again, and counts as dead when it has been silent for
-            ten times that, or for `stall_seconds` if that is less. Triton needs a second to notice that its python
-            backend was killed: with less than 1.5, such an engine counts as silent, and its answers end only when
-            they are stalled.
-        max_connections: of each worker. Where it is reached, the oldest idle connection is closed for a new one.
+        queue_seconds: longest wait of a request for its turn.
+        request_seconds: longest time of a whole request.
+        stall_seconds: end an answer without a new token for this time. An answer without its first token waits as
+            long as the engine has tokens for other requests.
+        body_seconds: longest time for a client to send the headers, and again for the body.
+        drain_seconds: time for running requests to finish after SIGTERM.
+        probe_seconds: silence of an engine before the gateway requests a token from it, and the longest time for
+            that token. If no other engine works, the gateway asks again, and the engine counts as dead after ten
+            times this silence, or after `stall_seconds` if that is less. Triton needs a second to notice that its
+            python backend was killed: with less than 1.5, such an engine counts as silent, and its answers end only
+            after `stall_seconds`.
+        max_connections: of each worker. At this limit, the oldest idle connection is closed for a new one.
         max_connections_per_address: None is half of `max_connections`. Behind a proxy, all connections come from its
             address: name it among `trusted_proxies`, for which this limit does not hold.
         trusted_proxies: addresses or networks of proxies. The headers X-Forwarded-For and X-Forwarded-Prefix count
             only if one of them sends the request.
         request_memory: bytes of memory that the bodies of requests in work may take in all, by an estimate from their
             bytes and values; with several keys, one key may take half of it.
-        access_log: write a line of JSON for each request to standard error; None does so where there are API keys.
-        protect_metrics: ask for an API key for /metrics and /openapi.json too.
-        allowed_hosts: names that requests may give in the Host header, without the port. None allows all where there
-            are API keys, and the names of this machine's loopback addresses where there are none: a web page whose
+        access_log: write a line of JSON for each request to standard error; None does so if there are API keys.
+        protect_metrics: require an API key for /metrics and /openapi.json too.
+        allowed_hosts: names that requests may give in the Host header, without the port. None allows all if there
+            are API keys, and only the names of this machine's loopback addresses if there are none: a web page whose
             name is bound to a loopback address (DNS rebinding) is refused.
         share_kv_cache: let API keys reuse each other's KV cache blocks. It saves work where they send the same
             prompts, and lets one key find out by timing what another one sends.
         supervisor: file in which `trtqwen serve` writes whether it restarts an engine; set by `serve`.
-        prompt_tokens_per_second: how slowly a working engine may read prompts: for so long, nothing else need come.
+        prompt_tokens_per_second: slowest rate at which a working engine reads prompts. During that time, the gateway
+            expects no token.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -179,14 +180,14 @@ class GatewayConfig(BaseModel):
         return self.workers or max(1, min(_MOST_WORKERS, len(os.sched_getaffinity(0)) // _CPUS_A_WORKER))
 
     def allows_origin(self, origin: str, host: str) -> bool:
-        """Whether a page may speak to the gateway: by its own origin and the host that it asked for."""
+        """Return whether a page may use the gateway, by its origin and the host that it requested."""
         loopback = LOOPBACK_ORIGINS in self.allowed_origins and re.fullmatch(LOOPBACK_PATTERN, origin) is not None
         own = origin.partition("://")[2] == host
         return own or loopback or "*" in self.allowed_origins or origin in self.allowed_origins
 
     @property
     def url(self) -> str:
-        """Where clients on this machine find it."""
+        """The gateway's URL for clients on this machine."""
         host = reachable(self.host)
         return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
 
@@ -223,7 +224,7 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
 
     Args:
         file: YAML with further settings, by the fields' names; a path in it is relative to the file.
-        settings: what is None was not given. What is given must not stand in the file as well.
+        settings: None is not given. A given setting must not also be in the file.
 
     Raises:
         InputError: naming file and setting, if one is unknown, given twice or out of range.

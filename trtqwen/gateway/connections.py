@@ -1,7 +1,7 @@
-"""How many connections the gateway keeps, and what those that wait may hold in memory.
+"""Limits of the gateway's connections and of their memory.
 
-A limit that is reached costs the oldest idle connection its place, not the newcomer: whoever opens many connections
-and sends nothing keeps no other client out.
+At a limit, the gateway closes the oldest idle connection and accepts the new one. A client that opens many
+connections and sends nothing therefore blocks no other client.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 
 class Connection(Protocol):
-    """What is counted.
+    """A counted connection.
 
     Attributes:
         held: bytes that it has sent and that no request has taken yet.
@@ -31,7 +31,7 @@ class Connection(Protocol):
     held: int
 
     def drop(self) -> None:
-        """Close it at once."""
+        """Close it immediately."""
 
 
 class Connections:
@@ -55,7 +55,7 @@ class Connections:
         self._told_at = float("-inf")
 
     def enter(self, connection: Connection, address: str) -> bool:
-        """Count one more of an address; False if it has too many, or all together have, and none of them is idle."""
+        """Count a new connection of an address; False if a limit is reached and no connection is idle."""
         address = network_of(address)
         if self._open[address] >= self._most_per_address and not is_trusted(address, self._trusted):
             self._tell(f"{address} has {self._open[address]} connections, which is the most of one address")
@@ -70,7 +70,7 @@ class Connections:
         return True
 
     def leave(self, connection: Connection, address: str) -> None:
-        """Count one less of an address."""
+        """Count a closed connection of an address."""
         address = network_of(address)
         self.busy(connection, address)
         self.release(connection)
@@ -80,11 +80,11 @@ class Connections:
             del self._open[address]
 
     def idle(self, connection: Connection, address: str) -> None:
-        """It waits for a request from now on."""
+        """Mark it as idle."""
         self._idle.setdefault(network_of(address), OrderedDict())[connection] = None
 
     def busy(self, connection: Connection, address: str) -> None:
-        """It has a request from now on."""
+        """Mark it as busy with a request."""
         address = network_of(address)
         mine = self._idle.get(address, OrderedDict())
         mine.pop(connection, None)
@@ -104,13 +104,13 @@ class Connections:
             oldest.drop()
 
     def release(self, connection: Connection) -> None:
-        """A request has taken all of its bytes."""
+        """Count no unread bytes any more: a request has taken them."""
         if self._partial.pop(connection, self) is None:
             self._held -= connection.held
             connection.held = 0
 
     def unread(self, connection: Connection) -> None:
-        """Its client does not read; beyond the limit, the one that has not read for longest is closed."""
+        """Mark a client that does not read. Beyond the limit, close the one that has not read for longest."""
         self._unread[connection] = None
         if len(self._unread) > _MOST_UNREAD:
             oldest, _ = self._unread.popitem(last=False)
@@ -118,7 +118,7 @@ class Connections:
             oldest.drop()
 
     def read(self, connection: Connection) -> None:
-        """Its client reads again."""
+        """Mark a client that reads again."""
         self._unread.pop(connection, None)
 
     def _evict(self, address: str) -> bool:

@@ -36,11 +36,11 @@ _TYPES = {
 
 
 class ApiError(TrtQwenError):
-    """A request ends with this instead of an answer.
+    """The error of a request.
 
     Args:
         code: short name for programs, and the label under which the metrics count it.
-        param: the field of the request that is to blame.
+        param: the field of the request with the error.
         retry_after: seconds after which another try may succeed.
     """
 
@@ -88,7 +88,7 @@ def late() -> ApiError:
 
 
 def from_engine(text: str) -> ApiError:
-    """The error that an engine's own error text amounts to: Triton's codes do not tell."""
+    """Return the error for an engine's error text, because Triton's codes do not distinguish errors."""
     for known in _known():
         if known["text"] in text:
             status: int = known["status"]
@@ -98,14 +98,14 @@ def from_engine(text: str) -> ApiError:
 
 
 def public(text: str) -> str:
-    """An engine's text without what clients need not know: paths, addresses, places in source files."""
+    """Return an engine's text without paths, addresses and places in source files."""
     for pattern in _INNER:
         text = pattern.sub("...", text)
     return text
 
 
 def from_rpc(address: str, problem: grpc.RpcError) -> ApiError:
-    """The error that a failed gRPC call to a replica amounts to."""
+    """Return the error for a failed gRPC call to a replica."""
     code, details = problem.code(), problem.details() or ""
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return late()

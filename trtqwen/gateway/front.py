@@ -1,4 +1,4 @@
-"""What every request passes first: its id, its path as the routes know it, and what its body is encoded in."""
+"""The first middleware: request id, path and encoding of the body."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The socket that the gateway listens on; apart from the server, so that whoever starts one need not load it."""
+"""The gateway's listening socket. This module is separate, so that its users need not load the server."""
 
 from __future__ import annotations
 

@@ -31,11 +31,11 @@ _SHARES = (0.1, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)
 
 @dataclass(frozen=True)
 class Load:
-    """What is on an engine and waits for it.
+    """The load of an engine: running and waiting sequences.
 
     Attributes:
-        since: when the sequence arrived that waits longest, in Unix time; 0 if none waits.
-        cache_tokens: what fits on the engine.
+        since: arrival of the sequence that waits longest, in Unix time; 0 if none waits.
+        cache_tokens: tokens that fit into the engine's KV cache.
     """
 
     in_flight: int
@@ -138,12 +138,12 @@ class Metrics:
         )
 
     def show_load(self, source: object, load: Load) -> None:
-        """Tell what is on the engine of one gate; the gauges are sums over all."""
+        """Set the load of one gate's engine; the gauges are sums over all engines."""
         self._loads[source] = load
         self._sum_loads()
 
     def forget_load(self, source: object) -> None:
-        """Count the engine of a gate no longer."""
+        """Remove the load of a gate's engine."""
         if self._loads.pop(source, None) is not None:
             self._sum_loads()
 
@@ -161,14 +161,14 @@ class Metrics:
         self.picker_cache.set(tokens / room if room else 0)
 
     def set_supervision(self, supervision: Supervision) -> None:
-        """Take over what the supervisor says."""
+        """Set the supervisor's state."""
         self.restarts.set(supervision.restarts)
         self.restarting.set(supervision.state == "restarting")
 
     def text(self) -> bytes:
         """Everything in Prometheus' text format.
 
-        A request for it needs no key, so a flood of them must not cost much: beyond a tenth of one core, all get the
+        Requests for it need no key, so a flood of them must be cheap: beyond a tenth of one core, they all get the
         text that was made last.
         """
         now = time.monotonic()
@@ -200,7 +200,7 @@ class Metrics:
 
 
 async def watch_process(metrics: Metrics) -> None:
-    """Tell this process's memory and CPU time until cancelled."""
+    """Update this process's memory and CPU time until cancelled."""
     counted = 0.0
     while True:
         used = time.process_time()

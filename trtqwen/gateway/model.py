@@ -30,14 +30,14 @@ _EXTENSIONS = {
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the gateway knows of the model.
+    """Properties of the served model.
 
     Attributes:
         created: seconds since 1970 when the repository was written.
         fingerprint: changes with the engine and with the way it is run.
         tensors: names of the inputs of `tensorrt_llm`; they differ between releases of TensorRT-LLM.
-        kv_cache_tokens: what the repository caps the KV cache of one copy of the engine at.
-        copies: of the engine, which one Triton spreads its requests over.
+        kv_cache_tokens: the repository's cap on the KV cache of one engine instance, in tokens.
+        copies: number of engine instances in one Triton.
         reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
         extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of likely tokens and
@@ -59,10 +59,10 @@ class ServedModel:
     reuses_kv_cache: bool = False
 
     def cache_tokens(self, configured: int | None) -> int:
-        """Tokens that the KV cache of one copy of the engine holds.
+        """Return the tokens that the KV cache of one engine instance holds.
 
         Args:
-            configured: what a person says; None is the repository's cap, else room for a whole batch of full-length
+            configured: a user's setting; None is the repository's cap, otherwise room for a batch of full-length
                 requests.
         """
         return configured or self.kv_cache_tokens or self.limits.max_batch_size * self.limits.max_seq_len
@@ -73,9 +73,9 @@ class ServedModel:
         """Token ids of a text.
 
         Args:
-            mark: a character that is no text; a special token that holds it is plain text.
-            raw: a prompt that no template rendered: with what the tokenizer puts around it, such as BOS.
-            most: tokens that the text may certainly not exceed; None is the context. A longer one is refused before
+            mark: a character that is not part of the text; a special token that contains it is plain text.
+            raw: add the tokens that the tokenizer adds around a raw prompt, such as BOS.
+            most: largest number of tokens of the text; None is the context. A longer one is refused before
                 all of it is tokenized.
 
         Raises:
@@ -94,7 +94,7 @@ class ServedModel:
         return tuple(self.tokenizer.encode_prompt(text) if raw else self.tokenizer.encode(text))
 
     def _check_length(self, text: str, param: str, most: int) -> None:
-        """Refuse a text whose beginning alone has more tokens: a megabyte of digits is a million of them."""
+        """Refuse a text whose beginning has too many tokens: a megabyte of digits has a million tokens."""
         tokens = 0
         for start in range(0, len(text), _PIECE):
             # A cut may change the tokens around it.

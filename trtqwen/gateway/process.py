@@ -1,4 +1,4 @@
-"""Starts the gateway as a process of its own, and stops it when its streams have ended."""
+"""Start the gateway in a process of its own, and stop it when its streams have ended."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ALLOCATOR = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": "1048576", "MAL
 class GatewayProcess(Service):
     """A running gateway; use as a context manager or call `start` and `stop`. It ends with this process.
 
-    What it logs comes out at this process's standard error.
+    Its log goes to this process's standard error.
 
     Args:
         frozen_seconds: how long it may be stopped (SIGSTOP) before that counts as its end; 0 is forever.
@@ -142,11 +142,11 @@ class GatewayProcess(Service):
         return process.wait()
 
     def close(self) -> None:
-        """Remove what it has kept between two starts."""
+        """Remove its files, which it keeps between two starts."""
         self._cleanup.close()
 
     def tell(self, state: Mapping[str, object]) -> None:
-        """Say what the supervisor does, for `/ready` and the metrics."""
+        """Set the supervisor's state for `/ready` and the metrics."""
         path = self._state_file()
         with suppress(OSError):  # a full disk must not end a server
             partial = path.with_suffix(".new")
@@ -154,7 +154,7 @@ class GatewayProcess(Service):
             partial.replace(path)
 
     def told(self) -> list[dict[str, Any]]:
-        """What the gateway's processes tell of the models that they serve."""
+        """Return the gateway processes' state of their models."""
         return told_in(self._state_file().parent)
 
     def _state_file(self) -> Path:

@@ -1,4 +1,4 @@
-"""HTTP/1 as clients speak it: uvicorn's protocol with limits, and with what it leaves out.
+"""HTTP/1: uvicorn's protocol with limits and missing features.
 
 - An `Upgrade` header for anything but a WebSocket is ignored (RFC 9110, 7.8). Every Java HttpClient sends `h2c`.
 - Answers to HTTP/1.0 have no chunk sizes (RFC 9112, 6.1); they end with the connection.
@@ -40,7 +40,7 @@ def protocol(config: GatewayConfig) -> type[HttpToolsProtocol]:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Cuts off headers that do not end; the parser itself has no limit."""
+    """Limits the size of headers, which the parser does not."""
 
     max_header_bytes: int
     header_seconds: float
@@ -61,7 +61,7 @@ class _Protocol(HttpToolsProtocol):
             transport.abort()
 
     def drop(self) -> None:
-        """Close the connection at once: others need its place."""
+        """Close the connection immediately, because others need its place."""
         self.transport.abort()
 
     @property
@@ -69,7 +69,7 @@ class _Protocol(HttpToolsProtocol):
         return self.client[0] if self.client else ""
 
     def pause_writing(self) -> None:
-        """Give a client that does not read what it has asked for so long, and no longer."""
+        """Limit the time in which a client does not read its answer."""
         super().pause_writing()
         self.connection_limits.unread(self)
         if self._unread is None:

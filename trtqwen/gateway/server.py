@@ -1,4 +1,4 @@
-"""The gateway's HTTP server: uvicorn, with a limit on headers, and a stop that finishes what runs."""
+"""The gateway's HTTP server: uvicorn with a limit on headers, and a stop that finishes running requests."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def serve(
     on_start: Callable[[], None] = lambda: None,
     link: Link | None = None,
 ) -> None:
-    """Serve until SIGTERM or SIGINT, then refuse new requests, finish what runs, and return. For the main thread.
+    """Serve until SIGTERM or SIGINT, then refuse new requests, finish running ones, and return. For the main thread.
 
     Args:
         listener: a bound socket to serve on, instead of the config's address.
@@ -77,7 +77,7 @@ def serve(
 class _Server(uvicorn.Server):
     """A server for which a signal is a request to drain; a second one ends running requests with an error.
 
-    A third one does not wait until clients have that error.
+    A third one does not wait until clients have received that error.
     """
 
     def __init__(

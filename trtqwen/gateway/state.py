@@ -1,4 +1,4 @@
-"""What the gateway has for one engine: the model's facts, its replicas, the gate before them, and their watch."""
+"""The state of one engine in the gateway: model, replicas, gate and health checks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Runtime:
-    """What the routes work with: one engine. Its config names this engine's repository and addresses."""
+    """One engine, as the routes use it. Its config names the engine's repository and addresses."""
 
     config: GatewayConfig
     model: ServedModel
@@ -39,7 +39,7 @@ class Runtime:
 
 
 def plan_gate(config: GatewayConfig, model: ServedModel, keys: int = 0) -> GatePlan:
-    """Limits from the engine's: what its batches and KV caches hold, with a little more to keep them full.
+    """Return the gate's limits: the engine's batches and KV caches, with a margin that keeps them full.
 
     Args:
         keys: how many API keys there are.

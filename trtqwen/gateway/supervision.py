@@ -1,4 +1,4 @@
-"""What `trtqwen serve` says about the engines behind this gateway."""
+"""The state of the engines behind this gateway, from `trtqwen serve`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Supervision:
-    """What the supervisor does.
+    """The supervisor's state.
 
     Attributes:
         state: `running`, or `restarting` while an engine is down and will come back.
-        restarts: how often something was started again.
-        cause: why it last was.
+        restarts: number of restarts.
+        cause: cause of the last restart.
         engines: of a table of models, by `Target.place`: `triton` (addresses), `running`, `problem`.
     """
 

@@ -1,4 +1,4 @@
-"""Qwen's tool calls: `<tool_call>` blocks in an answer, taken apart while they stream."""
+"""Qwen's tool calls: parse `<tool_call>` blocks in an answer while they stream."""
 
 from __future__ import annotations
 
@@ -65,11 +65,10 @@ class _NeedsMore(Exception):
 
 
 class ToolCallParser:
-    """Takes an answer's text piece by piece. How it is cut into pieces does not change what comes out, joined.
+    """Parses an answer's text piece by piece. The joined result does not depend on the pieces.
 
-    A block holds a call, several one after another, or a list of them. Text outside of calls comes out unchanged; so
-    does a block that is no call, as soon as that is certain. Of text between calls, and in front of the first and
-    behind the last, white space that stands alone is dropped.
+    A block holds one call, several calls, or a list of calls. Text outside of calls stays unchanged, and so does a
+    block that is not a call. White space alone between calls, before the first or after the last call is dropped.
 
     Args:
         inside: the text begins inside a block, as when the prompt ends with `<tool_call>`.
@@ -102,7 +101,7 @@ class ToolCallParser:
         return events
 
     def flush(self, *, cut: bool = False) -> list[Event]:
-        """What the rest amounts to, at the end of the answer.
+        """Return the rest at the end of the answer.
 
         Args:
             cut: a limit ended the answer: the beginning of a call is not text.
@@ -119,7 +118,7 @@ class ToolCallParser:
         return events
 
     def _step(self, events: list[Event]) -> bool:
-        """Go on by one part; False when more text is needed."""
+        """Parse one part; False if more text is needed."""
         if self._state is _State.CONTENT:
             return self._content(events)
         if self._state is _State.HEADER:
@@ -307,7 +306,7 @@ def _read_header(text: str, begin: int) -> tuple[str, int] | None:
         begin: of the call's object.
 
     Raises:
-        _NoCall: if the object is no call, as far as it goes.
+        _NoCall: if the object is not a call.
         _NeedsMore: if its beginning may become one.
     """
     start = _skip(text, begin + 1)
@@ -332,7 +331,7 @@ def _as_call(text: str) -> tuple[str, str]:
     """Name and arguments of a call's whole object.
 
     Raises:
-        _NoCall: if it is none.
+        _NoCall: if it is not a call.
     """
     try:
         call = json.loads(text, strict=False)

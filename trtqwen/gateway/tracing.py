@@ -1,4 +1,4 @@
-"""One OpenTelemetry trace for each request: its way through the queue and the engine, and when its first token came.
+"""One OpenTelemetry trace for each request, with spans for queue and engine, and the time of the first token.
 
 The standard variable `OTEL_EXPORTER_OTLP_ENDPOINT` turns it on; the extra `otel` brings the packages. A client's
 `traceparent` is continued, and Triton continues ours.
@@ -21,10 +21,10 @@ _PATHS = ("/v1/", "/generate")  # that make tokens, when something is posted the
 
 
 class Span:
-    """A part of a request's way; this class itself records nothing."""
+    """A span of a request; this base class records nothing."""
 
     def child(self, name: str, **attributes: Any) -> Span:
-        """Begin a part of this one; call `end` on it."""
+        """Start a child span; call `end` on it."""
         return self
 
     def event(self, name: str) -> None:
@@ -39,7 +39,7 @@ class Span:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """What a server that is called needs to continue the trace."""
+        """Return the headers with which a called server continues the trace."""
         return {}
 
 

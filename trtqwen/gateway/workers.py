@@ -1,8 +1,8 @@
 """Several gateway processes behind one port, with one admission, one set of rates and one set of metrics.
 
 The first process serves no client. It owns the listening socket, the broker and the workers. It passes signals on to
-them, puts a new worker in the place of one that is killed or stays stopped, and ends with an error if one ends by
-itself, or if workers are killed again and again.
+them and replaces a worker that is killed or stays stopped. It ends with an error if a worker ends by itself, or if
+workers are killed repeatedly.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class _Workers:
         self._ends: dict[asyncio.Task[int], int] = {}  # the workers' numbers by the wait for their ends
 
     async def start(self, index: int) -> None:
-        """Start a worker, in the place of one that has ended or as a new one."""
+        """Start a worker, as a new one or as a replacement."""
         with ExitStack() as theirs:
             ours, ends = [], []
             for _ in range(2):
@@ -115,7 +115,7 @@ class _Workers:
                     os.kill(worker.pid, signal.SIGTERM)
 
     async def keep_up(self) -> str | None:
-        """Put a new worker in the place of each that is killed, until they are asked to end.
+        """Replace each killed worker, until the workers are asked to end.
 
         Returns:
             Why the gateway fails: a worker ended by itself, or too many were killed; None if they were asked to end.
@@ -149,7 +149,7 @@ class _Workers:
 
 
 async def _kill_stopped(workers: Mapping[int, Process]) -> None:
-    """Kill workers that stay stopped (SIGSTOP): their clients wait for nothing. Runs until cancelled."""
+    """Kill workers that stay stopped (SIGSTOP), because their clients would wait forever. Runs until cancelled."""
     since: dict[int, float] = {}
     loop = asyncio.get_running_loop()
     while True:

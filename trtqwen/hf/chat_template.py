@@ -28,7 +28,7 @@ _PROBES: tuple[Messages, ...] = (
 
 
 class SlowTemplate(InputError):
-    """A template was not done in time."""
+    """A template exceeded its time limit."""
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class ChatTemplate:
     Attributes:
         texts: Jinja sources by name; `default` is among them.
         special_tokens: variables of every template, such as `bos_token`.
-        unread: whether tokenizer_config.json has another template, which files replace.
-        patience: seconds that a template may take.
+        unread: whether tokenizer_config.json has another template, which a file overrides.
+        patience: time limit of a template, in seconds.
     """
 
     texts: Mapping[str, str]
@@ -49,19 +49,19 @@ class ChatTemplate:
 
     @property
     def takes_tools(self) -> bool:
-        """Whether there is a place for tools."""
+        """Return whether the template reads tools."""
         return TOOL_USE in self.texts or "tools" in self.texts[DEFAULT]
 
     @property
     def takes_documents(self) -> bool:
-        """Whether there is a place for documents."""
+        """Return whether the template reads documents."""
         return any("documents" in text for text in self.texts.values())
 
     @cached_property
     def calls_as_text(self) -> bool:
-        """Whether calls in a conversation are shown only if their arguments are JSON text and their content is null.
+        """Return whether the template renders calls only with arguments as JSON text and null content.
 
-        DeepSeek's template is such; Qwen's take arguments as objects, and some of them an empty content.
+        DeepSeek's template does so. Qwen's templates take arguments as objects, and some an empty content.
         """
         return not self._shows_calls("", {}) and self._shows_calls(None, "{}")
 
@@ -88,7 +88,7 @@ class ChatTemplate:
         Args:
             tools: JSON schemas; with them the template `tool_use` is taken where there is one.
             add_generation_prompt: end with the beginning of the assistant's turn.
-            continue_final_message: end inside the last message, which the model goes on with; needs
+            continue_final_message: end inside the last message, which the model continues; needs
                 `add_generation_prompt` off.
             arguments: further variables, such as `enable_thinking`; they replace special tokens of the same name.
 
@@ -146,7 +146,7 @@ class ChatTemplate:
         raise SourceError(f"{where}: the chat template cannot run ({problems[0]})", "correct the template")
 
     def standalone(self) -> str:
-        """The default template with the special tokens that it reads set in it: it renders alike without them."""
+        """Return the default template with its special tokens as constants."""
         text = self.texts[DEFAULT]
         read = meta.find_undeclared_variables(environment().parse(text))
         lines = [
@@ -157,7 +157,7 @@ class ChatTemplate:
         return "".join(lines) + text
 
     def configured(self) -> str | list[dict[str, str]]:
-        """As tokenizer_config.json has it: a template, or a list of named ones."""
+        """Return the value for tokenizer_config.json: a template, or a list of named ones."""
         if self.texts.keys() == {DEFAULT}:
             return self.texts[DEFAULT]
         return [{"name": name, "template": text} for name, text in self.texts.items()]
@@ -231,7 +231,7 @@ def _read(path: Path) -> str:
 
 
 def _marked(messages: Messages) -> Messages:
-    """A copy whose last text ends in a mark, at which the rendered text is cut."""
+    """Return a copy whose last text ends with a mark, at which the rendered text is cut."""
     if not messages:
         raise InputError("continue_final_message: there is no message", "send one")
     copy: list[Any] = deepcopy(list(messages))

@@ -1,4 +1,4 @@
-"""Whether a model can be served: tokenizer, end of answers, chat template and sampling defaults, besides the weights.
+"""Checks whether a model can be served: tokenizer, end ids, chat template and sampling defaults.
 
 `convert` and `build` run these checks before they write anything; `doctor` runs each on its own.
 """
@@ -24,10 +24,10 @@ _TURNS = ({"role": "user", "content": "Hello"}, {"role": "assistant", "content":
 
 
 def read_model(directory: Path) -> tuple[HfConfig, tuple[Diagnostic, ...]]:
-    """The config of a directory that may have no weights yet, and what is said of what is there.
+    """Read the config of a directory that may have no weights yet, and return findings about its files.
 
     Raises:
-        SourceError: as `convert` would, for config, weights and tokenizer as far as they are there.
+        SourceError: as `convert`, for config, weights and tokenizer, if they exist.
     """
     if not any(directory.glob("*.safetensors")) and not (directory / INDEX).is_file():
         config = load_config(directory)
@@ -47,7 +47,7 @@ def check_model(source: HfModel) -> tuple[Tokenizer, tuple[Diagnostic, ...]]:
     """Run every check.
 
     Returns:
-        The tokenizer, and what is said of the directory, weights and config included.
+        The tokenizer, and findings about the directory, weights and config included.
 
     Raises:
         SourceError: the first error.
@@ -81,7 +81,7 @@ def vocabulary_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diag
 
 
 def end_findings(tokenizer: Tokenizer, config: HfConfig) -> Iterator[Diagnostic]:
-    """Ends of answers that are not tokens, and turns that do not end."""
+    """Find end ids that are not tokens, and turns without an end token."""
     named = tokenizer.end_ids_by_file
     words = ", ".join(f"{file} {', '.join(map(str, ids)) or 'none'}" for file, ids in named.items())
     if beyond := [token for token in tokenizer.stop_ids if token >= config.vocab_size]:

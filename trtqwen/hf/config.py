@@ -1,7 +1,7 @@
 """The `config.json` of a Hugging Face Qwen2 model, read as transformers reads it.
 
-Every key is computed, known to change nothing (`config_keys.json`), or refused by name. A key that nothing knows is
-named in a finding. A null counts as an absent key.
+Every key is computed, known to change nothing (`config_keys.json`), or refused by name. An unknown key becomes
+a finding. A null counts as an absent key.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class HfConfig(BaseModel):
         torch_dtype: of the weights; None where neither config.json nor the files tell.
         dense_context: tokens up to which dual chunk attention is ordinary attention; None without it.
         eos_token_ids: what config.json names as end of an answer.
-        findings: what is said of the file: defaults that act, keys that nothing knows.
+        findings: defaults that apply, and unknown keys.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
@@ -81,14 +81,14 @@ class HfConfig(BaseModel):
 
     @property
     def native_context(self) -> int:
-        """Tokens that the model reads without a stretch."""
+        """Context length without YaRN."""
         if self.rope_scaling is not None and self.rope_scaling["type"] == "yarn":
             return int(self.rope_scaling["original_max_position_embeddings"])
         return self.context
 
     @property
     def context(self) -> int:
-        """Tokens that the model reads as it is configured."""
+        """Context length as configured."""
         return min(self.max_position_embeddings, self.dense_context or self.max_position_embeddings)
 
 
@@ -214,7 +214,7 @@ def _check_quantization(data: dict[str, Any], path: Path) -> None:
 
 
 def _defaults(data: dict[str, Any], path: Path) -> list[Diagnostic]:
-    """Fill in what transformers takes for absent constants."""
+    """Add transformers' defaults for absent constants."""
     absent = {name: value for name, value in _DEFAULTS.items() if name not in data}
     data |= absent
     return [
@@ -229,7 +229,7 @@ def _defaults(data: dict[str, Any], path: Path) -> list[Diagnostic]:
 
 
 def _check_keys(data: dict[str, Any], path: Path) -> list[Diagnostic]:
-    """Refuse keys that change the mathematics; name those that nothing knows."""
+    """Refuse keys that change the computation, and name unknown keys."""
     facts = _facts()
     inert = {key for keys in facts["inert"].values() for key in keys}
     unknown = []
@@ -267,7 +267,7 @@ def _check_keys(data: dict[str, Any], path: Path) -> list[Diagnostic]:
 
 
 def _check_window(raw: dict[str, Any], path: Path) -> None:
-    """Refuse a sliding window that acts: TensorRT-LLM's Qwen2 attends to the whole context.
+    """Refuse a sliding window that has an effect: TensorRT-LLM's Qwen2 attends to the whole context.
 
     Args:
         raw: config.json with its nulls: a null is no window, an absent one 4,096 tokens.
@@ -306,7 +306,7 @@ def _check_window(raw: dict[str, Any], path: Path) -> None:
 
 
 def _dense_context(data: dict[str, Any], path: Path) -> tuple[int | None, list[Diagnostic]]:
-    """How far dual chunk attention (An et al. 2024) is ordinary attention: positions are exact within a chunk."""
+    """Return the context in which dual chunk attention (An et al. 2024) equals ordinary attention: one chunk."""
     chunked = data.get("dual_chunk_attention_config")
     if not chunked:
         if data.get("sparse_attention_config"):
@@ -338,7 +338,7 @@ def _dense_context(data: dict[str, Any], path: Path) -> tuple[int | None, list[D
 
 
 def _positions(data: dict[str, Any], rotary: rope.Rope) -> Any:
-    """max_position_embeddings; where YaRN reaches further (model cards leave the key as it is), that reach."""
+    """Return max_position_embeddings, or YaRN's context if it is longer (model cards do not change the key)."""
     positions = data.get("max_position_embeddings")
     if rotary.context is not None and isinstance(positions, int):
         return max(positions, rotary.context)

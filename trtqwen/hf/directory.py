@@ -1,4 +1,4 @@
-"""What a directory is, where it is not a Hugging Face model with its weights: each said with what to do about it."""
+"""Recognition of directories that are not Hugging Face models, with hints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OTHER_FORMATS = {
 
 
 def check_directory(directory: Path) -> None:
-    """Refuse a directory that is known to be something else than a model.
+    """Refuse a directory that is known not to be a model.
 
     Raises:
         SourceError: naming what it is.
@@ -68,7 +68,7 @@ def _base(directory: Path) -> str:
 
 
 def _without_config(directory: Path) -> tuple[str, str]:
-    """What lies in a directory without config.json, and what to do."""
+    """Describe a directory without config.json, with a hint."""
     if (snapshots := directory / "snapshots").is_dir():
         found = sorted(path for path in snapshots.iterdir() if (path / CONFIG).is_file())
         return (
@@ -92,7 +92,7 @@ def _without_config(directory: Path) -> tuple[str, str]:
 
 
 def other_format(directory: Path) -> tuple[str, str] | None:
-    """What else than a model in safetensors a directory holds, and what to do about it."""
+    """Describe a directory with a model in another format than safetensors, with a hint."""
     for pattern, form in _OTHER_FORMATS.items():
         if any(directory.glob(pattern)):
             return form

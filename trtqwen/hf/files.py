@@ -1,4 +1,4 @@
-"""Small files of a model directory: JSON read so that a truth said twice, a pointer or a web page is named."""
+"""JSON files of a model directory. Duplicate keys, Git LFS pointers and web pages are errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file; empty if there is no such file.
 
     Raises:
-        SourceError: if the file is not JSON object, or gives one key two values.
+        SourceError: if the file is not a JSON object, or gives one key two values.
     """
     try:
         content = path.read_bytes()
@@ -37,7 +37,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_downloaded(path: Path, beginning: bytes) -> None:
-    """Refuse a file that stands for another one.
+    """Refuse a file that is only a placeholder.
 
     Args:
         beginning: at least the first 100 bytes of the file.

@@ -59,7 +59,7 @@ class GenerationDefaults(BaseModel):
     @field_validator("top_k", mode="before")
     @classmethod
     def _all_tokens(cls, value: Any) -> Any:
-        """-1 is vLLM's word for all tokens."""
+        """Read -1, vLLM's value for all tokens."""
         return 0 if value == -1 else value
 
 

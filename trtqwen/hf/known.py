@@ -1,4 +1,4 @@
-"""The sizes of the published Qwen2.5 models, from `models.json`: for what is reckoned before a model is at hand."""
+"""Sizes of the published Qwen2.5 models, from `models.json`, for estimates without a model directory."""
 
 from __future__ import annotations
 

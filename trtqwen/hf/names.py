@@ -1,4 +1,4 @@
-"""The tensors of a Qwen2 by name and shape, and what the names of other tensors say of a directory."""
+"""Names and shapes of a Qwen2 model's tensors, and checks of other names."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ def expected_tensors(config: HfConfig) -> dict[str, tuple[int, ...]]:
 
 
 def check_names(directory: Path, names: Collection[str], config: HfConfig) -> list[Diagnostic]:
-    """Judge a directory by the names of its tensors.
+    """Check the names of a directory's tensors.
 
     Returns:
-        What is not read, though the model computes without it.
+        Findings about tensors that the model does not need.
 
     Raises:
-        SourceError: if tensors are missing, or there are some that mean something and would be left out.
+        SourceError: if tensors are missing, or others would change the model and are not supported.
     """
     expected = expected_tensors(config)
     if lora := _first(names, _LORA):
@@ -153,10 +153,10 @@ def _check_prefix(directory: Path, names: Collection[str]) -> None:
         )
     if seen.startswith("model.model."):
         prefix = "model.model."
-    remedy = next((hint for known, hint in _PREFIXES.items() if prefix.startswith(known)), "")
+    hint = next((advice for known, advice in _PREFIXES.items() if prefix.startswith(known)), "")
     raise SourceError(
         f"{directory}: tensor names begin with {prefix or seen.removesuffix(_SEEN)!r} ({seen!r})",
-        f"{remedy}; or {_RENAME}" if remedy else _RENAME,
+        f"{hint}; or {_RENAME}" if hint else _RENAME,
     )
 
 

@@ -1,4 +1,4 @@
-"""The tokenizer that a directory's files mean together, as transformers' `AutoTokenizer` puts them together.
+"""The tokenizer of a directory, from all of its files, as transformers' `AutoTokenizer` combines them.
 
 `tokenizer.json` is not the whole tokenizer: transformers drops its truncation and padding, adds the tokens that only
 `tokenizer_config.json` or `added_tokens.json` declare, takes BOS, EOS and PAD from there, and for LlamaTokenizer
@@ -52,7 +52,7 @@ class ResolvedTokenizer:
         backend: without truncation and padding, with every declared token.
         special_tokens: what chat templates know by name.
         declared: tokenizer_config.json.
-        findings: what is said of the files.
+        findings: findings about the files.
     """
 
     backend: tokenizers.Tokenizer
@@ -62,10 +62,10 @@ class ResolvedTokenizer:
 
 
 def resolve_tokenizer(directory: Path) -> ResolvedTokenizer:
-    """Put the files of a directory together.
+    """Combine the files of a directory.
 
     Raises:
-        SourceError: if they are missing or damaged, no byte-level BPE, or contradict each other.
+        SourceError: if files are missing or damaged, contradict each other, or are not a byte-level BPE tokenizer.
     """
     config = read_json(directory / TOKENIZER_CONFIG)
     kind = _kind(directory, config)
@@ -180,7 +180,7 @@ def _add_tokens(
     named: Mapping[str, Token],
     listed: Iterable[Token],
 ) -> None:
-    """Add what the backend does not have alike, in transformers' order."""
+    """Add tokens that differ from the backend's, in transformers' order."""
     present = backend.get_added_tokens_decoder().values()
     alike = {repr(token) for token in present}
     missing: list[Token] = [token for _, token in sorted(declared.items()) if repr(token) not in alike]
@@ -216,7 +216,7 @@ def _check_ids(directory: Path, backend: tokenizers.Tokenizer, declared: Mapping
 def _begin_and_end(
     directory: Path, backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, Token]
 ) -> Iterator[Diagnostic]:
-    """LlamaTokenizer's way: BOS before and EOS behind a text, as tokenizer_config.json says."""
+    """Add BOS and EOS around a text as LlamaTokenizer does, by tokenizer_config.json."""
     before = [token.id for token in _around(backend)]
     wanted = []
     for flag, name, default in (("add_bos_token", "bos_token", True), ("add_eos_token", "eos_token", False)):
@@ -248,7 +248,7 @@ def _begin_and_end(
 
 @dataclass(frozen=True)
 class Around:
-    """A token that the post-processor puts around a text."""
+    """A token that the post-processor adds around a text."""
 
     id: int
     before: bool

@@ -1,7 +1,7 @@
 """The rotary embedding that a `config.json` asks for, whichever release of transformers wrote it.
 
-transformers 4 writes `rope_theta` and `rope_scaling`; transformers 5 joins them in `rope_parameters`. Each reads the
-other's files with defaults of its own where a field is absent, so a file that says two things is refused here.
+transformers 4 writes `rope_theta` and `rope_scaling`; transformers 5 joins them in `rope_parameters`. Each reads
+the other's files with its own defaults for absent fields, so contradictory files are refused here.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Rope:
     Attributes:
         scaling: as a TensorRT-LLM checkpoint has it, with `type` and `rope_type`; None for plain rotations.
         context: tokens that the scaling reaches; None without YaRN.
-        findings: defaults that act here.
+        findings: defaults that apply.
     """
 
     theta: float
@@ -148,7 +148,7 @@ def _kind(fields: Mapping[str, Any], key: str, path: Path) -> str:
 
 
 def _unread(kind: str, fields: Mapping[str, Any], key: str, path: Path) -> Iterator[Diagnostic]:
-    """Fields of a scaling whose type does not read them."""
+    """Return the fields that a scaling's type does not read."""
     others = {name: value for name, value in fields.items() if name not in ("type", "rope_type", "rope_theta")}
     if kind != "default" or not others:
         return
@@ -175,7 +175,7 @@ def _partial(path: Path, key: str) -> tuple[str, str]:
 
 
 def _scaling(kind: str, fields: Mapping[str, Any], key: str, data: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a scaling that act, checked."""
+    """Check and return the effective fields of a scaling."""
     plain = {
         name: value for name, value in fields.items() if name not in ("type", "rope_type", "rope_theta", "finetuned")
     }

@@ -28,7 +28,7 @@ class HfModel:
         yarn_factor: stretch the context by YaRN, which config.json does not ask for.
 
     Attributes:
-        findings: what is said of the directory: defaults that act, and what is not read.
+        findings: findings about the directory: defaults that apply, and tensors that are not read.
 
     Raises:
         SourceError: if config or weights are missing, damaged, contradict each other or are of another kind of model.
@@ -72,7 +72,7 @@ class HfModel:
         return self._reader(name).rows(self._alias.get(name, name), indices)
 
     def map_files(self, mapped: bool) -> None:
-        """Whether tensors are views of the mapped files: safe while no other process can cut a file short."""
+        """Set whether tensors are views of the mapped files: safe while no other process can truncate them."""
         for reader in self._readers.values():
             reader.mapped = mapped
 
@@ -98,7 +98,7 @@ class HfModel:
         return sum(int((~(np.abs(row.astype(np.float32)) < limit)).sum()) for row in rows)
 
     def finish(self, name: str) -> None:
-        """Give the tensor's memory back: call it when the tensor was used."""
+        """Release the tensor's memory after its use."""
         self._reader(name).release(self._alias.get(name, name))
 
     def digests(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Runs chat templates, which are programs of strangers, in processes with limits on time and memory.
+"""Run chat templates, which are untrusted programs, in processes with limits on time and memory.
 
 `python -m trtqwen.hf.template_process FD`, see `trtqwen.system.forks`. A question is JSON, `template` and
 `variables`; without variables the template is only compiled. The answer is JSON, `text` or `error`.
@@ -29,11 +29,11 @@ _LONGEST = 8 << 20  # characters of a prompt, and twice what it is made of
 
 
 class TemplateRefusal(Exception):
-    """The template is broken, refuses its variables, or takes too much; the text says which."""
+    """The template is broken, refuses its variables, or exceeds a limit; the text says which."""
 
 
 class TemplateTimeout(TemplateRefusal):
-    """It was not done in time."""
+    """The template exceeded its time limit."""
 
 
 def run_template(template: str, variables: Mapping[str, Any] | None, patience: float = PATIENCE) -> str:

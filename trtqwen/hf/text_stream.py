@@ -1,6 +1,6 @@
-"""Token ids as they come to text: whole characters only, up to the first stop string.
+"""Streams of token ids as text: only whole characters, up to the first stop string.
 
-Byte-level BPE splits a Chinese character or an emoji over several tokens; decoded apart, the pieces show U+FFFD.
+Byte-level BPE splits a Chinese character or an emoji over several tokens; if decoded separately, they give U+FFFD.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 
 class TextStream:
-    """Decodes token ids as they come. The pieces, joined, equal the tokenizer's decoding of all ids at once.
+    """Decodes a stream of token ids. The joined pieces equal the tokenizer's decoding of all ids.
 
     Args:
         token_bytes: what each id stands for; ids beyond it, a model's padding rows, stand for nothing.
@@ -32,7 +32,7 @@ class TextStream:
         return bool(self._decoder.getstate()[0])
 
     def flush(self) -> str:
-        """What is left of the last character, for the end of the stream."""
+        """Return the incomplete last character, at the end of the stream."""
         return self._decoder.decode(b"", True)
 
 
@@ -63,7 +63,7 @@ class CharacterStream:
 class StopStrings:
     """Ends a stream of text at the first of some strings.
 
-    As if the text had come character by character: the string that is complete first counts.
+    The string that is complete first counts, regardless of the pieces.
 
     Args:
         keep: the text ends with the string; otherwise before it, and what may be the beginning of one is held back.

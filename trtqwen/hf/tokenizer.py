@@ -22,10 +22,10 @@ _LONG_TEXT = 10_000  # characters, tokenized in some milliseconds
 
 
 class Tokenizer:
-    """The tokenizer of a model, put together from its files as transformers does.
+    """The tokenizer of a model, combined from its files as transformers does.
 
     Attributes:
-        findings: what is said of the files.
+        findings: findings about the files.
 
     Raises:
         SourceError: if the directory has no byte-level BPE tokenizer, or its files contradict each other.
@@ -51,7 +51,7 @@ class Tokenizer:
         return list(encoding.ids)
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Token ids of a raw prompt, with what the tokenizer puts around a text, such as BOS.
+        """Return the token ids of a raw prompt, with the tokens that the tokenizer adds around a text, such as BOS.
 
         A text that begins with the same tokens, as a rendered conversation does, gets them once.
         """
@@ -82,7 +82,7 @@ class Tokenizer:
 
     @cached_property
     def _plain_backend(self) -> Any:
-        """A copy that takes special tokens for text: to change the one that others use would change their answers."""
+        """Return a copy that encodes special tokens as text; the shared backend must not change."""
         backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
         backend.encode_special_tokens = True
         return backend
@@ -141,7 +141,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> tuple[bytes, ...]:
-        """The bytes each id stands for; empty for special tokens, which decoding leaves out."""
+        """Return the bytes of each id; empty for special tokens, which decoding omits."""
         table = {character: byte for byte, character in enumerate(_byte_characters())}
         added = self._backend.get_added_tokens_decoder()
 
@@ -158,7 +158,7 @@ class Tokenizer:
         return tuple(to_bytes(token_id) for token_id in range(len(self)))
 
     def make_tables(self) -> None:
-        """Make now what the first use would make: for a vocabulary of 150,000 tokens that takes half a second."""
+        """Make the tables of the first use in advance: a vocabulary of 150,000 tokens takes half a second."""
         _ = self.token_bytes, self.special_pattern, self._plain_backend
 
     def write(self, directory: Path) -> None:

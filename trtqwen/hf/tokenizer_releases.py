@@ -1,4 +1,4 @@
-"""Where transformers 4 and 5 give other ids for the same tokenizer files, as findings."""
+"""Findings about tokenizer files for which transformers 4 and 5 give different ids."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Which files hold a model's tensors, and which file each tensor is read from: what transformers would take.
+"""The files of a model's tensors, and the file of each tensor, chosen as transformers does.
 
-Where two files hold one tensor, they must agree: transformers and TensorRT-LLM settle it differently, in silence.
+If two files contain one tensor, they must agree: transformers and TensorRT-LLM silently choose different ones.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """TensorRT-LLM's LLM API with the interface of the embedded executor.
 
-Traps of the API that are handled here:
+Properties of the API that this module handles:
 
 - An answer's tokens are cumulative; only new ones are passed on.
-- Without a seed all requests use seed 0; each request's own is sent.
+- Without a seed, all requests use seed 0. Each request sends its own seed.
 - `max_tokens` is 32 unless it is sent.
 - A stop word is cut from the tokens unless `include_stop_str_in_output` is set; clients of Triton expect it.
 - The end id is part of the tokens in some releases and not in others.
@@ -223,7 +223,7 @@ def _reused_blocks(output: Any) -> int:
 
 
 def read_stats(step: Mapping[str, Any], before: IterationStats) -> IterationStats:
-    """The executor's account from one step's statistics."""
+    """Return the executor's statistics from those of one step."""
     cache = step.get("kvCacheStats") or {}
     batching = step.get("inflightBatchingStats") or {}
     active = int(step.get("numActiveRequests", 0))

@@ -1,1 +1,1 @@
-"""What a recipe will need and do, worked out before a GPU is touched."""
+"""Estimates of a recipe's memory, concurrency and speed, without a GPU."""

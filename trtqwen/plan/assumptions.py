@@ -1,4 +1,4 @@
-"""What a plan takes for granted because no card was at hand to measure it; from `assumptions.json`, with sources."""
+"""Assumptions of a plan that no measurement covers, from `assumptions.json`, with sources."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ class _Facts(BaseModel):
 
 
 class Link(_Facts):
-    """How cards talk. A collective takes the latency, and its traffic by the bandwidth."""
+    """A link between GPUs. A collective takes the latency plus its traffic divided by the bandwidth."""
 
     bus_gb_per_s: float
     latency_us: float
 
 
 class Links(_Facts):
-    """What no link exceeds, and the two ends of what is thought likely."""
+    """The upper bound of a link, and the low and high end of its likely speed."""
 
     bound: Link
     fast: Link
@@ -62,7 +62,7 @@ class Share(_Facts):
 
 
 class Assumptions(_Facts):
-    """Everything assumed.
+    """All assumptions.
 
     Attributes:
         logits_buffers: buffers of max_batch_size x vocab_size values that engine and decoder hold.

@@ -42,7 +42,7 @@ def find(
     layouts: tuple[Layout, ...],
     model: Path | None,
 ) -> tuple[Diagnostic, ...]:
-    """Everything worth saying, errors first.
+    """Find the errors, warnings and notes of a recipe, errors first.
 
     Args:
         config: as converted, stretched by YaRN if the recipe asks for it.
@@ -88,14 +88,14 @@ def _capacity(recipe: Recipe, memory: tuple[RankMemory, ...], layouts: tuple[Lay
     full = concurrency(recipe, blocks, engine.max_seq_len)
     tightest = min(memory, key=lambda rank: rank.unused)
     if tightest.card is not None and tightest.taken >= tightest.card:
-        remedy = f"take {' or '.join(layout.name for layout in layouts)}, which fits"
+        hint = f"take {' or '.join(layout.name for layout in layouts)}, which fits"
         if not layouts:
-            remedy = "raise checkpoint.tp_size, take INT8 weights, or lower engine.max_num_tokens and max_batch_size"
+            hint = "raise checkpoint.tp_size, take INT8 weights, or lower engine.max_num_tokens and max_batch_size"
         yield Diagnostic(
             f"weights {_gib(tightest.weights.total)}, activations {_gib(tightest.activations)}, buffers "
             f"{_gib(tightest.buffers)} and context {_gib(tightest.context)} need more than the card's "
             f"{_gib(tightest.card)}",
-            remedy,
+            hint,
             "error",
             "memory",
         )
@@ -175,8 +175,8 @@ def _int8_kv_cache(recipe: Recipe, model: Path | None) -> Iterator[Diagnostic]:
         try:
             check_int8_kv_cache(HfModel(model))
         except InputError as problem:
-            message, remedy = problem.what, problem.hint
-            yield Diagnostic(message, remedy, "warning", "int8-kv")
+            message, hint = problem.what, problem.hint
+            yield Diagnostic(message, hint, "warning", "int8-kv")
     elif recipe.model and recipe.model.startswith("qwen2.5-"):
         yield Diagnostic(
             "an INT8 KV cache ruins Qwen2.5: k_proj biases of 7B have norms of 605 and 921 in the first and last "
@@ -207,28 +207,28 @@ def _step(recipe: Recipe, config: HfConfig, memory: tuple[RankMemory, ...]) -> I
     engine, last = recipe.engine, memory[-1]
     assert last.card is not None
     if engine.max_num_tokens > _MOST_TOKENS_A_STEP:
-        remedy = "lower it to 8192; chunked context spreads longer prompts over steps"
+        hint = "lower it to 8192; chunked context spreads longer prompts over steps"
         if not recipe.serve.enable_chunked_context:
-            remedy = "lower it with engine.max_seq_len: without chunked context a step takes whole prompts"
+            hint = "lower it with engine.max_seq_len: without chunked context a step takes whole prompts"
         yield Diagnostic(
             f"engine.max_num_tokens {engine.max_num_tokens:,} takes {_gib(last.activations)} of activations; "
             f"trtllm-build warns above {_MOST_TOKENS_A_STEP:,}, and NVIDIA measured no gain beyond 8,192",
-            remedy,
+            hint,
             "warning",
             "max-num-tokens",
         )
     if last.buffers > _MOST_BUFFERS * last.card:
         smaller: dict[str, int] = {"max_batch_size": engine.max_batch_size // 2}
-        remedy = "half the engine.max_batch_size"
+        hint = "half the engine.max_batch_size"
         if engine.gather_context_logits:
-            smaller, remedy = {"gather_context_logits": False}, "engine.gather_context_logits: false"
+            smaller, hint = {"gather_context_logits": False}, "engine.gather_context_logits: false"
         less = buffer_bytes(
             recipe.model_copy(update={"engine": engine.model_copy(update=smaller)}), config, last=True
         )
         yield Diagnostic(
             f"logits and decoder take {_gib(last.buffers)} of each card: engine.max_batch_size "
             f"{engine.max_batch_size:,} times {config.vocab_size:,} words",
-            f"{remedy} takes {_gib(less)}",
+            f"{hint} takes {_gib(less)}",
             "warning",
             "logits",
         )
@@ -248,7 +248,7 @@ def _cards(recipe: Recipe) -> Iterator[Diagnostic]:
 
 
 def _replicate(recipe: Recipe, replicas: int) -> str:
-    """How to have so many replicas; a repository of the embedded engine holds one."""
+    """Return the hint for this many replicas; a repository of the embedded engine has one."""
     if recipe.engine.backend == "torch":
         return f"start {replicas} servers, each on cards of its own, and list them at `trtqwen gateway`"
     return f"set serve.replicas: {replicas}"

@@ -1,4 +1,4 @@
-"""The ways to spread a model over the host's cards: one engine over all of them, or replicas side by side."""
+"""Parallel layouts of a model on the host's GPUs: one engine over all of them, or several replicas."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trtqwen.recipe import Recipe
 
 @dataclass(frozen=True)
 class Layout:
-    """One way: the recipe with other tp_size, pp_size and replicas, and nothing else changed.
+    """A parallel layout: the recipe with other values of tp_size, pp_size and replicas.
 
     Attributes:
         tokens: KV tokens of all replicas together.
@@ -93,7 +93,7 @@ def _legal(recipe: Recipe, config: HfConfig, tp_size: int) -> bool:
 def _layout(
     recipe: Recipe, config: HfConfig, dtype: Dtype, tp_size: int, pp_size: int, replicas: int
 ) -> Layout | None:
-    """None if it does not hold one request of max_seq_len."""
+    """Return None if the layout cannot hold one request of max_seq_len."""
     settings = recipe.checkpoint.model_copy(update={"tp_size": tp_size, "pp_size": pp_size})
     changed = recipe.model_copy(update={"checkpoint": settings})
     memory = plan_memory(changed, config, dtype)

@@ -1,4 +1,4 @@
-"""Public measurements, from `measured.json`, and what they reach of the nominal speed."""
+"""Public measurements, from `measured.json`, and their share of the nominal speed."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class Point(_Facts):
 
 
 class Measured(_Facts):
-    """All that is in the file."""
+    """The content of the file."""
 
     sources: dict[str, str]
     cards: dict[str, MeasuredCard]
@@ -106,7 +106,7 @@ def measured() -> Measured:
 
 
 def point_rates(point: Point) -> Rates:
-    """What the card of a point computes and reads with, by its data sheet."""
+    """Return the rates of a point's card, from its data sheet."""
     card, config = measured().cards[point.card], measured().models[point.model].config
     flops = card.float16_tflops * 1e12
     eight_bit = {"fp8": card.fp8_tflops, "int8": card.int8_tops}.get(point.precision)

@@ -1,4 +1,4 @@
-"""Where the memory of each rank's card goes, and how many sequences its KV cache holds."""
+"""The memory use of each rank's GPU, and the number of sequences in its KV cache."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class RankMemory:
 
     @property
     def taken(self) -> int:
-        """All but the KV cache."""
+        """Bytes of everything but the KV cache."""
         return self.context + self.weights.total + self.activations + self.buffers
 
     @property
     def unused(self) -> int:
-        """What is left of the card; negative is what it lacks."""
+        """Bytes that are left on the card; negative if it is too small."""
         return 0 if self.card is None else self.card - self.taken - self.kv_pool
 
 

@@ -1,4 +1,4 @@
-"""What a recipe becomes for the engines that are not built: vLLM's command line, the LLM API's arguments."""
+"""Commands of engines that need no build: vLLM's command line and the LLM API's arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plan of a recipe: memory, requests at once, speed, build command and what to beware of. Arithmetic only."""
+"""The plan of a recipe: memory, concurrency, speed, build command and warnings. Arithmetic only."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Speed:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a recipe will need and do.
+    """The plan of a recipe.
 
     Attributes:
         model: name or directory that the sizes are from.
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the engine builds, loads and serves a request of max_seq_len."""
+        """Whether the engine fits and serves a request of max_seq_len."""
         return all(finding.level != "error" for finding in self.findings)
 
     @property
@@ -108,7 +108,7 @@ class Plan:
 
 
 def plan_recipe(recipe: Recipe, model: Path | None = None) -> Plan:
-    """Work out the plan of a recipe.
+    """Plan a recipe.
 
     Args:
         model: Hugging Face directory whose sizes count instead of those of the recipe's `model`; it may have no
@@ -149,7 +149,7 @@ def model_config(recipe: Recipe, model: Path | None = None) -> HfConfig:
 
 
 def _read(recipe: Recipe, model: Path | None) -> tuple[HfConfig, tuple[Diagnostic, ...]]:
-    """The config, and what is said of the directory it is from.
+    """Read the config, and return findings about its directory.
 
     Raises:
         InputError: if no model is named, or it cannot be converted as asked.

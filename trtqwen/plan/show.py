@@ -1,4 +1,4 @@
-"""A plan for people: the card's memory as a bar, then short tables, then what to beware of and the command."""
+"""Output of a plan: the card's memory as a bar, tables, warnings and the command."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def print_plan(plan: Plan, console: Console) -> None:
 
 
 def print_comparison(plans: tuple[Plan, Plan], console: Console) -> None:
-    """Two recipes side by side, then what to beware of in each."""
+    """Print two recipes side by side, then the warnings of each."""
     table = Table(box=None, pad_edge=False)
     table.add_column("")
     for plan in plans:
@@ -64,7 +64,7 @@ def print_comparison(plans: tuple[Plan, Plan], console: Console) -> None:
 
 
 def shell(command: tuple[str, ...]) -> str:
-    """A command as a person would paste it, one option a line."""
+    """Format a command with one option per line."""
     return " \\\n    ".join(map(shlex.quote, command))
 
 
@@ -161,7 +161,7 @@ def _layouts(plan: Plan) -> Table:
 
 
 def _findings(plan: Plan, console: Console, name: str = "") -> None:
-    """On a terminal the hint on a line of its own; elsewhere one line each, for grep."""
+    """Print each finding, with its hint on a second line on a terminal, and on the same line elsewhere."""
     for finding in plan.findings:
         label = Text(finding.level, style=_STYLES[finding.level])
         if console.is_terminal:

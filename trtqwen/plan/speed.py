@@ -1,7 +1,7 @@
-"""How fast a replica can be, and how fast it is likely to be.
+"""Bounds and forecasts of a replica's speed.
 
-A bound: each resource alone, at its peak, and the slowest of them decides; nothing is faster. A forecast: compute and
-memory overlap, the cards exchange after them, and the whole is multiplied by what measured points reach of it.
+A bound is the time of the slowest resource at its peak; nothing is faster. A forecast overlaps compute and memory,
+adds the communication of the GPUs, and multiplies the speed by the share that measurements reach.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Step:
         return max(resources.items(), key=lambda item: item[1])[0]
 
     def times(self, factor: float) -> Step:
-        """So much of this work."""
+        """Return this work multiplied by a factor."""
         return Step(
             self.matrices * factor,
             self.attention * factor,
@@ -79,7 +79,7 @@ class Step:
         )
 
     def beside(self, other: Step) -> Step:
-        """Both, in flight together: context tokens ride on steps that read the weights for generation anyway."""
+        """Return both works in the same steps: context tokens share the reading of the weights with generation."""
         return Step(
             self.matrices + other.matrices,
             self.attention + other.attention,
@@ -105,7 +105,7 @@ class Rate(NamedTuple):
     forecast: Forecast
 
     def times(self, factor: float) -> Rate:
-        """Of so many replicas."""
+        """Return the rate of several replicas."""
         return Rate(self.bound * factor, Forecast(*(factor * rate for rate in self.forecast)))
 
 
@@ -155,7 +155,7 @@ class Generation(Work):
 
 @dataclass(frozen=True)
 class Shares:
-    """What measured points reach of the nominal speed, by kind of work."""
+    """Shares of the nominal speed that measurements reach, by kind of work."""
 
     context: Share
     generation: Share
@@ -164,7 +164,7 @@ class Shares:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a replica computes and reads with.
+    """The rates of a replica.
 
     Attributes:
         float_flops, matrix_flops: operations per second of one card: in attention and head, in the layers' matrices.

@@ -1,1 +1,1 @@
-"""INT8: weight-only, SmoothQuant and KV-cache scales, calibration, and the report on what they cost."""
+"""INT8: weight-only, SmoothQuant, KV cache scales and calibration."""

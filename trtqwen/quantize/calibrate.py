@@ -1,4 +1,4 @@
-"""Calibration: the largest activations of every linear layer over some texts, one layer in memory at a time."""
+"""Calibration: the largest activations of every linear layer over some texts, with one layer in memory at a time."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def activation_ranges(
 def calibrate(
     source: HfModel, samples: list[list[int]], progress: Progress = lambda layers: None
 ) -> dict[str, ActivationRange]:
-    """Run the model in float16, as NVIDIA's converter does, and note the largest |input| and |output| of each linear.
+    """Run the model in float16, as NVIDIA's converter does, and find the largest |input| and |output| of each linear.
 
     Resident memory: one decoder layer (in float32 on CPU) and the hidden states of all samples. Uses CUDA if it is
     there.

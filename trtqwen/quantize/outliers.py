@@ -1,4 +1,4 @@
-"""What makes a model hard to quantize, read from its weights and activation ranges alone."""
+"""Properties that make a model hard to quantize, from its weights and activation ranges."""
 
 from __future__ import annotations
 

@@ -137,9 +137,9 @@ def smooth_weight(source: Array, factor: Float64, pool: Executor) -> SmoothedWei
 
 @dataclass(frozen=True)
 class Codes:
-    """An int8 matrix that is made when numpy asks for it as an array; slices are views of it.
+    """An int8 matrix that is computed when numpy reads it as an array. Slices are views of it.
 
-    A matrix is larger than all else that a conversion holds, and is written block by block.
+    A matrix is the largest object of a conversion, and it is written block by block.
 
     Attributes:
         source: [out, in], floating.
@@ -299,7 +299,7 @@ def _round(block: Float32, dtype: np.dtype[Any]) -> None:
 
 
 def _share(pool: Executor, work: Callable[[slice], None], blocks: Iterable[slice]) -> None:
-    """Do all blocks; raises what one of them raises."""
+    """Process all blocks in parallel; raises the error of any block."""
     for _ in pool.map(work, blocks):
         pass
 

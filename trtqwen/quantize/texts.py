@@ -1,4 +1,4 @@
-"""Texts for calibration and evaluation, from a text or JSONL file or from what is bundled."""
+"""Texts for calibration and evaluation, from a text or JSONL file or the bundled texts."""
 
 from __future__ import annotations
 

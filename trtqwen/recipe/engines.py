@@ -77,7 +77,7 @@ class LlmApiSettings(Section):
     """How TensorRT-LLM's LLM API runs, for backend: llmapi.
 
     Attributes:
-        release: the TensorRT-LLM that serves; 1.3.0 stands for what follows as well.
+        release: the TensorRT-LLM that serves; 1.3.0 also stands for later releases.
         arguments: further arguments of `tensorrt_llm.LLM`, by its names.
     """
 

@@ -1,4 +1,4 @@
-"""Finds recipes, by path or by the name of one that ships with trtqwen, and reads them."""
+"""Find recipes by path or by bundled name, and read them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_recipe(recipe: str, changes: Sequence[str] = ()) -> Recipe:
 
 
 def recipe_content(recipe: str, changes: Sequence[str] = ()) -> dict[str, Any]:
-    """What the file of a recipe says, with changes, before it is checked; see `load_recipe`."""
+    """Return the content of a recipe's file with changes, before its validation; see `load_recipe`."""
     content = read_mapping(find_recipe(recipe), RecipeError)
     for change in changes:
         _change(content, change)
@@ -93,7 +93,7 @@ def _advice(problem: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _near_field(field: str, model: type[BaseModel]) -> str | None:
-    """The known field that an unknown one may stand for: of a like name in its section, or else in another."""
+    """Return the known field that is most similar to an unknown one, in its section or in another one."""
     section, _, key = field.rpartition(".")
     inside = {last: name for name, last in _fields(model) if name.removesuffix(last).rstrip(".") == section}
     elsewhere = {last: name for name, last in _fields(model)}

@@ -1,4 +1,4 @@
-"""What a recipe may say: its sections, and what of them goes together."""
+"""The sections of a recipe, and checks across them."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class CheckpointRecipe(Section):
         per_channel: SmoothQuant scales each output channel of a weight, instead of the tensor.
         per_token: SmoothQuant scales activations token by token at run time, instead of by calibrated ranges.
         kv_cache: `int8` writes the scales of an INT8 KV cache.
-        int8_layout: how INT8 weight-only weights lie on disk: for the kernels of one GPU generation (sm80 is Ada's
-            too), or `plain`: 16-bit weights that TensorRT-LLM quantizes when it builds.
+        int8_layout: INT8 layout on disk: for the kernels of one GPU generation (sm80 is also Ada's), or `plain`:
+            16-bit weights that TensorRT-LLM quantizes when it builds.
         embedding_sharding: whether and how the embedding is divided over the ranks.
-        yarn_factor: stretch the model's context by YaRN, as Qwen advises beyond 32,768 tokens: 4 makes 131,072.
-            The stretch is static: it costs a little on short prompts too.
+        yarn_factor: extend the model's context with YaRN, as Qwen advises beyond 32,768 tokens: 4 gives 131,072.
+            The extension is static: it slightly reduces the quality of short prompts too.
         calib: text or JSONL file for calibration; a small one in four languages is bundled.
         chat_template: render each calibration text as a user's message.
         act_ranges: file of activation ranges to use instead of calibrating.
@@ -91,7 +91,7 @@ class HostRecipe(Section):
 
 
 class EngineRecipe(Section):
-    """What is built. The names are those of TensorRT-LLM's BuildConfig and its plugins.
+    """Settings of the build. The names are those of TensorRT-LLM's BuildConfig and its plugins.
 
     Attributes:
         backend: `tensorrt_llm` runs trtllm-build, `torch` makes the embedded engine, `vllm` serves with vLLM in a
@@ -166,18 +166,19 @@ class EngineRecipe(Section):
 
 
 class ServeRecipe(Section):
-    """How the engine is run. The names are the keys of the Triton model `tensorrt_llm`.
+    """Settings of serving. The names are the keys of the Triton model `tensorrt_llm`.
 
     Attributes:
         replicas: copies of the engine, each on GPUs of its own.
         replica_mode: `servers` runs a tritonserver for each replica behind the gateway, which sends a request to the
-            replica with the fewest tokens to do. `orchestrator` lets one tritonserver spawn all replicas through MPI:
-            one gRPC address, but Triton spreads requests blindly and the replicas share one set of gauges.
+            replica with the fewest outstanding tokens. `orchestrator` lets one tritonserver spawn all replicas
+            through MPI: one gRPC address, but Triton spreads requests without regard to the load, and the replicas
+            share one set of gauges.
         batch_scheduler_policy: `guaranteed_no_evict` admits a request when its whole answer fits into the KV cache;
             `max_utilization` admits more and pauses the youngest when blocks run out.
         enable_chunked_context: spread long prompts over several steps.
         enable_kv_cache_reuse: keep the blocks of prompts for requests that begin alike.
-        enable_context_fmha_fp32_acc: sum in float32 while reading prompts; a float16 Qwen overflows without.
+        enable_context_fmha_fp32_acc: sum in float32 while reading prompts; without it, a float16 Qwen overflows.
         kv_cache_free_gpu_mem_fraction: share of the GPU memory left after the weights that the KV cache takes.
         kv_cache_host_memory_bytes: host memory that blocks of the KV cache move to, in bytes.
         max_tokens_in_paged_kv_cache: cap on the KV cache, in tokens.
@@ -216,7 +217,7 @@ class Recipe(Section):
 
     Attributes:
         model: the model whose sizes `plan` uses when no directory is given; see `hf/models.json`.
-        host: the GPUs that it is served from; without one the torch engine takes what is there.
+        host: the GPUs that serve it; without a host, the torch engine uses the available devices.
     """
 
     name: str
@@ -300,7 +301,7 @@ class Recipe(Section):
         return self
 
     def _llmapi_can(self) -> None:
-        """Refuse what the LLM API has no counterpart for."""
+        """Refuse settings without a counterpart in the LLM API."""
         checkpoint = self.checkpoint
         if checkpoint.quant == "int8_sq":
             raise ValueError(
@@ -312,7 +313,7 @@ class Recipe(Section):
             raise ValueError("checkpoint.int8_layout: the LLM API quantizes 16-bit weights when it loads; use plain")
 
     def _vllm_can(self) -> None:
-        """Refuse what vLLM has no counterpart for."""
+        """Refuse settings without a counterpart in vLLM."""
         if self.checkpoint.kv_cache == "int8":
             raise ValueError("checkpoint.kv_cache int8: vLLM does not read TensorRT-LLM's INT8 KV scales; use auto")
         serve = self.serve

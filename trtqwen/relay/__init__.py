@@ -1,1 +1,1 @@
-"""Engines of other projects behind the embedded executor's interface: requests in, tokens out, statistics, an end."""
+"""Engines of other projects with the interface of the embedded executor."""

@@ -1,4 +1,4 @@
-"""The answer of one request: where it ends, which the engine behind does not decide alone, and its account."""
+"""The answer of one request from another project's engine: its end, and its metrics."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trtqwen.executor.request import FinishReason, PerfMetrics, Request, Respons
 
 @dataclass(frozen=True)
 class Piece:
-    """What an engine sends of an answer at a time.
+    """A piece of an answer from an engine.
 
     Attributes:
         token_ids: new tokens.

@@ -1,4 +1,4 @@
-"""What the executors over vLLM and the LLM API share: requests in flight, the queue's bound, cancels, the end."""
+"""The base class of the executors for vLLM and the LLM API: requests in flight, queue limit, shutdown."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RelayExecutor(EngineHandle, Generic[Prepared]):
     Args:
         backend: that the engine has to be of.
         verify: read every file of the engine and compare its digest; otherwise only sizes are compared.
-        stall_seconds: an engine that sends no token for so long while requests run counts as dead.
+        stall_seconds: an engine that sends no token for this time while requests run counts as dead.
 
     Raises:
         InputError: if the directory is not a finished engine.
@@ -101,7 +101,7 @@ class RelayExecutor(EngineHandle, Generic[Prepared]):
         """Memory of the engine's processes; 0 if it is not known."""
 
     def stats(self) -> IterationStats:
-        """The engine's own account. Waits, while requests run, until one of them has got a token since the last call.
+        """Return the engine's statistics. While requests run, waits for a new token since the last call.
 
         Raises:
             EngineError: if it has died.
@@ -134,21 +134,21 @@ class RelayExecutor(EngineHandle, Generic[Prepared]):
 
     @abstractmethod
     def _read_stats(self, before: IterationStats) -> IterationStats:
-        """The engine's own account, asked now; `before` where it does not tell."""
+        """Read the engine's statistics; return `before` if it has none."""
 
     @abstractmethod
     def _stop_engine(self) -> None:
-        """Let go of the engine, after the event loop has ended."""
+        """Release the engine, after the event loop has ended."""
 
     async def _close(self) -> None:
         """Close what belongs to the event loop."""
 
     async def _alive_after(self, error: str) -> str | None:
-        """Why the engine is dead after a request failed; None if it lives."""
+        """Return why the engine is dead after a failed request; None if it works."""
         return None
 
     def _watch(self) -> None:
-        """Begin to notice that the engine sends nothing; call it once the engine serves."""
+        """Start the check for a silent engine; call it when the engine serves."""
         asyncio.run_coroutine_threadsafe(self._look_after(), self._loop)
 
     def _wait(self, work: Coroutine[Any, Any, T], timeout: float | None = None) -> T:
@@ -210,7 +210,7 @@ class RelayExecutor(EngineHandle, Generic[Prepared]):
                 self._die(f"it sent no token for {self._stall_seconds:g} s while requests waited")
 
     def _die(self, reason: str) -> None:
-        """Answer whoever waits with an error. The first reason counts."""
+        """End all requests with an error. The first reason counts."""
         with self._lock:
             if self._death is not None:
                 return

@@ -20,7 +20,7 @@ _BUFFER_BYTES = 4 << 20  # written at a time
 class BlockFile:
     """A file written front to back in large aligned blocks, by a thread, past the page cache where that is possible.
 
-    What is written once and not read back soon would only push the model being read out of the cache.
+    Data that is not read back soon would only displace the source model from the cache.
     """
 
     def __init__(self, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Whether an engine of this machine computes what the embedded engine computes on its CPU: the bundled model on both.
+"""The selftest: compare an engine of this machine with the embedded engine on its CPU, with the bundled model.
 
 The engine is TensorRT-LLM's, or the embedded one on a CUDA device.
 """
@@ -113,7 +113,7 @@ def run_selftest(
 
 
 def compare_devices(checkpoint: Path, engine: Path, dtype: Dtype, tested: ExecutorConfig) -> DtypeResult:
-    """The embedded engine as `tested` says against itself on the CPU."""
+    """Compare the embedded engine on `tested` with itself on the CPU."""
     return _judge_all(checkpoint, engine, dtype, _run_embedded(engine, list(_prompts().values()), tested))
 
 
@@ -156,7 +156,7 @@ def judge(
 
 
 def check_machine(host: Host, backend: Backend) -> None:
-    """Refuse a machine that lacks what is tested.
+    """Refuse a machine without the tested engine or device.
 
     Raises:
         EngineError: naming what is missing.

@@ -1,4 +1,4 @@
-"""What cards and engines reach of the data sheet, from `corrections.json`, with sources."""
+"""Shares of the data sheet's rates that cards and engines reach, from `corrections.json`, with sources."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Elementwise(_Facts):
 
 
 class EngineShares(_Facts):
-    """What is an engine's own.
+    """Shares of one engine.
 
     Attributes:
         decode_attention: share of the card's reading rate.
@@ -81,7 +81,7 @@ class Serving(_Facts):
 
 
 class Corrections(_Facts):
-    """All that is in the file.
+    """The content of the file.
 
     Attributes:
         sampling_us_per_row: of a vocabulary of 152,064.

@@ -1,4 +1,4 @@
-"""Seconds of a step: what it takes at least, and what it is likely to take.
+"""The time of a step: a bound and a forecast.
 
 The bound is `plan.speed`'s: each resource alone, at its peak. The forecast adds the parts of a step one after the
 other, as one stream of kernels runs them, each at the rate that `corrections.json` gives it.

@@ -1,4 +1,4 @@
-"""What a recipe becomes in the simulator: the limits of the scheduler and the cost of its steps."""
+"""A recipe in the simulator: the limits of the scheduler and the cost of its steps."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Deployment:
 
 
 def deploy(recipe: Recipe, model: Path | None = None) -> Deployment:
-    """Work out what to simulate.
+    """Make the deployment of a recipe.
 
     Args:
         model: Hugging Face directory whose sizes count instead of those of the recipe's `model`.

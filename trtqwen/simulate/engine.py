@@ -1,4 +1,4 @@
-"""An engine on a virtual clock: the executor's own scheduler and block accounting, with seconds for a model."""
+"""An engine on a virtual clock: the executor's scheduler and block accounting, with a cost model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from trtqwen.executor.sequence import Generated, Step
 
 @dataclass(frozen=True)
 class StepWork:
-    """What a step computes and reads.
+    """The work of a step.
 
     Attributes:
         tokens: packed tokens of the step.
@@ -86,7 +86,7 @@ class VirtualEngine:
         self.open_tokens += self._asked[request.id]
 
     def finish(self) -> list[Generated]:
-        """End the running step; what it gave."""
+        """End the running step and return its tokens."""
         assert self._running is not None
         sampled = {
             chunk.request_id: 0 for chunk in self._running.chunks if chunk.samples and self.scheduler.is_live(chunk)

@@ -1,4 +1,4 @@
-"""Plays a workload against virtual engines: the clients, the router and the clock of a load test without a server."""
+"""Simulation of a workload on virtual engines: clients, router and clock of a load test."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def play(
     token_seconds: float = 0.0,
     on_done: OnDone = lambda count: None,
 ) -> tuple[RequestRecord, ...]:
-    """Send the requests and note when their tokens come, in virtual seconds from the start.
+    """Send the requests and record when their tokens arrive, in virtual seconds from the start.
 
     Args:
-        engines: replicas; a request goes to the one with the fewest tokens to do, as the gateway sends it.
+        engines: replicas; as in the gateway, a request goes to the one with the fewest outstanding tokens.
         concurrency: how many are open at a time; None sends each at its time.
         token_seconds: what the one process between engines and clients needs for a token.
         on_done: called with 1 for each request that ends.
@@ -79,7 +79,7 @@ class _Player:
         heapq.heappush(self._events, (time, next(self._numbers), what))
 
     def _next(self, now: float) -> None:
-        """A place is free: the next request of a closed loop is due."""
+        """Return the next request of a closed loop, when another one has ended."""
         index = next(self._waiting, None)
         if index is not None:
             self._at(now, index)

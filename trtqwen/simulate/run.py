@@ -26,7 +26,7 @@ _PLAIN_IDS = 256  # a vocabulary begins with bytes; a drawn prompt takes none of
 
 @dataclass(frozen=True)
 class Load:
-    """How a simulated workload is sent.
+    """Settings of a simulated load test.
 
     Attributes:
         concurrency: requests open at a time (closed loop); None sends them at their times.
@@ -39,7 +39,7 @@ class Load:
 
 @dataclass(frozen=True)
 class Bound:
-    """What the data sheet allows for the steps that the scheduler chose.
+    """The bound: the fastest result that the data sheet allows for the scheduler's steps.
 
     Attributes:
         seconds: all work takes at least.
@@ -79,7 +79,7 @@ class Simulation:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What to know of the forecast."""
+        """Return notes about the forecast."""
         recipe = self.deployment.recipe
         assert recipe.host is not None
         own = corrections().engines[recipe.engine.backend]

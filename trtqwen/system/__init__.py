@@ -1,1 +1,1 @@
-"""Processes, sockets and the host: what knows Linux and nothing of models."""
+"""Processes, sockets and the host: code for Linux, without models."""

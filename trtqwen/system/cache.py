@@ -1,4 +1,4 @@
-"""Where a user's programs keep what they can make again."""
+"""The user's cache directory."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def user_cache(name: str) -> Path:
-    """A directory of ours for one kind of content, in the user's cache directory; see the XDG base directories."""
+    """Return trtqwen's directory for one kind of content in the user's cache directory (XDG base directories)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trtqwen" / name

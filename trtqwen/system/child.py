@@ -1,4 +1,4 @@
-"""Runs a program that belongs to us: in a session of its own, its output passed on, ended when we end."""
+"""Run a program in a session of its own, log its output, and end it when this process ends."""
 
 from __future__ import annotations
 

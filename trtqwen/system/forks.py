@@ -1,4 +1,4 @@
-"""Runs work that cannot be trusted to end in processes with limits, which are forked from one that has its imports.
+"""Run untrusted work in processes with limits, which are forked from a process with the imports.
 
 `python -m MODULE FD ARGUMENTS` calls `serve_forks(FD, answer, ...)`. It ends when FD closes, a fork when its socket
 does: both end with the process that asks.
@@ -27,7 +27,7 @@ _TRIES = 2  # a process that was killed or stopped from outside is replaced once
 
 
 class ForkServer:
-    """Asks forks of a process. Thread-safe: each question has a fork of its own.
+    """Sends questions to forks of a process. Thread-safe: each question has a fork of its own.
 
     Args:
         module: of this package, whose `main` calls `serve_forks`.
@@ -51,7 +51,7 @@ class ForkServer:
         """The answer of a fork; None if it hits a limit.
 
         Args:
-            patience: seconds of a clock.
+            patience: time limit in seconds.
 
         Raises:
             OSError: if there is no process to ask.
@@ -133,7 +133,7 @@ def serve_forks(
     """Fork a process for every socket that comes, until the other end closes. Each answers question by question.
 
     Args:
-        answer: must not raise. The process is killed in the midst of it when its CPU time is over.
+        answer: must not raise. The process is killed when its CPU time is over.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that dead children vanish by themselves
     while True:
@@ -159,7 +159,7 @@ def _answer_all(client: socket.socket, answer: Callable[[bytes], bytes], cpu_sec
 
 
 def _receive(fork: _Fork, seconds: float) -> bytes | None:
-    """What a process sends; None if it has ended, is stopped (SIGSTOP), or takes longer."""
+    """Receive from a process; None if it has ended, is stopped (SIGSTOP), or takes longer."""
     deadline = time.monotonic() + seconds
     fork.socket.settimeout(min(_LOOK_SECONDS, seconds))
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Starts programs that end with this process, for any reason, with everything that they have started themselves."""
+"""Start programs that always end with this process, together with all their descendants."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from trtqwen.system import guardian
 
 @dataclass(frozen=True)
 class Farewell:
-    """What happens to a program, and to what it leaves, when this process ends without stopping it.
+    """Actions when this process ends without stopping the program.
 
     Attributes:
-        signals: what it gets, and for how many seconds it may go on after each; then it is killed.
+        signals: signals to send, with the seconds to wait after each; then the program is killed.
         remove: directories to remove.
         shared_memory: prefix of files in /dev/shm to remove; empty for none.
     """
@@ -32,7 +32,7 @@ class Farewell:
 
 
 def python_environment() -> dict[str, str]:
-    """This process's environment for a Python of ours: it finds this very trtqwen, and never a module of the cwd."""
+    """Make the environment of a Python process that imports this trtqwen, and nothing from the working directory."""
     environment = dict(os.environ)
     package = os.fspath(Path(__file__).parents[2])
     rest = environment.get("PYTHONPATH")
@@ -44,7 +44,7 @@ def python_environment() -> dict[str, str]:
 def guardian_orders(
     command: Sequence[str], environment: Mapping[str, str], directory: Path, farewell: Farewell
 ) -> str:
-    """The line that a guardian reads first: what it starts, and what it does when that is abandoned."""
+    """Return the first line for a guardian: the program, and the actions when it is abandoned."""
     orders = {
         "command": list(command),
         "environment": dict(environment),

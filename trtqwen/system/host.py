@@ -1,4 +1,4 @@
-"""What this machine has: TensorRT-LLM and TensorRT (found, never imported), NVIDIA driver and GPUs, container."""
+"""Facts about this machine: TensorRT-LLM and TensorRT (found, never imported), NVIDIA driver, GPUs, container."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _QUERY = ("index", "name", "compute_cap", "memory.total", "memory.used", "driver
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU, as nvidia-smi tells of it. Memory in MiB."""
+    """One GPU, as nvidia-smi reports it. Memory in MiB."""
 
     index: int
     name: str
@@ -42,11 +42,11 @@ class Host:
     """This machine.
 
     Attributes:
-        tensorrt_llm, tensorrt: installed versions; None where they are not.
+        tensorrt_llm, tensorrt: installed versions; None if not installed.
         trtllm_build: the program, if it is on PATH.
         python: the interpreter that trtllm-build runs in; the versions are those of its packages.
         driver: the NVIDIA driver's version.
-        image: the container image this runs in, as far as it is known.
+        image: container image of this process; None if unknown.
         image_digest: the same by digest, `name@sha256:...`.
     """
 
@@ -73,7 +73,7 @@ class Host:
 
 
 def read_host() -> Host:
-    """Look at this machine; reads package metadata, asks nvidia-smi, imports nothing of NVIDIA's."""
+    """Read the facts about this machine from package metadata and nvidia-smi. Imports no package of NVIDIA's."""
     driver, gpus = _nvidia_smi()
     found = shutil.which("trtllm-build")
     program = Path(found) if found else None
@@ -92,7 +92,7 @@ def read_host() -> Host:
 
 
 def _interpreter(program: Path) -> Path | None:
-    """What a script's first lines name; pip writes the path into the second where the first cannot hold it."""
+    """Return the interpreter in a script's first lines; pip writes a long path into the second line."""
     try:
         with program.open("rb") as file:
             head = file.read(1024).decode(errors="replace")
@@ -140,7 +140,7 @@ def _nvidia_smi() -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def _mib(field: str) -> int:
-    """A memory size; cards that share the host's memory say [N/A]."""
+    """Parse a memory size; GPUs that share the host's memory report [N/A]."""
     return int(field) if field.isdecimal() else 0
 
 

@@ -1,4 +1,4 @@
-"""What commands keep outside their directories: temporary directories, and files in /dev/shm.
+"""Files of commands outside their directories: temporary directories, and files in /dev/shm.
 
 Each carries a file that its owner keeps locked. The kernel drops the lock of a process that has ended, however it
 ended, in this container or in another that shares the directory: whoever gets the lock may remove the rest.
@@ -25,10 +25,10 @@ _YOUNG_SECONDS = 60  # a directory without an owner file may get one
 
 @contextmanager
 def workspace(kind: str = "") -> Iterator[Path]:
-    """A new temporary directory, readable by this user alone, until the block ends.
+    """Yield a new temporary directory that only this user can read.
 
     Args:
-        kind: part of its name, for people.
+        kind: part of its name.
     """
     directory = Path(tempfile.mkdtemp(prefix=f"{_PREFIX}{kind}-" if kind else _PREFIX))
     descriptor = _own(directory / _OWNER)
@@ -90,7 +90,8 @@ def _remove_shared_memory(prefix: str) -> None:
 def _own(path: Path) -> int | None:
     """A descriptor that holds the lock of a new file; None if it cannot be made.
 
-    The file gets its name when it is locked: to a sweep, an owner file without a lock is a dead owner's.
+    The file gets its name after it is locked, because a sweep takes an unlocked owner file for that of an ended
+    process.
     """
     unlocked = path.with_name(_unowned(path.name))
     try:

@@ -1,4 +1,4 @@
-"""Limits of this machine that a server meets: checked before it starts, so that it does not fail under load."""
+"""Limits of this machine for a server, checked before its start, so that it does not fail under load."""
 
 from __future__ import annotations
 

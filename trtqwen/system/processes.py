@@ -1,4 +1,4 @@
-"""Processes that belong to us: they end with us, and none is left behind."""
+"""Child processes: they end with this process, and none is left."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Service(ABC):
     """A server in a process of its own; use as a context manager or call `start` and `stop`.
 
     Attributes:
-        name: what people call it.
+        name: its name in messages.
         start_seconds: how long it may take until it serves. May grow while it starts.
         stop_seconds: how long `stop` lets running requests finish.
     """
@@ -48,7 +48,7 @@ class Service(ABC):
 
     @abstractmethod
     def answers(self) -> bool:
-        """Whether it serves, asked now."""
+        """Return whether it serves now."""
 
     @abstractmethod
     def check(self) -> None:
@@ -64,18 +64,18 @@ class Service(ABC):
 
     @abstractmethod
     def kill(self) -> None:
-        """End every process of it at once; a `stop` that waits in another frame or thread then returns."""
+        """Kill every process of it. A `stop` that waits in another frame or thread then returns."""
 
     def late(self) -> str:
-        """What to say when it does not serve in time."""
+        """Return the error for a start that takes too long."""
         return f"{self.name} was not ready within {self.start_seconds:g} s"
 
     def wait_until_ready(self, timeout: float | None = None, behind: Service | None = None) -> None:
-        """Return when it serves; at once with a ServerError when it ends instead.
+        """Wait until it serves. Raises a ServerError as soon as it ends instead.
 
         Args:
             timeout: seconds; None is `start_seconds`.
-            behind: another service without which it never will be.
+            behind: another service that it needs.
         """
         begun = time.monotonic()
         while not self.answers():
@@ -102,12 +102,12 @@ class Service(ABC):
 
 
 class Relay:
-    """Passes on what a process writes, line by line; what is not read in time is dropped: the process never waits.
+    """Forwards a process's output by lines. Drops lines that are not read in time, so that the process never waits.
 
     Args:
-        source: its end of the pipe.
+        source: read end of the pipe.
         target: file descriptor to write to; our standard error by default.
-        keep_back: lines that begin so are not passed on.
+        keep_back: prefix of lines that are not forwarded.
         remember: pattern whose first match in a line is kept, as its first group.
 
     Attributes:
@@ -132,7 +132,7 @@ class Relay:
             thread.start()
 
     def join(self, timeout: float = 1) -> None:
-        """Wait until everything has been passed on, for each end of the way so many seconds at most."""
+        """Wait until everything is forwarded, with a time limit for each end of the pipe."""
         for thread in self._threads:
             thread.join(timeout)
 
@@ -158,7 +158,7 @@ class Relay:
 
 
 def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], None]:
-    """What a child calls between fork and exec so that it gets a signal when the thread that started it ends."""
+    """Request a signal at the end of the parent thread. A child calls it between fork and exec."""
     # Looked up here: between fork and exec a child may not load libraries.
     prctl = ctypes.CDLL(None, use_errno=True).prctl
     parent = os.getpid()
@@ -174,7 +174,7 @@ def die_with_parent(number: signal.Signals = signal.SIGTERM) -> Callable[[], Non
 def living(session: int) -> Iterator[int]:
     """Process ids of a session. MPI gives every rank a process group of its own, but they stay in its session.
 
-    One that has ended counts until init has taken it away; a child of ours does not: we take it away ourselves.
+    An ended process counts until init reaps it. An ended child of this process does not count.
     """
     for entry in Path("/proc").iterdir():
         if entry.name.isdecimal():
@@ -233,7 +233,7 @@ def cpu_seconds(pid: int) -> float:
 
 
 def busy_nanoseconds(pid: int) -> dict[int, int]:
-    """By thread of a process: how long it has computed or waited for a CPU; empty where the kernel does not tell."""
+    """Return how long each thread has computed or waited for a CPU; empty if the kernel does not report it."""
     found = {}
     with suppress(OSError):
         for task in Path(f"/proc/{pid}/task").iterdir():
@@ -244,7 +244,7 @@ def busy_nanoseconds(pid: int) -> dict[int, int]:
 
 
 def ending(code: int) -> str:
-    """How a process ended, in words that follow its name."""
+    """Describe how a process ended, as text after its name."""
     return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
 
 
@@ -253,7 +253,7 @@ def _stat(pid: int) -> list[str]:
 
 
 def kill_session(session: int) -> None:
-    """End what is left of a session: python stubs and ranks that outlived the program they belong to."""
+    """Kill the processes that are left of a session, such as python stubs and ranks."""
     deadline = time.monotonic() + 5
     left: set[str] = set()
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""Addresses and sockets that listen."""
+"""Listening sockets and their addresses."""
 
 from __future__ import annotations
 
@@ -23,5 +23,5 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def reachable(host: str) -> str:
-    """Where this machine finds what listens on an address."""
+    """Return the address at which this machine reaches a listener."""
     return "127.0.0.1" if host == "0.0.0.0" else host

@@ -1,4 +1,4 @@
-"""Files that must not change while they are read: cutting a mapped file short ends the process that reads it."""
+"""Files that must not change while they are read: truncation of a mapped file kills its reader."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _State = tuple[int, int, int, int, int]
 
 
 class SteadyFiles:
-    """The state of some files at one moment, and whether they are still in it. Thread-safe.
+    """The state of some files at one moment, and a check that they are unchanged. Thread-safe.
 
     Args:
         paths: the files.
@@ -51,9 +51,9 @@ class SteadyFiles:
     def held(self) -> Iterator[None]:
         """Ask the kernel to make writers wait until the block ends, or until `check` has noticed them.
 
-        A lease (fcntl(2)) makes whoever opens a file for writing or truncates it wait. Not every file system has
-        leases, and only a file's owner gets one; without them, which `leased` tells, `check` still compares sizes
-        and times.
+        A lease (fcntl(2)) blocks processes that open a file for writing or truncate it. Not every file system has
+        leases, and only a file's owner gets one. Without leases (see `leased`), `check` still compares sizes and
+        times.
         """
         with ExitStack() as stack:
             for path in self._states:

@@ -1,4 +1,4 @@
-"""What `tensorrt_llm_bls` does: the ensemble's steps as a program, which also sees stop words in the text."""
+"""The logic of `tensorrt_llm_bls`: the ensemble's steps as a program, which also finds stop words in the text."""
 
 from __future__ import annotations
 
@@ -28,9 +28,7 @@ _UNSUPPORTED = {
 
 
 class Models(Protocol):
-    """The repository's other models, asked under an id that no other request has. Their errors come as
-    `RequestError`.
-    """
+    """The repository's other models, called with a unique request id. Their errors become `RequestError`."""
 
     def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         """One request, one response."""
@@ -55,7 +53,7 @@ class BlsSettings:
 
 
 def answer(models: Models, settings: BlsSettings, inputs: Mapping[str, Array], sender: Sender) -> None:
-    """Serve one request to its end; an error of it or of the models is its result."""
+    """Serve one request to its end. An error of the request or of the models becomes its response."""
     try:
         for tensors in _responses(models, settings, inputs):
             sender.send(tensors, final=False)
@@ -66,10 +64,10 @@ def answer(models: Models, settings: BlsSettings, inputs: Mapping[str, Array], s
 
 
 def stop(models: Models, settings: BlsSettings) -> None:
-    """End what the engine does for the request.
+    """Stop the engine's work for the request.
 
     Raises:
-        RequestError: if the request has ended with an error; only the embedded engine tells.
+        RequestError: if the request has ended with an error, which only the embedded engine reports.
     """
     inputs = {
         "input_ids": np.zeros((1, 1), np.int32),

@@ -25,7 +25,7 @@ _CONTROL_SECONDS = 5  # for what a server answers without the engine
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How the next token is chosen, by the ensemble's tensor names; what is None is left to the server."""
+    """Sampling parameters, by the ensemble's tensor names. None leaves a parameter to the server."""
 
     top_k: int | None = None
     top_p: float | None = None
@@ -42,7 +42,7 @@ class Piece:
     """Part of an answer.
 
     Attributes:
-        num_tokens: how many tokens it was; TensorRT-LLM's C++ backend and older releases do not tell, and it is 0.
+        num_tokens: number of tokens; 0 with TensorRT-LLM's C++ backend and older releases, which do not report it.
     """
 
     text: str
@@ -71,7 +71,7 @@ def stream(
         timeout: seconds for the whole answer.
 
     Raises:
-        ServerError: if the server cannot be reached, refuses the request or is not done in time.
+        ServerError: if the server cannot be reached, refuses the request or exceeds the timeout.
         InputError: if the prompt is not Unicode text, the chat template refuses it, or there is none.
     """
     request_id = request_id or uuid.uuid4().hex
@@ -152,7 +152,7 @@ def answer_text(outputs: Tensors) -> str:
 
 
 def _stop(stub: Any, request_id: str) -> None:
-    """Ask the engine itself: Triton's ensemble does not pass a client's cancellation on to its steps."""
+    """Stop the request in the engine: Triton's ensemble does not pass a client's cancellation on to its steps."""
     inputs = {
         "input_ids": np.zeros((1, 1), np.int32),
         "input_lengths": np.ones((1, 1), np.int32),
@@ -168,7 +168,7 @@ def _stop(stub: Any, request_id: str) -> None:
 
 
 def server_error(url: str, problem: grpc.RpcError) -> ServerError:
-    """What a failed call means to the caller."""
+    """Return the error of a failed call."""
     if problem.code() is grpc.StatusCode.UNAVAILABLE:
         return ServerError(
             f"{url}: no Triton server answers", "start one with `trtqwen serve` or correct the address"

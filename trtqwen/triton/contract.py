@@ -23,7 +23,7 @@ def model_names() -> tuple[str, ...]:
 
 
 def model_config(name: str, release: str | None = None, logits_dtype: str = "float32") -> ModelConfig:
-    """Upstream's config of a model with every parameter unset.
+    """Return upstream's config of a model with all parameters unset.
 
     Args:
         release: whose names it uses, such as 0.18.2; None is the newest known.
@@ -44,7 +44,7 @@ def model_config(name: str, release: str | None = None, logits_dtype: str = "flo
 
 
 def older_names() -> dict[str, str]:
-    """What tensors were called before, by their names in the newest release."""
+    """Return the older names of tensors, by their names in the newest release."""
     return {new: old for change in _content()["history"] for old, new in change["renamed"].items()}
 
 
@@ -58,7 +58,7 @@ def step_maps(model: str) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _undo(config: ModelConfig, change: Mapping[str, Any]) -> None:
-    """Take back what a release changed."""
+    """Undo the changes of a release."""
     added, renamed = set(change["added_tensors"]), {new: old for old, new in change["renamed"].items()}
     for tensors in (config.input, config.output):
         kept = [tensor for tensor in tensors if tensor.name not in added]

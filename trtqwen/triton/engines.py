@@ -1,4 +1,4 @@
-"""The engines that the Triton model `tensorrt_llm` runs on when it is trtqwen's own."""
+"""The engines of trtqwen's own Triton model `tensorrt_llm`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Engine(Protocol):
 
     @property
     def alive(self) -> bool:
-        """Whether requests are served."""
+        """Return whether the engine serves requests."""
 
     @property
     def resident_bytes(self) -> int:
@@ -39,7 +39,7 @@ class Engine(Protocol):
         """End a request; it answers with finish reason `CANCELLED` unless it has ended already."""
 
     def stats(self) -> IterationStats:
-        """The engine's own account.
+        """Return the engine's statistics.
 
         Raises:
             EngineError: if it has died.

@@ -13,7 +13,7 @@ FOREIGN_LAUNCHERS = ("OMPI_", "PMI_", "PMIX_", "SLURM_")
 
 
 def server_environment(installation: Installation) -> dict[str, str]:
-    """This process's environment, as the server takes it."""
+    """Return the server's environment, made from this process's."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN_LAUNCHERS)}
     # A module in the working directory is never imported, and nothing is written into the repository.
     environment |= {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}

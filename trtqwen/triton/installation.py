@@ -1,4 +1,4 @@
-"""Finds the tritonserver of this machine: a container's own, or the one inside the package nvidia-pytriton."""
+"""Find this machine's tritonserver: a container's own, or the one in the package nvidia-pytriton."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def find_tritonserver() -> Installation:
 
 
 def link_backends(home: Path, workspace: Path) -> Path:
-    """The python backend wants the stub of this Python next to it: a directory of links gives it that."""
+    """Make a directory of links to the backends: the python backend needs the stub of this Python next to it."""
     backends = workspace / "backends"
     python = backends / "python"
     python.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Whether what is to be served is what was built: every byte of a repository and its engine, and that they match."""
+"""Integrity of a repository and its engine before they are served: every byte, and that they match."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trtqwen import __version__
 from trtqwen.artifact.directory import clear_leftovers
-from trtqwen.artifact.manifest import REMEDIES, Manifest, load_manifest, read_manifest
+from trtqwen.artifact.manifest import HINTS, Manifest, load_manifest, read_manifest
 from trtqwen.diagnostics import InputError, OutputError
 
 
@@ -25,17 +25,17 @@ def check_served_files(repository: Path, *, digests: bool = True) -> Manifest:
     manifest = read_manifest(repository, "repository", digests=digests)
     if manifest.tool_version != __version__:
         what = f"{repository}: was written by trtqwen {manifest.tool_version}, this is {__version__}"
-        raise InputError(what, REMEDIES["repository"])
+        raise InputError(what, HINTS["repository"])
     engine = Path(str(manifest.parameters.get("engine", "")))
     built = read_manifest(engine, "engine", digests=digests)
     if manifest.inputs.get("engine") != built.key:
         what = f"{repository}: was written for another engine than the one that is in {engine} now"
-        raise InputError(what, REMEDIES["repository"])
+        raise InputError(what, HINTS["repository"])
     return manifest
 
 
 def clear_build_leftovers(repository: Path) -> None:
-    """Remove what killed builds left next to a repository, its engine and their checkpoint, as far as we may."""
+    """Remove leftovers of killed builds next to a repository, its engine and their checkpoint, if permitted."""
     places = [repository]
     with suppress(InputError):
         engine = Path(str(load_manifest(repository, "repository").parameters.get("engine", "")))

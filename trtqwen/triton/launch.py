@@ -1,4 +1,4 @@
-"""How a repository is launched: the exact command and environment, worked out before anything starts.
+"""The launch of a repository: its exact command and environment, computed before the start.
 
 - One rank: tritonserver itself.
 - Several ranks (leader mode): mpirun with one tritonserver per rank; rank 0 serves, the others load the engine's
@@ -49,7 +49,7 @@ Mode = Literal["single", "leader", "orchestrator"]
 
 @dataclass(frozen=True)
 class Deployment:
-    """What a repository asks to be started.
+    """The processes that a repository needs.
 
     Attributes:
         world_size: ranks of one replica.
@@ -102,7 +102,7 @@ class RankHosts:
 
 
 def rank_hosts(texts: Sequence[str], shell: str | None = None) -> RankHosts | None:
-    """The machines that a person names as HOST:RANKS; None if none is named.
+    """Parse machines given as HOST:RANKS; None if none is given.
 
     Raises:
         InputError: if a text has another form, or a machine is named twice.
@@ -125,7 +125,7 @@ def rank_hosts(texts: Sequence[str], shell: str | None = None) -> RankHosts | No
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a server listens: TCP ports, which are free, and an address. Without an HTTP port, HTTP is off."""
+    """A server's address and free TCP ports. Without an HTTP port, HTTP is off."""
 
     host: str
     http_port: int | None
@@ -149,7 +149,7 @@ class Launch:
     vllm_environment: Mapping[str, str] = field(default_factory=dict)
 
     def shell(self) -> str:
-        """For a person: the lines to paste into a shell."""
+        """Return the command as lines for a shell."""
         lines = [_line(self.vllm, self.vllm_environment) + " &"] if self.vllm else []
         return "\n".join([*lines, _line(self.command, self.environment)])
 
@@ -214,7 +214,7 @@ def server_count(repository: Path) -> int:
 def server_devices(
     deployment: Deployment, host: Host | None, gpus: Sequence[int] | None = None
 ) -> list[tuple[str, ...]]:
-    """The GPUs of each server, as CUDA_VISIBLE_DEVICES names them; none where a server takes those that it sees.
+    """Return the GPUs of each server, as CUDA_VISIBLE_DEVICES names them; empty if a server uses all visible ones.
 
     Args:
         gpus: numbers of those to use; None is all that are visible.
@@ -258,7 +258,7 @@ def plan_launch(
     devices: Sequence[str] = (),
     spread: RankHosts | None = None,
 ) -> Launch:
-    """Work out the command.
+    """Plan the command.
 
     Args:
         shm_prefix: of the shared memory of python models; each rank appends its number.
@@ -320,7 +320,7 @@ def plan_launch(
 
 
 def check_spread(deployment: Deployment, spread: RankHosts) -> None:
-    """Raise an InputError unless a deployment's ranks can be spread so."""
+    """Raise an InputError unless a deployment's ranks can be spread over these machines."""
     if deployment.mode != "leader" or deployment.servers > 1:
         raise InputError(
             "ranks on several hosts are for one TensorRT engine of several ranks, and this repository has "
@@ -337,7 +337,7 @@ def check_spread(deployment: Deployment, spread: RankHosts) -> None:
 def _machines(spread: RankHosts, environment: Mapping[str, str]) -> list[str]:
     """Options of mpirun that start ranks on several machines.
 
-    What a rank needs of our environment goes along by name; a directory of this machine may not exist there.
+    A rank gets the needed variables by name. A directory of this machine may not exist on others.
     """
     hosts = ",".join(f"{name}:{count}" for name, count in spread.hosts)
     options = ["--host", hosts, "--wdir", "/", "--mca", "plm_rsh_no_tree_spawn", "1"]

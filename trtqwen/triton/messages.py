@@ -22,7 +22,7 @@ def infer_request(model: str, request_id: str, inputs: Mapping[str, Array], outp
     """A ModelInferRequest with these tensors in.
 
     Args:
-        outputs: the tensors that the responses carry; empty asks for all that the model sends.
+        outputs: requested tensors of the responses; empty requests all.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
     for name in outputs:

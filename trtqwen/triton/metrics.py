@@ -1,4 +1,4 @@
-"""Upstream's metrics of an engine, by family, label and label value, from the executor's own account."""
+"""Upstream's metrics of an engine, by family, label and label value, from the executor's statistics."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _LABELS = {
 
 
 def gauges(stats: IterationStats, build: BuildConfig, resident_bytes: int) -> Gauges:
-    """What the metrics endpoint shows.
+    """Return the gauges of the metrics endpoint.
 
-    `active` counts the executor's queue too, which upstream exports nowhere: so `waiting`, active less scheduled as
-    upstream has it, is the queue's length.
+    `active` also counts the executor's queue, which upstream does not export. `waiting`, which upstream defines as
+    active minus scheduled, is therefore the length of the queue.
 
     Args:
         resident_bytes: memory of the ranks' processes.

@@ -1,4 +1,4 @@
-"""The `parameters` of a Triton model, as the python backend hands them to a model: strings in a JSON config."""
+"""The `parameters` of a Triton model: strings in the JSON config that the python backend passes to a model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VLLM_PID = "TRTQWEN_VLLM_PID"  # the process id of its guardian
 
 @dataclass(frozen=True)
 class EngineParameters:
-    """What the model `tensorrt_llm` is started with.
+    """The parameters of the model `tensorrt_llm`.
 
     Attributes:
         cancellation_check_period, stats_check_period: seconds.

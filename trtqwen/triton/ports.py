@@ -24,7 +24,7 @@ class Ports:
 
 
 def claim(ports: Ports, host: str, held: ExitStack) -> Ports:
-    """Check that every port is free, pick those that are 0, and keep others from taking them while `held` is open."""
+    """Check that every port is free, pick those that are 0, and reserve them while `held` is open."""
     for field in fields(ports):
         port = getattr(ports, field.name)
         if port is None:

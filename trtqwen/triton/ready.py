@@ -1,4 +1,4 @@
-"""Whether a tritonserver is ready, asked over HTTP or gRPC."""
+"""Readiness of a tritonserver, over HTTP or gRPC."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_ready(http_url: str | None, grpc_url: str) -> bool:
     """Whether every model of the server is loaded.
 
     Args:
-        http_url: host:port of its HTTP endpoint; None if HTTP is off, and gRPC has to answer.
+        http_url: host:port of its HTTP endpoint; None uses gRPC.
     """
     return _answers_grpc(grpc_url) if http_url is None else _answers_http(http_url)
 

@@ -39,7 +39,7 @@ _RECV_POLL_MS = 1
 
 @dataclass(frozen=True)
 class RepositoryPlan:
-    """What a repository will hold.
+    """The plan of a repository.
 
     Attributes:
         engine: absolute path of the engine directory.
@@ -62,7 +62,7 @@ def repository_key(engine: Path, engine_key: str, serve: ServeRecipe) -> str:
 
 
 def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None) -> RepositoryPlan:
-    """Work out every model's config for a finished engine.
+    """Plan every model's config for a finished engine.
 
     Args:
         output: where the repository will lie. TensorRT-LLM's guided decoding reads a file in it by its absolute path,
@@ -105,7 +105,7 @@ class RepositoryStage(Stage):
     """The last stage of a build.
 
     Args:
-        engine: the engine's directory, which need not be there before `run`.
+        engine: the engine's directory; it may not exist before `run`.
         engine_key: its manifest key, by which the repository names it.
     """
 
@@ -128,7 +128,7 @@ class RepositoryStage(Stage):
         return _parameters(self.engine, self.serve)
 
     def check(self, *, force: bool) -> None:
-        """Work out the configs.
+        """Plan the configs.
 
         Raises:
             InputError: if the engine is not finished or has no tokenizer.
@@ -183,7 +183,7 @@ def _parameters(engine: Path, serve: ServeRecipe) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Built:
-    """What of an engine its configs depend on.
+    """The properties of an engine on which the configs depend.
 
     Attributes:
         release: the TensorRT-LLM release that built it, or None.
@@ -258,9 +258,9 @@ def _tensorrt_llm(config: ModelConfig, serve: ServeRecipe, engine: Path, built: 
 
 
 def _tokenizer_info(engine: Path) -> str:
-    """What upstream's `generate_xgrammar_tokenizer_info.py` writes of a tokenizer.
+    """Return the file of upstream's `generate_xgrammar_tokenizer_info.py` for a tokenizer.
 
-    With an entry for every row of the engine's vocabulary, which is padded: masks made of fewer are misplaced.
+    It has an entry for every row of the engine's padded vocabulary; with fewer entries, masks would be misplaced.
     """
     tokenizer = Tokenizer(engine / TOKENIZER_DIRECTORY)
     backend = tokenizer.resolved.backend

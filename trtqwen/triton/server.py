@@ -71,7 +71,7 @@ class TritonServer(Service):
         log: file for the server's log; None keeps it in a temporary file while the server runs.
         drain_seconds: how long `stop` lets running requests finish.
         replica: which of the repository's servers this is, from 0; it takes that replica's GPUs.
-        watchdog_seconds: how long the engine may take for a step before it counts as hung; 0 does not watch.
+        watchdog_seconds: longest step of an engine before it counts as hung; 0 turns the watchdog off.
         verify: read every file of repository and engine and compare its digest; otherwise only sizes are compared.
         gpus: numbers of the GPUs for all of the repository's servers; None is all that are visible.
         spread: the machines of an engine's ranks; None is this one.
@@ -290,7 +290,7 @@ class TritonServer(Service):
     def check(self) -> None:
         """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
 
-        Triton serves on without them: it starts none of them again.
+        Triton continues without them and does not restart them.
         """
         if self._vllm is not None:
             try:
@@ -306,7 +306,7 @@ class TritonServer(Service):
             raise ServerError(*(own_error or (problem,)))
 
     def _started_again(self) -> bool:
-        """Whether Triton crashed over its own fault while it started, and has been started again."""
+        """Return whether Triton crashed by a known bug during its start and was started again."""
         ended = self._process is not None and self._process.poll() is not None
         if not ended or self._served or self._faults == _START_FAULTS or not self._read_log().start_fault:
             return False
@@ -318,7 +318,7 @@ class TritonServer(Service):
 
     @property
     def hung(self) -> str | None:
-        """Why the server counts as hung; None if it does not, or is not watched."""
+        """Return why the server counts as hung; None if it does not, or without a watchdog."""
         return self._watchdog.hung() if self._watchdog is not None and self._served else None
 
     def _problem(self) -> str | None:
@@ -341,7 +341,7 @@ class TritonServer(Service):
     def stop(self, *, drain: bool = True) -> None:
         """Let running requests finish, then end every process of the server. May be called again.
 
-        After `check` has found it broken, nothing is waited for: what runs on a dead engine would not finish.
+        After `check` has found an error, it does not wait, because requests on a dead engine cannot finish.
         """
         self._claims.close()
         self._waiting = None
@@ -364,7 +364,7 @@ class TritonServer(Service):
             self._vllm.kill()
 
     def _wait_for_end(self, process: subprocess.Popen[str]) -> None:
-        """Wait as long as requests run; when only models are left that do not unload, not as long as Triton does."""
+        """Wait while requests run; wait only briefly for models that do not unload."""
         deadline, unloading = time.monotonic() + self.stop_seconds + 10, None
         while process.poll() is None and time.monotonic() < deadline:
             if unloading is None and self._read_log().unloading:
@@ -390,7 +390,7 @@ class TritonServer(Service):
 
 
 def _name(command: list[str]) -> str:
-    """What one of the server's processes is called: a python model's by the model, another by its program."""
+    """Return the name of a process: the model of a python stub, or the program."""
     models = [Path(word).parts[-3] for word in command if word.endswith("/1/model.py")]
     return [Path(command[0]).name, *models][-1]
 

@@ -1,4 +1,4 @@
-"""What a tritonserver's log says: why it ended or does not start, and how far it is with its end."""
+"""The log of a tritonserver: why it ended or does not start, and the progress of its shutdown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GONE = "the log has no error; it crashed or was killed"
 
 
 def without_error(code: int) -> str | None:
-    """What to say of an exit code if the log has no error; None to say the log's last line."""
+    """Return the message for an exit code without an error in the log; None uses the log's last line."""
     return _NO_ERROR.get(code, _CRASHED) if code < 0 else None
 
 
@@ -31,7 +31,7 @@ class ServerLog:
 
     Attributes:
         text: what it has logged since it was last started.
-        advice: where the user finds more of it.
+        advice: where the user finds the whole log.
     """
 
     text: str
@@ -39,24 +39,24 @@ class ServerLog:
 
     @property
     def start_fault(self) -> bool:
-        """Whether Triton crashed over its own fault while it started."""
+        """Return whether Triton crashed by a known bug during its start."""
         return _START_FAULT in self.text
 
     @property
     def unloading(self) -> bool:
-        """Whether Triton, told to end, has no request left and unloads its models."""
+        """Return whether a stopping Triton has no request left and unloads its models."""
         return _UNLOADING in self.text
 
     @property
     def own_error(self) -> tuple[str, str] | None:
-        """What kept a model of trtqwen from loading, and the hint; None if it is an error of Triton's."""
+        """Return why a model of trtqwen did not load, and the hint; None for an error of Triton's."""
         if (found := _OWN_ERROR.search(self.text)) is None:
             return None
         what, _, hint = found[2].partition("; ")
         return f"the model {found[1]} does not load: {what}", f"{hint or 'see the log'} ({self.advice})"
 
     def telling_line(self, without_error: str | None = None) -> str:
-        """The log's line that says most about a failure, and where the rest is.
+        """Return the most relevant line of the log, and where the rest is.
 
         Args:
             without_error: stands in where the log has no error; None takes its last line.

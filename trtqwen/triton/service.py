@@ -25,7 +25,7 @@ STOPPED = "the answer was stopped by another request"
 
 
 class Sender(Protocol):
-    """The way back to one Triton request's client. Nothing may be called after the final response."""
+    """Sends responses to one Triton request's client. Call nothing after the final response."""
 
     def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
         """Send a response."""
@@ -34,12 +34,12 @@ class Sender(Protocol):
         """Send an error as the final response."""
 
     def abandoned(self) -> bool:
-        """Whether the client has gone or cancelled."""
+        """Return whether the client has disconnected or cancelled."""
 
 
 @dataclass(frozen=True)
 class _Token:
-    """A token of an answer, and what the executor said of it."""
+    """A token of an answer with its log probabilities."""
 
     token_id: int
     log_prob: float | None
@@ -48,10 +48,10 @@ class _Token:
 
 
 class _Progress:
-    """One sequence of an answer: what has come and is not yet sent.
+    """One sequence of an answer: tokens that have arrived and are not sent yet.
 
     Attributes:
-        num_tokens: how many have come.
+        num_tokens: number of arrived tokens.
     """
 
     def __init__(self, token_bytes: Sequence[bytes]) -> None:
@@ -71,7 +71,7 @@ class _Progress:
         self._prompt_log_probs = response.prompt_log_probs or self._prompt_log_probs
 
     def ready_part(self, response: Response) -> Part | None:
-        """What can be sent of a stream: tokens up to a character's end, at the end of the answer all of them."""
+        """Return the tokens that can be sent: up to the end of a character, or all at the end of the answer."""
         if response.finish_reason is not None:
             return self.whole_part((), response)
         ready, self._tokens = self._tokens[: self._ready], self._tokens[self._ready :]
@@ -79,7 +79,7 @@ class _Progress:
         return self._part((), ready, response) if ready else None
 
     def whole_part(self, prompt: Sequence[int], response: Response) -> Part:
-        """All that is left."""
+        """Return the rest."""
         ready, self._tokens = self._tokens, []
         return self._part(prompt, ready, response)
 
@@ -120,7 +120,7 @@ def _split(top: TopLogProbs, count: int) -> list[TopLogProbs | None]:
 
 
 class Answer:
-    """One Triton request on its way: turns its sequences' tokens into responses. Thread-safe."""
+    """One Triton request: turns its sequences' tokens into responses. Thread-safe."""
 
     def __init__(
         self, generation: Generation, sender: Sender, token_bytes: Sequence[bytes], *, exclude_input: bool
@@ -152,7 +152,7 @@ class Answer:
             self._open = left
 
     def fail(self, error: str) -> list[str]:
-        """End the whole request with an error, unless it has ended; returns the ids of what still runs."""
+        """End the whole request with an error, unless it has ended. Returns the ids of running sequences."""
         with self._lock:
             open_ids = sorted(self._open)
             self._open.clear()
@@ -166,7 +166,7 @@ class Answer:
         return len(self._generation.requests[index].input_token_ids), self._progress[index].num_tokens
 
     def abandoned(self) -> bool:
-        """Whether the client has gone before the end."""
+        """Return whether the client has disconnected before the end."""
         with self._lock:
             return bool(self._open) and self._sender.abandoned()
 
@@ -186,7 +186,7 @@ class EngineService:
 
     Args:
         token_bytes: what each id stands for.
-        on_finished: told the tokens of prompt and answer of every sequence that ended by itself.
+        on_finished: called with the tokens of prompt and answer of every sequence that ended by itself.
     """
 
     def __init__(
@@ -219,7 +219,7 @@ class EngineService:
         client_id: str | None = None,
         extensions: str = "",
     ) -> None:
-        """Serve one request; an error of it is its result.
+        """Serve one request. An error becomes its response.
 
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
@@ -236,10 +236,10 @@ class EngineService:
             sender.fail(str(problem))
 
     def cancel_abandoned(self) -> None:
-        """Cancel the requests whose clients have gone, so that their KV cache blocks are free for others.
+        """Cancel the requests of disconnected clients, to free their KV cache blocks.
 
-        A client counts as gone at the second look. Before 25.04, Triton's gRPC server crashes when an answer ends
-        before it has dealt with the cancellation of its stream (triton-inference-server/server 7840 and 8078).
+        A client counts as disconnected at the second check. Before 25.04, Triton's gRPC server crashes when an answer
+        ends before it has dealt with the cancellation of its stream (triton-inference-server/server 7840 and 8078).
         """
         with self._lock:
             answers = [answer for _, answer in self._answers.values()]

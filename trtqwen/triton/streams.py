@@ -1,4 +1,4 @@
-"""How clients leave a stream of Triton's whose answer is over: they read it to its end and do not cancel it.
+"""The end of a Triton stream: clients read a finished answer's stream to its end and do not cancel it.
 
 Triton's gRPC server never releases a request whose stream is cancelled between its last response and the stream's
 end: `IssueRequestCancellation` in infer_handler.h, the same from 23.10 to 26.07, makes it wait for a response that
@@ -28,7 +28,7 @@ def is_over(message: Any) -> bool:
 
 
 def read_rest(call: Any) -> None:
-    """Read a stream to its end, and cancel it if the end does not come."""
+    """Read a stream to its end, and cancel it after a timeout."""
     patience = threading.Timer(_PATIENCE, call.cancel)
     patience.start()
     try:

@@ -1,4 +1,4 @@
-"""Runs a server with all its parts: starts them, watches them, restarts what has ended, and stops them."""
+"""Run a server with all its services: start, watch, restart and stop them."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ State = Literal["starting", "running", "restarting"]
 
 
 class Roster(Protocol):
-    """Engines that come and go while everything else runs."""
+    """Engines that are added and removed while the server runs."""
 
     def arrivals(self) -> Sequence[Service]:
-        """Those to start now."""
+        """Return the engines to start now."""
 
     def changed(self) -> bool:
-        """Whether there is news for the gateway since it was last asked."""
+        """Return whether the state for the gateway has changed since the last call."""
 
     def departures(self) -> Sequence[Service]:
-        """Those to stop now: no request is left on them."""
+        """Return the engines to stop now, which have no requests."""
 
     def became_ready(self, service: Service) -> None:
-        """One serves."""
+        """Record that an engine serves."""
 
     def failed(self, service: Service, problem: TrtQwenError) -> None:
-        """One has never served and will not: it is stopped."""
+        """Record that an engine has failed before it served. It is stopped."""
 
 
 class _Signalled(BaseException):
@@ -48,13 +48,13 @@ class _Signalled(BaseException):
 
 @dataclass
 class _Watched:
-    """A service and where it is in its life.
+    """A service and its state.
 
     Attributes:
-        since: when the state began, in seconds of the monotonic clock.
+        since: start of the state, in seconds of the monotonic clock.
         retry_at: when it is started again, in state `restarting`.
-        failures: how often it has ended since it was last stable.
-        newcomer: it came while others served, which must not suffer if it does not start.
+        failures: number of failures since it was last stable.
+        newcomer: it was added to a running server, which continues if it does not start.
     """
 
     service: Service
@@ -74,9 +74,9 @@ class Supervisor:
         restart: start again what has ended by itself, with a pause that doubles up to a minute; otherwise its end
             ends everything.
         on_ready: called once, when everything serves.
-        say: prints a line for the person who watches.
+        say: prints a line for the user.
         on_change: called with `state`, `restarts` and `cause` whenever an engine begins to run or to restart.
-        roster: brings further engines and takes them away.
+        roster: adds and removes engines.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Supervisor:
             self._start(self._gateway)
 
     def _follow(self, roster: Roster) -> None:
-        """Start the engines that have come, and stop those that have left."""
+        """Start added engines, and stop removed ones."""
         for service in roster.arrivals():
             newcomer = _Watched(service, newcomer=True)
             self._engines.append(newcomer)
@@ -224,7 +224,7 @@ class Supervisor:
         self._on_change({"state": state, "restarts": self._restarts, "cause": self._cause})
 
     def _stop(self, *, drain: bool) -> None:
-        """Stop the gateway, then the engines; each regardless of the others."""
+        """Stop the gateway, then the engines, each even if another one fails."""
         problems: list[BaseException] = []
         for phase in ([self._gateway] if self._gateway else []), self._engines:
             draining = [one for one in phase if drain and _may_have_clients(one)]
@@ -244,7 +244,7 @@ class Supervisor:
 
     @contextmanager
     def _signals(self) -> Iterator[threading.Event]:
-        """Turn the first signal into `_Signalled`; one that comes while everything stops kills what is left."""
+        """Turn the first signal into `_Signalled`. A signal during the stop kills all processes."""
         stopping = threading.Event()
 
         def interrupt(number: int, frame: FrameType | None) -> None:
@@ -267,7 +267,7 @@ class Supervisor:
 
 
 def _may_have_clients(one: _Watched) -> bool:
-    """Whether requests may be in progress there. It may serve since the last look, which a busy machine delays."""
+    """Return whether requests may be in progress. The service may have become ready since the last check."""
     if not one.since or one.state == "restarting":
         return False
     return one.was_ready or one.service.answers()

@@ -71,7 +71,7 @@ _FOR_BEAMS = ("beam_width", "len_penalty", "early_stopping", "beam_search_divers
 
 @dataclass(frozen=True)
 class Limits:
-    """What of an engine bounds a request's tensors."""
+    """Limits of an engine for a request's tensors."""
 
     vocab_size: int
     max_batch_size: int
@@ -79,7 +79,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Place:
-    """Where in a Triton request one of its sequences belongs: its row, and which of the row's return sequences."""
+    """The place of a sequence in a Triton request: its row, and its number among the row's return sequences."""
 
     row: int
     sequence: int
@@ -87,7 +87,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one Triton request asks for.
+    """The content of one Triton request.
 
     Attributes:
         requests: one for each sequence that is returned.
@@ -108,7 +108,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Part:
-    """What one response tells of a sequence.
+    """The content of one response for a sequence.
 
     Attributes:
         token_ids: the prompt's, where it is repeated, and the answer's.
@@ -131,7 +131,7 @@ class Part:
 
 
 class Extensions(BaseModel):
-    """What a request asks for beyond upstream's tensors.
+    """Extensions of upstream's tensors in a request.
 
     Attributes:
         min_p: sample from tokens at least so likely, relative to the most likely one.
@@ -142,7 +142,7 @@ class Extensions(BaseModel):
             token, which follows nothing, has NaN and ids of -1.
         cache_salt: reuse KV cache blocks of requests with the same salt alone.
         priority: a smaller one is served first; vLLM with scheduling-policy priority does so.
-        owner: whose request it is: owners take turns at compiling guides.
+        owner: owner of the request; guides of different owners are compiled in turn.
         tell_stop: a request that another client stops ends with an error; otherwise with an empty response, as
             upstream's do.
     """
@@ -198,7 +198,7 @@ def read_generation(
 
 
 def asks_to_stop(inputs: Mapping[str, Array]) -> bool:
-    """Whether the request is there to stop another one with its id."""
+    """Return whether the request stops another one with the same id."""
     return bool(_any(inputs, "stop"))
 
 

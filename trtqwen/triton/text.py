@@ -1,4 +1,4 @@
-"""The text side of a request: what `preprocessing` makes of strings and `postprocessing` of token ids."""
+"""Text of requests: `preprocessing` from strings to token ids, and `postprocessing` back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an engine hangs: by the file that our models touch, or by the iterations that TensorRT-LLM counts."""
+"""Detection of a hung engine: by a file that trtqwen's models touch, or by TensorRT-LLM's iteration counter."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _ACTIVE = re.compile(r'^nv_trt_llm_request_metrics\{[^}]*request_type="active"[^
 
 
 class Progress(Protocol):
-    """Where an engine shows that it works."""
+    """A sign of an engine's progress."""
 
     def silence(self) -> float | None:
-        """Seconds since it last did; None if it has not begun to."""
+        """Return the seconds since the last progress; None before the first."""
 
 
 class Heartbeat:
@@ -85,9 +85,9 @@ class IterationCounter:
 class Watchdog:
     """Watches the progress of one server's engine.
 
-    A long prompt on a slow CPU may take a minute for one step. So an engine that is late hangs only when its
-    processes neither compute nor wait for a CPU that others have, or after ten times the limit. On GPUs, steps are
-    short and a rank that waits computes: there the limit holds.
+    A long prompt on a slow CPU may take a minute for one step. Beyond the limit, an engine therefore counts as hung
+    only if its processes neither compute nor wait for a busy CPU, or after ten times the limit. On GPUs, steps are
+    short, and a waiting rank also computes, so the limit is strict.
 
     Args:
         sessions: of the server's processes and of its engine's.
@@ -104,7 +104,7 @@ class Watchdog:
         self._sample: tuple[float, float, dict[int, int]] | None = None
 
     def hung(self) -> str | None:
-        """What hangs and since when; None if nothing does."""
+        """Describe what hangs and since when; None if nothing hangs."""
         now = time.monotonic()
         silence = self._progress.silence()
         if silence is None:

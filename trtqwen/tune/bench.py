@@ -1,4 +1,4 @@
-"""Where a configuration is measured: on the simulator, on an engine in this process, or on servers."""
+"""Measurement of configurations: on the simulator, on an engine in this process, or on servers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Bench(Protocol):
     """Measures recipes."""
 
     def run(self, recipe: Recipe, requests: int) -> Figures:
-        """Send the first so many requests of the workload.
+        """Send the first `requests` requests of the workload.
 
         Raises:
             TrtQwenError: if the recipe cannot be built, started or served.
@@ -65,7 +65,7 @@ class EngineBench:
 
     Args:
         warmup: sent before the measured requests of each run.
-        home: directory for checkpoints and engines, which later runs use again.
+        home: directory for checkpoints and engines, which later runs reuse.
     """
 
     def __init__(self, workload: Workload, warmup: Workload, load: Load, model: Path, home: Path) -> None:
@@ -90,7 +90,7 @@ class EngineBench:
             engine.shutdown()
 
     def measure(self, engine: Engine, requests: int) -> Figures:
-        """Send the first so many requests of the workload to a running engine.
+        """Send the first requests of the workload to a running engine.
 
         Raises:
             EngineError: if it serves none of them.
@@ -168,7 +168,7 @@ class EngineEndpoint:
                 return outcome
 
     async def close(self) -> None:
-        """Leave the engine running; whoever started it stops it."""
+        """Leave the engine running, because its owner stops it."""
 
 
 def _hand_over(loop: asyncio.AbstractEventLoop, put: Callable[[], None]) -> None:
@@ -177,13 +177,13 @@ def _hand_over(loop: asyncio.AbstractEventLoop, put: Callable[[], None]) -> None
 
 
 def executor_config(serve: ServeRecipe) -> ExecutorConfig:
-    """How an engine runs, of how a recipe serves it."""
+    """Return the executor's settings for a recipe's serving settings."""
     names = ExecutorConfig.model_fields.keys() & ServeRecipe.model_fields.keys()
     return ExecutorConfig.model_validate({name: getattr(serve, name) for name in names})
 
 
 def plan_candidate(recipe: Recipe, model: Path, home: Path) -> BuildPlan:
-    """The build of a candidate, in directories named by what they are made of: candidates share what is equal.
+    """Plan the build of a candidate. Its directories are named by their inputs, so that candidates share equal parts.
 
     Raises:
         InputError: if the model cannot be converted or built as asked.
@@ -203,5 +203,5 @@ def _short(key: str) -> str:
 
 
 def needs_servers(recipe: Recipe, layouts: bool) -> bool:
-    """Whether candidates of this recipe run behind Triton: all but single embedded engines do."""
+    """Return whether candidates of this recipe run behind Triton, as all but single embedded engines do."""
     return recipe.engine.backend != "torch" or recipe.serve.replicas > 1 or layouts

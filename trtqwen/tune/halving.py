@@ -1,4 +1,4 @@
-"""Successive halving: many configurations get a short run, the best of them a longer one, the last few a whole one.
+"""Successive halving: many configurations get a short run, the best of them a longer one, the last few a full one.
 
 Source: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and Hyperparameter Optimization" (2016).
 """
@@ -12,7 +12,7 @@ Arm = TypeVar("Arm")
 
 
 def budgets(largest: int, rungs: int, factor: int) -> list[int]:
-    """The length of a run on each rung, the whole run last; rungs that would be alike are left out."""
+    """Return the length of a run on each rung, the full run last, without equal rungs."""
     found = [max(1, round(largest / factor ** (rungs - 1 - rung))) for rung in range(rungs)]
     return sorted(set(found))
 
@@ -24,14 +24,14 @@ def successive_halving(
     run: Callable[[Arm, int], tuple[float, ...] | None],
     keep: Arm | None = None,
 ) -> list[tuple[Arm, tuple[float, ...]]]:
-    """Run the arms and return those that got a whole run, the best first.
+    """Run the arms and return those with a full run, the best first.
 
     Args:
         lengths: of the runs on each rung, rising.
-        factor: one of so many arms goes on to the next rung, rounded up.
-        run: measures an arm in a run of a length; lower is better, None if it failed. Of arms that score alike, the
-            first counts as the better one, and the others go on only after all that differ.
-        keep: goes on to the end, unless it fails, in place of the worst that would; the best one goes on as well.
+        factor: one in `factor` arms continues to the next rung, rounded up.
+        run: measures an arm in a run of a length; lower is better, None if it failed. Of arms with equal
+            scores, the first is the better one, and the others continue only after all different ones.
+        keep: arm that continues to the end unless it fails, in place of the worst one that would.
     """
     alive = list(arms)
     ranked: list[tuple[Arm, tuple[float, ...]]] = []

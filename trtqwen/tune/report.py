@@ -42,7 +42,7 @@ def write_search(search: Search, directory: Path) -> list[Path]:
 
 
 def write_recipe(search: Search, source: str, path: Path, extra: Sequence[str] = ()) -> Path:
-    """Write the tuned recipe: the recipe's own file with other values and a header that says where they are from.
+    """Write the tuned recipe: the recipe's file with new values and a header with their origin.
 
     Args:
         source: name or file of the recipe.

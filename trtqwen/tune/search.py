@@ -1,4 +1,4 @@
-"""The search: candidates that hold together and fit, measured by successive halving, with everything kept."""
+"""The search: valid candidates that fit into memory, measured by successive halving, with a journal."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ _MOST_INVALID = 20  # configurations that are looked at for each that is wanted
 
 
 class TargetMissed(TrtQwenError):
-    """No configuration keeps the limits."""
+    """No configuration is within the limits."""
 
 
 @dataclass(frozen=True)
 class SearchSettings:
-    """How a search goes.
+    """Settings of a search.
 
     Attributes:
-        candidates: configurations that are run, the recipe's own among them.
-        requests: of a whole run.
+        candidates: number of configurations to run, the recipe's own included.
+        requests: of a full run.
         rungs: lengths of runs.
         factor: between two lengths, and between the numbers of candidates on two rungs.
         seed: of the choice of candidates.
@@ -53,7 +53,7 @@ class Row:
 
     Attributes:
         title: what differs from the recipe.
-        whole: whether it got a whole run.
+        whole: whether it got a full run.
         misses: limits that it exceeds, in words.
         front: whether no other whole run has both more throughput and less latency.
     """
@@ -69,7 +69,7 @@ class Row:
 
     @property
     def state(self) -> str:
-        """What became of it: the target is met or missed, or it was dropped, failed or pruned before."""
+        """Its state: the target is met or missed, or it was dropped, failed or pruned."""
         if self.measures is None:
             return "failed" if self.requests else "pruned"
         if not self.whole:
@@ -85,7 +85,7 @@ class Search:
         rows: the best first; dropped, failed and pruned ones at the end.
         best: the row of the tuned recipe; None if none meets the target.
         own: the recipe's own row.
-        runs, reused: runs in all, and those of them that an earlier start had done.
+        runs, reused: number of all runs, and of those from an interrupted search.
         whole_runs: the requests of all runs in whole runs.
         space: combinations in the space.
     """
@@ -143,11 +143,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a search is after a run.
+    """The progress of a search after a run.
 
     Attributes:
         title, trial: of the run.
-        reused: whether an earlier start had done it.
+        reused: whether it is from an interrupted search.
         done, total: runs.
         best: title and measures of the best so far on the longest rung; None while none ran.
     """
@@ -230,7 +230,7 @@ class Searcher:
         )
 
     def _choose(self) -> list[Row]:
-        """Take candidates until there are enough; the rows of those that need no run to be refused."""
+        """Choose candidates; return also the rows of those that are refused without a run."""
         pruned = []
         looked_at = self._settings.candidates * _MOST_INVALID
         for number, configuration in enumerate(configurations(self._recipe, self._space, self._settings.seed)):
@@ -248,7 +248,7 @@ class Searcher:
         """The recipe of a configuration.
 
         Raises:
-            InputError: if it does not hold together, or its plan does not fit.
+            InputError: if it is not valid, or its plan does not fit.
         """
         try:
             recipe = Recipe.model_validate({**configuration.apply(self._content), "name": self._recipe.name})
@@ -310,7 +310,7 @@ class Searcher:
 
 
 def pareto_front(measures: list[Measures]) -> list[Measures]:
-    """Those that no other one beats in both throughput and mean latency, by rising latency."""
+    """Return the rows that no other one beats in both throughput and mean latency, by rising latency."""
     front: list[Measures] = []
     for one in sorted(measures, key=lambda one: (one.mean_latency, -one.throughput)):
         if not front or one.throughput > front[-1].throughput:

@@ -1,4 +1,4 @@
-"""From what a user asks for to a search: recipe, space, workload, and where it is measured."""
+"""The searcher for the options of a command: recipe, space, workload and bench."""
 
 from __future__ import annotations
 
@@ -27,16 +27,15 @@ PLACES = 16  # requests open at a time, where neither the user nor the workload 
 
 @dataclass(frozen=True)
 class TuneOptions:
-    """What a search is asked for.
+    """Options of a search.
 
     Attributes:
         recipe: name or file.
         changes: of its fields, before the search begins.
         sweeps: `FIELD=VALUE,VALUE`; empty sweeps every field that matters.
-        concurrency: requests open at a time; None sends them at their times, or `PLACES` at a time where they have
-            none.
+        concurrency: requests open at a time; None sends them at their times, or `PLACES` at a time if they have none.
         model: Hugging Face directory; needed on an engine.
-        served: measure through Triton where the engine could run alone.
+        served: measure through Triton, even if the engine can run alone.
     """
 
     recipe: str
@@ -53,7 +52,7 @@ class TuneOptions:
 
 
 def make_searcher(options: TuneOptions, on_progress: OnProgress, *, force: bool = False) -> Searcher:
-    """Get a search ready.
+    """Make the searcher.
 
     Raises:
         InputError: if recipe, workload or sweep is wrong, or the model is missing.
@@ -104,7 +103,7 @@ def make_searcher(options: TuneOptions, on_progress: OnProgress, *, force: bool 
 
 
 def _workloads(options: TuneOptions, recipe: Recipe) -> tuple[Workload, Workload]:
-    """The requests of a whole run, and those that warm an engine up."""
+    """Return the requests of a full run, and those for the warm-up."""
     if options.on == "simulator":
         made = simulated_workloads(options.workload, deploy(recipe, options.model), options.model, 2)
     elif options.model is None:

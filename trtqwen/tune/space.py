@@ -1,4 +1,4 @@
-"""The search space: which fields of a recipe vary, over which values, and which combinations are worth a run."""
+"""The search space: the varied fields of a recipe, their values, and the useful combinations."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def field_value(recipe: Recipe, name: str) -> Any:
 
 
 def default_space(recipe: Recipe) -> dict[str, tuple[Any, ...]]:
-    """Values around the recipe's own, of every field that matters to its backend and host."""
+    """Return values around the recipe's own, for every field that affects its backend and host."""
     engine, serve = recipe.engine, recipe.serve
     space: dict[str, tuple[Any, ...]] = {
         "engine.max_batch_size": _around(_BATCHES, engine.max_batch_size),
@@ -128,7 +128,7 @@ def parse_space(recipe: Recipe, sweeps: Sequence[str]) -> dict[str, tuple[Any, .
 
 
 def own_configuration(recipe: Recipe, space: Space) -> Configuration:
-    """The recipe as it is."""
+    """Return the configuration of the unchanged recipe."""
     return Configuration(tuple((name, field_value(recipe, name)) for name in space))
 
 
@@ -140,7 +140,7 @@ def size(space: Space) -> int:
 def configurations(recipe: Recipe, space: Space, seed: int) -> Iterator[Configuration]:
     """Every combination once, the recipe's own first, the others in an order that the seed decides.
 
-    Drawn one at a time, so that a large space costs nothing.
+    They are drawn one at a time, so that a large space is cheap.
     """
     own = own_configuration(recipe, space)
     yield own

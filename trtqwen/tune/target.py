@@ -1,4 +1,4 @@
-"""What a tuned recipe must achieve: the most throughput under limits on latency."""
+"""The target of a search: the highest throughput within limits on latency."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def milliseconds(text: str) -> float:
 
 @dataclass(frozen=True)
 class Measures:
-    """What a run gave. Latencies in milliseconds, throughput in output tokens per second.
+    """The measures of a run. Latencies in milliseconds, throughput in output tokens per second.
 
     Attributes:
         time_to_first_token, inter_token_latency: at the target's percentile; `inter_token_latency` is 0 where every
@@ -47,7 +47,7 @@ class Measures:
 
 @dataclass(frozen=True)
 class Miss:
-    """A limit that a configuration exceeds, and by which share of it."""
+    """A limit that a configuration exceeds, and the excess as a share of the limit."""
 
     what: str
     excess: float
@@ -58,7 +58,7 @@ class Target:
     """Limits in milliseconds; None is no limit.
 
     Attributes:
-        percentile: of the requests that keep the limits.
+        percentile: of the requests for which the limits apply.
         success_rate: the least.
     """
 
@@ -68,7 +68,7 @@ class Target:
     success_rate: float = 1.0
 
     def measures(self, figures: Figures) -> Measures:
-        """What counts of a run's figures."""
+        """Return the measures of a run's figures."""
 
         def at(name: str) -> float:
             found = figures.distributions.get(name)
@@ -96,6 +96,6 @@ class Target:
         return tuple(sorted(found, key=lambda miss: -miss.excess))
 
     def rank(self, measures: Measures) -> tuple[float, float]:
-        """Sorts the best first: what meets the limits by throughput, then the others by how far they miss."""
+        """Return the sort key, the best first: by throughput within the limits, then by the excess."""
         misses = self.misses(measures)
         return (misses[0].excess if misses else 0.0), -measures.throughput

@@ -1,4 +1,4 @@
-"""What a search has measured so far."""
+"""The trials of a search so far."""
 
 from __future__ import annotations
 

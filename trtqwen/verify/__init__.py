@@ -1,1 +1,1 @@
-"""Compare a checkpoint with its model: where they differ, by how much, and whether that is acceptable."""
+"""Comparison of a checkpoint with its model: differences, and the limits for them."""

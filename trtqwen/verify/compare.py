@@ -1,4 +1,4 @@
-"""Model and checkpoint side by side over some texts: one decoder layer of each in memory at a time."""
+"""Comparison of model and checkpoint on some texts, with one decoder layer of each in memory at a time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Progress = Callable[[int], None]
 
 
 class CandidateLayer(Protocol):
-    """A decoder layer of what is compared with the model."""
+    """A decoder layer of the candidate."""
 
     def attention(self, hidden: Tensor) -> Tensor:
         """What attention adds to the hidden states of one sequence, [tokens, hidden]."""
@@ -38,7 +38,7 @@ class CandidateLayer(Protocol):
 
 
 class Candidate(Protocol):
-    """What is compared with the model: a checkpoint, or an export of one.
+    """The candidate that is compared with the model: a checkpoint, or an export of one.
 
     Attributes:
         embedding_name, norm_name, head_name: of its tensors that are not quantized.
@@ -78,7 +78,7 @@ class Candidate(Protocol):
         ...
 
     def release(self, name: str) -> None:
-        """Give back the memory of a tensor."""
+        """Release the memory of a tensor."""
         ...
 
 
@@ -104,7 +104,7 @@ class LayerComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that was measured.
+    """All measurements.
 
     Attributes:
         differing_rows: rows of embedding, final norm and lm_head that are not the model's, of those that differ.
@@ -126,7 +126,7 @@ class Comparison:
 
 @dataclass
 class _Blocks:
-    """Observes a layer of the model: what its two blocks add, and its largest activation."""
+    """Observes a layer of the model: the outputs of its two blocks, and its largest activation."""
 
     attention: Tensor = field(default_factory=lambda: torch.empty(0))
     mlp: Tensor = field(default_factory=lambda: torch.empty(0))

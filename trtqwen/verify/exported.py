@@ -36,7 +36,7 @@ _WEIGHTS = {"num_bits": 8, "type": "int", "symmetric": True}
 
 
 def is_export(directory: Path) -> bool:
-    """Whether a directory holds a Hugging Face model and not a TensorRT-LLM checkpoint."""
+    """Return whether a directory holds a Hugging Face model instead of a TensorRT-LLM checkpoint."""
     path = directory / CONFIG
     content = read_json(path) if path.is_file() else {}
     return "model_type" in content and "mapping" not in content
@@ -70,7 +70,7 @@ class ExportedModel:
 
     @property
     def dtype(self) -> HfDtype:
-        """Of what is not quantized."""
+        """The dtype of tensors that are not quantized."""
         return self.config.torch_dtype or "float32"
 
     @property
@@ -160,7 +160,7 @@ class ExportedModel:
         return ExportedLayer(self.config, prefix, weights, self._rotary, steps)
 
     def release(self, name: str) -> None:
-        """Give back the memory of a tensor."""
+        """Release the memory of a tensor."""
         self._reader(name).release(name)
 
     def _reader(self, name: str) -> SafetensorsReader:

@@ -1,4 +1,4 @@
-"""Final logits of two models compared as the vocabulary streams by: neither head nor logits are held whole."""
+"""Comparison of two models' final logits by blocks of the vocabulary, without whole heads or logits in memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What INT8 costs a model: `quality.json` and `quality.png` in the checkpoint's directory."""
+"""The loss of an INT8 checkpoint: `quality.json` and `quality.png` in its directory."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def quality_report(
 ) -> None:
     """Measure a written checkpoint against its model on held-out text, as `trtqwen verify` does, and write it down.
 
-    Where the model has no tokenizer, or PyTorch is not installed, the report says so in place of the measurement.
+    If the model has no tokenizer, or PyTorch is not installed, the report says so instead.
 
     Args:
         directory: config.json and rank files; the manifest need not be there yet.
@@ -71,7 +71,7 @@ def quality_report(
 
 
 def _obstacle(plan: ConversionPlan) -> str | None:
-    """Why nothing can be measured, if so."""
+    """Return why nothing can be measured, or None."""
     if not (plan.source.directory / "tokenizer.json").is_file():
         return "the model has no tokenizer.json"
     if importlib.util.find_spec("torch") is None:

@@ -1,4 +1,4 @@
-"""A checkpoint as stored, computed layer by layer in one process: all ranks of a layer, then the next layer."""
+"""A stored checkpoint, computed layer by layer in one process: all ranks of a layer, then the next layer."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ class CheckpointRanks:
             self.non_finite.append(f"{reader.path.name}: {name}")
 
     def release(self, name: str) -> None:
-        """Give back the memory of a tensor in every rank that has it."""
+        """Release the memory of a tensor in every rank that has it."""
         for reader in self.readers:
             if name in reader:
                 reader.release(name)

@@ -1,4 +1,4 @@
-"""transformers as a second reference: what it makes of the same directory, compared with trtqwen's reading."""
+"""transformers as a second reference: its reading of the same directory, compared with trtqwen's."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _CONVERSATIONS = (
 
 @dataclass(frozen=True)
 class TransformersReference:
-    """What transformers computes of a model.
+    """The results of transformers for a model.
 
     Attributes:
         version: of transformers.
         perplexity: of the samples, in float32.
-        problems: where trtqwen reads the directory otherwise, one sentence each.
+        problems: differences from trtqwen's reading, one sentence each.
     """
 
     version: str

@@ -12,7 +12,7 @@ import torch
 
 from trtqwen.checkpoint.config import CheckpointConfig, read_checkpoint_config
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion
-from trtqwen.diagnostics import InputError
+from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.hf.checks import read_model
 from trtqwen.hf.config import load_config
 from trtqwen.hf.source import HfModel
@@ -42,9 +42,9 @@ class Verification:
     Attributes:
         checkpoint: the directory, also that of an export.
         precision: such as `W8A16 bfloat16, INT8 KV cache`.
-        comparison: None if the files are not those of such a checkpoint at all.
-        problems: what is not acceptable, one sentence each, the nearest to the cause first.
-        reference: what transformers says of the model, where it was asked.
+        comparison: None if the files do not match the checkpoint's config.
+        problems: values beyond the limits, one sentence each, the most likely cause first.
+        reference: results of transformers, if requested.
     """
 
     checkpoint: Path
@@ -56,17 +56,17 @@ class Verification:
     reference: TransformersReference | None = None
 
     @property
-    def sentence(self) -> str:
-        """The verdict."""
+    def diagnostic(self) -> Diagnostic | None:
+        """The first problem; None if the checkpoint agrees with its model."""
         if not self.problems:
-            return f"{self.checkpoint}: agrees with {self.model}, as far as {self.precision} can"
+            return None
         rest = f" (and {len(self.problems) - 1} more)" if len(self.problems) > 1 else ""
-        return f"{self.checkpoint}: {self.problems[0]}{rest}; {self._remedy}"
+        return Diagnostic(f"{self.checkpoint}: {self.problems[0]}{rest}", self._hint)
 
     @property
-    def _remedy(self) -> str:
+    def _hint(self) -> str:
         if self.reference is not None and self.reference.problems:
-            return "report it with the model's config.json and tokenizer files: trtqwen reads them otherwise"
+            return "report it with the model's config.json and tokenizer files: trtqwen reads them differently"
         if self.comparison is not None and implausible(self.comparison, self.thresholds):
             return "take all files from one model, or pass --max-model-perplexity for a model that is not trained"
         again = "export the checkpoint again" if is_export(self.checkpoint) else "convert the model again"
@@ -127,7 +127,7 @@ def verify(
 
 @dataclass(frozen=True)
 class _Subject:
-    """What is verified.
+    """The subject of the verification.
 
     Attributes:
         recipe: settings whose conversion of the model would give it, or would have its precision.

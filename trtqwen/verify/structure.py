@@ -1,4 +1,4 @@
-"""What a checkpoint of a model must hold by name, shape and dtype, worked out from its config.json."""
+"""The required names, shapes and dtypes of a checkpoint's tensors, from its config.json."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _SAME = {
 
 
 def stored_layout(directory: Path, int8_layout: Int8LayoutChoice | None) -> Int8LayoutChoice:
-    """How INT8 weight-only matrices lie: as given, or as the manifest says; `plain` if nothing is INT8 weight-only.
+    """Return the INT8 layout: the given one, or the manifest's; `plain` if nothing is INT8 weight-only.
 
     Raises:
         CheckpointError: if the checkpoint has such matrices, no manifest, and the layout was not given.

@@ -1,4 +1,4 @@
-"""How far a checkpoint may be from its model in each precision, and the verdict on one."""
+"""Limits for the difference between a checkpoint and its model in each precision, and the verdict."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def plausible_perplexity(samples: Sequence[list[int]], vocab_size: int) -> float
 
 
 def problems(comparison: Comparison, limits: Thresholds, *, float16: bool) -> list[str]:
-    """What is not acceptable, the nearest to the cause first, one sentence each; NaN counts as too much.
+    """Return the values beyond the limits, one sentence each, the most likely cause first. NaN is beyond every limit.
 
     Args:
         float16: whether the checkpoint computes in float16.
@@ -109,12 +109,12 @@ def problems(comparison: Comparison, limits: Thresholds, *, float16: bool) -> li
 
 
 def implausible(comparison: Comparison, limits: Thresholds) -> bool:
-    """Whether the model predicts nothing, so that an agreement with it means nothing."""
+    """Return whether the model predicts nothing, so that agreement with it is meaningless."""
     return not comparison.head.model_perplexity <= limits.model_perplexity
 
 
 def _layer_problems(layers: tuple[LayerComparison, ...], limits: Thresholds) -> Iterator[str]:
-    """One sentence for all layers: the worst is named."""
+    """Return one sentence for all layers, which names the worst one."""
     # Each block's error as a multiple of its limit.
     blocks = [
         (error / limit if error == error else float("inf"), layer.layer, block, error, limit)

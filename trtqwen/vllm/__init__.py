@@ -1,1 +1,1 @@
-"""vLLM as an engine: a process of its own with an environment of its own, spoken to over HTTP with token ids."""
+"""vLLM as an engine: a process in its own environment, with token ids over HTTP."""

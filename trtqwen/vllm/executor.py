@@ -1,4 +1,4 @@
-"""A running vLLM with the interface of the embedded executor: requests in, tokens out, statistics, an end."""
+"""A running vLLM with the interface of the embedded executor."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
         return None
 
     def _read_stats(self, before: IterationStats) -> IterationStats:
-        """vLLM's own account, from its metrics. Waits as long as it does not answer, but not beyond its end."""
+        """Return vLLM's statistics, from its metrics. Waits for an answer, but not after its end."""
         now = time.monotonic()
         if now - self._asked < _STATS_SECONDS:
             return before
@@ -203,7 +203,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
         return before
 
     def _stop_engine(self) -> None:
-        """Whoever started vLLM stops it."""
+        """Do nothing: `serve` stops vLLM."""
 
     async def _close(self) -> None:
         if self._session is not None:
@@ -211,7 +211,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
 
 
 async def _events(reply: aiohttp.ClientResponse) -> AsyncIterator[Piece]:
-    """The pieces of a stream; events that came together make one."""
+    """Yield the pieces of a stream; events that arrive together become one piece."""
     buffer = b""
     async for data in reply.content.iter_any():
         buffer += data
@@ -250,7 +250,7 @@ def _likeliest(place: dict[str, float] | None) -> list[tuple[int, float]]:
 
 
 def _reason(text: str) -> str:
-    """The message of an error as vLLM writes it, or the start of what came in its place."""
+    """Return the message of an error in vLLM's format, or the start of the body if it has another format."""
     try:
         content = json.loads(text)
         return f"vLLM refuses the request: {content.get('error', content)['message']}"
@@ -259,10 +259,10 @@ def _reason(text: str) -> str:
 
 
 def read_stats(metrics: str, before: IterationStats) -> IterationStats:
-    """The executor's account from vLLM's metrics, summed over its engines.
+    """Return the executor's statistics from vLLM's metrics, summed over its engines.
 
     Args:
-        before: the account before, for what only grows.
+        before: the previous statistics, for values that only grow.
     """
     values: dict[str, float] = {}
     blocks, block_size = 0, 1

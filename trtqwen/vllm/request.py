@@ -1,4 +1,4 @@
-"""A request of the executor as vLLM's `/v1/completions` takes it."""
+"""Requests of the executor in the format of vLLM's `/v1/completions`."""
 
 from __future__ import annotations
 
@@ -113,12 +113,12 @@ def _sampling(request: Request) -> dict[str, Any]:
 
 
 def _bias(value: float) -> float:
-    """What is beyond vLLM's range counts as its end, which forces or forbids a token already."""
+    """Clamp a bias to vLLM's range, whose ends already force or forbid a token."""
     return max(-_LARGEST_BIAS, min(_LARGEST_BIAS, value))
 
 
 def _add_bad_words(body: dict[str, Any], request: Request, facts: VllmFacts, tokenizer: Tokenizer) -> None:
-    """Words of one token by a bias that keeps them out, longer ones as texts, where they say the same."""
+    """Forbid words of one token with a bias, and longer ones as texts, if these mean the same."""
     bias = body.setdefault("logit_bias", {})
     longer = []
     for word in request.bad_words:

@@ -50,7 +50,7 @@ _HOST_ONLY = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH")  # of
 
 @dataclass(frozen=True)
 class VllmPlace:
-    """Where a vLLM that was started here listens: its Unix socket, and its guardian's process id if that is known."""
+    """The Unix socket of a vLLM that trtqwen started, and its guardian's process id if known."""
 
     socket: Path
     pid: int | None = None
@@ -73,7 +73,7 @@ def find_python(settings: VllmSettings) -> Path:
 
 
 def installed_version(python: Path) -> str:
-    """The vLLM that an interpreter has; imports nothing of it.
+    """Return the vLLM release of an interpreter, without an import.
 
     Raises:
         EngineError: if it has none.
@@ -95,7 +95,7 @@ def installed_version(python: Path) -> str:
 
 
 class VllmServer(Service):
-    """A vLLM that is started here, under a guardian: it ends with this process, for any reason.
+    """A vLLM process under a guardian: it always ends with this process.
 
     Args:
         devices: GPUs to restrict it to, as CUDA_VISIBLE_DEVICES names them; all if there are none.
@@ -126,7 +126,7 @@ class VllmServer(Service):
 
     @property
     def place(self) -> VllmPlace:
-        """Where it listens, once it was started."""
+        """The socket of the started process."""
         return VllmPlace(self._home / "socket", self.pid)
 
     @property
@@ -189,7 +189,7 @@ class VllmServer(Service):
             )
 
     def answers(self) -> bool:
-        """Whether it listens; what it serves, the executor that connects to it checks."""
+        """Return whether it listens. The executor checks what it serves."""
         if self._process is None:
             return False
         with suppress(OSError), socket.socket(socket.AF_UNIX) as connection:
@@ -215,7 +215,7 @@ class VllmServer(Service):
         return last[0] if last else "its log is empty"
 
     def stop(self, *, drain: bool = True) -> None:
-        """End it; Triton in front of it has let its requests finish. May be called again."""
+        """Stop it, after Triton's requests have finished. May be called again."""
         process = self._process
         if process is not None:
             if process.poll() is None and drain:
@@ -234,14 +234,14 @@ class VllmServer(Service):
             kill_session(process.pid)
 
     def _kill_container(self) -> None:
-        """A container outlives the `docker run` that was killed."""
+        """Kill the container, which continues after its `docker run` is killed."""
         if self._container is not None:
             with suppress(OSError, subprocess.TimeoutExpired):
                 subprocess.run(["docker", "kill", self._container], capture_output=True, timeout=_DOCKER_SECONDS)
 
     @property
     def settings(self) -> dict[str, str]:
-        """What the command needs in its environment."""
+        """Return the environment variables of the command."""
         made = {**_SETTINGS, _CPU_CACHE: str(cpu_cache_gib(self._config, self._executor))}
         if self._devices and self._container is None:
             # CUDA's GPU numbers are then those of nvidia-smi.
@@ -261,7 +261,7 @@ _SETTINGS = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": 
 
 
 def server_environment(environment: Mapping[str, str], settings: Mapping[str, str]) -> dict[str, str]:
-    """The environment of the process: the settings, and ours without our interpreter's paths.
+    """Return the environment of the process: the settings, and this process's without its interpreter's paths.
 
     PyTorch keeps compiled code in TMPDIR, which goes with each server: the next start would compile it again.
     """

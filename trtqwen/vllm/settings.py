@@ -1,4 +1,4 @@
-"""vLLM's options for an engine, worked out from what TensorRT-LLM calls them."""
+"""vLLM's options for an engine, from TensorRT-LLM's names."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def memory_utilization(executor: ExecutorConfig, gpu_bytes: int, weights_bytes: 
 
 
 def cpu_cache_gib(config: EngineConfig, executor: ExecutorConfig) -> int:
-    """VLLM_CPU_KVCACHE_SPACE: GiB that hold the blocks that are asked for."""
+    """Return VLLM_CPU_KVCACHE_SPACE: GiB for the requested blocks."""
     checkpoint = config.pretrained_config
     values = 2 * checkpoint.num_hidden_layers * checkpoint.local_kv_heads * checkpoint.head_size
     tokens = kv_cache_blocks(config, executor) * config.build_config.tokens_per_block

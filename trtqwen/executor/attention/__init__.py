@@ -1,4 +1,4 @@
-"""Attention over the paged KV cache: one interface, a plain implementation and fast ones (`cpu`, imported on use)."""
+"""Attention over the paged KV cache: an interface, a plain implementation, and fast ones (`cpu`, imported on use)."""
 
 from trtqwen.executor.attention.base import AttentionBackend, AttentionBatch, SequenceSpan
 from trtqwen.executor.attention.plain import PlainAttention

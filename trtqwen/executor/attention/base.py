@@ -14,7 +14,7 @@ from trtqwen.executor.inputs import StepInputs
 
 @dataclass(frozen=True)
 class SequenceSpan:
-    """One sequence of a step: where its packed tokens lie and where its context ends.
+    """One sequence of a step: the range of its packed tokens and the length of its context.
 
     Attributes:
         begin, end: its rows among the packed tokens.
@@ -33,7 +33,7 @@ class SequenceSpan:
 
 
 class AttentionBatch:
-    """A step as the model sees it: packed tokens, their positions and slots, and the span of each sequence.
+    """The model's input of a step: packed tokens, their positions and slots, and the span of each sequence.
 
     Args:
         sampled: the last token sampled in each slot, int64 [slots]; only for steps with placeholders.
@@ -101,7 +101,7 @@ class AttentionBackend(Protocol):
     """Computes attention of one layer for one rank's heads."""
 
     def store(self, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, batch: AttentionBatch) -> None:
-        """Put a step's keys and values into the layer's cache.
+        """Store a step's keys and values in the layer's cache.
 
         Args:
             key, value: [tokens, kv_heads, head_size], in the cache's dtype.

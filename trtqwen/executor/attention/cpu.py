@@ -1,4 +1,4 @@
-"""Attention on the CPU: a kernel that reads the KV cache's blocks where they lie."""
+"""Attention on the CPU: a kernel that reads the KV cache's blocks in place."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CpuAttention:
         return output.to(query.dtype)
 
     def _plan(self, batch: AttentionBatch, group: int) -> _Plan:
-        """The same for every layer of a step."""
+        """Return the plan of a step, which all its layers share."""
         if self._planned is None or self._planned[:2] != (batch, group):
             numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
             self._planned = (batch, group, _Plan(batch, max(1, _TILE // group)))
@@ -71,5 +71,5 @@ class _Plan:
 
 
 def _bits(cache: Tensor) -> npt.NDArray[np.generic]:
-    """A cache as numpy sees it: numpy has no bfloat16."""
+    """Return a cache as a numpy array; bfloat16 becomes uint16, because numpy has no bfloat16."""
     return cache.view(torch.int16).numpy().view(np.uint16) if cache.dtype == torch.bfloat16 else cache.numpy()

@@ -1,4 +1,4 @@
-"""The plain path: one sequence at a time, the formula written out. The fast paths are tested against it."""
+"""The plain implementation: the formula for one sequence at a time. The fast ones are tested against it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that reads KV cache blocks where they lie.
+"""Attention that reads KV cache blocks in place.
 
 A work item is a tile of one sequence's query rows and one KV head. The query heads that share the KV head and the
 rows of the tile go over each block of keys together, so that a block is read once for all of them. Softmax is
@@ -157,7 +157,7 @@ def paged_attention(
 
 @compiled()
 def store(key: Any, value: Any, slots: Any, keys: Any, values: Any) -> None:
-    """Put packed keys and values [tokens, kv_heads, head_size] into their slots of the cache, of the same dtype."""
+    """Store packed keys and values [tokens, kv_heads, head_size] in their slots of a cache of the same dtype."""
     tokens, heads, size = key.shape
     block_size = keys.shape[2]
     for token in range(tokens):

@@ -1,4 +1,4 @@
-"""How the CPU kernels are compiled: once for each machine, kept on disk where a directory can be written to."""
+"""Compilation of the CPU kernels: once for each machine, cached on disk if a directory is writable."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether this host multiplies 16-bit matrices faster than float32 ones; measured, since no flag tells it."""
+"""A measurement of whether this host multiplies 16-bit matrices faster than float32 ones: no CPU flag shows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PAYS = 1.2  # times as fast, for every number of rows: less is not worth roundi
 
 @dataclass(frozen=True)
 class PrecisionTrial:
-    """How fast matrices of a 16-bit dtype are multiplied here.
+    """Speed of matrix products in a 16-bit dtype on this host.
 
     Attributes:
         speedups: over float32, by the number of rows.
@@ -29,7 +29,7 @@ class PrecisionTrial:
 
     @property
     def pays(self) -> bool:
-        """Whether weights and KV cache are held in this dtype."""
+        """Whether weights and KV cache use this dtype."""
         return min(self.speedups.values()) >= _PAYS
 
     def __str__(self) -> str:
@@ -40,10 +40,10 @@ class PrecisionTrial:
 
 @torch.inference_mode()
 def try_precision(dtype: torch.dtype, *, packed: bool) -> PrecisionTrial:
-    """Time products of a few rows with matrices that no cache holds; takes a few tenths of a second.
+    """Time products of a few rows with matrices larger than the CPU caches. Takes a few tenths of a second.
 
     Args:
-        packed: matrices are packed for oneDNN, as the engine will have them.
+        packed: pack matrices for oneDNN, as the engine does.
     """
     kind: type[PackedLinear] | type[FloatLinear] = PackedLinear if packed else FloatLinear
     layers: dict[torch.dtype, list[Linear]] = {

@@ -1,1 +1,1 @@
-"""The embedded engine on CUDA: fused kernels in the Triton language, CUDA graphs, weights straight to the card."""
+"""The embedded engine on CUDA: fused kernels in the Triton language, CUDA graphs, and direct upload of weights."""

@@ -18,7 +18,7 @@ class CudaBatch:
 
     Attributes:
         generation: sequences with one token, which come first.
-        tiles: of the others' attention, see `context_tiles`; None without others.
+        tiles: of the other sequences' attention, see `context_tiles`; None if there are none.
         all_rows: whether every row's logits are needed, in order.
     """
 
@@ -39,8 +39,8 @@ class CudaBatch:
         """The views.
 
         Args:
-            data: int32 on the device: `inputs.data`, then `tiles` tiles. A step without blocks is one to record: its
-                blocks come later, behind its other sections.
+            data: int32 on the device: `inputs.data`, then `tiles` tiles. A step without blocks
+                is recorded as a CUDA graph: its blocks follow the other sections later.
         """
         counts = inputs.counts
         views = {name: data[place] for name, place in counts.sections.items()}
@@ -63,7 +63,7 @@ class CudaBatch:
 def context_tiles(inputs: StepInputs) -> Int32:
     """(sequence, its first query) of every program, [tiles, 2].
 
-    Those that read most of the cache come first.
+    Programs that read most of the cache come first.
     """
     begins = inputs.query_begins
     tiles: list[tuple[int, int, int]] = []

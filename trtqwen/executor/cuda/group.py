@@ -1,4 +1,4 @@
-"""The exchanges of ranks on several cards: NCCL, and sums of few tokens through the cards' mapped memory."""
+"""Communication of ranks on several GPUs: NCCL, and sums of few tokens through mapped GPU memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ROUNDS = 5
 
 
 class CudaGroup(ProcessGroup):
-    """One process for each card of one host. Its start measures how to sum each number of tokens.
+    """One process for each card of one host. At its start it measures the fastest sum for each number of tokens.
 
     Args:
         hidden_size: elements of a token.
@@ -59,7 +59,7 @@ class CudaGroup(ProcessGroup):
         dist.all_reduce(tensor, group=self._group)
 
     def _maps_peers(self) -> bool:
-        """Whether every card of the stage reaches the memory of every other."""
+        """Return whether every GPU of the stage can access the memory of every other one."""
         own = self._device.index
         reaches = os.environ.get("NCCL_P2P_DISABLE", "0") in ("", "0") and all(
             torch.cuda.can_device_access_peer(own, other)
@@ -83,7 +83,7 @@ class CudaGroup(ProcessGroup):
 
 
 class _MappedMemory:
-    """A buffer of each card that the others have mapped."""
+    """A buffer of each GPU, mapped by the other GPUs."""
 
     def __init__(
         self, group: dist.ProcessGroup, rank: int, room: int, dtype: torch.dtype, device: torch.device
@@ -118,7 +118,7 @@ class _MappedMemory:
 
 
 def _microseconds(way: Callable[[Tensor], None], values: Tensor) -> float:
-    """Of one sum inside a CUDA graph."""
+    """Return the time of one sum inside a CUDA graph."""
     for _ in range(3):
         way(values)
     torch.cuda.synchronize()

@@ -38,7 +38,7 @@ class Linear(Protocol):
 
     @property
     def quantization(self) -> Quantization | None:
-        """How it wants its input; None is as it comes."""
+        """The quantization of its input; None for an unquantized input."""
         ...
 
     def __call__(self, hidden: Activation) -> Tensor:
@@ -61,7 +61,7 @@ class HalfLinear:
     def single(
         self, hidden: Tensor, *, norm: Norm | None = None, silu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """One token, with what comes before and after it; see `gemv`."""
+        """Compute one token, together with the operations before and after the product; see `gemv`."""
         return _single(self, None, hidden, norm, silu, residual)
 
     def silu(self, hidden: Activation) -> Tensor:
@@ -117,7 +117,7 @@ class WeightOnlyLinear:
     def single(
         self, hidden: Tensor, *, norm: Norm | None = None, silu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """One token, with what comes before and after it; see `gemv`."""
+        """Compute one token, together with the operations before and after the product; see `gemv`."""
         return _single(self, self.scales, hidden, norm, silu, residual)
 
 

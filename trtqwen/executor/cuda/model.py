@@ -1,7 +1,7 @@
 """Qwen2 on one rank and one card: the plain model's formulas (executor/model.py, layer.py) with fused operators.
 
-A layer is two halves. Each takes the hidden states and what the half before adds to them, so that the sum, the norm
-and the quantization are one kernel.
+A layer has two halves. Each takes the hidden states and the output of the half before, so that one kernel computes
+the sum, the norm and the quantization.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _SingleLayer:
 
 
 class CudaModel:
-    """One rank's share of the model. Its KV cache comes later, when the free memory is known.
+    """One rank's share of the model. Its KV cache is allocated later, when the free memory is known.
 
     Args:
         tensors: this rank's checkpoint file.
@@ -109,7 +109,7 @@ class CudaModel:
         return len(self._layers) * values * kv_dtype.itemsize
 
     def allocate_cache(self, num_blocks: int, tokens_per_block: int, kv_dtype: torch.dtype) -> None:
-        """Make the KV cache; a cache made before is given back first."""
+        """Allocate the KV cache; release an earlier one first."""
         config = self._config
         self._cache = torch.empty(0)
         shape = (len(self._layers), 2, num_blocks, config.local_kv_heads, tokens_per_block, config.head_size)
@@ -117,7 +117,7 @@ class CudaModel:
 
     @contextmanager
     def shortened(self) -> Iterator[None]:
-        """Have two layers, which launch all kernels that all layers do: the first has nothing to add to its input."""
+        """Reduce the model to two layers, which launch every kernel of the whole model, for compilation."""
         layers, singles = self._layers, self._singles
         self._layers, self._singles = layers[:2], None if singles is None else singles[:2]
         try:
@@ -185,7 +185,7 @@ class CudaModel:
         return layer.dense(attended if how is None else quantize_rows(attended, how))
 
     def _attention(self, index: int, qkv: Tensor, batch: CudaBatch) -> Tensor:
-        """From packed queries, keys and values to what attention gives, [tokens, heads * head_size]."""
+        """Compute attention, [tokens, heads * head_size], from packed queries, keys and values."""
         keys, values = self._cache[index]
         kv_step = self._layers[index].kv_step
         rotary_store(qkv, self._rotary, batch.positions, batch.kv_slots, keys, values, kv_step)
@@ -226,7 +226,7 @@ class CudaModel:
         return layer.proj(silu_mul(layer.gate_up(normed), layer.proj.quantization))
 
     def _find_singles(self) -> list[_SingleLayer] | None:
-        """The layers for steps of one token, where this rank has the whole model and its linear layers can."""
+        """Return the layers for steps of one token, if this rank has the whole model and its layers support them."""
         singles = []
         for layer in self._layers:
             linears = (layer.qkv, layer.dense, layer.gate_up, layer.proj)

@@ -17,13 +17,13 @@ _STAGES = 4  # host buffers: more than steps are in flight
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
-    """Batch sizes that are captured: few enough to start fast, close enough that little is padded."""
+    """Return the batch sizes of CUDA graphs: few for a fast start, and close to each other for little padding."""
     sizes = {1, 2, 4, max_batch_size, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)}
     return sorted(size for size in sizes if size <= max_batch_size)
 
 
 def idle_generation(size: int) -> StepInputs:
-    """A step of `size` sequences that generate. They read nothing from the KV cache and write nothing."""
+    """Return a generation step of `size` sequences that neither reads nor writes the KV cache."""
     counts = Counts(size, size, size, size, 0)
     inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
     inputs.kv_slots[:] = -1
@@ -39,7 +39,7 @@ class _Graph:
 
 
 class _Stage:
-    """A pinned buffer on the host, and when the device has read it."""
+    """A pinned buffer on the host, and an event for the device's copy of it."""
 
     def __init__(self, size: int) -> None:
         self.buffer = torch.empty(size, dtype=torch.int32, pin_memory=True)
@@ -83,7 +83,7 @@ class CudaRunner:
     def capture(self, sizes: list[int], sampled: Tensor) -> None:
         """Record one graph for each batch size; they share their memory, as no two run at once.
 
-        Each size must have been launched before: a recording loads no kernel.
+        Launch each size once before: a recording cannot load kernels.
         """
         for size in sorted(sizes, reverse=True):
             inputs = idle_generation(size)

@@ -1,4 +1,4 @@
-"""Start a rank on a GPU: weights, kernels, a warm-up that shows what a step needs, the KV cache, the graphs."""
+"""Start a rank on a GPU: weights, kernels, a warm-up that measures the memory of a step, KV cache, CUDA graphs."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _STOP_OTHERS = "stop the other processes on the card, which `nvidia-smi` lists"
 
 
 def keep_compiled_kernels() -> None:
-    """Have the Triton language keep compiled kernels between starts, in the user's cache directory."""
+    """Let the Triton language keep compiled kernels in the user's cache directory."""
     os.environ.setdefault("TRITON_CACHE_DIR", str(user_cache("kernels")))
 
 
 def make_runner(
     config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, communicator: Communicator
 ) -> Started:
-    """Load a rank's share of the model and get it ready to serve.
+    """Load a rank's share of the model and prepare it for serving.
 
     Raises:
         EngineError: if the card's memory is too small, naming what to lower.
@@ -124,7 +124,7 @@ def make_runner(
 
 
 def _num_blocks(config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice, model: CudaModel, need: int) -> int:
-    """Blocks that fit `kv_cache_free_gpu_mem_fraction` of what weights and the largest step leave."""
+    """Return the blocks in `kv_cache_free_gpu_mem_fraction` of the memory after weights and largest step."""
     build, executor = engine.build_config, config.executor
     free = torch.cuda.mem_get_info(choice.device)[0] - need
     block = model.kv_block_bytes(build.tokens_per_block, choice.kv_dtype)
@@ -137,7 +137,7 @@ def _num_blocks(config: WorkerConfig, engine: EngineConfig, choice: DeviceChoice
 
 
 class _Clock:
-    """Says on standard error where the time of a start went."""
+    """Logs the duration of each part of a start."""
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
@@ -151,5 +151,5 @@ class _Clock:
         self._last = now
 
     def say(self, how: str) -> None:
-        """One line with all parts."""
+        """Log one line with all parts."""
         print(f"rank {self._rank} started on {how}: {', '.join(self._laps)}", file=sys.stderr, flush=True)

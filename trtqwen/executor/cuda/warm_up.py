@@ -22,7 +22,7 @@ _LENGTHS = (2, 30, 100, 300, 450, 1000)  # tokens of steps that together use eve
 
 
 def compile_kernels(runner: CudaRunner, model: CudaModel, engine: EngineConfig, device: torch.device) -> int:
-    """Compile what `measure_steps` launches, several kernels at a time; how many there are.
+    """Compile the kernels of `measure_steps`, several at a time, and return their number.
 
     The KV cache must have at least one block.
     """
@@ -37,7 +37,7 @@ def compile_kernels(runner: CudaRunner, model: CudaModel, engine: EngineConfig, 
 
 
 def measure_steps(runner: CudaRunner, engine: EngineConfig, device: torch.device, sampler: Sampler) -> int:
-    """Run every kind of step; the memory that the largest takes, in bytes. What it took is given back."""
+    """Run every kind of step, and return the memory of the largest one in bytes. Frees the memory again."""
     torch.cuda.synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
@@ -70,7 +70,7 @@ def _steps(engine: EngineConfig) -> Iterator[StepInputs]:
 
 
 def _prompts(sequences: int, length: int, past: int, tokens_per_block: int) -> StepInputs:
-    """Chunks of prompts with `past` tokens before them. They read block 0 and write nothing."""
+    """Return chunks of prompts with `past` tokens before them. They read block 0 and write nothing."""
     blocks = -(-(past + length) // tokens_per_block)
     counts = Counts(sequences * length, sequences, sequences if length == 1 else 0, sequences, sequences * blocks)
     inputs = StepInputs(counts, np.zeros(counts.total, np.int32))

@@ -1,4 +1,4 @@
-"""Weights straight from a rank's file to the card: several threads copy through pinned buffers."""
+"""Upload of weights from a rank's file to the GPU: several threads copy through pinned buffers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Uploader:
         return target
 
     def close(self) -> None:
-        """Give the buffers back."""
+        """Release the buffers."""
         if self._pool is not None:
             self._pool.shutdown()
         self._free.clear()

@@ -1,1 +1,1 @@
-"""Who may send a request, and when it starts."""
+"""Authentication, rates, limits and the queue."""

@@ -1,4 +1,4 @@
-"""One line of JSON for each request: who, what, how it ended; never what was asked or answered."""
+"""The access log: one line of JSON per request, without prompts and answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("trtqwen.access")
 
 
 class Tokens(Protocol):
-    """How many tokens a request has had so far."""
+    """Number of tokens of a request so far."""
 
     prompt_tokens: int
     output_tokens: int
@@ -41,8 +41,8 @@ class AccessLog:
         """Count a request, and write its line.
 
         Args:
-            status: of the answer; 0 if the client has gone before it.
-            usage: None if the request has made no tokens.
+            status: of the answer; 0 if the client disconnected before it.
+            usage: None if the request has no tokens.
         """
         if scope["path"] in _PROBED:
             return

@@ -1,6 +1,6 @@
-"""Who may go to the engine, and when: fair between keys, first come first served within a key.
+"""Admission to the engine: fair between keys, first come first served within a key.
 
-The module knows no clock, no threads and no network; `gate.py` brings it to asyncio.
+The module has no clock, threads or network; `gate.py` is its interface for asyncio.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _TOKENS_A_PREFIX = 32  # of the KV cache: as many beginnings are remembered as i
 
 @dataclass(frozen=True)
 class Capacity:
-    """What one replica runs at once."""
+    """The capacity of one replica."""
 
     requests: int
     tokens: int
@@ -27,7 +27,7 @@ class Capacity:
 
 @dataclass(frozen=True)
 class QueueLimits:
-    """What may wait in front of all replicas."""
+    """Limits of the queue in front of all replicas."""
 
     requests: int
     tokens: int
@@ -35,7 +35,7 @@ class QueueLimits:
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose tickets they are: those of one API key.
+    """The owner of tickets: one API key.
 
     Attributes:
         most_in_flight: sequences that it may have on the engines; None is no limit.
@@ -49,14 +49,14 @@ class Owner:
 
 @dataclass(eq=False)
 class Ticket:
-    """One sequence's claim.
+    """The ticket of one sequence.
 
     Attributes:
         tokens: its prompt and what is reserved for its answer.
-        owner: whose it is.
-        arrived: when it came, in seconds of the caller's clock.
-        prefixes: what its prompt begins with, as hashes from the shortest beginning to the longest; see `prefix.py`.
-        priority: of those of one owner, the ones with the lowest go first.
+        owner: the API key of the request.
+        arrived: arrival time, in seconds of the caller's clock.
+        prefixes: hashes of the prompt's beginnings, from the shortest to the longest; see `prefix.py`.
+        priority: an owner's tickets with the lowest number go first.
     """
 
     tokens: int
@@ -74,11 +74,11 @@ class _Replica:
     known: OrderedDict[int, None] = field(default_factory=OrderedDict)  # beginnings sent there, the latest last
 
     def matched(self, prefixes: Sequence[int]) -> int:
-        """How many beginnings of a prompt it has read, counted up to the longest that it knows."""
+        """Return how many beginnings of a prompt the replica has read, up to the longest known one."""
         return next((count for count in range(len(prefixes), 0, -1) if prefixes[count - 1] in self.known), 0)
 
     def learn(self, prefixes: Sequence[int], limit: int) -> None:
-        """Remember a prompt's beginnings in place of those used least recently."""
+        """Remember a prompt's beginnings, and forget those used least recently."""
         for prefix in prefixes:
             self.known[prefix] = None
             self.known.move_to_end(prefix)
@@ -87,28 +87,28 @@ class _Replica:
 
 
 class QueueFull(Exception):
-    """Nothing of an arrival was taken in."""
+    """No ticket of an arrival was admitted or queued."""
 
 
 class Admission:
-    """Bounds what runs and what waits.
+    """Limits running and waiting tickets.
 
-    Owners take turns by deficit round robin over tokens: each that waits gets as many tokens admitted as the others,
-    whether it sends many requests or few. Tickets of one owner and priority never overtake each other. The ticket
-    whose turn it is waits for room, and all others wait behind it. One that fits on several replicas goes to the one
-    with the fewest tokens to do. A full queue takes an arrival in the place of the last tickets of the owner that has
-    most waiting.
+    Owners take turns by deficit round robin over tokens: each waiting owner gets the same number of tokens admitted,
+    regardless of its number of requests. Tickets of one owner and priority never overtake each other. The next ticket
+    waits until it fits, and all others wait behind it. A ticket that fits on several replicas goes to the one with
+    the fewest outstanding tokens. If the queue is full, an arrival displaces the last tickets of the owner with the
+    most waiting tickets.
 
-    A head with prefixes goes to the replica that has read most of its beginning, unless that one is loaded: it has
-    more than `_BOUND` times the mean of tokens or requests, and more than a quarter of what it can run. A beginning
-    that no replica has read goes to one with at most the mean load, chosen by the hash of the beginning, so that
+    A ticket with prefixes goes to the replica that has read the longest beginning of its prompt, unless that replica
+    is overloaded: it has more than `_BOUND` times the mean of tokens or requests, and more than a quarter of its
+    capacity. If no replica has read the beginning, its hash selects a replica with at most the mean load, so that
     several gateways choose the same one (consistent hashing with bounded loads, Mirrokni et al. 2018, by rendezvous
     hashing).
 
     Attributes:
         queued: tickets that wait.
         queued_tokens: their tokens.
-        pushed_out: tickets that have lost their place to an arrival; whoever tells their clients clears the list.
+        pushed_out: tickets that an arrival displaced; the caller informs their clients and clears the list.
     """
 
     def __init__(self, replicas: int, capacity: Capacity, queue: QueueLimits) -> None:
@@ -158,7 +158,7 @@ class Admission:
         return any(replica.up for replica in self._replicas)
 
     def has_room_when_idle(self, tickets: Sequence[Ticket]) -> bool:
-        """Whether tickets that come together would all be admitted without any others."""
+        """Return whether tickets that arrive together would all run if there were no others."""
         try:
             Admission(len(self._replicas), self.capacity, self.queue_limits).arrive(tickets)
         except QueueFull:
@@ -166,14 +166,14 @@ class Admission:
         return True
 
     def has_free_replica(self, tokens: int) -> bool:
-        """Whether a ticket of so many tokens would run at once."""
+        """Return whether a ticket of this many tokens would run immediately."""
         return not self.queued and self._free_replica(Ticket(tokens)) is not None
 
     def arrive(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, int]]:
-        """Take in tickets that come together; returns those that may run now, with their replica's number.
+        """Admit or queue tickets that arrive together; return those that may run now, with their replica's number.
 
         Raises:
-            QueueFull: if not all of them can run or wait.
+            QueueFull: if some of them can neither run nor wait.
         """
         if any(ticket.tokens > self.capacity.tokens for ticket in tickets):
             raise QueueFull  # it would wait forever, and all others behind it
@@ -210,7 +210,7 @@ class Admission:
         return all(len(mine) + 1 >= len(tickets) for other, tickets in self._waiting.items() if other != owner)
 
     def admit(self) -> list[tuple[Ticket, int]]:
-        """Let in who may run now, with their replica's number."""
+        """Return the tickets that may run now, with their replica's number."""
         admitted = []
         while (ticket := self._next()) is not None:
             number = self._free_replica(ticket)
@@ -227,7 +227,7 @@ class Admission:
         return admitted
 
     def leave(self, ticket: Ticket) -> None:
-        """Give up a place in the queue or in the batch; nothing happens when it holds none."""
+        """Remove a ticket from the queue or from its replica; does nothing for other tickets."""
         if ticket in self._waiting.get(ticket.owner, ()):
             self._forget(ticket)
         for replica in self._replicas:
@@ -239,7 +239,7 @@ class Admission:
                     del self._running[ticket.owner]
 
     def grow(self, ticket: Ticket, tokens: int) -> None:
-        """Count more tokens for a ticket that runs; those that wait have room later."""
+        """Count more tokens for a running ticket."""
         for replica in self._replicas:
             if ticket in replica.running:
                 ticket.tokens += tokens
@@ -253,7 +253,7 @@ class Admission:
             replica.known.clear()  # when it comes back, its KV cache is empty
 
     def _wait(self, ticket: Ticket) -> None:
-        """Put a ticket behind those of its owner that go first."""
+        """Insert a ticket behind its owner's tickets that go first."""
         mine = self._waiting.setdefault(ticket.owner, OrderedDict())
         overtaken = bool(mine) and next(reversed(mine)).priority > ticket.priority
         mine[ticket] = None
@@ -292,7 +292,7 @@ class Admission:
         return owner.most_in_flight is not None and self._running[owner] >= owner.most_in_flight
 
     def _losers(self, arriving: Owner, arrivals: Sequence[Ticket]) -> list[Ticket] | None:
-        """Who has to go so that the queue is within its limits; None if that would be one of the arrivals."""
+        """Return the tickets to remove so that the queue is within its limits; None if these include an arrival."""
         requests, tokens = self.queued, self.queued_tokens
         waiting = {owner: list(tickets) for owner, tickets in self._waiting.items()}
         losers: list[Ticket] = []
@@ -341,5 +341,8 @@ class Admission:
 
 
 def _weight(prefix: int, replica: int) -> int:
-    """Of a replica for a beginning: the largest wins, and a replica that goes takes only its own beginnings along."""
+    """Return the weight of a replica for a beginning; the largest wins.
+
+    If a replica is removed, only its own beginnings move to other replicas.
+    """
     return xxhash.xxh3_64_intdigest(f"{prefix} {replica}".encode())

@@ -1,4 +1,4 @@
-"""API keys from a file, and what each may ask for a minute."""
+"""API keys from a file, and their rates."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ class TokenBucket:
         return max(0.0, amount - self._level) * _MINUTE / self._size
 
     def charge(self, amount: float, now: float) -> float:
-        """Take `amount` if that can be done now; returns the seconds to wait otherwise, as `wait` does."""
+        """Take `amount` if possible now; otherwise return the seconds to wait, as `wait` does."""
         seconds = self.wait(amount, now)
         if seconds == 0:
             self.take(amount)
         return seconds
 
     def take(self, amount: float) -> None:
-        """Take `amount`, also more than there is; a negative amount gives back."""
+        """Take `amount`, even if the bucket has less; a negative amount is a refund."""
         self._level -= amount
 
 
 @dataclass
 class Caller:
-    """Who sends requests; without buckets, without limit."""
+    """A client with its rates; without buckets, it has no limits."""
 
     name: str
     requests: TokenBucket | None = None
@@ -128,7 +128,7 @@ class Caller:
             self.tokens.take(tokens)
 
     def refund_tokens(self, tokens: int) -> None:
-        """Give back what was taken for a request that the server then had no place for."""
+        """Refund the tokens of a request that was refused later."""
         if self.tokens is not None:
             self.tokens.take(-tokens)
 
@@ -269,13 +269,13 @@ def _digest(key: str) -> bytes:
 
 
 class Guesses:
-    """Makes an address wait that sends wrong keys: after twenty in a minute, one each three seconds."""
+    """Limits wrong keys of an address: after twenty in a minute, one in three seconds."""
 
     def __init__(self) -> None:
         self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
 
     def wrong(self, address: str, now: float) -> None:
-        """Count a wrong key; requests with a right key are never held up.
+        """Count a wrong key. Requests with a valid key are never delayed.
 
         Raises:
             ApiError: 429 with the time to wait, if the address has guessed too often.

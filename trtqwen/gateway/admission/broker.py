@@ -1,9 +1,9 @@
-"""One admission for several gateway workers: the process that owns the gates and the keys' rates answers theirs.
+"""One admission for several gateway workers: the broker process owns the gates and the keys' rates.
 
-A worker has two sockets to the broker. On `calls` it asks and waits for the answer, one JSON object a line each: this
-takes a tenth of a millisecond, and the gate's interface stays that of a single process. On `news` the broker tells it
-when a ticket's turn has come. There is a gate for each engine: the first worker that opens it says how it is made.
-`shared.py` is the worker's end.
+A worker has two sockets to the broker. On `calls` it sends a question and waits for the answer, one JSON object per
+line. This takes a tenth of a millisecond, and the gate keeps the interface of a single process. On `news` the broker
+announces that a ticket may run. Each engine has a gate, which the first worker that opens it configures. `shared.py`
+is the worker's side.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Shared:
 
 
 class Broker:
-    """Answers the workers out of one gate for each engine, and one set of callers."""
+    """Serves the workers with one gate per engine and one set of callers."""
 
     def __init__(self, authenticator: Authenticator, metrics: Metrics) -> None:
         self._authenticator = authenticator
@@ -49,7 +49,7 @@ class Broker:
         self._workers = count()
 
     async def serve(self, calls: socket.socket, news: socket.socket) -> None:
-        """Answer one worker until it ends; then all that it holds is given back."""
+        """Serve one worker until it ends; then release everything that it holds."""
         worker = next(self._workers)
         reader, writer = await asyncio.open_connection(sock=calls)
         _, teller = await asyncio.open_connection(sock=news)
@@ -208,6 +208,6 @@ class _Session:
 
 
 def _plan(fields: dict[str, Any]) -> GatePlan:
-    """A plan that came as JSON."""
+    """Read a plan from JSON."""
     capacity, queue = Capacity(**fields.pop("capacity")), QueueLimits(**fields.pop("queue"))
     return GatePlan(replicas=tuple(fields.pop("replicas")), capacity=capacity, queue=queue, **fields)

@@ -1,4 +1,4 @@
-"""What may be worked out at a time before requests reach the queue: the memory of bodies, and long bodies.
+"""Limits of the work before the queue: the memory of request bodies, and the parallel work on long bodies.
 
 Keys take turns. Within a key the smallest comes first, so that a short request does not wait behind long ones.
 """
@@ -26,12 +26,12 @@ _MOST_SOCKETS = 64  # WebSockets of one key: each may hold a body's bytes
 
 
 def body_memory(body: bytes | bytearray) -> int:
-    """Memory that a JSON body takes while its request lives, by estimate: the parsed values and their text."""
+    """Estimate the memory of a JSON body while its request is served: its text and the parsed values."""
     return _BYTES_A_BYTE * len(body) + _BYTES_A_VALUE * sum(map(body.count, _VALUES))
 
 
 class Memory:
-    """Bounds the memory of requests in work, in all and for each key.
+    """Limits the memory of requests that are served, in total and for each key.
 
     Args:
         most: bytes in all.
@@ -44,10 +44,10 @@ class Memory:
         self._taken = Counter[str]()
 
     def take(self, key: str, size: int) -> None:
-        """Take so many bytes.
+        """Allocate bytes.
 
         Raises:
-            ApiError: 413 if a key may never have so many, 429 if there is no room now; then nothing is taken.
+            ApiError: 413 if a key may never have this many, 429 if there is no room now; then nothing is allocated.
         """
         if size > self._most_per_key:
             what = f"the request's body takes {size} bytes of memory, and {self._most_per_key} are allowed"
@@ -58,14 +58,14 @@ class Memory:
         self._taken[key] += size
 
     def give_back(self, key: str, size: int) -> None:
-        """Give bytes back."""
+        """Release bytes."""
         self._taken[key] -= size
         if self._taken[key] <= 0:
             del self._taken[key]
 
 
 class Share:
-    """What one request has taken of the memory; use as a context manager, which gives it back."""
+    """The memory of one request; use it as a context manager, which releases it."""
 
     def __init__(self, memory: Memory, key: str) -> None:
         self._memory = memory
@@ -105,14 +105,14 @@ class _Waiting:
 
 
 class Turns:
-    """Lets a few work at a time.
+    """Limits the number of workers at a time.
 
     Args:
         most: in all.
         most_per_key: of one key.
         seconds: how long one may wait.
-        what: they wait for, in words.
-        rests: a key pauses as long as it has worked, so that it takes half of the time at most.
+        what: what they wait for, in words.
+        rests: after its turn, a key pauses for as long as the turn took, so that it uses at most half of the time.
     """
 
     def __init__(self, most: int, most_per_key: int, seconds: float, what: str, *, rests: bool = False) -> None:
@@ -194,7 +194,7 @@ class Turns:
                 del self._waiting[key]
 
     def _forget(self, key: str) -> None:
-        """Drop the turns whose requests have gone."""
+        """Remove the turns of requests that have ended."""
         with suppress(KeyError):
             waiting = self._waiting[key]
             waiting.turns = [turn for turn in waiting.turns if not turn[2].done()]
@@ -208,7 +208,7 @@ class Turns:
 
 
 class Desk:
-    """All of it, for one process.
+    """The limits of one process.
 
     Args:
         memory: bytes that bodies may take.

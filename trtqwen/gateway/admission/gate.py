@@ -1,4 +1,4 @@
-"""Admission for coroutines: wait for a turn, hold it, and give it back in any case."""
+"""Admission for coroutines: wait for a turn, hold it, and always release it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Turns = dict[Ticket, asyncio.Future[int]]
 
 @dataclass(frozen=True)
 class GatePlan:
-    """What a gate is made from; its arguments explain it."""
+    """The arguments of a gate; see `Gate`."""
 
     replicas: tuple[str, ...]
     capacity: Capacity
@@ -38,13 +38,13 @@ class GatePlan:
 
 
 class Gate:
-    """Hands out turns on the engine.
+    """Assigns turns on the engine.
 
     Args:
         queue_seconds: how long a ticket may wait.
         replicas: names of the replicas in the metrics.
         throttle_seconds: mean time of a request beyond which none may wait; None is no limit.
-        share: of the engines that one key may use at a time; the rest is for the others.
+        share: largest share of the engines that one key may use at a time.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Gate:
         return not self._turns
 
     def check_room(self, priority: int = 0) -> None:
-        """Refuse at once what the queue has no place for: under overload, even tokenizing it costs the others.
+        """Refuse a request early if the queue has no room: under overload, even its tokenization would delay others.
 
         Args:
             priority: of the request among those of its key.
@@ -95,7 +95,7 @@ class Gate:
     def places(
         self, token_counts: Sequence[int], prefixes: Sequence[Prefixes] = (), priority: int = 0
     ) -> Iterator[list[Ticket]]:
-        """Queue one ticket for each count, all or none; what is still held afterwards is given back.
+        """Queue one ticket for each count, all or none. Tickets that are still held at the end are released.
 
         Args:
             prefixes: the beginnings of each ticket's prompt; none sends it to the replica with the fewest tokens.
@@ -186,7 +186,7 @@ class Gate:
         self._grant(self._admission.admit())
 
     def send_away(self, failure: ApiError) -> None:
-        """End the waiting of all who wait; a request that has had a turn for one of its answers goes on."""
+        """End the wait of all waiting requests. A request with a running answer continues."""
         for ticket, turns in self._turns.items():
             if (
                 not any(turn.done() and turn.exception() is None for turn in turns.values())
@@ -195,18 +195,18 @@ class Gate:
                 turns[ticket].set_exception(failure)
 
     def drain(self) -> None:
-        """Refuse newcomers from now on."""
+        """Refuse new requests from now on."""
         self._draining = True
 
     def close(self) -> None:
-        """Count no longer in the metrics: the engine has left the gateway."""
+        """Remove the engine from the metrics."""
         self._metrics.forget_load(self)
         for requests, tokens in self._replicas:
             requests.set(0)
             tokens.set(0)
 
     def has_free_turn(self, tokens: int) -> bool:
-        """Whether a ticket of so many tokens would have its turn at once."""
+        """Return whether a ticket of this many tokens would have its turn immediately."""
         return not self._draining and self._admission.has_free_replica(tokens)
 
     def _grant(self, admitted: Sequence[tuple[Ticket, int]]) -> None:
@@ -233,7 +233,7 @@ class Gate:
             tokens.set(reserved)
 
     def _owner(self) -> Owner:
-        """Whose tickets those of the current request are."""
+        """Return the owner of the current request's tickets."""
         caller = CALLER.get()
         in_flight = [caller.most_in_flight] if caller.most_in_flight is not None else []
         if self._share < 1:
@@ -279,7 +279,7 @@ def _granted(turn: asyncio.Future[int]) -> bool:
 
 
 class RecentMean:
-    """The mean of what was measured in the last seconds; 0 if nothing was."""
+    """The mean of the values of the last seconds; 0 without values."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

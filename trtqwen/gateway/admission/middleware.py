@@ -1,4 +1,4 @@
-"""In front of the routes: who is asking, how often, and how much may be sent. Refuses before anything is parsed."""
+"""Middleware in front of the routes: keys, rates and size limits. It refuses requests before they are parsed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _PROTECTED = ("/v1/", "/generate", "/tokenize", "/detokenize", "/tokenizer_info"
 
 
 class Guard:
-    """ASGI middleware: API key, rate of requests, size and time of the body. `scope["state"]["caller"]` is who asked.
+    """ASGI middleware: API key, rate of requests, size and time of the body. Sets `scope["state"]["caller"]`.
 
     Args:
         max_header_bytes, max_body_bytes: of a request.
         allowed_hosts: names that the Host header may give; None allows all.
-        desk: bounds the memory of bodies, and lets long ones in by turns.
+        desk: limits the memory of bodies and the parallel work on long ones.
         access_log: write a line for each request.
-        protect_metrics: ask for a key for the metrics and the description of the routes too.
-        admins: those who may use the admin routes; None leaves these paths to the application, which has none.
+        protect_metrics: require a key for the metrics and the OpenAPI document too.
+        admins: keys of the admin routes; None disables these routes.
         body_seconds: for the whole body.
     """
 
@@ -133,7 +133,7 @@ class Guard:
     async def _serve(
         self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes], stack: AsyncExitStack
     ) -> None:
-        """Let a request in by its key, and hand it on with its whole body."""
+        """Check a request's key and pass it on with its whole body."""
         try:
             self._check_size(scope)
             caller = self._authenticate(scope, headers)
@@ -167,7 +167,7 @@ class Guard:
         await self._app(scope, replay, send)
 
     async def _open(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Let a WebSocket in by its host and key; its messages are charged one by one."""
+        """Check a WebSocket's host and key. Each of its messages is charged."""
         headers = dict(scope["headers"])
         state = scope.setdefault("state", {})
         state["access_log"] = self._access_log
@@ -200,7 +200,7 @@ class Guard:
             raise ApiError(431, message, "headers_too_large")
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive, share: Share) -> bytes | None:
-        """The whole body; None if the client has gone meanwhile."""
+        """Return the whole body; None if the client has disconnected."""
         too_large = ApiError(
             413, f"the request's body exceeds {self._max_body_bytes} bytes; send less", "body_too_large"
         )

@@ -1,8 +1,8 @@
 """Rates of API keys that several gateways share: token buckets in Redis or Valkey.
 
 A script in the server takes from a bucket and fills it by the server's own clock, so that gateways on several
-machines agree. A gateway whose server does not answer refuses requests of keys with a rate: it cannot know what is
-left.
+machines agree. If the server does not answer, the gateway refuses requests of keys with a rate, because it does not
+know their remaining rate.
 """
 
 from __future__ import annotations

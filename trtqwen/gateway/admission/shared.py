@@ -1,4 +1,4 @@
-"""A worker's end of the admission that `broker.py` holds for all workers: its gates and the rates of its callers."""
+"""A worker's side of the admission in `broker.py`: gates and the rates of callers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trtqwen.gateway.errors import ApiError
 
 
 class Link:
-    """A worker's end.
+    """A worker's connection to the broker.
 
     Raises:
         ConnectionError: by every call, if the broker has ended.
@@ -53,7 +53,7 @@ class Link:
         return range(self._next - count, self._next)
 
     async def listen(self) -> None:
-        """Take in the broker's news until it ends."""
+        """Process the broker's news until it ends."""
         reader, _ = await asyncio.open_connection(sock=self._news)
         while line := await reader.readline():
             self._told(json.loads(line))
@@ -168,7 +168,7 @@ class SharedCaller(Caller):
 
 
 def shared_authenticator(own: Authenticator, link: Link) -> Authenticator:
-    """The same keys, with rates that the broker keeps; callers without a rate need not ask it."""
+    """Return an authenticator whose rates are in the broker. Callers without a rate do not need it."""
 
     def wrap(digest: bytes, caller: Caller) -> Caller:
         limited = caller.requests is not None or caller.tokens is not None
@@ -179,6 +179,6 @@ def shared_authenticator(own: Authenticator, link: Link) -> Authenticator:
 
 
 def _limits() -> dict[str, Any]:
-    """What the broker's gate has to know of the caller of the current request."""
+    """Return the limits of the current request's caller for the broker's gate."""
     caller = CALLER.get()
     return {"name": caller.name, "most_in_flight": caller.most_in_flight, "most_queued": caller.most_queued}

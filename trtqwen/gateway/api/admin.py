@@ -1,4 +1,4 @@
-"""`/admin`: what serves each model, and how to change it. Only a gateway with admin keys has these routes."""
+"""`/admin`: show and change the engines of each model. Only a gateway with admin keys has these routes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ router = APIRouter(route_class=Route, prefix="/admin")
 
 @router.get("/models")
 async def models(request: Request) -> Response:
-    """Every model with its targets, what is under way, and the revision of the table."""
+    """Return every model with its targets, the changes in progress, and the revision of the table."""
     return Json(fleet_of(request).status())
 
 
@@ -54,7 +54,7 @@ async def delete_model(request: Request, name: str) -> Response:
 
 @router.get("/report")
 async def figures(request: Request) -> Response:
-    """What each target was measured at, and which is better."""
+    """Return the figures of each target and the comparison."""
     text = fleet_of(request).metrics.text().decode()
     return Json({"models": [one.as_json() for one in report([text])]})
 

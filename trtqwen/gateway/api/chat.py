@@ -1,8 +1,8 @@
-"""`/v1/chat/completions`: from a request to what the engine is asked for.
+"""`/v1/chat/completions`: from a request to a plan for the engine.
 
-Under tool_choice "auto" the model writes freely, and whether a call keeps to its tool's parameters is the model's
-doing: `strict` is accepted there, as clients send it by habit, and promises nothing. A call that tool_choice forces
-is held to the parameters: of a strict tool in full, of others as far as the grammar goes.
+With tool_choice "auto", nothing constrains the model, and a call may violate its tool's parameters. `strict` is
+accepted there, because many clients always send it, but it has no effect. If tool_choice forces a call, the call
+matches the parameters: for a strict tool in full, for others as far as the grammar can enforce them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from trtqwen.gateway.tools import OPEN
 
 @dataclass(frozen=True)
 class ChatPlan:
-    """A chat request, worked out.
+    """The plan of a chat request.
 
     Attributes:
         parse_calls: look for tool calls in the answer.
         forced_call: the answer is a call from its first token on.
-        named_call: a forced call is a regular end of the answer.
+        named_call: the finish reason of a forced call is `stop`.
         one_call: the answer ends with its first call.
-        reasoning: where the answer begins, `inside` what is thought or `outside`; None looks for none.
-        show_reasoning: tell what is thought.
+        reasoning: whether the answer begins `inside` or `outside` the reasoning; None does not parse reasoning.
+        show_reasoning: return the reasoning.
         echo: text in front of the answers.
         continuous_usage: each chunk of a stream carries the usage so far.
     """

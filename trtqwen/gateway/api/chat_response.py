@@ -22,7 +22,7 @@ Event = AnswerEvent | Reasoning
 
 
 class Step(NamedTuple):
-    """What one piece adds to one choice.
+    """The changes of one choice by one piece.
 
     Attributes:
         number: of the choice.
@@ -39,7 +39,7 @@ class Step(NamedTuple):
 
 
 async def chat_steps(plan: ChatPlan, generator: AnswerGenerator, usage: Usage) -> AsyncGenerator[Step, None]:
-    """The answers of a chat as they come: text, reasoning and calls separated.
+    """Yield the steps of a chat's answers, with text, reasoning and calls separated.
 
     Raises:
         ApiError: if the request is refused or fails.
@@ -120,7 +120,7 @@ class ChatAnswers(OpenAiAnswers[ChatPlan]):
 
 
 class _Choice:
-    """Takes one answer apart into content and calls, and decides why it ended."""
+    """Separates one answer into content and calls, and finds its finish reason."""
 
     def __init__(self, plan: ChatPlan, generator: AnswerGenerator) -> None:
         self._plan = plan
@@ -151,7 +151,7 @@ class _Choice:
         return events
 
     def _answer(self, text: str, piece: Piece) -> list[Event]:
-        """What the text of the answer itself amounts to."""
+        """Parse the answer's text into content and calls."""
         parser = self._parser
         if parser is None:
             return [Content(text)] if text else []
@@ -181,7 +181,7 @@ class CollectedChoice:
 
     Attributes:
         calls: as `tool_calls` of a message has them.
-        thought: what the model thought.
+        thought: the reasoning.
     """
 
     def __init__(self, content: str = "") -> None:

@@ -37,7 +37,7 @@ Support = Literal["honored", "no effect", "refused"]
 
 
 def support(field: FieldInfo) -> tuple[Support, str]:
-    """What becomes of a field, and why if it is not honored."""
+    """Return how a field is handled, and the reason if it has no effect or is refused."""
     for mark in field.metadata:
         if isinstance(mark, NoEffect):
             return "no effect", mark.why

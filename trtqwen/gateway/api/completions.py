@@ -1,4 +1,4 @@
-"""`/v1/completions`: prompts as they are, without a chat template."""
+"""`/v1/completions`: prompts without a chat template."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from trtqwen.gateway.model import ServedModel
 
 @dataclass(frozen=True)
 class CompletionPlan:
-    """A completion request, worked out.
+    """The plan of a completion request.
 
     Attributes:
-        echoes: stand in front of the answers, one for each; their log probabilities go along if there are any.
-        log_probs: so many of the most likely tokens go with each token; None tells no log probabilities.
-        no_answer: the prompts' log probabilities are all that is asked for.
+        echoes: prompts in front of the answers, one for each answer, with their log probabilities if requested.
+        log_probs: number of most likely tokens for each token; None returns no log probabilities.
+        no_answer: the request asks only for the prompts' log probabilities.
     """
 
     generation: GenerationPlan
@@ -95,7 +95,7 @@ def plan_completion(
 
 
 def _prompts(model: ServedModel, request: CompletionRequest) -> tuple[list[str], list[tuple[int, ...]]]:
-    """The prompts as they were sent, and as token ids."""
+    """Return the prompts as sent, and as token ids."""
     texts, prompts = [], []
     for prompt in _listed(request.prompt):
         ids = (

@@ -1,4 +1,4 @@
-"""OpenAI's objects around answers: the fields that all of them share, usage, and frames of a stream."""
+"""OpenAI's response objects: shared fields, usage, and frames of a stream."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def usage_object(usage: Usage) -> dict[str, Any]:
 
 @dataclass
 class Envelope:
-    """What stands around the choices.
+    """The fields of a response object besides its choices.
 
     Args:
         kind: `object` of a whole answer.
@@ -96,7 +96,7 @@ class Envelope:
 
 
 class AnswersPlan(Protocol):
-    """What the plans of chats and completions have in common."""
+    """The common fields of the plans of chats and completions."""
 
     @property
     def generation(self) -> GenerationPlan: ...
@@ -112,7 +112,7 @@ Plan = TypeVar("Plan", bound=AnswersPlan)
 
 
 class OpenAiAnswers(Generic[Plan]):
-    """What the answers of a chat and of a completion have in common: OpenAI's objects around them.
+    """The base class of the answers of chats and completions: OpenAI's response objects.
 
     Attributes:
         kind: `object` of a whole answer.
@@ -138,7 +138,7 @@ class OpenAiAnswers(Generic[Plan]):
         )
 
     def _last_frames(self) -> Iterator[bytes]:
-        """What a stream ends with."""
+        """Return the last frames of a stream."""
         if self._plan.include_usage:
             yield self._envelope.usage_frame()
         yield DONE

@@ -1,4 +1,4 @@
-"""Whatever goes wrong with a request, as an error in OpenAI's shape."""
+"""Errors of requests in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def fleet_of(request: Any) -> Fleet:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have an application answer in OpenAI's shape for every failure."""
+    """Add handlers to an application, so that every failure has OpenAI's format."""
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid_request)
     app.add_exception_handler(HTTPException, _on_http_error)
@@ -54,7 +54,7 @@ def add_handlers(app: FastAPI) -> None:
 
 
 def error_of(problem: RequestValidationError) -> ApiError:
-    """What is wrong with a request's body, as one error: its first mistake."""
+    """Return the first mistake of a request's body as an error."""
     errors = problem.errors()
     # Of a field that may be several things, each is tried: what fits but for its value says more.
     first = next((error for error in errors if not error["type"].endswith("_type")), errors[0])

@@ -1,4 +1,4 @@
-"""What all request schemas share: how a field is marked, shapes with bounds, and what becomes of unknown fields."""
+"""The base of request schemas: marks of fields, bounded types, and unknown fields."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Refused:
 
     Attributes:
         why: as the end of a sentence.
-        neutral: values that ask for nothing, besides null, false, zero and what is empty.
+        neutral: values without effect, besides null, false, zero and empty ones.
     """
 
     why: str
@@ -46,14 +46,14 @@ class Refused:
 
 
 def check_count(value: Any) -> Any:
-    """A value, unless it is an object with fields beyond measure."""
+    """Return the value, unless it is an object with too many fields."""
     if isinstance(value, dict) and len(value) > _MOST_FIELDS:
         raise ValueError(f"there are {len(value)} fields; {_MOST_FIELDS} are allowed")
     return value
 
 
 def is_deep(value: Any) -> bool:
-    """Whether a JSON value holds values in values in values beyond measure."""
+    """Return whether a JSON value is nested too deeply."""
     level = [value]
     for _ in range(_DEEPEST):
         level = [
@@ -101,18 +101,18 @@ class Schema(BaseModel):
         return value
 
     def ignored(self) -> list[str]:
-        """Paths of what is known and left out all the same, besides unknown fields."""
+        """Return the paths of known fields that are ignored."""
         return []
 
 
 class Kept(Schema):
-    """Part of a conversation: clients send back what they keep of earlier turns, with fields of their own."""
+    """Part of a conversation. Clients send earlier turns back, with further fields."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 def refuse_unsupported(request: Schema) -> None:
-    """Raise an ApiError if a request asks for what would change the answer and cannot be served."""
+    """Raise an ApiError if a field would change the answer and is not supported."""
     for name, mark in marked(type(request), Refused).items():
         value = getattr(request, name)
         if not mark.allows(value) and not (name == "best_of" and value == getattr(request, "n", None)):
@@ -130,7 +130,7 @@ def marked(schema: type[BaseModel], kind: type[M]) -> Mapping[str, M]:
 
 
 def unknown_fields(request: BaseModel) -> list[str]:
-    """Paths of what is left out, above all the fields that no schema knows, at most a hundred."""
+    """Return the paths of ignored fields, mostly unknown ones; at most a hundred."""
     left_out = request.ignored() if isinstance(request, Schema) else []
     return list(islice(chain(left_out, _unknown(request, "")), 100))
 

@@ -1,7 +1,7 @@
 """`/generate` and `/generate_stream`: plain text in and out, by the names of Triton's ensemble.
 
-As at Triton, an answer is greedy unless the request says how to sample, no chat template is applied, and streams have
-no end marker.
+As with Triton, an answer is greedy unless the request has sampling parameters, no chat template is applied, and
+streams have no end marker.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _SAMPLED = GenerationDefaults()
 
 @dataclass(frozen=True)
 class PlainPlan:
-    """A plain request, worked out; `client_id` comes back with the answer."""
+    """The plan of a plain request; the answer returns `client_id`."""
 
     generation: GenerationPlan
     client_id: str

@@ -1,4 +1,4 @@
-"""What an answer consists of, in order, for the APIs that number its parts: thoughts, texts and calls."""
+"""The items of an answer in order (reasoning, texts and calls), for APIs that number them."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Change:
-    """What happens to an item: it begins, grows by a piece, or ends."""
+    """A change of an item: it begins, grows by a piece, or ends."""
 
     what: Literal["begins", "grows", "ends"]
     item: Item

@@ -1,4 +1,4 @@
-"""`/v1/messages`: answers as Anthropic's Messages API tells them, whole and as events; and how long a prompt is."""
+"""`/v1/messages`: answers in the format of Anthropic's Messages API, whole or as events, and token counts."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def chat_of(request: CountTokensRequest) -> ChatRequest:
 
 
 def _system(given: str | list[dict[str, Any]]) -> str:
-    """The system prompt, without what would keep it out of the KV cache and says nothing to the model."""
+    """Return the system prompt without parts that mean nothing to the model and prevent KV cache reuse."""
     if isinstance(given, list):
         given = [block for block in given if not str(block.get("text", "")).startswith(_BILLING)]
     return _text(given, "system")
@@ -129,7 +129,7 @@ def _tool(index: int, tool: AnthropicTool) -> dict[str, Any]:
 
 
 def _turns(message: AnthropicMessage, place: str) -> list[dict[str, Any]]:
-    """A message as turns of a chat: results of tools are turns of their own, in front of what else it says."""
+    """Return a message as turns of a chat. Results of tools become separate turns before the rest of the message."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     results, texts, calls, thoughts = [], [], [], []

@@ -1,7 +1,7 @@
-"""From a conversation to the prompt: rendered by the model's template, with the clients' text as text.
+"""Rendering of a conversation with the model's template; clients' text stays plain text.
 
-A special token that is written out in a message or a tool, such as `<|im_end|>`, is encoded as plain text: it must
-not end a turn. A mark inside it tells it from those of the template, which does not know of it.
+The text of a special token in a message or a tool, such as `<|im_end|>`, is encoded as plain text, because it must
+not end a turn. A mark inside it distinguishes it from the special tokens of the template.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _OWN_VARIABLES = {"messages", "tools", "add_generation_prompt", "continue_final_
 
 
 class Conversation:
-    """A conversation as the model reads it.
+    """A rendered conversation.
 
     Args:
-        add_generation_prompt: the assistant's turn begins behind it; None is yes, unless the last turn is continued.
+        add_generation_prompt: begin the assistant's turn; None does so unless the last turn is continued.
         continue_final: the last turn, the assistant's, is left open.
         variables: further ones of the template.
         documents: what the answer is to rest on, for templates of retrieval-augmented generation.
 
     Attributes:
-        text: what the template made of it, with the marks.
+        text: the rendered text, with the marks.
 
     Raises:
         ApiError: if there is no template, or it refuses the messages.
@@ -95,7 +95,7 @@ class Conversation:
         return self._model.encode(self.text + more, "messages", mark=self._mark)
 
     def reasoning(self, config: GatewayConfig) -> Literal["inside", "outside"] | None:
-        """Where an answer begins that tells what the model thinks; None if it does not."""
+        """Return where an answer with reasoning begins; None without reasoning."""
         if not (self._reasons if config.reasoning is None else config.reasoning):
             return None
         return "inside" if self.text.rstrip().endswith(BEGIN) else "outside"

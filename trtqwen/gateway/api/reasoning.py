@@ -1,4 +1,4 @@
-"""What a model thinks, between `<think>` and `</think>`, apart from its answer, while both stream."""
+"""Reasoning of a model, between `<think>` and `</think>`, separated from its answer while both stream."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ END = "</think>"
 
 
 class Reasoning(NamedTuple):
-    """Part of what a model thinks."""
+    """Part of a model's reasoning."""
 
     text: str
 
 
 class ReasoningParser:
-    """Takes an answer's text piece by piece. How it is cut into pieces does not change what comes out, joined.
+    """Parses an answer's text piece by piece. The joined result does not depend on the pieces.
 
-    An answer that does not begin with `<think>` is an answer throughout. White space around what is thought, and in
-    front of the answer behind it, is dropped.
+    An answer that does not begin with `<think>` is an answer throughout. White space around the reasoning, and
+    before the answer after it, is dropped.
 
     Args:
-        inside: the prompt has opened the block already.
+        inside: the prompt has already opened the block.
     """
 
     def __init__(self, *, inside: bool) -> None:
@@ -35,7 +35,7 @@ class ReasoningParser:
         self._skip = False  # white space in front of the answer
 
     def push(self, text: str) -> tuple[str, str]:
-        """Take more text; return what of it is thought, and what is answer."""
+        """Take more text; return its reasoning and its answer parts."""
         if self._answer and not self._skip:
             return "", text
         self._text += text

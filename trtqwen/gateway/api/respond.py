@@ -1,4 +1,4 @@
-"""What all routes that make tokens do: check who asks, work the request out, answer whole or as a stream."""
+"""Common code of all routes that generate tokens: plan the request, and answer it whole or as a stream."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ class _Utf8Request(Request):
 
 
 async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], T]) -> T:
-    """Work a request out, if it may come in; a long one in a thread: every stream would wait for its tokenizer.
+    """Plan a request if there is room. A long one runs in a thread, because its tokenization would block all streams.
 
-    A long one holds a turn of the desk, which ends here.
+    A long request holds a turn of the desk, which ends here.
 
     Raises:
         ApiError: if there is no room at the engine that `select` has chosen, or the plan refuses it.
@@ -99,7 +99,7 @@ async def work_out(request: HTTPConnection, body: BaseModel, plan: Callable[[], 
 async def plan_translated(
     request: Request, body: B, translate: Callable[[B], ChatRequest], request_id: str
 ) -> ChatPlan:
-    """Work out a request that another API makes of a chat.
+    """Plan a request of another API as a chat.
 
     Raises:
         ApiError: as `work_out` does.
@@ -162,7 +162,7 @@ async def respond(
 
 
 def settle(caller: Caller, plan: GenerationPlan, usage: Usage) -> None:
-    """Charge what answers without a limit of their own have taken beyond what was reserved for them."""
+    """Charge tokens of answers without a limit beyond their reservation."""
     caller.take_tokens(max(0, usage.output_tokens - plan.reserved * len(plan.prompts)))
 
 
@@ -178,7 +178,7 @@ def answer_id(request: HTTPConnection, prefix: str) -> str:
 
 
 def note_unknown(request: HTTPConnection, body: BaseModel) -> None:
-    """Do with unknown fields what the setting `unknown_fields` says.
+    """Apply the setting `unknown_fields`.
 
     Raises:
         ApiError: if they are refused.

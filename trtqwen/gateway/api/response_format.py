@@ -94,7 +94,7 @@ def schema_guide(schema: dict[str, Any], param: str) -> Guide:
 
 
 def require_guides(model: ServedModel, param: str) -> None:
-    """Raise an ApiError unless the engine can be held to a form."""
+    """Raise an ApiError unless the engine has guided decoding."""
     if not model.guided_decoding:
         raise unsupported(
             param,
@@ -136,7 +136,7 @@ def _choice_guide(choices: list[str] | None) -> Guide | None:
 
 
 def _literal(text: str) -> str:
-    """A text as a string of the grammar."""
+    """Return a text as a string literal of the grammar."""
     if not text:
         raise bad_request("a choice is empty; leave it out", param="guided_choice")
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t"}

@@ -1,4 +1,4 @@
-"""`/v1/responses`: answers as OpenAI's Responses API tells them, whole and as events. Nothing is kept."""
+"""`/v1/responses`: answers in the format of OpenAI's Responses API, whole or as events. Responses are not stored."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class ResponseAnswers(ItemizedAnswer):
         ]
 
     def _tool(self, item: Item) -> ResponseTool:
-        """The tool that a call is to; one that the model has made up is a function."""
+        """Return the tool of a call; an unknown tool counts as a function."""
         return self._tools.get(item.name) or ResponseTool(item.name, None, custom=False, fields={})
 
     def _text_events(self, change: Change, part: Mapping[str, Any]) -> list[bytes]:

@@ -1,8 +1,8 @@
-"""Tools of `/v1/responses`: what the model is told of as functions, and how its calls are told to the client.
+"""Tools of `/v1/responses`: their functions for the model, and its calls for the client.
 
-A custom tool takes plain text: the model calls a function with one text. A namespace groups tools: the model sees
-each under both names. Tools that OpenAI's servers run and that clients offer by default, such as web search, are left
-out, and `x-trtqwen-ignored` names them; others that no client runs are refused.
+A custom tool takes plain text: for the model it is a function with one text argument. A namespace groups tools: their
+names for the model contain both names. Tools that OpenAI's servers run and that clients offer by default, such as web
+search, are ignored, and `x-trtqwen-ignored` names them. Other tools that run on a server are refused.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ class ResponseTool:
 
     @property
     def told(self) -> str:
-        """The name by which the model knows it."""
+        """The tool's name for the model."""
         return told_name(self.name, self.namespace)
 
 
 def told_name(name: Any, namespace: Any) -> str:
-    """The name by which the model knows a tool."""
+    """Return the name of a tool for the model."""
     return f"{namespace}__{name}" if namespace else str(name)
 
 

@@ -1,4 +1,4 @@
-"""From a request's sampling fields to a sampling plan."""
+"""The sampling plan of a request."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan_sampling(
     prompt_log_probs: int | None = None,
     guide: Guide | None = None,
 ) -> Sampling:
-    """How the tokens of a request are chosen.
+    """Return the sampling plan of a request.
 
     Raises:
         ApiError: if a token id is outside the vocabulary.
@@ -87,7 +87,7 @@ def draw_seed() -> int:
 
 
 def bad_words(model: ServedModel, words: Sequence[str]) -> Words:
-    """Token ids of words that an answer must not hold: of each as it is, and as it is behind a space."""
+    """Return the token ids of forbidden words, both with and without a space before them."""
     ids = [model.encode(text, "bad_words") for word in words for text in (word, f" {word.lstrip()}")]
     return tuple(dict.fromkeys(filter(None, ids)))
 

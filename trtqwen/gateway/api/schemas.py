@@ -1,8 +1,8 @@
 """Requests as OpenAI, vLLM and Triton name their fields.
 
-A field is honored, accepted without effect (`NoEffect`), or refused unless its value asks for nothing (`Refused`);
-docs/compatibility.md is generated from these marks. What becomes of fields that are in no schema is a setting of the
-server, `unknown_fields`. In messages they are ignored: clients send back what they keep of earlier turns.
+A field is honored, accepted without effect (`NoEffect`), or refused unless its value is neutral (`Refused`).
+docs/reference/compatibility.md is generated from these marks. The setting `unknown_fields` decides about fields that
+are in no schema. In messages they are ignored, because clients send earlier turns back with further fields.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which engine a request goes to, by the model that it names; the engine stays open until the request has ended."""
+"""Selection of a request's engine by its model. The engine stays open until the request has ended."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def select(request: HTTPConnection, body: BaseModel) -> Runtime:
     """The engine for a request.
 
     Raises:
-        ApiError: 404 for a model that there is not.
+        ApiError: 404 for an unknown model.
     """
     fleet, name = fleet_of(request), getattr(body, "model", None)
     route = fleet.route(name)
@@ -42,7 +42,7 @@ def runtime_of(request: HTTPConnection) -> Runtime:
 
 
 def check_room(request: HTTPConnection, priority: int = 0) -> None:
-    """Refuse a request at once that the selected engine has no place for.
+    """Refuse a request immediately if the selected engine has no room.
 
     Raises:
         ApiError: as `Gate.check_room` does.
@@ -56,7 +56,7 @@ def check_room(request: HTTPConnection, priority: int = 0) -> None:
 
 
 def release(scope: Scope) -> None:
-    """Let go of the engines that a request holds."""
+    """Release the engines of a request."""
     for hold in scope.get("state", {}).pop(_LEASES, ()):
         hold.__exit__(None, None, None)
 
@@ -75,7 +75,7 @@ class Leases:
 
 
 def _who(request: HTTPConnection, body: BaseModel, route: Route) -> str | None:
-    """What keeps a request with a target; None spreads it by chance."""
+    """Return the key that keeps a request with a target; None for a random target."""
     sticky = route.entry.sticky
     if sticky == "none" or len(route.serving) == 1:
         return None

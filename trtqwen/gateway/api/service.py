@@ -39,7 +39,7 @@ _PAGE_HEADERS = {
 
 @router.get("/", include_in_schema=False)
 async def chat_page() -> Response:
-    """The page for people."""
+    """Return the chat page."""
     return Response(_PAGE, media_type="text/html; charset=utf-8", headers=_PAGE_HEADERS)
 
 
@@ -58,7 +58,7 @@ async def model(request: Request, name: str) -> Response:
 
 @router.get("/health")
 async def health() -> Response:
-    """Whether this process lives."""
+    """Return whether this process works."""
     return Json({"status": "alive"})
 
 
@@ -98,7 +98,7 @@ async def version() -> Response:
 
 @router.get("/load")
 async def load(request: Request) -> Response:
-    """How many answers are being made and waited for."""
+    """Return the numbers of running and waiting answers."""
     text = fleet_of(request).metrics.text().decode()
     running, waiting = (
         float(found[1]) if (found := re.search(rf"^trtqwen_gateway_{name} (\S+)$", text, re.MULTILINE)) else 0.0

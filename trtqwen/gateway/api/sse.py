@@ -1,4 +1,4 @@
-"""Server-sent events as raw frames, and clients that go away."""
+"""Server-sent events as raw frames, and disconnected clients."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class ClientGone(Exception):
-    """Nobody waits for the answer any more."""
+    """The client has disconnected."""
 
 
 async def unless_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
@@ -52,12 +52,12 @@ async def unless_gone(receive: Receive, work: Callable[[], Awaitable[T]]) -> T:
 
 
 class EventStream(Response):
-    """Sends frames as they come, a comment when none comes for long; stops when the client has gone.
+    """Sends frames, and a comment after a long pause; stops when the client disconnects.
 
     Args:
         first, rest: whole events with their blank lines; `rest` is closed in any case.
         failed: the last event, in place of an exception of `rest`.
-        ended: is told at the end whether the client has gone before.
+        ended: called at the end with whether the client disconnected before.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class EventStream(Response):
         self._sent_at = time.monotonic()
 
     async def _watch(self, receive: Receive, send: Send) -> None:
-        """Return when the client has gone."""
+        """Return when the client has disconnected."""
         message: asyncio.Task[Message] = asyncio.ensure_future(receive())
         try:
             while True:

@@ -1,4 +1,4 @@
-"""Which tools a chat offers, which it must call, and what holds the answer to that."""
+"""The tools of a chat, the forced ones, and the guide that enforces them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class OfferedTools:
     """The tools of a request.
 
     Attributes:
-        told: what the model is told of.
+        told: tools that the model sees.
         forced: of which it must call one.
         named: it must call this one, which to OpenAI is a regular end of the answer.
     """
@@ -63,9 +63,9 @@ def _named(tools: Sequence[Tool], choice: NamedTool) -> Tool:
 
 
 def call_guide(model: ServedModel, tools: Sequence[Tool]) -> Guide:
-    """Holds an answer to one call, as written between the tags.
+    """Return the guide for one call, as written between the tags.
 
-    A tool that is not `strict` is a best effort: what of its parameters the grammar cannot hold is left open.
+    For a tool that is not `strict`, parameters that the grammar cannot express are not enforced.
 
     Raises:
         ApiError: if the engine cannot be guided, or not by the parameters of a strict tool.
@@ -80,7 +80,7 @@ def call_guide(model: ServedModel, tools: Sequence[Tool]) -> Guide:
 
 
 def calls_or_answer(model: ServedModel, tools: Sequence[Tool], answer: Guide, *, one_call: bool) -> Guide:
-    """Holds an answer to calls of tools, or to a form of its own.
+    """Return the guide for calls of tools, or for another form.
 
     Args:
         answer: the form; of JSON schemas alone.
@@ -141,7 +141,7 @@ def _arguments_schema(tool: Tool) -> Any:
 
 
 def _moved(schema: Any, place: str) -> Any:
-    """A schema whose references to its own root hold at another place."""
+    """Return a schema whose references to its root are valid at another place."""
     if isinstance(schema, dict):
         return {
             key: place + value[1:] if key == "$ref" and isinstance(value, str) and value.startswith("#") else moved

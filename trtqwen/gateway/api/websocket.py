@@ -63,7 +63,7 @@ def _plan_plain(runtime: Runtime, socket: WebSocket, body: GenerateRequest) -> t
 
 
 async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
-    """Answer messages until the client goes; an error of one message is its own."""
+    """Answer messages until the client disconnects. An error affects only its message."""
     origin = socket.headers.get("origin")
     config = fleet_of(socket).config
     if origin is not None and not config.allows_origin(origin, socket.headers.get("host", "")):

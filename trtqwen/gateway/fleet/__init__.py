@@ -1,1 +1,1 @@
-"""Several models behind one gateway: the table of models, engines that come and go, canaries and shadows."""
+"""Several models behind one gateway: the table of models, their engines, canaries and shadows."""

@@ -1,4 +1,4 @@
-"""Changes of the table while clients are served: write, wait until every process has switched, or take it back."""
+"""Changes of the table while clients are served: write it, wait until every process has switched, or undo it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SLACK_SECONDS = 30.0  # beyond the time that an engine may take to start
 
 
 async def change_model(fleet: Fleet, name: str, entry: ModelEntry | None, expected: str | None = None) -> None:
-    """Serve a model by other targets; returns when all new requests go there. Those that run finish where they are.
+    """Change the targets of a model. Returns when all new requests go there; running requests finish on the old ones.
 
     Args:
         entry: None removes the model.
@@ -24,7 +24,7 @@ async def change_model(fleet: Fleet, name: str, entry: ModelEntry | None, expect
     Raises:
         ApiError: 409 if the gateway has no table, cannot write it, or another change is under way; 412 if the table
             has another revision; 404 if the model to remove does not exist; 422 with the reason if a target cannot be
-            used: then the table is as it was, and so is what serves.
+            used: then the table and the targets are unchanged.
     """
     path = fleet.config.models
     if path is None:
@@ -54,7 +54,7 @@ async def change_model(fleet: Fleet, name: str, entry: ModelEntry | None, expect
 
 
 async def _switched(fleet: Fleet, table: ModelTable, name: str) -> str:
-    """Wait until every process of the gateway serves what the table says; why one does not, if so."""
+    """Wait until every process of the gateway has applied the table; return why one cannot, or None."""
     wanted = revision(table)
     deadline = time.monotonic() + fleet.config.engine_start_seconds + _SLACK_SECONDS
     while time.monotonic() < deadline:

@@ -1,4 +1,4 @@
-"""What `trtqwen models` does: read a gateway's table of models through its admin routes, and change one entry."""
+"""The client of `trtqwen models`: read a gateway's table of models through its admin routes, and change an entry."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _POLL_SECONDS = 0.2
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
-    """What `GET /admin/models` tells, for people."""
+    """Format the result of `GET /admin/models` as text."""
     told = []
     for name, model in status["models"].items():
         told.append(f"{name}: {model['state']}")
@@ -59,7 +59,7 @@ class Admin:
         url: of the gateway, such as http://127.0.0.1:8080.
 
     Raises:
-        ServerError: by every call, if the gateway does not answer, or does not do what it is asked.
+        ServerError: by every call, if the gateway does not answer or refuses the call.
     """
 
     def __init__(self, url: str, key: str) -> None:
@@ -140,10 +140,10 @@ def new_target(
     gpus: list[int] | None = None,
     name: str | None = None,
 ) -> Target:
-    """A target from what a person gives; its name is the repository's, unless there is another.
+    """Make a target from options; its default name is the repository's.
 
     Raises:
-        InputError: naming what cannot be used.
+        InputError: naming the option that cannot be used.
     """
     place = repository.resolve()
     own = {"name": name or place.name, "repository": place, "triton": triton or None, "gpus": gpus or None}

@@ -1,4 +1,4 @@
-"""The engines that a gateway process has open: each is opened once, and closed when no model needs it any more."""
+"""The open engines of a gateway process. Each is opened once, and closed when no model needs it any more."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class EnginePool:
     Args:
         keys: how many API keys there are.
         needed: whether a model needs an engine.
-        on_change: called when an engine begins or ceases to answer, and when one was closed.
+        on_change: called when an engine starts or stops answering, and after one was closed.
 
     Attributes:
         closing: the tasks that wait for the last requests on engines that no model needs.
@@ -64,7 +64,7 @@ class EnginePool:
         return self._engines.get(key)
 
     async def addresses(self, target: Target) -> tuple[str, ...]:
-        """Where the target's Tritons are; waits for those that `serve` starts.
+        """Return the addresses of the target's Tritons; waits for those that `serve` starts.
 
         Raises:
             InputError: if there are none.
@@ -90,7 +90,7 @@ class EnginePool:
         return tuple(self._told_of(target).get("triton", ()))
 
     def _told_of(self, target: Target) -> Mapping[str, Any]:
-        """What `serve` says of the Tritons that it starts for a target."""
+        """Return the state of the Tritons that `serve` starts for a target."""
         return read_supervision(self._config.supervisor).engines.get(target.place, {})
 
     def key(self, name: str, target: Target) -> str:

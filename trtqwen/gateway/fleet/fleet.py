@@ -1,8 +1,8 @@
-"""The engines of one gateway process: opens, warms up, switches to, drains and closes them as the table says.
+"""The engines of one gateway process: open, warm up, switch, drain and close them according to the table.
 
-A model's requests go to new targets at once when all of those that answer are open and warm; until then, and if one
-of them cannot be used, they go where they went before. An engine that no model names any more is closed when the last
-request on it has ended.
+When all new targets of a model that answer are open and warm, its requests switch to them. Until then, and if a
+target cannot be used, they go to the old targets. An engine that no model uses any more is closed when its last
+request has ended.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ State = Literal["starting", "serving", "draining"]
 
 @dataclass
 class Change:
-    """A model on its way to other targets.
+    """A change of a model's targets.
 
     Attributes:
-        problem: why it stays where it was.
+        problem: why it failed.
     """
 
     entry: ModelEntry
@@ -106,7 +106,7 @@ class Fleet:
         return {name: route.ready for name, route in self._routes.items()}
 
     def route(self, name: str | None) -> Route | None:
-        """A model by its name or alias; None for a name that there is not."""
+        """Return the route of a model by name or alias; None for an unknown name."""
         if name is None:
             return self.default
         found = self._find(name)
@@ -124,7 +124,7 @@ class Fleet:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Fleet]:
-        """Open the engines of the first table and keep to the table until the block ends."""
+        """Open the engines of the first table and follow the table until the block ends."""
         tasks: list[asyncio.Task[None]] = []
         try:
             if self._link is not None:
@@ -153,7 +153,7 @@ class Fleet:
         self._install(name, entry, engines)
 
     def drain(self) -> None:
-        """Refuse newcomers from now on."""
+        """Refuse new requests from now on."""
         self.draining = True
         for change in self._changes.values():
             if change.task is not None:
@@ -163,7 +163,7 @@ class Fleet:
         self.show()
 
     def send_away(self, failure: ApiError) -> None:
-        """End the waiting of all who wait."""
+        """End the wait of all waiting requests."""
         for engine in self._engines:
             engine.runtime.gate.send_away(failure)
 
@@ -194,7 +194,7 @@ class Fleet:
         self.apply(table)
 
     def apply(self, table: ModelTable) -> None:
-        """Begin to serve what a table says."""
+        """Start to apply a table."""
         self.table = table
         for name in [*self._changes]:
             if name not in table.models:
@@ -322,17 +322,17 @@ class Fleet:
 
     @property
     def problems(self) -> dict[str, str]:
-        """Why models are not what the table says, by their names; "" is the file itself."""
+        """Return why the table could not be applied, by model; "" is the file itself."""
         found = {name: change.problem for name, change in self._changes.items() if change.problem}
         return found | ({"": self._file_problem} if self._file_problem else {})
 
     @property
     def settled(self) -> bool:
-        """Whether everything is as the table says, and nothing drains."""
+        """Return whether the table is applied and nothing drains."""
         return not self._changes and not self._engines.closing and not self._file_problem
 
     def show(self) -> None:
-        """Tell metrics and the gateway's other processes."""
+        """Update the metrics and inform the gateway's other processes."""
         for name, route in self._routes.items():
             self.metrics.model_up.labels(name).set(route.ready)
         self.metrics.ready.set(self.ready)
@@ -349,12 +349,12 @@ class Fleet:
             self._peers.tell(told)
 
     def everybody(self) -> list[dict[str, Any]]:
-        """What this process and the gateway's others tell."""
+        """Return the state of this process and the gateway's other processes."""
         self.show()
         return [self._told, *self._peers.others()]
 
     def status(self) -> dict[str, Any]:
-        """For people: each model, its targets, and what is under way, as this process sees it."""
+        """Return each model, its targets and changes in progress, as this process sees them."""
         models = {}
         for name, entry in self.table.models.items():
             route, change = self._routes.get(name), self._changes.get(name)

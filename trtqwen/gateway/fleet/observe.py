@@ -1,7 +1,7 @@
-"""What a model's targets are measured by: time and outcome of each request, and a shadow's answers.
+"""Measurement of a model's targets: time and outcome of each request, and a shadow's answers.
 
-Clients notice nothing of a shadow. It gets a copy only if it has a free turn, its answer goes nowhere, and its
-failure is counted and nothing else.
+A shadow has no effect on clients. It gets a copy only if it has a free turn. Its answers are discarded, and its
+failures are only counted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 
 
 class _Silent:
-    """Metrics that count nothing: a shadow's tokens are not the service's."""
+    """Metrics that count nothing, because a shadow's tokens are not part of the service."""
 
     def __getattr__(self, name: str) -> Any:
         return self
@@ -45,7 +45,7 @@ SILENT = cast(Metrics, _Silent())
 
 @dataclass(frozen=True)
 class Shadow:
-    """An engine that gets copies.
+    """An engine that gets copies of requests.
 
     Attributes:
         name: of the target.
@@ -92,7 +92,7 @@ class Observer:
 
 
 class Seen:
-    """One request as it is answered."""
+    """The observation of one request."""
 
     def __init__(self, observer: Observer, answers: int, copies: Sequence[Copy]) -> None:
         self._observer = observer
@@ -139,13 +139,13 @@ _copies: dict[tuple[str, str], set[asyncio.Task[None]]] = defaultdict(set)  # by
 
 
 def end_copies(model: str, target: str) -> None:
-    """End what a shadow works on: it is one no longer, and no client waits for it."""
+    """End the copies of a target that is no longer a shadow."""
     for task in _copies[model, target]:
         task.cancel()
 
 
 class Copy:
-    """A request on its way through a shadow."""
+    """A copy of a request on a shadow."""
 
     def __init__(self, metrics: Metrics, model: str, shadow: Shadow, plan: GenerationPlan) -> None:
         self._metrics = metrics
@@ -169,7 +169,7 @@ class Copy:
         return True
 
     def client_has(self, texts: Texts | None) -> None:
-        """The client's answers are complete; None if they never will be."""
+        """Record the client's complete answers; None if they will not be complete."""
         if not self._client.done():
             self._client.set_result(texts)
 
@@ -212,7 +212,7 @@ class Copy:
 
 
 def agreement(text: str, other: str) -> float:
-    """The share of the longer text that both begin with; 1 if both are empty."""
+    """Return the length of the common beginning as a share of the longer text; 1 if both are empty."""
     longest = max(len(text), len(other))
     common = next((place for place, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), None)
     return 1.0 if not longest else (min(len(text), len(other)) if common is None else common) / longest

@@ -1,4 +1,4 @@
-"""What the processes of one gateway tell each other about the table: each writes a file, and reads the others'."""
+"""Exchange about the table between the processes of one gateway: each writes a file and reads the others'."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Peers:
         self._own = None if directory is None else directory / f"{_PREFIX}{os.getpid()}.json"
 
     def tell(self, content: Mapping[str, Any]) -> None:
-        """Say what is new."""
+        """Write this process's state."""
         if self._own is not None:
             with suppress(OSError):  # a full disk must not end a server
                 partial = self._own.with_suffix(".new")
@@ -36,17 +36,17 @@ class Peers:
                 partial.replace(self._own)
 
     def others(self) -> list[dict[str, Any]]:
-        """What the other processes tell."""
+        """Read the state of the other processes."""
         return [] if self._own is None else told_in(self._own.parent, but=self._own)
 
     def leave(self) -> None:
-        """Say nothing more."""
+        """Remove this process's file."""
         if self._own is not None:
             self._own.unlink(missing_ok=True)
 
 
 def told_in(directory: Path, but: Path | None = None) -> list[dict[str, Any]]:
-    """What the living processes of a gateway tell."""
+    """Read the state of a gateway's running processes."""
     told = []
     for path in directory.glob(f"{_PREFIX}*.json"):
         pid = path.stem.removeprefix(_PREFIX)
@@ -59,11 +59,11 @@ def told_in(directory: Path, but: Path | None = None) -> list[dict[str, Any]]:
 
 
 def _born(pid: int) -> str:
-    """When a process began, in the kernel's ticks."""
+    """Return the start time of a process, in the kernel's ticks."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
 
 
 def forget_told(directory: Path) -> None:
-    """Remove what the processes of a gateway that has ended have told."""
+    """Remove the files of a gateway that has ended."""
     for path in directory.glob(f"{_PREFIX}*.json"):
         path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Which target is better: figures and verdicts from the gateway's metrics.
+"""Comparison of targets: figures and verdicts from the gateway's metrics.
 
 Differences count when they are beyond chance: a z-test of two means (Welch's, with the variance that the histogram's
 buckets show) and of two shares, at three standard errors.
@@ -63,7 +63,7 @@ class Spread:
 
 @dataclass
 class TargetFigures:
-    """What one target was measured at.
+    """Figures of one target.
 
     Attributes:
         outcomes: requests by how they ended: answered, failed, refused, left.
@@ -86,7 +86,7 @@ class TargetFigures:
 
     @property
     def requests(self) -> float:
-        """Those that say something about the target: a client that leaves does not."""
+        """Return the number of requests without those whose client disconnected."""
         return sum(count for outcome, count in self.outcomes.items() if outcome != "left")
 
     @property
@@ -198,7 +198,7 @@ def _add_spread(spread: Spread, part: str, labels: Mapping[str, str], value: flo
 def compare(stable: TargetFigures, other: TargetFigures) -> dict[str, Verdict]:
     """Whether another target is better than the stable one: in failures, in each time, and as a whole.
 
-    As a whole it is worse if it is worse in anything, and better if it is better in something and worse in nothing.
+    As a whole, it is worse if any measure is worse, and better if some measure is better and none is worse.
     """
     if min(stable.requests, other.requests) < _FEWEST:
         return {"whole": "too few requests"}
@@ -228,7 +228,7 @@ def _failures_z(one: TargetFigures, two: TargetFigures) -> float:
 
 
 def lines(models: Sequence[ModelReport]) -> list[str]:
-    """The report for people: some lines for each target."""
+    """Format the report as text, with some lines for each target."""
     told: list[str] = []
     for model in models:
         told.append(model.name)

@@ -1,4 +1,4 @@
-"""The Tritons that a table of models asks `trtqwen serve` to start, and those that it needs no longer."""
+"""The Tritons that `trtqwen serve` starts and stops for a table of models."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class Place:
 
     Attributes:
         making: their preparation, which reads every file of repository and engine.
-        ready: of the servers, those that serve.
-        problem: why it will not serve, and `at` when that became known, in Unix time.
+        ready: servers that are ready.
+        problem: why it cannot serve, and `at`, the Unix time of that.
     """
 
     target: Target
@@ -41,7 +41,7 @@ class Place:
 
     @property
     def told(self) -> dict[str, Any]:
-        """For the gateway."""
+        """Return the state for the gateway."""
         return {
             "triton": [server.grpc_url for server in self.servers],
             "running": bool(self.servers) and len(self.ready) == len(self.servers),
@@ -51,12 +51,12 @@ class Place:
 
 
 class Roster:
-    """Follows the table: brings the Tritons of new targets, and takes those that no gateway process uses any more.
+    """Follows the table: supplies the Tritons of new targets, and removes those that no gateway process uses.
 
     Args:
         path: of the table.
         make: prepares the Tritons of a target; takes seconds.
-        used: what the gateway's processes tell.
+        used: reads the state of the gateway's processes.
 
     Raises:
         InputError: if the table or a repository in it cannot be used.
@@ -81,7 +81,7 @@ class Roster:
 
     @property
     def told(self) -> dict[str, Any]:
-        """Where each target's Tritons are, for the gateway."""
+        """Return the addresses of each target's Tritons for the gateway."""
         return {name: place.told for name, place in self._places.items()}
 
     def arrivals(self) -> Sequence[Service]:

@@ -1,4 +1,4 @@
-"""An engine that is open, the targets that it serves as, and the route of a model to them."""
+"""Open engines, their targets, and the route of a model to its targets."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Engine:
 
     Attributes:
         identity: the same in all processes of the gateway.
-        requests: that hold it open.
+        requests: number of requests that keep it open.
     """
 
     identity: str
@@ -36,7 +36,7 @@ class Engine:
 
     @contextmanager
     def hold(self) -> Iterator[None]:
-        """Keep it open until the block ends."""
+        """Keep the engine open until the block ends."""
         self.requests += 1
         try:
             yield
@@ -58,7 +58,7 @@ class Serving:
         return self.engine.runtime.monitor.ready
 
     def status(self) -> dict[str, Any]:
-        """For people: where it is, and how it does."""
+        """Return the target's address and state."""
         runtime = self.engine.runtime
         return {
             "name": self.target.name,
@@ -74,7 +74,7 @@ class Serving:
 
 @dataclass(frozen=True)
 class Route:
-    """Where a model's requests go."""
+    """The targets of a model's requests."""
 
     name: str
     entry: ModelEntry
@@ -91,14 +91,14 @@ class Route:
         return self.serving[0]
 
     def pick(self, who: str | None) -> Serving:
-        """The target of a request; one that does not answer gets none while another does."""
+        """Choose the target of a request. A target that does not answer gets none while another one answers."""
         weighted = [one for one in self.serving if one.target.share]
         candidates = [one for one in weighted if one.ready] or weighted
         return choose(candidates, lambda one: one.target.share, lambda one: one.target.name, who, self.name)
 
 
 def check_tokenizers(entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
-    """Refuse a shadow that reads other tokens: it gets copies of requests as token ids."""
+    """Refuse a shadow with another tokenizer, because it gets token ids."""
     stable = engines[entry.stable.name].runtime.model.tokenizer
     for target in entry.targets:
         own = engines[target.name].runtime.model.tokenizer
@@ -110,7 +110,7 @@ def check_tokenizers(entry: ModelEntry, engines: Mapping[str, Engine]) -> None:
 
 
 async def warm_up(runtime: Runtime) -> None:
-    """Have every replica answer a request of some length before clients wait for it.
+    """Send every replica a request of some length before it serves clients.
 
     Raises:
         ApiError: if one fails.

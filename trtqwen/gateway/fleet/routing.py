@@ -1,4 +1,4 @@
-"""Which of a model's targets answers a request."""
+"""Choice of the target that answers a request."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def choose(
     itself and `who`. When a weight grows, keys move to that target alone; none moves between the others.
 
     Args:
-        who: stays with a target; None draws anew.
+        who: key that stays with a target; None chooses at random.
     """
     if len(targets) == 1:
         return targets[0]

@@ -1,4 +1,4 @@
-"""The table of models: a YAML file that says which engines answer for which model name."""
+"""The table of models: a YAML file with the engines of each model name."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
 class Target(BaseModel):
-    """An engine that answers for a model, or is compared with the one that does.
+    """An engine that serves a model, or a shadow of it.
 
     Attributes:
         name: tells it from the model's other targets, in metrics and reports.
@@ -57,7 +57,7 @@ class Target(BaseModel):
 
     @property
     def place(self) -> str:
-        """Names the Tritons that `serve` starts for it: other ones for a repository that was written again.
+        """Return a name for the Tritons that `serve` starts; a repository that is written again gets a new name.
 
         Raises:
             InputError: if the repository is not finished.
@@ -74,7 +74,7 @@ class Target(BaseModel):
 
 
 class ModelEntry(BaseModel):
-    """What answers for one model name.
+    """The entry of one model.
 
     Attributes:
         aliases: further names that clients may use.
@@ -99,7 +99,7 @@ class ModelEntry(BaseModel):
 
     @property
     def stable(self) -> Target:
-        """The target that others are compared with: the first one that is no shadow."""
+        """The target that others are compared with: the first one that is not a shadow."""
         return next(target for target in self.targets if target.shadow is None)
 
 
@@ -155,7 +155,7 @@ class ModelTable(BaseModel):
 
 
 def parse_table(content: Any, where: str = "models") -> ModelTable:
-    """A table from what a file or a request holds.
+    """Parse a table from the content of a file or a request.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -164,7 +164,7 @@ def parse_table(content: Any, where: str = "models") -> ModelTable:
 
 
 def parse_entry(content: Any, where: str) -> ModelEntry:
-    """One entry from what a request holds.
+    """Parse an entry from the content of a request.
 
     Raises:
         InputError: naming the field that cannot be used.
@@ -201,7 +201,7 @@ def read_table(path: Path) -> ModelTable:
 
 
 def write_table(path: Path, table: ModelTable) -> None:
-    """Replace the file at once: a reader sees the old table or the new one."""
+    """Replace the file atomically: a reader sees the old table or the new one."""
     content = table.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", encoding="utf-8") as file:
@@ -214,7 +214,7 @@ def write_table(path: Path, table: ModelTable) -> None:
 
 
 def file_state(path: Path | None) -> tuple[int, ...]:
-    """Changes with the file."""
+    """Return a value that changes with the file."""
     if path is None:
         return ()
     try:
@@ -225,13 +225,13 @@ def file_state(path: Path | None) -> tuple[int, ...]:
 
 
 def revision(table: ModelTable) -> str:
-    """Changes with the table's content."""
+    """Return a digest of the table's content."""
     return hashlib.sha256(table.model_dump_json().encode()).hexdigest()[:16]
 
 
 @contextmanager
 def exclusively(path: Path) -> Iterator[None]:
-    """Hold the table against other writers, in this process and in others.
+    """Lock the table against other writers, in this and other processes.
 
     Raises:
         BlockingIOError: if another one holds it.

@@ -1,4 +1,4 @@
-"""One sequence on its way from tokens to text, and why it ends."""
+"""The state of one sequence's answer: text, stop strings and finish reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _NAN_TOKENS = 8  # a float16 engine that overflowed answers with token 0, "!" in
 
 
 class Answer:
-    """One sequence on its way from tokens to text."""
+    """Converts one sequence's tokens to text."""
 
     def __init__(self, model: ServedModel, plan: GenerationPlan, index: int, stop_ids: frozenset[int]) -> None:
         sampling = plan.sampling
@@ -40,7 +40,7 @@ class Answer:
         return self._zeros >= _NAN_TOKENS and not self._wants_zeros
 
     def take(self, reply: Reply) -> Piece | None:
-        """Take in new tokens; what of the text is certain, if anything.
+        """Take new tokens; return the text that is certain, if any.
 
         Raises:
             ApiError: if the engine sends nothing but token 0.
@@ -66,7 +66,7 @@ class Answer:
         return self._piece(text)
 
     def end(self) -> Piece:
-        """The last piece, when the engine has said all."""
+        """Return the last piece, after the engine's last token."""
         text = self._stops.push(self._text.flush())
         self.finish = "length" if self.num_tokens >= self._plan.max_tokens else "stop"
         if self._stops.found is None:
@@ -101,7 +101,7 @@ class Answer:
         return ids
 
     def _decode(self, ids: Sequence[int], reply: Reply) -> str:
-        """The text of ids, whose log probabilities go along."""
+        """Return the text of ids with their log probabilities."""
         text = ""
         count = self._plan.sampling.top_log_probs
         for place, (token_id, log_prob) in enumerate(zip(ids, reply.log_probs, strict=False)):

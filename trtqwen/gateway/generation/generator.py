@@ -1,4 +1,4 @@
-"""One request's answers: sequences through the gate to the engine, and their pieces back as they come."""
+"""The answers of one request: send its sequences through the gate to the engine, and yield their pieces."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class AnswerGenerator:
     Args:
         request_seconds: how long a request may take in all.
         isolates_keys: whether API keys share no KV cache blocks.
-        suspect: is told of a replica that does not answer.
+        suspect: called with a replica that does not answer.
         prefix_routing: whether a request goes to the replica that has read its beginning.
-        observe: is told of each plan that runs; what it returns sees the answers.
+        observe: called with each plan; its result observes the answers.
     """
 
     model: ServedModel
@@ -54,7 +54,7 @@ class AnswerGenerator:
             replica.abort_all(failure)
 
     async def run(self, plan: GenerationPlan, usage: Usage) -> AsyncGenerator[Piece, None]:
-        """Yield pieces of all answers as they come; close it early to cancel what still runs.
+        """Yield pieces of all answers. Close it early to cancel running sequences.
 
         Raises:
             ApiError: if the request is refused or fails; then all its answers end.
@@ -97,7 +97,7 @@ class AnswerGenerator:
         return [known[prompt] for prompt in plan.prompts]
 
     def _caller(self) -> str:
-        """Whose KV cache blocks the current request may reuse; empty for everyone's."""
+        """Return the key whose KV cache blocks the current request may reuse; empty for all keys."""
         return CALLER.get().name if self.isolates_keys else ""
 
     async def _turn(self, ticket: Ticket, deadline: float) -> Replica:

@@ -1,4 +1,4 @@
-"""What holds an answer to a form: the engine token by token, and the gateway by looking at the whole afterwards."""
+"""Guides of answers. The engine enforces a guide token by token, and the gateway checks the complete answer."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ GuideKind = Literal["json_schema", "regex", "ebnf_grammar", "structural_tag"]
 
 @dataclass(frozen=True)
 class Guide:
-    """A form, by TensorRT-LLM's names for the kinds of them.
+    """A guide, with TensorRT-LLM's names for the kinds of guides.
 
     Attributes:
         text: the schema, expression, grammar or structural tag.
-        schema: JSON text of the schema that an answer must keep to; None is `text` for a JSON schema, and no schema
+        schema: JSON text of the schema that an answer must match; None is `text` for a JSON schema, and no schema
             for other kinds.
     """
 
@@ -26,7 +26,7 @@ class Guide:
     schema: str | None = None
 
     def allows(self, answer: str) -> bool:
-        """Whether a complete answer is what the guide asked for, as far as a JSON schema tells."""
+        """Return whether a complete answer matches the guide's JSON schema, if it has one."""
         schema = self.text if self.kind == "json_schema" else self.schema
         if schema is None:
             return True

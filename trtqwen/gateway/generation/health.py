@@ -1,4 +1,4 @@
-"""Whether the engine works: it is asked for one token now and then, unless its answers show it."""
+"""Health checks of the engine: a request for one token from time to time, unless its answers show that it works."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _PROBE_INPUTS = {
 
 
 class Monitor:
-    """Watches the replicas, takes those that fail out of the gate, and puts them back when they answer.
+    """Watches the replicas, removes failed ones from the gate, and adds them again when they answer.
 
-    A replica that fails outright loses its running answers at once, with an error for each: a killed backend would
-    leave them hanging. One that is only silent keeps them until they are stalled. The token that it is asked for
-    waits behind the prompts that it reads: they lengthen the time that it may take.
+    If a replica fails, its running answers end immediately with an error, because a killed backend would leave them
+    hanging. If it is only silent, they continue until they are stalled. The token of the health check waits behind
+    prompts that the replica reads, so these lengthen the allowed time.
 
-    A silent replica may be slow. It is asked again, each time for twice as long. It is taken out at once while
-    another one works, and otherwise when it has been silent for ten times `probe_seconds` or for `stall_seconds`.
+    A silent replica may only be slow. It is asked again, each time with twice the allowed time. It is removed
+    immediately if another one works, and otherwise after a silence of ten times `probe_seconds` or `stall_seconds`.
 
     Args:
         probe_seconds: how long a replica may be silent before it is asked, and how long it may take to answer at
             first. The death of its server or its backend is noticed within twice that.
         stall_seconds: silence after which an answer is ended.
-        prompt_tokens_per_second: how slowly a working engine may read.
+        prompt_tokens_per_second: slowest rate at which a working engine reads prompts.
         on_change: called when a replica may have begun or ceased to work.
     """
 
@@ -84,7 +84,7 @@ class Monitor:
         await asyncio.gather(*(self._watch(number) for number in range(len(self._replicas))))
 
     def suspect(self, replica: Replica) -> None:
-        """An answer failed there: look at once."""
+        """Check a replica immediately, because an answer failed there."""
         self._look_now[self._replicas.index(replica)].set()
 
     def look(self) -> None:
@@ -149,7 +149,7 @@ class Monitor:
             self._gate.send_away(down())
 
     def _may_be_slow(self, number: int) -> bool:
-        """Whether a replica that has not answered in time goes on to get requests."""
+        """Return whether a replica that has not answered in time still gets requests."""
         if not self._up[number] or sum(self._up) > 1:
             return False
         replica = self._replicas[number]
@@ -157,11 +157,11 @@ class Monitor:
         return silence < self._patience + self._reading_seconds(replica)
 
     def _reading_seconds(self, replica: Replica) -> float:
-        """How long the prompts may take that a replica has not answered yet."""
+        """Return the allowed time for the prompts that a replica has not answered yet."""
         return replica.unread_tokens / self._prompt_tokens_per_second
 
     def _tell(self, number: int, what: str) -> None:
-        """Log what is new about a replica."""
+        """Log a change of a replica."""
         if what != self._told[number] and (what != "works" or self._told[number]):
             _log.warning("%s: %s", self._replicas[number].address, what)
         self._told[number] = what

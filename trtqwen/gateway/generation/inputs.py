@@ -32,7 +32,7 @@ _OLDER_NAMES = {"seed": "random_seed", "min_tokens": "min_length"}  # before Ten
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
+    """The sampling plan of a request.
 
     Attributes:
         values: by the engine's tensor names.
@@ -41,7 +41,7 @@ class Sampling:
         bad_words: sequences of ids that are never completed.
         log_probs: tell each token's log probability.
         top_log_probs: and those of so many most likely tokens.
-        prompt_log_probs: number of most likely tokens at each place of the prompt, besides its own; None for none.
+        prompt_log_probs: number of most likely tokens at each position of the prompt; None for no log probabilities.
         stop_ids: ids that end an answer, besides the model's own.
         end_id: replaces the model's own.
         cache_salt: the client's: requests with another one share no KV cache blocks with it.
@@ -111,7 +111,7 @@ def engine_inputs(
 
 
 def cache_salt(model: ServedModel, sampling: Sampling, caller: str) -> str:
-    """What separates the KV cache blocks of a request from those of others; empty shares them with all.
+    """Return the salt that separates a request's KV cache blocks from those of others; empty shares them with all.
 
     Args:
         caller: name of the API key, which shares blocks with itself alone; empty shares them with all keys.
@@ -122,7 +122,7 @@ def cache_salt(model: ServedModel, sampling: Sampling, caller: str) -> str:
 
 
 def engine_extensions(model: ServedModel, sampling: Sampling, salt: str = "", owner: str = "") -> dict[str, Any]:
-    """What a plan asks of the engine beyond upstream's tensors; empty if nothing.
+    """Return a plan's extensions of upstream's tensors; empty for none.
 
     Args:
         salt: as `cache_salt` makes it.

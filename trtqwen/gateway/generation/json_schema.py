@@ -53,7 +53,7 @@ KEYWORDS: dict[str, Callable[[Any], bool]] = {
 
 
 class Unenforceable(Exception):
-    """What of a schema the engine would not enforce, as a sentence.
+    """A part of a schema that the engine would not enforce.
 
     Attributes:
         keyword: which, without which the rest may be enforced; none if it is not a single one.
@@ -65,7 +65,7 @@ class Unenforceable(Exception):
 
 
 def target_of(root: Schema, reference: str) -> Schema:
-    """What a reference refers to: the grammar knows no anchors, no escapes and no numbers of list members.
+    """Return the target of a reference. The grammar has no anchors, escapes or indices of list members.
 
     Raises:
         Unenforceable: if the grammar does not find it.

@@ -1,4 +1,4 @@
-"""What the engine is asked for, and what it answers piece by piece."""
+"""The plan of a generation, and the pieces of its answers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationPlan:
-    """What the engine is asked for.
+    """The plan of a generation.
 
     Attributes:
         request_id: unique; the sequences' ids derive from it.
@@ -105,14 +105,14 @@ class Observation(Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """How long an answer may get, and how much of that is reserved when it begins, in tokens."""
+    """The limit of an answer and the reservation at its start, in tokens."""
 
     max_tokens: int
     reserved: int
 
 
 def fit_answer(model: ServedModel, config: GatewayConfig, prompt_tokens: int, asked: int | None) -> Room:
-    """The limit of an answer: what was asked for, else what the context leaves.
+    """Return the limit of an answer: the requested one, or the rest of the context.
 
     Raises:
         ApiError: with the numbers, if the prompt leaves no room or the answer asked for does not fit. LiteLLM and

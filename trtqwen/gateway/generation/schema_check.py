@@ -1,12 +1,12 @@
-"""Which JSON schemas the engine's grammar enforces in full.
+"""Check whether the engine's grammar enforces a JSON schema in full.
 
-xgrammar looks at one thing in a schema: the first that is there of $ref, const, enum, anyOf or oneOf, allOf, and
-then type. What stands next to it, and every keyword that it does not know, it ignores without a word, so that an
-answer would be wrong only once it is complete. What is let in was found by experiment with xgrammar 0.2.8, and
-tests/gateway/test_guides.py repeats it. Not let in although it is enforced in part: `multipleOf` (not for fractions,
-nor with a range), `propertyNames` and `patternProperties` (not with properties), several members of `allOf`.
+xgrammar reads one keyword of a schema: the first one present of $ref, const, enum, anyOf or oneOf, allOf, and then
+type. It silently ignores other keywords next to it and unknown keywords, so that an answer could violate them. The
+accepted schemas were found by experiment with xgrammar 0.2.8, and tests/gateway/test_guides.py repeats the
+experiment. Refused although partly enforced: `multipleOf` (not for fractions, nor with a range), `propertyNames` and
+`patternProperties` (not with properties), several members of `allOf`.
 
-Known to be left open: a key that `additionalProperties` lets in may spell a property's name with escapes, as
+Known gap: a key that `additionalProperties` lets in may spell a property's name with escapes, as
 {"\\u0061": 1} for "a". Such an answer is found out when it is complete.
 """
 
@@ -64,13 +64,13 @@ _WIDEST = 1000
 
 
 def check_schema(schema: Schema) -> None:
-    """Check that every answer that the grammar lets through will keep to a schema.
+    """Check that every answer which the grammar allows matches a schema.
 
     The time is about linear in the schema's text: every part is looked at once, and every reference followed once.
 
     Raises:
         ValueError: if it is not JSON schema.
-        Unenforceable: if the grammar would let others through.
+        Unenforceable: if the grammar would allow other answers.
     """
     parts = [(place, part) for place, part in _parts(schema, "#") if isinstance(part, dict)]
     for place, part in parts:
@@ -98,7 +98,7 @@ def check_schema(schema: Schema) -> None:
 
 
 def loosened(schema: Schema) -> Schema:
-    """The schema without what the grammar cannot hold an answer to, nor what is not JSON schema."""
+    """Return the schema without keywords that the grammar cannot enforce or that are not JSON schema."""
     loose = _loosened(schema, "#", is_root=True)
     try:
         check_schema(loose)
@@ -189,14 +189,14 @@ def _check_part(part: Mapping[str, Any], place: str, *, is_root: bool) -> None:
 
 @lru_cache(1024)
 def _misspelt(keyword: str) -> str:
-    """The keyword that is meant, if one is all but spelled out."""
+    """Return the keyword that a misspelled one means, if any."""
     known = {*KEYWORDS, *_RESTRICTIONS}
     similar = [] if keyword in known or keyword.startswith("x-") else get_close_matches(keyword, known, 1, 0.88)
     return similar[0] if similar else ""
 
 
 def _says_nothing(keyword: str, part: Mapping[str, Any]) -> bool:
-    """Whether a keyword's value restricts nothing."""
+    """Return whether a keyword's value restricts nothing."""
     value = part[keyword]
     if keyword == "multipleOf":
         return value == 1 and part.get("type") == "integer"
@@ -272,7 +272,7 @@ def _width(part: Schema, targets: Mapping[str, Schema], known: dict[int, int]) -
 
 
 def _told_apart(members: Sequence[Schema], targets: Mapping[str, Schema]) -> bool:
-    """Whether no value can keep to two of the schemas."""
+    """Return whether no value can match two of the schemas."""
     parts = [_followed(member, targets) for member in members]
     if len({id(part) for part in parts}) < len(parts):
         return False

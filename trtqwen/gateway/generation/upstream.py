@@ -56,8 +56,8 @@ class _Call:
     """A stream that runs; `failure` is why it was ended from outside.
 
     Attributes:
-        unread: prompt tokens, until the first token comes.
-        heard: when it began or last sent a token.
+        unread: prompt tokens, until the first token arrives.
+        heard: time of its start or its last token.
     """
 
     def __init__(self, stream: Any, prompt_tokens: int) -> None:
@@ -75,7 +75,7 @@ class Replica:
     """One Triton server.
 
     Args:
-        stub: what to call in place of the server at the address.
+        stub: gRPC stub to use instead of the server at the address.
 
     Attributes:
         heard: when it last sent a token, in seconds of the monotonic clock.
@@ -142,7 +142,7 @@ class Replica:
                 call.stream.cancel()
 
     def _finish(self, call: _Call) -> None:
-        """Let the stream of an answer that is over end, without its client."""
+        """Read the stream of a finished answer to its end, without its client."""
         ending = asyncio.create_task(read_rest_async(call.stream))
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
@@ -154,11 +154,11 @@ class Replica:
 
     @property
     def unread_tokens(self) -> int:
-        """Prompt tokens of the sequences that have no token yet: the engine still reads them, or they wait in it."""
+        """Return the prompt tokens of sequences without a token: the engine reads them, or they wait in it."""
         return sum(call.unread for call in self._calls)
 
     def abort_stalled(self, silence: float, reading: float) -> None:
-        """End the sequences that should have sent a token.
+        """End stalled sequences.
 
         Args:
             silence: seconds without one after which a sequence that has begun counts as stalled; one that has not

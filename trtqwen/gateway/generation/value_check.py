@@ -1,4 +1,4 @@
-"""Whether a value keeps to a checked JSON schema, so that an engine that ignores its guide is found out."""
+"""Check of values against a checked JSON schema, to detect an engine that ignores its guide."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ _MOST_STEPS = 50_000  # a tenth of a second or so; an answer of 8000 tokens take
 
 
 def keeps_to(schema: Schema, value: Any) -> bool:
-    """Whether a value keeps to a schema that was checked, as far as that can be told in `_MOST_STEPS` steps.
+    """Return whether a value matches a checked schema, within `_MOST_STEPS` steps.
 
-    A step looks at one schema for one value and takes constant time, apart from steps of its own for what is inside:
-    the work is bounded however schema and value are made. Beyond the bound the value counts as right: the grammar
-    has enforced the schema already, and what is looked for here, an engine that does not, shows in other answers.
+    A step compares one value with one schema in constant time; nested values take further steps. So the work is
+    bounded for every schema and value. Beyond the bound, the value counts as valid: the grammar has already enforced
+    the schema, and an engine that does not enforce it is detected by other answers.
     """
     try:
         return _Check(schema).fits(schema, value)

@@ -1,4 +1,4 @@
-"""First lines of every `model.py`: makes the python backend's interpreter one that trtqwen runs in.
+"""The first lines of every `model.py`, with which trtqwen runs in the python backend's interpreter.
 
 Stubs that are built with pybind11 2.10 (Triton 2.51 for one) start an isolated interpreter. It ignores PYTHONPATH,
 looks for modules in the working directory first, and crashes on BYTES tensors of numpy 2.

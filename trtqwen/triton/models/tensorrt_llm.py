@@ -74,7 +74,7 @@ class TritonPythonModel:
         self._metrics.set(gauges)
 
     def is_ready(self) -> bool:
-        """Asked by Tritons newer than 2.51, which has no way to say no."""
+        """Return readiness. Triton calls it from releases after 2.51."""
         return self._executor.alive
 
     def finalize(self) -> None:
@@ -105,7 +105,7 @@ class TritonPythonModel:
 
 
 def _beat() -> None:
-    """Tell whoever watches this server that the engine works."""
+    """Signal the watchdog that the engine works."""
     if HEARTBEAT in os.environ:
         now = time.monotonic_ns()  # time stamps need no room on the disk
         Path(os.environ[HEARTBEAT]).touch()
@@ -121,7 +121,7 @@ def _vllm() -> VllmPlace | None:
 
 
 def _tell_death(problem: str) -> None:
-    """Tell whoever runs this server: Triton itself serves on, and 2.51 calls itself ready."""
+    """Report the engine's end to `serve`: Triton continues without it, and 2.51 still reports that it is ready."""
     pb_utils.Logger.log_error(problem)
     if ENGINE_DEATH in os.environ:
         Path(os.environ[ENGINE_DEATH]).write_text(problem, "utf-8")
@@ -130,7 +130,7 @@ def _tell_death(problem: str) -> None:
 class _Sender:
     """`service.Sender` of a Triton request.
 
-    Only tensors that the request wants are sent: the stub frees others without Python's lock, and crashes in 3.12.
+    Sends only requested tensors: the stub frees others without Python's lock, and crashes in 3.12.
     """
 
     def __init__(self, request: "pb_utils.InferenceRequest", *, from_program: bool) -> None:

@@ -64,10 +64,10 @@ class TritonPythonModel:
             del self._running[sender]
 
     def _watch(self) -> None:
-        """Stop the work of clients that have gone: Triton passes a cancellation on to no other model.
+        """Stop the requests of disconnected clients, because Triton does not pass a cancellation on to other models.
 
-        Again until it has ended: a stop may fail, or come before the engine has the request. A client counts as gone
-        at the second look: `EngineService.cancel_abandoned` says why.
+        It repeats until the request has ended, because a stop may fail or arrive before the request. A client counts
+        as disconnected at the second check; `EngineService.cancel_abandoned` explains it.
         """
         gone: set[_Sender] = set()
         while not self._stopping.wait(_CANCELLATION_CHECK_PERIOD):
@@ -85,7 +85,7 @@ class TritonPythonModel:
 class _Sender:
     """`service.Sender` of a Triton request. Thread-safe; silent after the final response.
 
-    Only tensors that the request wants are sent: the stub frees others without Python's lock, and crashes in 3.12.
+    Sends only requested tensors: the stub frees others without Python's lock, and crashes in 3.12.
     """
 
     def __init__(self, request: "pb_utils.InferenceRequest") -> None:
@@ -121,8 +121,8 @@ class _Sender:
 class _Models:
     """`bls.Models` for one request: single responses by way of the python backend, streams over gRPC.
 
-    Clients may use one id twice or none: the other models get an id of our own. The embedded engine is told the
-    client's too, for its own stop request; TensorRT-LLM's backend knows one id a request.
+    Clients may use one id twice or none, so the other models get a new id. The embedded engine also gets the client's
+    id, for the client's stop request. TensorRT-LLM's backend has one id per request.
     """
 
     def __init__(self, client_id: str, loopback: Loopback | None) -> None:

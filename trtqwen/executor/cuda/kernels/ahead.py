@@ -13,12 +13,13 @@ from triton import knobs
 def compile_ahead(run: Callable[[], object], device: torch.device) -> int:
     """Compile the kernels that `run` launches, several at a time.
 
-    The Triton language compiles a kernel at its first launch, one after the other. Here `run` is called with a hook
-    that notes each kernel that is not compiled yet and leaves its launch out. What `run` computes has no meaning, and
-    nothing in it may use a kernel's result as an index. Later launches of the noted kernels compile nothing.
+    The Triton language compiles each kernel at its first launch, one after the other. This function calls `run` with
+    a hook that records each kernel that is not compiled yet and skips its launch. The results of `run` are
+    meaningless, so `run` must not use a kernel's result as an index. Later launches of the recorded kernels compile
+    nothing.
 
     Returns:
-        How many kernels were noted.
+        The number of recorded kernels.
     """
     noted: dict[tuple[str, Any], Callable[[], object]] = {}
 

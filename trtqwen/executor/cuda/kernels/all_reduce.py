@@ -17,7 +17,7 @@ PROGRAMS = 64  # all must run at once, as they wait for those of the other cards
 
 @triton.jit
 def _meet(signals, rank, epoch, WORLD: tl.constexpr):
-    """Wait until this program has come here on every card; what it wrote before is then visible to them."""
+    """Wait until this program is here on every GPU. What it wrote before is then visible to all GPUs."""
     tl.debug_barrier()
     program = tl.program_id(0)
     ranks = tl.arange(0, WORLD)

@@ -73,7 +73,7 @@ def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK
 def _reach_of_top_k(highest, top_k):
     """A threshold that the best `top_k` tokens reach and few others do, from the highest scaled logit of each lane.
 
-    As many lanes as that have a token above it, and seldom more than one.
+    That many lanes have a token above it, and few of them have more than one.
     """
     low, high = _LOWEST, 0.0
     for _ in range(_COARSE_BISECTIONS):
@@ -105,7 +105,7 @@ def _gather(
     """Write the scaled logits that reach a threshold, and their tokens, in the order of the tokens.
 
     Returns:
-        How many there are; beyond `GATHERED` they are not written.
+        The number of these tokens; those beyond `GATHERED` are not written.
     """
     lane = tl.arange(0, BLOCK)
     count = 0
@@ -148,7 +148,7 @@ def _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED: tl.con
 
 @triton.jit
 def _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK: tl.constexpr):
-    """The place of the token that the uniform number falls on; `vocab_size` where rounding leaves none."""
+    """Return the index of the token that the uniform number selects; `vocab_size` if rounding leaves none."""
     lane = tl.arange(0, BLOCK)
     _count, total = _count_and_mass(row, vocab_size, best, temperature, threshold, BLOCK)
     target = total * uniform

@@ -117,7 +117,7 @@ def num_splits(sequences: int, kv_heads: int, longest: int, block: int) -> int:
 
 
 class DecodeWorkspace:
-    """Where programs leave their parts, for `sequences` queries at most; the kernel leaves `arrivals` zero."""
+    """Memory for partial results of programs, for at most `sequences` queries. The kernel zeroes `arrivals` again."""
 
     def __init__(self, sequences: int, heads: int, kv_heads: int, head_size: int, device: torch.device) -> None:
         group = _group(heads, kv_heads)

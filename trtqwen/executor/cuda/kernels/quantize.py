@@ -1,4 +1,4 @@
-"""Activations to INT8: by each token's own range, or by a calibrated one."""
+"""Quantization of activations to INT8, with each token's own range or with a calibrated one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PER_TOKEN, STATIC = 1, 2
 
 @dataclass(frozen=True)
 class Quantization:
-    """How a linear layer wants its input.
+    """The input quantization of a linear layer.
 
     Attributes:
         mode: `PER_TOKEN` or `STATIC`.

@@ -1,4 +1,4 @@
-"""Rotary embedding of queries and keys, and keys and values into their KV cache slots, in one pass over a token."""
+"""Rotary embedding of queries and keys, and storage of keys and values in the KV cache, in one pass per token."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def rotary_store(
     values: Tensor,
     kv_step: float | None,
 ) -> None:
-    """Rotate the queries of packed `qkv` in place; put rotated keys, and values, where `slots` says.
+    """Rotate the queries of packed `qkv` in place, and store rotated keys and values in the cache slots.
 
     Formula: `nn.rotary.rotate`. An INT8 cache gets round(x / kv_step).
 
