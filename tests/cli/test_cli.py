@@ -134,7 +134,9 @@ def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:
     refused(trtqwen("build", "nope", "--model", MODEL), "no such recipe")
     refused(trtqwen("serve", "--repo", tmp_path / "empty"), "is not a finished repository")
     refused(trtqwen("serve", cwd=tmp_path), "holds no repository")
-    refused(trtqwen("gateway"), "gateway: give either a repository or a table of models", "--repo or --models")
+    refused(
+        trtqwen("gateway"), "gateway: either a repository or a table of models is needed", "give --repo or --models"
+    )
     refused(trtqwen("gateway", "--repo", tmp_path / "empty", "--port", 0), "is not a finished repository")
     assert not (tmp_path / "out").exists()
 

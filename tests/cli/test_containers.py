@@ -189,7 +189,7 @@ def test_serve_runs_in_the_container_of_its_recipe(programs: Path) -> None:
     assert f"--gateway-config={home}/gateway.yaml" in output
     code, output, problem = run(programs, "serve", "--in-container")
     assert (code, output) == (2, "")
-    assert "needs the recipe" in problem
+    assert "needs a recipe" in problem
     code, output, _ = run(programs, "serve", "qwen2-tiny-cpu", "--dry-run", "--json")
     printed = json.loads(output)
     assert (code, printed["repository"]) == (0, "triton_repo/qwen2-tiny-cpu")

@@ -100,10 +100,14 @@ def test_recipe_check(tmp_path: Path) -> None:
     (tmp_path / "tp3.yaml").write_text(HEAVY.replace("host: {}", "host: {gpus: 8}\ncheckpoint: {tp_size: 3}"))
     result = run("recipe", "check", TP4, tmp_path / "typo.yaml", tmp_path / "tp3.yaml")
     assert result.exit_code == 2
-    ok, typo, divides = result.stdout.splitlines()
+    ok, typo, typo_hint, divides, divides_hint = result.stdout.splitlines()
     assert ok == f"{TP4}: ok"
-    assert "field 'hosts' is unknown; did you mean 'host'" in typo
+    assert typo.startswith("error: ")
+    assert typo.endswith("typo.yaml: field 'hosts' is unknown")
+    assert typo_hint == "hint: did you mean 'host'?"
     assert "tp_size 3" in divides
     assert "tp3.yaml" in divides
+    assert divides_hint.startswith("hint: use tp_size")
     results = json.loads(run("recipe", "check", TP4, tmp_path / "typo.yaml", "--json").stdout)["recipes"]
     assert [row["ok"] for row in results] == [True, False]
+    assert [row["hint"] for row in results] == [None, "did you mean 'host'?"]

@@ -65,4 +65,6 @@ def test_a_pytorch_that_does_not_import_is_quoted(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     found = check("D42", Subject(Host(gpus=FOUR), recipe=load_recipe(ON_CARDS)))
     assert found.verdict == "fail"
-    assert found.evidence == ("PyTorch does not import: ImportError: libcudart.so.13: cannot open shared object file")
+    assert found.evidence == (
+        "PyTorch cannot be imported: ImportError: libcudart.so.13: cannot open shared object file"
+    )

@@ -143,7 +143,7 @@ def test_nothing_lands_in_the_current_directory() -> None:
         (
             {"auto_parallel": 4},
             "1.1.0",
-            r"--auto_parallel: TensorRT-LLM 1\.1\.0 has it no more, 1\.0\.0 was the last",
+            r"--auto_parallel: TensorRT-LLM 1\.1\.0 has removed it, 1\.0\.0 was the last",
         ),
         ({"nccl_plugin": "auto"}, "1.2.1", "--nccl_plugin: the builder sets it"),
         ({"reduce_fusion": "enable"}, "1.2.1", "--reduce_fusion: the builder forces it off"),

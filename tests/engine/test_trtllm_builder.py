@@ -111,7 +111,7 @@ def test_an_engine_that_breaks_a_serving_promise_is_refused(
     (damaged / "config.json").write_text(json.dumps(config))
     rewrite_manifest(damaged)
     serve = ServeRecipe(enable_chunked_context=False).model_copy(update={promise: True})
-    with pytest.raises(EngineError, match=f"without use_paged_context_fmha .*serve.{promise} cannot do without"):
+    with pytest.raises(EngineError, match=f"without use_paged_context_fmha .*serve.{promise} needs it"):
         build_engine(damaged, RECIPE, tmp_path / "engine", serve=serve)
     assert not (tmp_path / "engine").exists()
     build_engine(damaged, RECIPE, tmp_path / "engine", serve=ServeRecipe(enable_chunked_context=False))

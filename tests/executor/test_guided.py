@@ -141,7 +141,9 @@ def test_an_answer_without_an_end_of_its_own_gets_the_tokenizers(
 def test_a_guide_that_cannot_be_compiled_is_a_sentence(
     decoder: GuidedDecoder, guide_type: str, guide: str, reason: str
 ) -> None:
-    with pytest.raises(RequestError, match=rf"^guided_decoding_guide: is no {guide_type} .*{reason}.*; correct it$"):
+    with pytest.raises(
+        RequestError, match=rf"^guided_decoding_guide: is not a usable {guide_type} .*{reason}.*; correct it$"
+    ):
         decoder.prepare(guided(guide_type, guide))
 
 

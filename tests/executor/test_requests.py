@@ -144,7 +144,7 @@ def test_a_guide_that_cannot_be_compiled_fails_alone(executor: Executor, tokeniz
     prompt = tokenizer.encode("Hello")
     bad, good = executor.generate([ask(prompt, "bad", guided_decoding=params), ask(prompt, "good")])
     assert bad[-1].error is not None
-    assert bad[-1].error.startswith("guided_decoding_guide: is no regex that can be followed")
+    assert bad[-1].error.startswith("guided_decoding_guide: is not a usable regex")
     assert len(tokens(good)) == 12
 
 

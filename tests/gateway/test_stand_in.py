@@ -94,7 +94,7 @@ def test_tool_choice_decides(obedient: Running) -> None:
         assert forced.finish_reason == reason
         assert not forced.message.content
         assert json.loads(forced.message.tool_calls[0].function.arguments) == {"city": "Bonn"}
-    with pytest.raises(openai.BadRequestError, match="'other', which is no tool"):
+    with pytest.raises(openai.BadRequestError, match="'other', which is not a tool"):
         obedient.chat("hi", tools=[WEATHER], tool_choice={"type": "function", "function": {"name": "other"}})
     with pytest.raises(openai.BadRequestError, match="there are no tools"):
         obedient.chat("hi", tool_choice="required")

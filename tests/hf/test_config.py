@@ -74,7 +74,7 @@ def test_a_scaling_is_not_stretched_again(tmp_path: Path) -> None:
         ({"architectures": ["LlamaForCausalLM"]}, "architectures is LlamaForCausalLM"),
         ({"architectures": ["Qwen2MoeForCausalLM"]}, "architectures is Qwen2MoeForCausalLM"),
         ({"architectures": ["Qwen2VLForConditionalGeneration"]}, "architectures is Qwen2VLForConditionalGeneration"),
-        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "trtqwen converts Qwen2ForCausalLM .dense"),
+        ({"architectures": ["Qwen2_5_VLForConditionalGeneration"]}, "use a model of Qwen2ForCausalLM .dense"),
         ({"architectures": 3}, "architectures is 3"),
         ({"quantization_config": "fp8"}, "quantized already .quant_method fp8"),
         ({"num_hidden_layers": 10**30}, "field 'num_hidden_layers'"),

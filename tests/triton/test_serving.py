@@ -518,7 +518,7 @@ def test_guided_answers_are_json(server: TritonServer) -> None:
     assert set(value) == {"name", "age"}
     request["guided_decoding_guide"] = np.array([[b"{"]], np.object_)
     [reply] = Call(server, "ensemble", request)
-    assert "guided_decoding_guide: is no json_schema that can be followed" in reply.error
+    assert "guided_decoding_guide: is not a usable json_schema" in reply.error
 
 
 def test_a_bias_of_words_changes_the_answer(server: TritonServer) -> None:

@@ -95,7 +95,7 @@ async def _ask(target: Target, tokenizer: Tokenizer, max_tokens: int, text_token
         async with places:
             outcome = await endpoint.generate(Ask(tuple(prompt), 1), lambda tokens: None, {token: FORCE})
         if not outcome.log_probs or (outcome.token_ids and outcome.token_ids != [token]):
-            raise ServerError(f"{target.url}: tells no log probability of a token that is forced")
+            raise ServerError(f"{target.url}: returns no log probability of a forced token")
         return outcome.log_probs[0]
 
     try:

@@ -112,7 +112,7 @@ def find_vocabulary(contenders: list[Contender], given: Path | None) -> tuple[To
         directory = given or engine / TOKENIZER_DIRECTORY
         return Tokenizer(directory), read_engine_config(engine)
     if given is None:
-        raise InputError("none of the addresses tells its tokenizer", "pass --tokenizer")
+        raise InputError("no address reports its tokenizer", "pass --tokenizer")
     return Tokenizer(given), None
 
 

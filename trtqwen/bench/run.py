@@ -227,7 +227,7 @@ def _get(url: str, api_key: str | None) -> dict[str, Any]:
         reason = getattr(problem, "reason", problem)
         raise ServerError(f"{url}: does not answer ({reason})", "start the server or correct the address") from None
     if not isinstance(content, dict):
-        raise ServerError(f"{url}: does not answer as OpenAI's API does", "correct the address")
+        raise ServerError(f"{url}: does not answer in the format of OpenAI's API", "correct the address")
     return content
 
 

@@ -69,7 +69,7 @@ def command(
     of the first one. If a comparison is interrupted, run the command again to resume it.
     """
     if len(contenders) < 2:
-        raise InputError("one contender is no comparison", "name at least two, or use `trtqwen bench`")
+        raise InputError("a comparison needs at least two contenders", "name another one, or use `trtqwen bench`")
     found = [find_contender(text, repositories) for text in contenders]
     names = [contender.name for contender in found]
     if len(set(names)) < len(names):

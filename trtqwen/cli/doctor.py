@@ -87,7 +87,9 @@ def command(
         with stderr.status("checking inside of the container"):
             findings = examine_in_container(plan, subject)
     elif dry_run:
-        raise InputError("doctor changes nothing", "--dry-run is for --in-container, whose docker command it prints")
+        raise InputError(
+            "--dry-run has no effect without --in-container", "add --in-container, or leave --dry-run out"
+        )
     else:
         with stderr.status("") as status:
             findings = list(examine(subject, lambda check: status.update(f"{check.id} {check.title}")))

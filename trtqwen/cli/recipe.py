@@ -11,7 +11,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from trtqwen.cli.output import HELP, Changes, Force, Json, print_json, stdout
-from trtqwen.diagnostics import InputError
+from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.plan.plan import model_config
 from trtqwen.plan.show import layout_name
 from trtqwen.recipe import Recipe, find_recipe, load_recipe, recipe_names
@@ -81,26 +81,30 @@ def check(
     """Check recipes against the sizes of their models. Exit code 2 if one is wrong."""
     problems = {recipe: _problem(recipe) for recipe in recipes}
     if json:
-        results = [{"recipe": recipe, "ok": not problem, "problem": problem} for recipe, problem in problems.items()]
+        found = [(recipe, problem and problem.what, problem and problem.hint) for recipe, problem in problems.items()]
+        results = [{"recipe": name, "ok": what is None, "problem": what, "hint": hint} for name, what, hint in found]
         print_json({"recipes": results})
     else:
         for recipe, problem in problems.items():
-            line = problem if problem else f"{recipe}: ok"
-            stdout.print(line, style="red" if problem else "", highlight=False, markup=False, soft_wrap=True)
+            if problem is None:
+                stdout.print(f"{recipe}: ok", highlight=False, markup=False, soft_wrap=True)
+                continue
+            stdout.print(f"error: {problem.what}", style="red", highlight=False, markup=False, soft_wrap=True)
+            stdout.print(f"hint: {problem.hint}", highlight=False, markup=False, soft_wrap=True)
     if any(problems.values()):
         raise typer.Exit(2)
 
 
-def _problem(name: str) -> str | None:
+def _problem(name: str) -> Diagnostic | None:
     try:
         recipe = load_recipe(name)
     except InputError as problem:
-        return str(problem)
+        return problem.diagnostic
     try:
         if recipe.model is not None:
             model_config(recipe)
     except InputError as problem:
-        return f"{name}: {problem}"
+        return Diagnostic(f"{name}: {problem.what}", problem.hint)
     return None
 
 

@@ -57,7 +57,7 @@ def command(
     """
     host = read_host()
     if in_container and backend == "torch":
-        raise InputError("--in-container runs TensorRT-LLM's image", "leave one of --in-container and --backend out")
+        raise InputError("--in-container runs TensorRT-LLM's image", "leave out --in-container or --backend")
     if in_container:
         known = known_image(image)
         release = (known_release(known.tensorrt_llm) if known else None) or last_engine_release()

@@ -128,11 +128,13 @@ def command(
         return plan_gateway(gateway_config, **place, **keys, model_name=model_name)
 
     if no_gateway and host != LOOPBACK:
-        raise InputError(f"--host {host} is the gateway's address", "with --no-gateway, give --triton-host")
+        raise InputError(
+            f"--host {host} is the gateway's address, but --no-gateway is set", "use --triton-host instead"
+        )
     if models is not None:
         if recipe or repo or no_gateway or in_container or dry_run or rank_host:
             raise InputError(
-                "--models is given with another source of models or an option that is for one repository",
+                "--models excludes RECIPE, --repo, --no-gateway, --in-container, --dry-run and --rank-host",
                 "give --models alone; its targets name the repositories",
             )
         raise_file_limit()
@@ -141,10 +143,10 @@ def command(
     if in_container:
         if rank_host:
             raise InputError(
-                "--rank-host is for ranks outside of a container", "start serve in a container on each host"
+                "--rank-host does not work with --in-container", "start serve in a container on each host"
             )
         if recipe is None:
-            raise InputError("serve --in-container needs the recipe: it says which image and how many GPUs")
+            raise InputError("--in-container needs a recipe for the image and the number of GPUs", "name the recipe")
         loaded = load_recipe(recipe)
         served = repo or DEFAULT / loaded.name
         settings = gateway_settings(served, (f"{triton_host}:{grpc_port}",))

@@ -39,7 +39,7 @@ def choose_image(work: Work, options: ContainerOptions) -> tuple[str, tuple[Diag
     problems += [advisory] if (advisory := advisory_problem(known)) else []
     for problem in problems:
         if problem.level == "error" and not options.skip_gates:
-            raise InputError(problem.what, f"{problem.hint}; --skip-gates starts all the same")
+            raise InputError(problem.what, f"{problem.hint}; or start anyway with --skip-gates")
     warnings = [
         replace(problem, what=f"--skip-gates: {problem.what}", level="warning")
         if problem.level == "error"
@@ -60,6 +60,6 @@ def _choose_vllm_image(release: str, options: ContainerOptions) -> tuple[str, tu
     if options.driver and version(options.driver) < version(known.driver):
         what = f"{known.image}: needs driver {known.driver} or newer, and this host has {options.driver}"
         if not options.skip_gates:
-            raise InputError(what, "update the driver; --skip-gates starts all the same")
+            raise InputError(what, "update the driver, or start anyway with --skip-gates")
         warnings.append(Diagnostic(f"--skip-gates: {what}", "update the driver", level="warning"))
     return known.image, tuple(warnings)

@@ -20,7 +20,7 @@ def requirements() -> list[str]:
         named = metadata.requires("trtqwen") or []
     except metadata.PackageNotFoundError:
         raise InputError(
-            "trtqwen is not installed as a package here", "`pip install` it, so that its needs are known"
+            "trtqwen is not installed as a package here", "`pip install` it, so that its dependencies are known"
         ) from None
     return [requirement.replace(" ", "") for requirement in named if "extra ==" not in requirement]
 

@@ -62,7 +62,7 @@ class Thresholds:
             except ValueError:
                 number = -1.0
             if not 0 < number < float("inf"):
-                raise InputError(f"--threshold {change}: {value!r} is no positive number", "give NAME=NUMBER")
+                raise InputError(f"--threshold {change}: {value!r} is not a positive number", "give NAME=NUMBER")
             result = replace(result, **{name: number})
         return result
 

@@ -68,7 +68,9 @@ class EmbeddedDevice(Check):
             return Result("ok", "the engine computes on the CPU")
         facts = _read_facts()
         if isinstance(facts, str):
-            return self.found(f"PyTorch does not import: {facts}", "install it again with the CUDA build that fits")
+            return self.found(
+                f"PyTorch cannot be imported: {facts}", "install it again with the CUDA build that fits"
+            )
         cards = ", ".join(f"sm_{major}{minor}" for major, minor in facts.devices)
         return self.judge(
             list(problems(facts, recipe)),

@@ -64,10 +64,8 @@ def check_promises(config: Mapping[str, Any], serve: ServeRecipe) -> None:
     if broken and not _effective(PAGED_CONTEXT, config):
         names = " and ".join(broken)
         raise EngineError(
-            (
-                f"the engine came out without {PAGED_CONTEXT} ({flag_facts().flags[PAGED_CONTEXT].changed_because}), "
-                f"but {names} cannot do without"
-            ),
+            f"the engine was built without {PAGED_CONTEXT} "
+            f"({flag_facts().flags[PAGED_CONTEXT].changed_because}), but {names} needs it",
             f"convert with a 16-bit KV cache, or set engine.{PAGED_CONTEXT} and {names} to false",
         )
 

@@ -146,7 +146,7 @@ def check_command(command: list[str], release: Release) -> None:
             raise EngineError(f"--{name}: is not a flag of trtllm-build in {release}{hint}", "leave it out")
         if flag.last is not None and version(release) > version(flag.last):
             raise EngineError(
-                f"--{name}: TensorRT-LLM {release} has it no more, {flag.last} was the last", "leave it out"
+                f"--{name}: TensorRT-LLM {release} has removed it, {flag.last} was the last", "leave it out"
             )
         if flag.never is not None:
             raise EngineError(f"--{name}: {flag.never}", "leave it out")

@@ -57,7 +57,7 @@ class GuidedDecoder:
         except Exception as problem:  # xgrammar raises bare RuntimeErrors
             guide_type, reason = request.guided_decoding.guide_type, _reason(problem)
             raise RequestError(
-                f"guided_decoding_guide: is no {guide_type} that can be followed ({reason})", "correct it"
+                f"guided_decoding_guide: is not a usable {guide_type} ({reason})", "correct it"
             ) from None
         # xgrammar 0.2.8 lets raw control characters into strings of bounded length, which JSON forbids.
         one_line = request.guided_decoding.guide_type == "json_schema"

@@ -110,7 +110,11 @@ class Pending:
             elif row in self._refused:
                 results.append(self._refused[row])
             elif token_id == NONE_LEFT:
-                results.append(RequestError("no token is left to choose", "ask with fewer or smaller restrictions"))
+                results.append(
+                    RequestError(
+                        "no token is left to choose", "send fewer bad words and biases, or a less strict guide"
+                    )
+                )
             else:
                 log_prob = log_probs[row] if log_probs is not None and row in self._own else None
                 results.append(Sampled(token_id, log_prob, self._own.get(row)))

@@ -206,7 +206,7 @@ class Checkpoint:
         if any(len(part) != rows for part in parts):
             raise CheckpointError(
                 f"{self.directory}: attention.qkv has {len(parts[0])} rows, but config.json makes it {rows}",
-                "config.json and rank files are of different checkpoints",
+                "take config.json and rank files from one checkpoint",
             )
         copies = max(1, len(parts) // config.num_key_value_heads)
         ranges = (slice(0, query), slice(query, query + kv), slice(query + kv, query + 2 * kv))

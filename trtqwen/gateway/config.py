@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from trtqwen.diagnostics import InputError, first_problem
+from trtqwen.diagnostics import InputError, SettingError, first_hint, first_problem
 from trtqwen.system.sockets import reachable
 from trtqwen.yaml_file import read_mapping
 
@@ -37,7 +37,10 @@ def _rates_url(text: str) -> str:
     if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.path):
         raise ValueError(f"{parts.scheme}://{parts.hostname or ''} is not an address such as redis://host:6379/0")
     if parts.password:  # other users of the machine can read a process's arguments
-        raise ValueError("the password belongs in the environment variable TRTQWEN_RATES_PASSWORD")
+        raise SettingError(
+            "the address contains a password, which other users can read",
+            "remove it, and set the environment variable TRTQWEN_RATES_PASSWORD",
+        )
     return text
 
 
@@ -204,17 +207,21 @@ class GatewayConfig(BaseModel):
     @model_validator(mode="after")
     def _one_source_of_models(self) -> GatewayConfig:
         if (self.repository is None) == (self.models is None):
-            raise ValueError("give either a repository or a table of models (--repo or --models)")
+            raise SettingError(
+                "either a repository or a table of models is needed, and not both", "give --repo or --models"
+            )
         if self.models is not None and self.model_name is not None:
-            raise ValueError("model_name is for a single repository; the table of models has the names")
+            raise SettingError(
+                "model_name is for a single repository", "remove it: the table of models has the names"
+            )
         return self
 
     @model_validator(mode="after")
     def _keys_beyond_loopback(self) -> GatewayConfig:
         if not (self.loopback or self.api_keys or self.allow_anonymous):
-            raise ValueError(
-                f"{self.host} can be reached by others and there are no API keys; name a file with keys, or set "
-                "allow_anonymous"
+            raise SettingError(
+                f"{self.host} can be reached by others and there are no API keys",
+                "name a file with keys, or set allow_anonymous",
             )
         return self
 
@@ -239,7 +246,7 @@ def gateway_config(file: Path | None = None, **settings: Any) -> GatewayConfig:
         return GatewayConfig.model_validate(written | given)
     except ValidationError as problem:
         hint = "correct the options" if file is None else "correct the file or the options"
-        raise InputError(f"{where}: {first_problem(problem)}", hint) from None
+        raise InputError(f"{where}: {first_problem(problem)}", first_hint(problem) or hint) from None
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -143,7 +143,7 @@ def load_config(directory: Path, *, quantized: bool = False) -> HfConfig:
     if data.get("hidden_act", "silu") not in _SILU:
         raise SourceError(
             f"{path}: hidden_act is {shown(data['hidden_act'])}",
-            "trtqwen computes silu, which every published Qwen2 has",
+            "use a model with silu, as every published Qwen2 has",
         )
     dense, said = _dense_context(data, path)
     if raw.get("num_key_value_heads", 0) is None:
@@ -191,7 +191,7 @@ def _check_family(data: dict[str, Any], path: Path) -> None:
         found = ", ".join(map(str, architectures)) if isinstance(architectures, list) else shown(architectures)
         raise SourceError(
             f"{path}: architectures is {found or 'none'}",
-            f"trtqwen converts {ARCHITECTURE} (dense Qwen2 and Qwen2.5)",
+            f"use a model of {ARCHITECTURE} (dense Qwen2 or Qwen2.5)",
         )
     if data.get("model_type") != MODEL_TYPE:
         raise SourceError(
@@ -286,7 +286,9 @@ def _check_window(raw: dict[str, Any], path: Path) -> None:
                 "correct layer_types; transformers refuses it too",
             )
         if others := sorted({shown(kind) for kind in types} - {'"full_attention"', '"sliding_attention"'}):
-            raise SourceError(f"{path}: layer_types has {', '.join(others)}", "trtqwen computes full attention")
+            raise SourceError(
+                f"{path}: layer_types has {', '.join(others)}", "use a model with full attention in every layer"
+            )
         sliding = types.count("sliding_attention")
     if not sliding:
         return

@@ -90,7 +90,7 @@ def check_names(directory: Path, names: Collection[str], config: HfConfig) -> li
             raise SourceError(
                 f"{directory}: tensor {name!r} is of a layer beyond the {config.num_hidden_layers} of config.json "
                 "(num_hidden_layers)",
-                "config.json and weights are of different models; correct num_hidden_layers, or remove the tensors",
+                "take config.json and weights from one model, or correct num_hidden_layers",
             )
         if name.startswith(("model.", "lm_head.")) and not _BUFFERS.search(name):
             raise SourceError(
@@ -120,11 +120,11 @@ def check_specs(directory: Path, specs: Mapping[str, TensorSpec], config: HfConf
         if spec.shape != shape:
             raise SourceError(
                 f"{directory}: tensor {name!r} has shape {list(spec.shape)}, but config.json makes it {list(shape)}",
-                "config.json and weights are of different models",
+                "take config.json and weights from one model",
             )
         if spec.dtype.name not in _FLOATS:
             raise SourceError(
-                f"{directory}: tensor {name!r} is {spec.dtype}", "trtqwen converts 16-, 32- and 64-bit floats"
+                f"{directory}: tensor {name!r} is {spec.dtype}", "save the weights as 16-, 32- or 64-bit floats"
             )
 
 

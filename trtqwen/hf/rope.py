@@ -96,7 +96,7 @@ def _flat(fields: Any, key: str, path: Path) -> dict[str, Any]:
         if others:
             raise SourceError(
                 f"{path}: {key} has rotations of several kinds of layers ({', '.join(others)})",
-                "trtqwen computes Qwen2, whose layers all turn alike",
+                "use a model with one rotary embedding for all layers",
             )
         return _flat(fields[_LAYER_TYPE], key, path)
     return {name: value for name, value in fields.items() if value is not None}
@@ -142,7 +142,7 @@ def _kind(fields: Mapping[str, Any], key: str, path: Path) -> str:
     if kind not in _FIELDS:
         raise SourceError(
             f"{path}: {key} is of type {kind!r}, which dense Qwen2 models do not have",
-            f"trtqwen knows {', '.join(_FIELDS)}",
+            f"use a model with one of {', '.join(_FIELDS)}",
         )
     return kind
 

@@ -94,7 +94,7 @@ def calibrate(
         if not (np.isfinite(span.x).all() and np.isfinite(span.y).all()):
             raise SourceError(
                 (f"{source.directory}: activations of {module} overflow float16, in which TensorRT-LLM calibrates"),
-                "this model cannot use SmoothQuant or an INT8 KV cache",
+                "use quant int8_wo or none, without an INT8 KV cache",
             )
     return ranges
 
@@ -108,7 +108,7 @@ def _check_sizes(ranges: dict[str, ActivationRange], source: HfModel, path: str)
                     f"{path}: {module} has ranges of {span.x.size} inputs and {span.y.size} outputs, but the "
                     f"model's has {inner} and {out}"
                 ),
-                "they are of another model",
+                "use the ranges of this model",
             )
 
 

@@ -30,7 +30,7 @@ def read_texts(path: Path) -> list[str]:
         texts = content.split("\n\n")
     texts = [text.strip() for text in texts if text.strip()]
     if not texts:
-        raise InputError(f"{path}: holds no text", "put some in")
+        raise InputError(f"{path}: holds no text", "add texts to it")
     return texts
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from trtqwen.diagnostics import SettingError
 from trtqwen.facts.llmapi import llm_arguments
 from trtqwen.facts.names import LlmApiRelease, VllmRelease
 from trtqwen.facts.vllm import vllm_facts
@@ -55,9 +56,9 @@ class VllmSettings(Section):
     def _one_place(self) -> VllmSettings:
         given = [name for name in ("python", "image", "address") if getattr(self, name) is not None]
         if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} exclude each other")
+            raise SettingError(f"{' and '.join(given)} exclude each other", "remove all but one")
         if self.address is not None and self.arguments:
-            raise ValueError("arguments have no effect on a vLLM that already serves at an address")
+            raise SettingError("arguments have no effect on a vLLM that already serves at an address", "remove them")
         return self
 
     @model_validator(mode="after")
@@ -65,11 +66,11 @@ class VllmSettings(Section):
         facts = vllm_facts(self.release)
         for name in self.arguments:
             if name in _VLLM_OWN:
-                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+                raise SettingError(f"arguments: trtqwen sets {name} from other fields of the recipe", "remove it")
             if name not in facts.flags:
                 near = facts.near(name)
-                guess = f", did you mean {near!r}?" if near else ""
-                raise ValueError(f"arguments: vLLM {self.release} has no option {name!r}{guess}")
+                hint = f"did you mean {near!r}?" if near else "remove it, or set a newer release"
+                raise SettingError(f"arguments: vLLM {self.release} has no option {name!r}", hint)
         return self
 
 
@@ -89,9 +90,9 @@ class LlmApiSettings(Section):
         known = llm_arguments(self.release)
         for name in self.arguments:
             if name in _LLMAPI_OWN:
-                raise ValueError(f"arguments: trtqwen sets {name} from other fields of the recipe")
+                raise SettingError(f"arguments: trtqwen sets {name} from other fields of the recipe", "remove it")
             if name not in known:
                 near = get_close_matches(name, known, n=1)
-                guess = f", did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"arguments: LLM of TensorRT-LLM {self.release} has no argument {name!r}{guess}")
+                hint = f"did you mean {near[0]!r}?" if near else "remove it, or set a newer release"
+                raise SettingError(f"arguments: LLM of TensorRT-LLM {self.release} has no argument {name!r}", hint)
         return self

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from trtqwen.diagnostics import RecipeError, first_problem
+from trtqwen.diagnostics import RecipeError, first_hint, first_problem
 from trtqwen.recipe.sections import Recipe
 from trtqwen.yaml_file import parse_value, read_mapping
 
@@ -88,8 +88,10 @@ def recipe_names() -> list[str]:
 
 def _advice(problem: ValidationError, model: type[BaseModel]) -> str:
     first = problem.errors()[0]
+    if first["type"] == "missing":
+        return "add the field"
     near = _near_field(".".join(map(str, first["loc"])), model) if first["type"] == "extra_forbidden" else None
-    return f"did you mean {near!r}?" if near else "change the recipe"
+    return f"did you mean {near!r}?" if near else first_hint(problem) or "change the recipe"
 
 
 def _near_field(field: str, model: type[BaseModel]) -> str | None:

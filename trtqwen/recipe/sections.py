@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from trtqwen.diagnostics import RecipeError, first_problem
+from trtqwen.diagnostics import RecipeError, SettingError, first_hint, first_problem
 from trtqwen.facts.names import CardName, Release
 from trtqwen.hf.known import model_names
 from trtqwen.recipe.engines import LlmApiSettings, Section, VllmSettings
@@ -66,15 +66,17 @@ class CheckpointRecipe(Section):
     @model_validator(mode="after")
     def _settings_agree(self) -> CheckpointRecipe:
         if (self.per_channel or self.per_token) and self.quant != "int8_sq":
-            raise ValueError("per_channel and per_token are settings of quant: int8_sq")
+            raise SettingError(
+                "per_channel and per_token are settings of quant: int8_sq", "remove them, or set quant"
+            )
         if self.int8_layout != "plain" and self.quant != "int8_wo":
-            raise ValueError("int8_layout is a setting of quant: int8_wo")
+            raise SettingError("int8_layout is a setting of quant: int8_wo", "remove it, or set quant")
         if self.quant != "none" and self.dtype == "float32":
-            raise ValueError("INT8 weights need dtype float16 or bfloat16")
+            raise SettingError("INT8 weights need dtype float16 or bfloat16", "set dtype to one of them")
         if (self.calib or self.act_ranges or self.chat_template) and not self.calibrated:
-            raise ValueError("calibration is for quant: int8_sq and kv_cache: int8 only")
+            raise SettingError("calibration is for quant: int8_sq and kv_cache: int8 only", "remove its settings")
         if self.calib and self.act_ranges:
-            raise ValueError("calib and act_ranges exclude each other")
+            raise SettingError("calib and act_ranges exclude each other", "remove one of them")
         return self
 
 
@@ -140,28 +142,35 @@ class EngineRecipe(Section):
     def _steps_hold_a_batch(self) -> EngineRecipe:
         least = max(self.max_batch_size, self.tokens_per_block)
         if self.max_num_tokens < least:
-            raise ValueError(
+            raise SettingError(
                 f"max_num_tokens {self.max_num_tokens} is less than {least}, "
-                "the larger of max_batch_size and tokens_per_block"
+                "the larger of max_batch_size and tokens_per_block",
+                f"set max_num_tokens to {least} or more",
             )
         if self.opt_num_tokens is not None and self.opt_num_tokens > self.max_num_tokens:
-            raise ValueError(f"opt_num_tokens {self.opt_num_tokens} exceeds max_num_tokens {self.max_num_tokens}")
+            raise SettingError(
+                f"opt_num_tokens {self.opt_num_tokens} exceeds max_num_tokens {self.max_num_tokens}",
+                "lower opt_num_tokens",
+            )
         if self.opt_num_tokens is not None and self.multiple_profiles:
-            raise ValueError("opt_num_tokens and multiple_profiles exclude each other: trtllm-build refuses both")
+            raise SettingError(
+                "opt_num_tokens and multiple_profiles exclude each other: trtllm-build refuses both",
+                "remove one of them",
+            )
         return self
 
     @model_validator(mode="after")
     def _only_tensorrt_tunes(self) -> EngineRecipe:
         if self.vllm is not None and self.backend != "vllm":
-            raise ValueError("vllm is a section of backend: vllm")
+            raise SettingError("vllm is a section of backend: vllm", "remove the section, or change the backend")
         if self.llmapi is not None and self.backend != "llmapi":
-            raise ValueError("llmapi is a section of backend: llmapi")
+            raise SettingError("llmapi is a section of backend: llmapi", "remove the section, or change the backend")
         if self.backend == "vllm" and self.tokens_per_block == 8:
-            raise ValueError("tokens_per_block 8 is not a block size of vLLM; take 16 or more")
+            raise SettingError("tokens_per_block 8 is not a block size of vLLM", "use 16 or more")
         if self.backend != "tensorrt_llm":
             for name in ("opt_num_tokens", "multiple_profiles", "logits_dtype", "gather_context_logits"):
                 if getattr(self, name) != type(self).model_fields[name].default:
-                    raise ValueError(f"{name} is a setting of backend: tensorrt_llm")
+                    raise SettingError(f"{name} is a setting of backend: tensorrt_llm", "remove it")
         return self
 
 
@@ -236,7 +245,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _known_model(self) -> Recipe:
         if self.model is not None and self.model not in model_names():
-            raise ValueError(f"model {self.model!r} is not one of {', '.join(model_names())}")
+            raise SettingError(f"model {self.model!r} is unknown", f"use one of {', '.join(model_names())}")
         return self
 
     @model_validator(mode="after")
@@ -244,15 +253,22 @@ class Recipe(Section):
         engine, serve = self.engine, self.serve
         for name in ("enable_chunked_context", "enable_kv_cache_reuse"):
             if getattr(serve, name) and not engine.use_paged_context_fmha:
-                raise ValueError(f"serve.{name} needs engine.use_paged_context_fmha: true")
+                raise SettingError(
+                    f"serve.{name} needs engine.use_paged_context_fmha: true",
+                    f"set it, or set serve.{name} to false",
+                )
         if not serve.enable_chunked_context and engine.max_num_tokens < engine.max_seq_len:
-            raise ValueError(
+            raise SettingError(
                 f"engine.max_num_tokens {engine.max_num_tokens} cannot take a prompt of engine.max_seq_len "
-                f"{engine.max_seq_len} in one step; set serve.enable_chunked_context or raise it"
+                f"{engine.max_seq_len} in one step",
+                "set serve.enable_chunked_context or raise it",
             )
         pool = serve.max_tokens_in_paged_kv_cache
         if pool is not None and pool < engine.tokens_per_block:
-            raise ValueError(f"serve.max_tokens_in_paged_kv_cache {pool} is less than one block")
+            raise SettingError(
+                f"serve.max_tokens_in_paged_kv_cache {pool} is less than one block",
+                f"set it to {engine.tokens_per_block} or more",
+            )
         return self
 
     @model_validator(mode="after")
@@ -260,18 +276,19 @@ class Recipe(Section):
         plain = ServeRecipe()
         for name in TORCH_SERVING:
             if self.engine.backend != "torch" and getattr(self.serve, name) != getattr(plain, name):
-                raise ValueError(f"serve.{name} is a setting of backend: torch")
+                raise SettingError(f"serve.{name} is a setting of backend: torch", "remove it")
         if self.host is not None and self.engine.backend == "torch" and self.serve.device == "cpu":
-            raise ValueError("serve.device cpu: the section host describes GPUs; leave one of them out")
+            raise SettingError("serve.device cpu: the section host describes GPUs", "leave one of them out")
         return self
 
     @model_validator(mode="after")
     def _host_has_gpus(self) -> Recipe:
         needed = self.world_size * self.serve.replicas
         if self.host is not None and needed > self.host.gpus:
-            raise ValueError(
+            raise SettingError(
                 f"{self.serve.replicas} replicas of {self.world_size} ranks need {needed} GPUs, but host.gpus is "
-                f"{self.host.gpus}"
+                f"{self.host.gpus}",
+                "lower serve.replicas or checkpoint.tp_size",
             )
         return self
 
@@ -283,47 +300,58 @@ class Recipe(Section):
             if self.engine.backend == "llmapi":
                 self._llmapi_can()
             if self.serve.replica_mode == "orchestrator" and self.serve.replicas > 1:
-                raise ValueError("serve.replica_mode orchestrator is a setting of backend: tensorrt_llm; use servers")
+                raise SettingError(
+                    "serve.replica_mode orchestrator is a setting of backend: tensorrt_llm", "use servers"
+                )
             plain = ServeRecipe()
             for name in _TENSORRT_SERVING:
                 if getattr(self.serve, name) != getattr(plain, name):
-                    raise ValueError(f"serve.{name} is a setting of backend: tensorrt_llm")
+                    raise SettingError(f"serve.{name} is a setting of backend: tensorrt_llm", "remove it")
             return self
         if self.host is None:
-            raise ValueError("backend: tensorrt_llm needs a section host with card and gpus")
+            raise SettingError("backend: tensorrt_llm needs a section host with card and gpus", "add the section")
         if self.checkpoint.kv_cache == "int8" and self.engine.use_paged_context_fmha:
-            raise ValueError(
-                "engine.use_paged_context_fmha has no kernel for an INT8 KV cache; with it go chunked context and "
-                "KV cache reuse; set it and serve.enable_chunked_context false, or leave checkpoint.kv_cache auto"
+            raise SettingError(
+                "engine.use_paged_context_fmha has no kernel for an INT8 KV cache, and chunked context and KV cache "
+                "reuse need it",
+                "set it and serve.enable_chunked_context false, or leave checkpoint.kv_cache auto",
             )
         if self.checkpoint.release == "0.17.0":
-            raise ValueError("checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on; name a newer release")
+            raise SettingError(
+                "checkpoint.release 0.17.0: trtllm-build is known from 0.18.2 on", "name a newer release"
+            )
         return self
 
     def _llmapi_can(self) -> None:
         """Refuse settings without a counterpart in the LLM API."""
         checkpoint = self.checkpoint
         if checkpoint.quant == "int8_sq":
-            raise ValueError(
-                "checkpoint.quant int8_sq: the LLM API has no SmoothQuant; use int8_wo or none, or backend: vllm"
+            raise SettingError(
+                "checkpoint.quant int8_sq: the LLM API has no SmoothQuant", "use int8_wo or none, or backend: vllm"
             )
         if checkpoint.kv_cache == "int8":
-            raise ValueError("checkpoint.kv_cache int8: the LLM API has no INT8 KV cache; use auto")
+            raise SettingError("checkpoint.kv_cache int8: the LLM API has no INT8 KV cache", "use auto")
         if checkpoint.quant == "int8_wo" and checkpoint.int8_layout != "plain":
-            raise ValueError("checkpoint.int8_layout: the LLM API quantizes 16-bit weights when it loads; use plain")
+            raise SettingError(
+                "checkpoint.int8_layout: the LLM API quantizes 16-bit weights when it loads", "use plain"
+            )
 
     def _vllm_can(self) -> None:
         """Refuse settings without a counterpart in vLLM."""
         if self.checkpoint.kv_cache == "int8":
-            raise ValueError("checkpoint.kv_cache int8: vLLM does not read TensorRT-LLM's INT8 KV scales; use auto")
+            raise SettingError(
+                "checkpoint.kv_cache int8: vLLM does not read TensorRT-LLM's INT8 KV scales", "use auto"
+            )
         serve = self.serve
         if "batch_scheduler_policy" in serve.model_fields_set and serve.batch_scheduler_policy != "max_utilization":
-            raise ValueError(
-                "serve.batch_scheduler_policy guaranteed_no_evict: vLLM always admits as max_utilization does; "
-                "set that or leave the field out"
+            raise SettingError(
+                "serve.batch_scheduler_policy guaranteed_no_evict: vLLM always admits as max_utilization does",
+                "set that or leave the field out",
             )
         if serve.replicas > 1 and self.engine.vllm is not None and self.engine.vllm.address is not None:
-            raise ValueError("serve.replicas: an address is one vLLM; list several addresses at `trtqwen gateway`")
+            raise SettingError(
+                "serve.replicas: an address is one vLLM", "list several addresses at `trtqwen gateway`"
+            )
 
 
 SECTIONS: dict[str, type[BaseModel]] = {
@@ -338,10 +366,10 @@ def override(settings: CheckpointRecipe, changes: dict[str, object]) -> Checkpoi
     """The settings with those changes that are not None.
 
     Raises:
-        RecipeError: if the result does not hold together.
+        RecipeError: if the result is not valid.
     """
     given = {name: value for name, value in changes.items() if value is not None}
     try:
         return CheckpointRecipe.model_validate({**settings.model_dump(), **given})
     except ValidationError as problem:
-        raise RecipeError(f"options: {first_problem(problem)}", "change the options") from None
+        raise RecipeError(f"options: {first_problem(problem)}", first_hint(problem) or "change the options") from None

@@ -43,9 +43,11 @@ class SafetensorsReader:
                 self._entries, self._data_start, self.header_bytes = read_header(file, self.size)
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except OSError as problem:
-            raise error(f"{path}: cannot be read ({problem.strerror}); check the path and its rights") from None
+            raise error(
+                f"{path}: cannot be read ({problem.strerror})", "check the path and its permissions"
+            ) from None
         except ValueError as problem:
-            raise error(f"{path}: {problem}; copy or download the file again") from None
+            raise error(f"{path}: {problem}", "copy or download the file again") from None
 
     def __iter__(self) -> Iterator[str]:
         """Tensor names in the order of their bytes in the file."""

@@ -174,5 +174,5 @@ def server_error(url: str, problem: grpc.RpcError) -> ServerError:
             f"{url}: no Triton server answers", "start one with `trtqwen serve` or correct the address"
         )
     if problem.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return ServerError(f"{url}: the server did not answer in time", "check its log, or allow it more")
+        return ServerError(f"{url}: the server did not answer in time", "check its log, or allow more time")
     return ServerError(f"{url}: the server refused the request: {problem.details()}")

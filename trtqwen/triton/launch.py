@@ -119,7 +119,7 @@ def rank_hosts(texts: Sequence[str], shell: str | None = None) -> RankHosts | No
             f"the host {max(names, key=names.count)} is named twice", "name each once, with all its ranks"
         )
     if shell is not None and not hosts:
-        raise InputError("a shell for ranks is named, and no hosts", "name the hosts with --rank-host")
+        raise InputError("--rank-shell is given without --rank-host", "name the hosts with --rank-host")
     return RankHosts(tuple(hosts), shell) if hosts else None
 
 
@@ -169,7 +169,7 @@ def read_deployment(repository: Path) -> Deployment:
     try:
         config = text_format.Parse(path.read_text(encoding="utf-8"), ModelConfig())
     except (OSError, UnicodeDecodeError, text_format.ParseError):
-        raise InputError(f"{path}: is missing or no model config", "write it again with `trtqwen repo`") from None
+        raise InputError(f"{path}: is missing or not a model config", "write it again with `trtqwen repo`") from None
     if config.backend != _CPP_BACKEND:
         servers, engine = server_count(repository), Path(config.parameters["gpt_model_path"].string_value)
         found, ranks = read_engine_config(engine), 1

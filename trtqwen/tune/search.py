@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from trtqwen import __version__
 from trtqwen.artifact.journal import journal_digest
-from trtqwen.diagnostics import InputError, TrtQwenError, first_problem
+from trtqwen.diagnostics import InputError, TrtQwenError, first_hint, first_problem
 from trtqwen.plan.plan import plan_recipe
 from trtqwen.recipe import Recipe
 from trtqwen.tune.bench import Bench
@@ -253,7 +253,7 @@ class Searcher:
         try:
             recipe = Recipe.model_validate({**configuration.apply(self._content), "name": self._recipe.name})
         except ValidationError as problem:
-            raise InputError(first_problem(problem), "change the recipe") from None
+            raise InputError(first_problem(problem), first_hint(problem) or "change the recipe") from None
         for finding in plan_recipe(recipe, self._model).findings:
             if finding.level == "error":
                 raise InputError(finding.what, finding.hint)

@@ -145,6 +145,6 @@ def _guide(guided: GuidedDecodingParams) -> dict[str, Any]:
         try:
             return {"json": json.loads(guided.guide)}
         except ValueError as problem:
-            what = f"guided_decoding_guide: is no json_schema that can be followed ({problem})"
+            what = f"guided_decoding_guide: is not a usable json_schema ({problem})"
             raise RequestError(what, "correct it") from None
     return {"regex" if guided.guide_type == "regex" else "grammar": guided.guide}

@@ -125,7 +125,7 @@ def _json_guide(given: dict[str, Any] | str | None, param: str) -> Guide | None:
                 f"{param} is a text that is not JSON; send the schema as an object", param=param
             ) from None
         if not isinstance(given, dict):
-            raise bad_request(f"{param} is no object; send a JSON schema", param=param)
+            raise bad_request(f"{param} is not an object; send a JSON schema", param=param)
     return schema_guide(given, param)
 
 

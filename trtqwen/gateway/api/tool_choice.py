@@ -59,7 +59,9 @@ def _named(tools: Sequence[Tool], choice: NamedTool) -> Tool:
     for tool in tools:
         if tool.function.name == choice.function.name:
             return tool
-    raise bad_request(f"tool_choice names {choice.function.name!r}, which is no tool", param="tool_choice")
+    raise bad_request(
+        f"tool_choice names {choice.function.name!r}, which is not a tool of the request", param="tool_choice"
+    )
 
 
 def call_guide(model: ServedModel, tools: Sequence[Tool]) -> Guide:

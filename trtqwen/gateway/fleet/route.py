@@ -122,4 +122,4 @@ async def warm_up(runtime: Runtime) -> None:
     for replica in runtime.generator.replicas:
         async for reply in replica.generate(f"warm-up-{os.getpid()}", inputs, _WARM_SECONDS):
             if reply.log_probs and not np.isfinite(reply.log_probs).all():
-                raise InputError(f"{replica.address}: computes no numbers")
+                raise InputError(f"{replica.address}: computes NaN or infinity", "serve in bfloat16")

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from trtqwen.artifact.manifest import load_manifest
-from trtqwen.diagnostics import InputError, first_problem
+from trtqwen.diagnostics import InputError, SettingError, first_hint, first_problem
 from trtqwen.gateway.config import Address, GatewayConfig
 from trtqwen.yaml_file import read_mapping
 
@@ -50,9 +50,9 @@ class Target(BaseModel):
     @model_validator(mode="after")
     def _serves_or_shadows(self) -> Target:
         if self.shadow is not None and self.weight:
-            raise ValueError(f"target {self.name}: has both weight and shadow; it either answers or is compared")
+            raise SettingError(f"target {self.name}: has both weight and shadow", "remove one of them")
         if self.gpus is not None and self.triton is not None:
-            raise ValueError(f"target {self.name}: gpus is for a Triton that `serve` starts; remove it or triton")
+            raise SettingError(f"target {self.name}: gpus is for a Triton that `serve` starts", "remove it or triton")
         return self
 
     @property
@@ -92,9 +92,9 @@ class ModelEntry(BaseModel):
     def _one_answers(self) -> ModelEntry:
         names = [target.name for target in self.targets]
         if len(set(names)) < len(names):
-            raise ValueError(f"two targets have the name {max(names, key=names.count)}; give each its own")
+            raise SettingError(f"two targets have the name {max(names, key=names.count)}", "give each its own")
         if not any(target.share for target in self.targets):
-            raise ValueError("no target has a weight, so that none would answer; give one a weight")
+            raise SettingError("no target has a weight, so that none would answer", "give one a weight")
         return self
 
     @property
@@ -118,17 +118,19 @@ class ModelTable(BaseModel):
     @model_validator(mode="after")
     def _names_and_addresses(self) -> ModelTable:
         if self.default is not None and self.default not in self.models:
-            raise ValueError(f"default is {self.default}, which is no model of the table")
+            raise SettingError(
+                f"default is {self.default}, which is not a model of the table", "name one of its models"
+            )
         names = [*self.models, *(alias for entry in self.models.values() for alias in entry.aliases)]
         if len(set(names)) < len(names):
-            raise ValueError(f"the name {max(names, key=names.count)} is given twice")
+            raise SettingError(f"the name {max(names, key=names.count)} is given twice", "rename one of them")
         addresses = [
             address for entry in self.models.values() for target in entry.targets for address in target.triton or ()
         ]
         if len(set(addresses)) < len(addresses):
-            raise ValueError(
-                f"two targets have the Triton at {max(addresses, key=addresses.count)}; give an engine one target, "
-                "and further names as aliases"
+            raise SettingError(
+                f"two targets have the Triton at {max(addresses, key=addresses.count)}",
+                "give an engine one target, and further names as aliases",
             )
         return self
 
@@ -150,7 +152,7 @@ class ModelTable(BaseModel):
         elif default == name:
             default = None
         if not models:
-            raise InputError(f"{name}: is the only model", "a gateway serves one at least; replace it instead")
+            raise InputError(f"{name}: is the only model", "replace it: a gateway serves at least one")
         return parse_table({"models": {key: known.model_dump() for key, known in models.items()}, "default": default})
 
 
@@ -176,7 +178,7 @@ def _parse(kind: type[Parsed], content: Any, where: str) -> Parsed:
     try:
         return kind.model_validate(content)
     except ValidationError as problem:
-        raise InputError(f"{where}: {first_problem(problem)}", "correct it") from None
+        raise InputError(f"{where}: {first_problem(problem)}", first_hint(problem) or "correct it") from None
 
 
 def read_table(path: Path) -> ModelTable:
