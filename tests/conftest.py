@@ -32,8 +32,9 @@ from trtqwen.triton.ports import Ports
 from trtqwen.triton.repository import write_repository
 from trtqwen.triton.server import TritonServer
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background jobs and their children ignore it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for ignored in (signal.SIGINT, signal.SIGHUP):  # by what a shell starts in the background, or nohup, and its children
+    if signal.getsignal(ignored) is signal.SIG_IGN:
+        signal.signal(ignored, signal.SIG_DFL if ignored == signal.SIGHUP else signal.default_int_handler)
 
 gc.disable()  # until the tests are collected: what imports make stays, and looking through it takes seconds
 
@@ -165,6 +166,48 @@ SERVERS = {
         "gateway/test_workers.py",
     ),
 }
+# Other files that take long, the longest first; those that wait for servers alternate with those that compute.
+LONG = (
+    "triton/test_server.py",
+    "executor/test_executor.py",
+    "bench/test_compare.py",
+    "verify/test_verify.py",
+    "batch/test_batch.py",
+    "executor/cuda/test_kernels.py",
+    "cli/test_cli.py",
+    "containers/test_container_start.py",
+    "gateway/test_models_command.py",
+    "executor/test_requests.py",
+    "deploy/test_kubernetes.py",
+    "hf/test_layouts.py",
+    "gateway/test_replicas.py",
+    "executor/test_precisions.py",
+    "vllm/test_serve.py",
+    "test_build.py",
+    "test_api.py",
+    "engine/test_explain.py",
+    "triton/test_launch.py",
+    "executor/test_guided.py",
+    "tune/test_bench.py",
+    "cli/test_build.py",
+    "gateway/test_two_gateways.py",
+    "test_selftest.py",
+    "vllm/test_migration.py",
+    "checkpoint/test_convert.py",
+    "triton/test_supervisor.py",
+    "executor/cuda/test_model.py",
+    "gateway/test_layouts.py",
+    "verify/test_exported.py",
+    "triton/test_service.py",
+    "bench/test_load.py",
+    "gateway/test_tracing.py",
+    "tune/test_search.py",
+    "engine/test_trtllm_builder.py",
+    "simulate/test_measured.py",
+    "vllm/test_executor.py",
+    "deploy/test_rules.py",
+)
+PLACE_OF = {f"tests/{file}": place for place, file in enumerate(LONG)}
 SERVER_OF = {f"tests/{file}": server for server, files in SERVERS.items() for file in files}
 
 
@@ -192,12 +235,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     Processes take file after file: the long ones come first, so that none of them runs alone at the end.
     """
-    starts = {item.path for item in items if item.get_closest_marker("triton")}
     for item in items:
         file, taken = item.nodeid.partition("::")[0], SERVERS.keys() & getattr(item, "fixturenames", ())
         if taken and file not in SERVER_OF:
             raise pytest.UsageError(f"{file} shares a server: name it in SERVERS of tests/conftest.py")
-    items.sort(key=lambda item: (item.nodeid.partition("::")[0] not in SERVER_OF, item.path not in starts))
+    places = dict.fromkeys(SERVER_OF, -1) | PLACE_OF
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(LONG)))
     for item in items:
         mark = item.get_closest_marker("embedded")
         if mark is not None and BACKEND != "torch":

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import trtqwen
+from tests.conftest import PLACE_OF, SERVER_OF
 
 PACKAGE = Path(trtqwen.__file__).parent
 
@@ -120,3 +121,9 @@ def test_a_rank_loads_no_converter() -> None:
 def test_help_loads_no_command() -> None:
     modules = loaded("trtqwen.cli")
     assert not modules & {"torch", "numpy", "trtqwen.build", "trtqwen.gateway.server"}
+
+
+def test_the_order_of_the_tests_names_files_that_exist() -> None:
+    missing = [file for file in (*PLACE_OF, *SERVER_OF) if not (Path(__file__).parents[1] / file).is_file()]
+    assert not missing
+    assert not PLACE_OF.keys() & SERVER_OF.keys()

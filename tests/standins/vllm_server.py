@@ -3,7 +3,8 @@
 `python` scripts written by `write_python` run it in place of `vllm.entrypoints.openai.api_server`. The environment
 variable STAND_IN_VLLM is a JSON script: `ids` to answer with, `gap` seconds between them, `version`, `told` (the
 version that it tells, null for none), `name`,
-`exit` (code at the start), `unknown` (an option it refuses), `silent_after` and `die_after` (tokens).
+`exit` (code at the start), `unknown` (an option it refuses), `silent_after` and `die_after` (tokens), `keep_alive`
+(seconds, until it closes a connection that idles).
 """
 
 from __future__ import annotations
@@ -112,11 +113,12 @@ async def main(words: list[str]) -> None:
     )
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/bodies", lambda request: _json(BODIES))
-    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    runner = web.AppRunner(app, shutdown_timeout=0.1, keepalive_timeout=SCRIPT.get("keep_alive", 5))
     await runner.setup()
-    site = web.UnixSite(runner, options["uds"]) if "uds" in options else web.TCPSite(runner, "127.0.0.1", 0)
+    uds = options.get("uds")
+    site = web.UnixSite(runner, uds, backlog=2048) if uds is not None else web.TCPSite(runner, "127.0.0.1", 0)
     await site.start()
-    if "uds" not in options:
+    if uds is None:
         print(runner.addresses[0][1], flush=True)
     await asyncio.Event().wait()
 

@@ -9,14 +9,21 @@ import sys
 import threading
 import weakref
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
+import grpc
+import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 import trtqwen.triton
+from tests.triton.conftest import played_triton
+from trtqwen.triton.messages import infer_response, input_arrays
+from trtqwen.triton.parameters import FROM_PROGRAM, GRPC_ADDRESS
 
 SECONDS = 5.0  # more than anything here takes
 
@@ -82,6 +89,68 @@ def test_a_stop_that_fails_is_logged_and_tried_again_and_others_are_stopped(
         model.finalize()
     for request_id in stopped:
         assert f"request {request_id} was not stopped: no shared memory is left" in triton.logged
+
+
+class PlayedEngine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """Answers a stream with three tokens, and a stop with nothing.
+
+    Attributes:
+        asked: id and parameter of each stream that has been asked for.
+    """
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str]] = []
+
+    def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        for request in requests:
+            if "stop" not in input_arrays(request):
+                self.asked.append((request.id, request.parameters[FROM_PROGRAM].string_param))
+                for token_id in (5, 6, 7):
+                    ids = np.array([[[token_id]]], np.int32)
+                    outputs = {"output_ids": ids, "sequence_length": np.ones((1, 1), np.int32)}
+                    yield service_pb2.ModelStreamInferResponse(infer_response=infer_response(outputs))
+
+
+def test_the_program_asks_the_engine_over_grpc_and_never_by_tritons_own_stream(
+    triton: PlayedTriton, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Triton's own streams hang and crash where several are read at a time."""
+    texts = {"preprocessing": {}, "postprocessing": {"OUTPUT": np.array([b"x"], np.object_)}}
+
+    def ask(model_name: str, **_: Any) -> Any:
+        def execute(decoupled: bool = False) -> Any:
+            assert not decoupled
+            outputs = []
+            for name, value in texts[model_name].items():
+                outputs.append(tensor := MagicMock(as_numpy=MagicMock(return_value=value)))
+                tensor.name.return_value = name
+            return MagicMock(has_error=lambda: False, output_tensors=lambda: outputs)
+
+        return SimpleNamespace(exec=execute)
+
+    triton.InferenceRequest = ask
+    ended: queue.Queue[Any] = queue.Queue()
+    sender = MagicMock(is_cancelled=lambda: False, send=lambda *parts, flags=0: ended.put((*parts, flags)))
+    tensor = MagicMock(as_numpy=lambda: np.array([[b"prompt"]], np.object_))
+    tensor.name.return_value = "text_input"
+    request = MagicMock(
+        inputs=lambda: [tensor],
+        request_id=lambda: "mine",
+        get_response_sender=lambda: sender,
+        requested_output_names=lambda: ["text_output"],
+    )
+    engine = PlayedEngine()
+    with played_triton(engine) as address:
+        monkeypatch.setenv(GRPC_ADDRESS, address)
+        model = load("tensorrt_llm_bls").TritonPythonModel()
+        model.initialize({"model_config": json.dumps({"parameters": {}, "output": []})})
+        model.execute([request])
+        sent = [ended.get(timeout=60) for _ in range(4)]
+        model.finalize()
+    assert [flags for *_, flags in sent] == [0, 0, 0, 1]
+    [(inner_id, client_id)] = engine.asked
+    assert client_id == "mine"
+    assert inner_id != "mine"
 
 
 def test_a_look_for_gone_clients_that_fails_is_logged_and_the_engines_model_looks_again(

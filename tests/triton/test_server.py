@@ -93,10 +93,10 @@ def serving(
     ) as process:
         assert process.stdout is not None
         words = process.stdout.readline().split()
+        while ready and (line := process.stdout.readline()) != "ready\n":
+            words = line.split()  # a Triton that crashed by a fault of its own while it started is started again
         group = int(words[0])
         [prefix] = [word.strip("'").rpartition("=")[2] for word in words if "shm-region-prefix-name" in word]
-        if ready:
-            assert process.stdout.readline() == "ready\n"
         try:
             yield process, group, prefix
         finally:

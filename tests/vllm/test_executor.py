@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -97,6 +99,22 @@ def test_tokens_come_with_their_log_probs(start: Callable[..., VllmExecutor]) ->
     stats = executor.stats()
     assert (stats.max_blocks, stats.used_blocks, stats.reused_blocks) == (100, 50, 3)
     assert executor.resident_bytes > 1e6
+
+
+def test_a_request_goes_on_no_connection_that_vllm_closes(start: Callable[..., VllmExecutor]) -> None:
+    """vLLM closes connections that idle; the event loop has not seen it when the next request begins."""
+    executor = start({"keep_alive": 0.05})
+    executor.stats()  # over a connection that could serve again
+    responses: queue.Queue[Response] = queue.Queue()
+    submitted = threading.Event()
+    executor._loop.call_soon_threadsafe(submitted.wait, 60)
+    executor.submit(request(id="2"), responses.put)
+    executor._loop.call_soon_threadsafe(time.sleep, 0.5)  # the request has begun, and comes next
+    submitted.set()
+    parts = [responses.get(timeout=60)]
+    while parts[-1].finish_reason is None:
+        parts.append(responses.get(timeout=60))
+    assert joined(parts) == ([5, 6, 7, 8, 5, 6], FinishReason.LENGTH)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,8 @@ def open_clients(target: Target, processes: int) -> Iterator[Clients]:
     Raises:
         ServerError: if one of them does not start.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, "uvloop", "trtqwen.bench.endpoint"])  # each run starts processes anew
     pipes, children = [], []
     for _ in range(processes):
         ours, theirs = context.Pipe()

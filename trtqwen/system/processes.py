@@ -243,6 +243,15 @@ def busy_nanoseconds(pid: int) -> dict[int, int]:
     return found
 
 
+def runnable(pid: int) -> bool:
+    """Whether a thread of a process computes or waits for a CPU, asked now."""
+    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
+        with suppress(OSError):
+            if task.read_text().rpartition(")")[2].split()[_STATE] == "R":
+                return True
+    return False
+
+
 def ending(code: int) -> str:
     """Describe how a process ended, as text after its name."""
     return f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"

@@ -20,6 +20,7 @@ HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond ups
 FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by the process that compared the digests of engine and repository
 HEARTBEAT = "TRTQWEN_HEARTBEAT"  # a file that `tensorrt_llm` touches whenever its engine answers between two steps
 ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine stopped
+GRPC_ADDRESS = "TRTQWEN_GRPC_ADDRESS"  # host:port at which the server's models reach its gRPC endpoint
 VLLM_SOCKET = "TRTQWEN_VLLM_SOCKET"  # where the vLLM listens that was started for this server
 VLLM_PID = "TRTQWEN_VLLM_PID"  # the process id of its guardian
 

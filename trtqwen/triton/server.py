@@ -41,6 +41,7 @@ from trtqwen.triton.launch import (
 from trtqwen.triton.parameters import (
     ENGINE_DEATH,
     FILES_VERIFIED,
+    GRPC_ADDRESS,
     HEARTBEAT,
     VLLM_PID,
     VLLM_SOCKET,
@@ -200,6 +201,7 @@ class TritonServer(Service):
             devices=self._devices,
             spread=self._spread,
         )
+        launch = replace(launch, environment={**launch.environment, GRPC_ADDRESS: self.grpc_url})
         if self._vllm is None:
             return launch
         socket = Path(tempfile.gettempdir(), "trtqwen-vllm.socket")

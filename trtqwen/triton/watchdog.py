@@ -10,7 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
-from trtqwen.system.processes import busy_nanoseconds, cpu_seconds, living, stopped
+from trtqwen.system.processes import busy_nanoseconds, cpu_seconds, living, runnable, stopped
 
 _PATIENCE = 10  # times the limit: how long a step may take whose processes compute
 _SAMPLE_SECONDS = 3.0
@@ -134,6 +134,9 @@ class Watchdog:
         self._sample = None
         if used - used_before >= _IDLE * seconds:
             return False
-        # On a busy machine, a thread that computes may get less than that for seconds.
+        # On a busy machine, a thread that computes may get less than that for seconds. The kernel counts the time
+        # that a thread has waited only when it runs again.
+        if any(map(runnable, processes)):
+            return False
         wanted = max((busy[thread] - busy_before[thread] for thread in busy.keys() & busy_before.keys()), default=0)
         return wanted < _STARVED * seconds * 1e9

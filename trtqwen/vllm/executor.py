@@ -83,10 +83,12 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
 
     async def _connect(self) -> str:
         """Connect, wait until vLLM is ready, and check what it serves; returns its release."""
+        # No connection is used twice: vLLM closes one that has idled for 5 seconds, and a request that is sent on it
+        # at that moment would fail.
         connector = (
-            aiohttp.UnixConnector(str(self._place.socket), limit=0)
+            aiohttp.UnixConnector(str(self._place.socket), limit=0, force_close=True)
             if self._place is not None
-            else aiohttp.TCPConnector(limit=0)
+            else aiohttp.TCPConnector(limit=0, force_close=True)
         )
         self._session = aiohttp.ClientSession(
             connector=connector, timeout=aiohttp.ClientTimeout(total=None), read_bufsize=1 << 20

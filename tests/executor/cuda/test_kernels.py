@@ -154,7 +154,6 @@ def make_batch(spans: list[tuple[int, int]], device: torch.device) -> AttentionB
 QUICK = [
     (4, 4, torch.float16, True),
     (14, 2, torch.float32, False),
-    (3, 1, torch.float32, True),
     (3, 1, torch.float16, False),
 ]
 ALL = [(*heads, *kind) for heads in ((4, 4), (14, 2), (3, 1)) for kind in product(DTYPES, (False, True))]
@@ -207,10 +206,10 @@ def test_embed(device: torch.device) -> None:
 
 @pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16])
 def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
-    rows, vocab_size = 18, 9000  # more than a block of 8192
+    rows, vocab_size = 12, 9000  # more than a block of 8192
     logits = random(rows, vocab_size, device=device, dtype=torch.float32) * 3
-    logits[8:12] /= 100  # more tokens stay than are gathered
-    logits[12:16] *= 20  # one or two stay
+    logits[8:10] /= 100  # more tokens stay than are gathered
+    logits[10:12] *= 20  # one or two stay
     logits = logits.to(dtype)
     generator = torch.Generator().manual_seed(3)
     values = torch.zeros(5, rows)

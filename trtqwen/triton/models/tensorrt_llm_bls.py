@@ -1,6 +1,7 @@
 """Triton model `tensorrt_llm_bls`: prompts to text by calling the other models, many requests at a time."""
 
 import json
+import os
 import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +13,8 @@ import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.triton.bls import BlsSettings, answer, stop
-from trtqwen.triton.parameters import FROM_PROGRAM, flag, read_parameters
+from trtqwen.triton.loopback import Loopback
+from trtqwen.triton.parameters import FROM_PROGRAM, GRPC_ADDRESS, flag, read_parameters
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MOST_REQUESTS = 256  # served at a time, each by a thread that mostly waits
@@ -31,6 +33,8 @@ class TritonPythonModel:
             accumulate_tokens=flag(parameters, "accumulate_tokens", False),
             outputs=tuple(name for name in outputs if name != "text_output"),
         )
+        # Who starts tritonserver by hand may not tell the address: then by Triton's own calls, which may hang.
+        self._loopback = Loopback(os.environ[GRPC_ADDRESS]) if GRPC_ADDRESS in os.environ else None
         self._running: dict[_Sender, _Models] = {}
         self._threads = ThreadPoolExecutor(_MOST_REQUESTS)
         self._stopping = threading.Event()
@@ -40,13 +44,15 @@ class TritonPythonModel:
     def execute(self, requests: list["pb_utils.InferenceRequest"]) -> None:
         for request in requests:
             inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            models = _Models(client_id=request.request_id())
+            models = _Models(request.request_id(), self._loopback)
             self._threads.submit(self._serve, models, inputs, _Sender(request))
 
     def finalize(self) -> None:
         self._stopping.set()
         self._watcher.join()
         self._threads.shutdown()
+        if self._loopback is not None:
+            self._loopback.close()
 
     def _serve(self, models: "_Models", inputs: dict[str, Array], sender: "_Sender") -> None:
         self._running[sender] = models
@@ -113,22 +119,27 @@ class _Sender:
 
 
 class _Models:
-    """`bls.Models` by way of the python backend, for one request.
+    """`bls.Models` for one request: single responses by way of the python backend, streams over gRPC.
 
     Clients may use one id twice or none, so the other models get a new id. The embedded engine also gets the client's
     id, for the client's stop request. TensorRT-LLM's backend has one id per request.
     """
 
-    def __init__(self, client_id: str) -> None:
+    def __init__(self, client_id: str, loopback: Loopback | None) -> None:
         self.request_id = uuid.uuid4().hex
         self._client_id = client_id
+        self._loopback = loopback
 
     def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         return _read(self._request(model, inputs, outputs).exec())
 
     def stream(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
-        for response in self._request(model, inputs, outputs).exec(decoupled=True):
-            yield _read(response)
+        if self._loopback is not None:
+            parameters = {FROM_PROGRAM: self._client_id}
+            yield from self._loopback.stream(model, self.request_id, inputs, outputs, parameters)
+        else:
+            for response in self._request(model, inputs, outputs).exec(decoupled=True):
+                yield _read(response)
 
     def _request(
         self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]
