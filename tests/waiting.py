@@ -9,12 +9,17 @@ GENEROUS = 60.0  # seconds; a machine with many other processes needs a few of t
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = GENEROUS) -> bool:
-    """Tell whether the condition becomes true within a generous time."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
+    """Tell whether the condition becomes true within a generous time.
+
+    It is asked less often the longer it takes: what is waited for needs the processors more than this does.
+    """
+    begun = asked = time.monotonic()
+    while asked - begun < seconds:
         if condition():
             return True
-        time.sleep(0.02)
+        took, waited = time.monotonic() - asked, time.monotonic() - begun
+        time.sleep(min(0.1, max(0.02, 2 * took, waited / 20)))
+        asked = time.monotonic()
     return condition()
 
 

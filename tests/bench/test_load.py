@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from tests.bench.conftest import Scripted
+from tests.slow import slow
 from trtqwen.bench import load
 from trtqwen.bench.endpoint import Outcome
 from trtqwen.bench.figures import Goodput, client_health, figures
@@ -116,7 +117,7 @@ def test_late_clients_do_not_make_the_server_fast() -> None:
     assert figures([[first]], []).distributions["send_lag"].avg == pytest.approx(1000)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [slow(1), 2])
 def test_figures_agree_with_what_the_server_did(scripted: Callable[..., Scripted], processes: int) -> None:
     """Against a real server, whose own times are the truth.
 

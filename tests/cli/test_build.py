@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.errors import parse_error
+from tests.slow import every
 from tests.waiting import wait_for
 from trtqwen.artifact.directory import finished_directory, locked
 from trtqwen.cli import COMMANDS, app
@@ -82,7 +83,7 @@ def dry(arguments: list[str]) -> str:
     return result.output
 
 
-@pytest.mark.parametrize("name", recipe_names())
+@pytest.mark.parametrize("name", every(3, recipe_names()))
 def test_a_dry_run_of_any_recipe_tells_and_writes_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

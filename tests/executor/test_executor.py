@@ -90,7 +90,7 @@ SETTINGS = {
     [
         (1, "at ease"),
         slow(4, "at ease"),
-        (2, "chunked, waiting"),
+        slow(2, "chunked, waiting"),
         slow(1, "chunked, pausing"),
         (2, "chunked, pausing"),
     ],

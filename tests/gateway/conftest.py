@@ -75,7 +75,7 @@ class Running:
             connection.close()
 
     def get(self, path: str) -> tuple[int, str]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.config.port, timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.gateway.config.port, timeout=60)
         try:
             connection.request("GET", path)
             answer = connection.getresponse()

@@ -60,7 +60,7 @@ def test_the_gateway_s_death_is_an_error_and_frees_the_engine(start: Callable[..
     killed = time.monotonic()
     streams.join()
     assert all(streams.errors)
-    assert max(streams.ended) - killed < 2
+    assert max(streams.ended) - killed < 30  # half of the client's own limit
     assert other.chat("still there", max_tokens=50).choices[0].message.content == "still there"
 
 
