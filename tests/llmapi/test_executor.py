@@ -18,7 +18,7 @@ from trtqwen.batch.lines import Defaults, read_lines
 from trtqwen.batch.run import run_batch
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import EngineError, RequestError, ServerError
+from trtqwen.diagnostics import EngineError, RequestError, ServerError, first_hint, first_problem
 from trtqwen.engine.builder import build_engine
 from trtqwen.engine.config import read_engine_config
 from trtqwen.executor.config import ExecutorConfig
@@ -203,8 +203,9 @@ def test_recipes_without_a_counterpart_are_refused(
     checkpoint: dict[str, Any], engine: dict[str, Any], message: str
 ) -> None:
     content = {"name": "r", "description": "d", "checkpoint": checkpoint, "engine": {"backend": "llmapi", **engine}}
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValidationError) as caught:
         Recipe.model_validate(content)
+    assert message in f"{first_problem(caught.value)}; {first_hint(caught.value)}"
 
 
 def test_without_tensorrt_llm_it_is_one_sentence(llm_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ from tests.models import TINY
 from trtqwen.checkpoint.config import CheckpointConfig, checkpoint_config
 from trtqwen.checkpoint.mapping import RankMapping
 from trtqwen.demo import MODEL
-from trtqwen.diagnostics import EngineError, RequestError
+from trtqwen.diagnostics import EngineError, RequestError, first_hint, first_problem
 from trtqwen.engine.config import BuildConfig, EngineConfig
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.request import Request
@@ -183,8 +183,9 @@ def recipe(**changes: Any) -> Recipe:
     ],
 )
 def test_recipes_without_a_counterpart_are_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValidationError, match=message):
+    with pytest.raises(ValidationError) as caught:
         recipe(**changes)
+    assert message in f"{first_problem(caught.value)}; {first_hint(caught.value)}"
     assert recipe().engine.backend == "vllm"
 
 
