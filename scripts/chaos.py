@@ -118,7 +118,7 @@ class Server:
         return self
 
     def look(self) -> None:
-        """Remember every process that belongs to the server, whoever its parent is later."""
+        """Remember every process that belongs to the server, regardless of later parents."""
         for pid, command in descendants(self.process.pid).items():
             if (born := birth(pid)) is not None:
                 self.pids[pid], self.births[pid] = command, born
@@ -554,7 +554,7 @@ def timing(home: Path) -> str:
 
 
 def frozen(text: str, **fields: Any) -> Callable[[Path], str]:
-    """A helper process is stopped: the next request has its answer all the same."""
+    """A helper process is stopped: the next request still has its answer."""
 
     def case(home: Path) -> str:
         server = Attacked.get(home)
@@ -773,14 +773,14 @@ CASES: dict[str, tuple[bool, Callable[[Path], str]]] = {
     "kill -9 serve": (True, kill(None, signal.SIGKILL, -signal.SIGKILL)),
     "SIGHUP serve": (False, kill(None, signal.SIGHUP, 0, 45)),
     "kill -9 serve while it loads": (False, kill_while_loading),
-    "kill -9 a rank": (True, kill("executor.worker", signal.SIGKILL, 1)),
+    "kill -9 one rank": (True, kill("executor.worker", signal.SIGKILL, 1)),
     "kill -9 tritonserver": (False, kill("bin/tritonserver", signal.SIGKILL, 1)),
     "tritonserver crashes": (False, crash),
     "kill -9 a text model": (False, kill("preprocessing/1/model.py", signal.SIGKILL, 1)),
     "kill -9 the gateway": (False, kill("-m trtqwen.gateway", signal.SIGKILL, 1)),
     "kill -9 and SIGSTOP one of two workers": (False, worker),
     "kill -9 the guardian": (False, kill("guardian.py", signal.SIGKILL, 1)),
-    "SIGSTOP a rank": (True, kill("executor.worker", signal.SIGSTOP, 1, WATCHDOG_SECONDS + 20)),
+    "SIGSTOP one rank": (True, kill("executor.worker", signal.SIGSTOP, 1, WATCHDOG_SECONDS + 20)),
     "SIGSTOP tritonserver": (False, kill("bin/tritonserver", signal.SIGSTOP, 1, WATCHDOG_SECONDS + 20)),
     "SIGSTOP the gateway": (False, kill("-m trtqwen.gateway", signal.SIGSTOP, 1, WATCHDOG_SECONDS + 20)),
     "second Ctrl-C": (False, second_signal),

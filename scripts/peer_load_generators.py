@@ -1,4 +1,4 @@
-"""Put the load generator beside vLLM's and AIPerf on one server whose token times are known.
+"""Compare the load generator with vLLM's and AIPerf on one server whose token times are known.
 
     python scripts/peer_load_generators.py --vllm-python .venv-vllm/bin/python [--aiperf AIPERF] [--repeats 3]
 

@@ -122,7 +122,7 @@ def trtqwen_server(
     """`trtqwen serve` on a repository.
 
     Args:
-        gateway: settings of the gateway, beside its defaults.
+        gateway: settings of the gateway, in addition to its defaults.
         grpc_port: of Triton; 0 takes a free one.
     """
     port = free_port()

@@ -72,7 +72,7 @@ def animate(frames: list[str]) -> str:
     total = FRAME_SECONDS * (len(frames) - 1) + LAST_SECONDS
     rules, groups, opening = [], [], ""
     for index, frame in enumerate(frames):
-        # Rich links fonts of another host, and numbers its styles anew in each frame.
+        # Rich links fonts of another host, and numbers its styles again in each frame.
         plain = re.sub(r"@font-face \{.*?\}|<!--.*?-->", "", frame, flags=re.DOTALL).replace("demo-", f"f{index}-")
         match = re.search(r"(<svg[^>]*>).*?<style>(.*?)</style>(.*)</svg>", plain, re.DOTALL)
         assert match is not None

@@ -1,10 +1,10 @@
-"""A stand-in for the engine: a Triton model `tensorrt_llm` that repeats what it is told, at a pace that it is told.
+"""A stand-in for the engine: a Triton model `tensorrt_llm` that repeats its prompt at a given pace.
 
 The file is its own `model.py`; `write_stand_in_repository` puts it into a copy of a real repository. It answers a
-chat with the last user's message and a bare prompt with the prompt itself, one token a step, then ends. A text may
+chat with the last user's message and a bare prompt with the prompt itself, one token per step, then ends. A text may
 begin with a command: `/again N TEXT` repeats the text N times, `/fail MESSAGE` ends with an error, `/break MESSAGE`
 does so after one token, `/zeros` sends token 0 forever, `/hang` sends nothing, and `/sleep N TEXT` sends nothing to
-anybody for so many seconds. A token's logarithmic probability is its id over -1000, and each response repeats those
+any client for N seconds. A token's logarithmic probability is its id over -1000, and each response repeats those
 of the tokens before.
 """
 

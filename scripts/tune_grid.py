@@ -1,9 +1,9 @@
-"""Holds `trtqwen tune` against an exhaustive grid: python scripts/tune_grid.py --output DIR
+"""Compares `trtqwen tune` with an exhaustive grid: python scripts/tune_grid.py --output DIR
 
 Both search the same 27 configurations of the bundled model on this machine's CPU. The grid gives each of them a whole
 run; tune's runs are together as long as 9 whole ones. Then the engines of the two winners and of the recipe answer
 short bursts alternately, so that what else the machine does hits all of them alike. Prints a Markdown table. A second
-start goes on where the first one was stopped.
+start resumes the first one.
 """
 
 from __future__ import annotations

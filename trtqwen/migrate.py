@@ -191,7 +191,7 @@ def _engine(migration: Migration, engine: dict[str, Any]) -> None:
             migration.lost.append(Note(f"engine.{name}: {_word(value)}", "is a setting of trtllm-build alone"))
     if engine.pop("gather_context_logits", False):
         migration.lost.append(
-            Note("engine.gather_context_logits", "logits are not told: requests for them are refused")
+            Note("engine.gather_context_logits", "logits are not returned: requests for them are refused")
         )
     if migration.to == "vllm" and migration.source.engine.tokens_per_block == 8:
         engine["tokens_per_block"] = 16

@@ -37,6 +37,7 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self.wedged = False
         self._one_at_a_time = threading.Lock()
         self._calls = itertools.count()
+        self.shown = threading.Event()
 
     def ServerLive(self, request: Any, context: Any) -> Any:
         return service_pb2.ServerLiveResponse(live=True)
@@ -81,8 +82,10 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
             self.fault, range(1, 12)
         )
         endless = itertools.cycle(range(1, 99)) if limit == 400 else answer  # the check for cancellation
-        for token in itertools.islice(endless, limit):
+        for number, token in enumerate(itertools.islice(endless, limit)):
             time.sleep(0.0005)
+            if limit == 400 and number == 200:
+                self.shown.wait(60)  # it lasts until the gauges have shown it, on any machine
             yield self._reply({"output_ids": np.array([[[token]]], np.int32)})
 
     def _free(self) -> None:
@@ -113,6 +116,8 @@ def sick(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Subject]:
 
     class Metrics(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if servicer.used:
+                servicer.shown.set()
             self.send_response(200)
             self.end_headers()
             labels = 'model="tensorrt_llm",version="1",kv_cache_block_type="used"'

@@ -46,6 +46,16 @@ def test_a_process_that_is_killed_or_stopped_is_replaced(who: str, number: signa
     assert not runs(fork)
 
 
+def test_ctrl_c_is_left_to_the_process_that_asks() -> None:
+    assert run_template("{{ x }}", {"x": 1}) == "1"
+    parent = template_process._server()._parent.pid
+    processes = [parent, *children(parent)]
+    for pid in processes:
+        os.kill(pid, signal.SIGINT)
+    assert run_template("{{ x }}", {"x": 2}) == "2"
+    assert [parent, *children(parent)] == processes
+
+
 def test_a_forked_process_shares_no_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """It may end between question and answer. Who forked it would read that answer as the next one of its own."""
     assert run_template("{{ x }}", {"x": 1}) == "1"

@@ -23,7 +23,7 @@ HINTS: dict[StageName, str] = {
     "repository": "write it again with `trtqwen build`, or with `trtqwen repo --force`",
 }
 _HASHING_THREADS = 8  # xxHash leaves the interpreter's lock: files are hashed in parallel, as fast as the disk reads
-_BYTECODE = "__pycache__"  # Python writes it next to a model that a Triton started by hand has loaded
+_BYTECODE = "__pycache__"  # Python writes it next to a model that a user's own Triton has loaded
 
 
 class FileRecord(BaseModel):

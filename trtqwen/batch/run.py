@@ -4,7 +4,7 @@ The embedded engine and the LLM API run in this process, vLLM and TensorRT engin
 `serve` would start. A line gets the answer that the server would give, by the same code.
 
 A journal keeps results as they come. When all are there, they are written in order of the input. A batch that was
-killed goes on where its journal ends.
+killed resumes at the end of its journal.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def run_batch(
     force: bool = False,
     on_progress: OnProgress = lambda lines, tokens: None,
 ) -> BatchResult:
-    """Answer the lines and write the results, one JSON object a line, in order of the input.
+    """Answer the lines and write the results, one JSON object per line, in order of the input.
 
     Args:
         force: replace an output that exists, and forget the journal of another batch.

@@ -201,7 +201,7 @@ def open_clients(target: Target, processes: int) -> Iterator[Clients]:
         ServerError: if one of them does not start.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "uvloop", "trtqwen.bench.endpoint"])  # each run starts processes anew
+    context.set_forkserver_preload([__name__, "uvloop", "trtqwen.bench.endpoint"])  # each run starts new processes
     pipes, children = [], []
     for _ in range(processes):
         ours, theirs = context.Pipe()

@@ -117,13 +117,16 @@ def pareto_plot(spots: Sequence[Spot]) -> str:
     if front:
         ring = {"marker": "o", "markersize": 10, "markerfacecolor": "none"}
         axis.step(*zip(*front, strict=True), where="post", color="tab:orange", label="Pareto front", **ring)
+    middle = max((spot.latency for spot in spots), default=0) / 2
     for spot in spots:
         if spot.label:
+            left = spot.latency > middle  # the label stays inside the frame
             axis.annotate(
                 spot.label,
                 (spot.latency, spot.throughput),
-                xytext=(6, 4),
+                xytext=(-6 if left else 6, 4),
                 textcoords="offset points",
+                horizontalalignment="right" if left else "left",
                 fontsize=8,
             )
     axis.set_xlabel("mean latency of a request, ms")

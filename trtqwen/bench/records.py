@@ -18,7 +18,7 @@ class RequestRecord:
         pieces: arrival time and tokens of each piece of the answer; 0 tokens where the server does not tell.
         ended: when the answer was complete or failed.
         asked_tokens: requested length of the answer.
-        prompt_tokens, output_tokens: counted from ids, or told by the server.
+        prompt_tokens, output_tokens: counted from ids, or reported by the server.
         error: why it failed.
         token_ids, log_probs, text: the answer, if it is kept.
     """

@@ -138,7 +138,7 @@ def read_workload(path: Path, tokenizer: Tokenizer, count: int | None = None) ->
     `output_length` and `hash_ids`) and JSONL with `prompt` or `token_ids`, `max_tokens` and, if wanted, `at`.
 
     Args:
-        count: take the first so many requests; None takes all.
+        count: take this many requests from the start; None takes all.
 
     Raises:
         InputError: naming file and line, if it is none of the three.

@@ -170,7 +170,7 @@ class CheckpointStage(Stage):
 
         Raises:
             SourceError: if weights are not finite, or the source changes meanwhile.
-            CheckpointError: if weights overflow float16 on their way.
+            CheckpointError: if weights overflow float16 during the conversion.
             OutputError: if the disk is full or fails.
         """
         plan = self.plan
@@ -216,7 +216,7 @@ def run_conversion(
     Raises:
         OutputError: if `output` exists and `force` is not set, or cannot be written.
         SourceError: if weights are not finite, or change during the conversion.
-        CheckpointError: if weights overflow float16 on their way.
+        CheckpointError: if weights overflow float16 during the conversion.
         InputError: if an INT8 KV cache would damage the answers and `force` is not set.
     """
     stage = CheckpointStage(plan, output)

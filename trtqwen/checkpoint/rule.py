@@ -45,7 +45,7 @@ class Precision:
 
     @property
     def through_float16(self) -> bool:
-        """Whether every weight is rounded to float16 on its way, as NVIDIA's calibrated path does."""
+        """Whether every weight is rounded to float16 first, as NVIDIA's calibrated path does."""
         return self.smoothquant is not None or self.int8_kv_cache
 
 

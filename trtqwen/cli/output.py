@@ -78,7 +78,7 @@ def print_warnings(warnings: Iterable[Diagnostic]) -> None:
 
 def print_json(content: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
-    sys.stdout.flush()  # a full disk is to be told as an error, not at the interpreter's exit
+    sys.stdout.flush()  # report a full disk as an error, not at the interpreter's exit
 
 
 class Bars:

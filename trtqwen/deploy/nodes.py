@@ -26,7 +26,7 @@ def check_nodes(recipe: Recipe, nodes: int) -> int:
     """The ranks of each node.
 
     Raises:
-        InputError: if the recipe's ranks cannot be spread over so many nodes.
+        InputError: if the recipe's ranks cannot be spread over this many nodes.
     """
     if recipe.engine.backend != "tensorrt_llm":
         raise InputError(

@@ -34,7 +34,7 @@ class Kubernetes:
         claim: name of the PersistentVolumeClaim that holds the engine; None if `model_image` holds it.
         model_image: an OCI image that holds the engine, mounted as a volume (Kubernetes 1.33 and newer).
         engine: the engine's directory below the root of the volume.
-        max_replicas: at most so many pods when an autoscaler runs.
+        max_replicas: largest number of pods with an autoscaler.
         throttle_seconds: mean latency beyond which requests that would have to wait are refused.
         queue_depth: waiting requests for each pod above which pods are added.
         prometheus: address of the Prometheus that KEDA asks.

@@ -301,7 +301,7 @@ def alerts(thresholds: Thresholds) -> tuple[Alert, ...]:
             "30s",
             "warning",
             "A request has waited {{ $value | humanizeDuration }} for its turn.",
-            "Add replicas, or lower max_queued_requests so that clients are told earlier.",
+            "Add replicas, or lower max_queued_requests so that clients are refused earlier.",
         ),
         Alert(
             "TrtqwenErrorRateHigh",

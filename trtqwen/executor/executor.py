@@ -132,7 +132,7 @@ class Executor(EngineHandle):
             text=True,
             encoding="utf-8",
             errors="replace",
-            # Spinning threads starve whoever shares the cores, Triton's text models among them: 4x slower there.
+            # Spinning threads starve other processes on the cores, such as Triton's text models: 4x slower there.
             env={**_CACHES, **os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"},
         )
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 # Seconds of CPU time, so that a busy machine refuses nothing else. What people write takes milliseconds; 100 optional
 # properties took 0.04 s, 600 took 1 s, 800 took 3 s and 1500 took 32 s.
 COMPILE_LIMIT = 2.0
-LONGEST = 10.0  # seconds of a clock: on a machine this busy, whoever waits behind comes first
+LONGEST = 10.0  # seconds of a clock: on a machine this busy, waiting requests come first
 _CACHE_BYTES = 1 << 28
 _TRIALS_KEPT = 256
 _NICENESS = 5  # below the engine's step loop

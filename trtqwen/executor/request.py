@@ -67,7 +67,7 @@ class OutputConfig(_Message):
         return_context_logits: the logits after every prompt token; such a request reuses no KV cache blocks.
         return_generation_logits: the logits that each token was chosen from, before penalties and masks.
         return_perf_metrics: times and blocks, with the last response.
-        num_top_log_probs: so many of the most likely tokens at each place that log probabilities are told of.
+        num_top_log_probs: number of most likely tokens at each position with log probabilities.
         return_prompt_log_probs: each prompt token's log probability; such a request reuses no KV cache blocks.
     """
 

@@ -67,7 +67,7 @@ class Sampled:
 
 
 class Pending:
-    """Tokens on their way from the device to the host.
+    """Tokens that are copied from the device to the host.
 
     Attributes:
         tokens: int64 [rows], on the device.

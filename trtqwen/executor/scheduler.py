@@ -113,7 +113,7 @@ class Scheduler:
         block_size = self.config.tokens_per_block
         for sequence in list(self._running):
             if sequence.slot < 0 or sequence.complete:
-                continue  # paused for an older one, or ended by a token that is on its way
+                continue  # paused for an older one, or ended by a token of a step in flight
             generates = sequence.in_generation
             if generates and sequence.num_computed < len(sequence.block_ids) * block_size:
                 chunks.append(self._next_token(sequence))
@@ -214,7 +214,7 @@ class Scheduler:
         max_tokens = min(request.max_tokens, config.max_seq_len - length)
         self._check_logits(request, max_tokens)
         sequence = SequenceState(request, max_tokens, list(request.input_token_ids))
-        # Whoever is paused computes its answer so far again, as context.
+        # A paused request computes its answer so far again, as context.
         recomputed = sequence.final_tokens if config.batch_scheduler_policy == "max_utilization" else length
         if not config.enable_chunked_context and recomputed > config.max_num_tokens:
             raise RequestError(

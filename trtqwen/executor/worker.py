@@ -1,8 +1,8 @@
 """One rank of the executor in its own process: `python -m trtqwen.executor.worker` with a `WorkerConfig`.
 
 Rank 0 reads commands from standard input, one JSON object per line, schedules each step, tells the other ranks,
-samples, and writes events to standard output. The other ranks compute what they are told. When standard input closes,
-the process ends at once: a client that dies leaves no rank behind.
+samples, and writes events to standard output. The other ranks compute the steps that rank 0 sends. When standard
+input closes, the process ends at once: a client that dies leaves no rank behind.
 """
 
 from __future__ import annotations

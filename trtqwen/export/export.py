@@ -86,7 +86,7 @@ def plan_export(directory: Path, activations: Activations = "16bit", *, plain: b
         activations: for INT8 weight-only: `16bit` keeps W8A16, `int8` writes W8A8 with a scale for each token, which
             vLLM runs on CPUs too. SmoothQuant is W8A8 anyway.
         plain: leave the 16-bit weights of an INT8 weight-only checkpoint in INT8 layout `plain` as they are, for
-            whoever quantizes them when it loads.
+            engines that quantize them when they load.
 
     Raises:
         CheckpointError: if it is not a whole checkpoint, or its precision has no export.

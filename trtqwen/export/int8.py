@@ -91,7 +91,7 @@ def quantization_config(
         activations: whether inputs are INT8 too; then the weights are not packed.
         static: whether the inputs' scales are calibrated.
         ignore: modules that stay in 16 bits.
-        groups: modules whose weights have a scale for each group of so many columns.
+        groups: modules whose weights have a scale for each group of this many columns.
     """
     inputs = None
     if activations:

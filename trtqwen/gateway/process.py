@@ -54,7 +54,7 @@ class GatewayProcess(Service):
     def __init__(
         self, config: GatewayConfig, *, frozen_seconds: float = 0, engine_seconds: float = Service.start_seconds
     ) -> None:
-        read_keys(config.api_keys)  # a mistake in a file is told now, not when the engine is loaded
+        read_keys(config.api_keys)  # report a mistake in a file now, not when the engine is loaded
         read_keys(config.admin_keys)
         self._listener = bind(config)
         update: dict[str, object] = {"port": self._listener.getsockname()[1]}

@@ -99,7 +99,7 @@ class _Protocol(HttpToolsProtocol):
     def eof_received(self) -> bool | None:  # type: ignore[override]
         """Keep the connection of a client that still waits for its answer.
 
-        A client that has gone looks the same, but does not take another packet: `_ask` sends some.
+        A disconnected client looks the same, but does not take another packet: `_ask` sends some.
         """
         if self.cycle is None or self.cycle.response_complete or self.cycle.more_body:
             return None

@@ -65,7 +65,7 @@ def serve(
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # uvicorn believes whoever comes from loopback; `Front` asks for `trusted_proxies`
+        proxy_headers=False,  # uvicorn trusts every client from loopback; `Front` asks for `trusted_proxies`
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         timeout_keep_alive=_KEEP_ALIVE_SECONDS,
         backlog=1024,

@@ -21,7 +21,7 @@ from trtqwen.gateway.model import ServedModel
 
 _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounded too, by queue_seconds
 Connect = Callable[[str], Replica]  # makes the replica of an address
-_HEADROOM = 8  # one request in so many waits inside the engine, so that its batch is full again at once
+_HEADROOM = 8  # one request in this many waits inside the engine, so that its batch is full again at once
 _log = logging.getLogger(__name__)
 
 

@@ -26,7 +26,7 @@ from trtqwen.system.processes import ending, stopped
 if TYPE_CHECKING:
     from trtqwen.gateway.admission.broker import Broker
 
-_MOST_KILLED, _KILLED_SECONDS = 5, 120.0  # workers that may be killed within so many seconds
+_MOST_KILLED, _KILLED_SECONDS = 5, 120.0  # workers that may be killed within this many seconds
 _STOPPED_SECONDS, _LOOK_SECONDS = 3.0, 0.5
 _METRICS = "PROMETHEUS_MULTIPROC_DIR"  # `metrics.SHARED_DIRECTORY`, which may be imported only once it is set
 
@@ -50,7 +50,7 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
     from trtqwen.gateway.fleet.table import first_table
     from trtqwen.gateway.metrics import Metrics
 
-    load_models(first_table(config))  # what cannot be used is told once, not by each worker
+    load_models(first_table(config))  # report an unusable setting once, not in each worker
     workers = _Workers(config, listener, Broker(open_keys(config), Metrics()))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -18,7 +18,7 @@ class Rotary:
     """Angles per position and a factor on their sines and cosines.
 
     Attributes:
-        inverse_frequencies: float32 [head_size / 2], radians a position.
+        inverse_frequencies: float32 [head_size / 2], radians per position.
         scale: multiplies cos and sin; 1 without YaRN.
     """
 

@@ -177,18 +177,21 @@ def _findings(plan: Plan, console: Console, name: str = "") -> None:
 def _assumed(plan: Plan) -> str:
     facts, host = assumptions(), plan.recipe.host
     if host is None:
-        return "The torch engine computes in float32; there is no card to estimate its speed or activations with."
+        return (
+            "The torch engine computes in float32. Without a known card, its speed and activations are not estimated."
+        )
     card, request = card_facts(host.card), facts.request
     links = facts.links_of(peer_to_peer=card.peer_to_peer)
     context, generation, mix = (vars(shares())[kind] for kind in ("context", "generation", "throughput"))
     return (
-        f"At most: all of {card.float16_tflops:g} TFLOPS (INT8 {card.int8_tops:g}, float16 sums twice that), of "
-        f"{card.bandwidth_gb_per_s:g} GB/s and of the link, the slowest of them alone. Forecast: compute and memory "
-        f"overlap, all-reduce follows at {links.slow.bus_gb_per_s:g} to {links.fast.bus_gb_per_s:g} GB/s after "
-        f"{links.fast.latency_us:g} to {links.slow.latency_us:g} us (assumed), times what {_similar()} public "
-        f"measurements reach: prompts {_percent(context)}, one stream {_percent(generation)}, mixed load "
-        f"{_percent(mix)}. Mixed load: prompts of {request.prompt_tokens:,} tokens with answers of "
-        f"{request.answer_tokens}, as many in flight as fit. None of them is of a 4090D with TensorRT-LLM."
+        f"At most: the slowest resource alone decides, at {card.float16_tflops:g} TFLOPS (INT8 {card.int8_tops:g}, "
+        f"float16 sums twice that), {card.bandwidth_gb_per_s:g} GB/s and the peak of the link. Forecast: compute and "
+        f"memory overlap. An all-reduce follows at {links.slow.bus_gb_per_s:g} to {links.fast.bus_gb_per_s:g} GB/s "
+        f"after {links.fast.latency_us:g} to {links.slow.latency_us:g} us (assumed). The result is multiplied by the "
+        f"share that {_similar()} public measurements reach: {_percent(context)} for prompts, {_percent(generation)} "
+        f"for one stream, {_percent(mix)} for mixed load. None of the measurements is of a 4090D with TensorRT-LLM. "
+        f"Mixed load: prompts of {request.prompt_tokens:,} tokens with answers of {request.answer_tokens}, with as "
+        f"many requests in flight as fit."
     )
 
 

@@ -17,7 +17,7 @@ class RankWeights:
     """Bytes of weights of one rank.
 
     Attributes:
-        embedding: read one row a token, so that it costs memory but no time.
+        embedding: one row is read per token, so that it costs memory but no time.
         layers: the decoder layers of the rank's stage, with their norms, biases and scales, and the last norm.
         lm_head: its own copy even where the model ties it to the embedding; never quantized.
     """

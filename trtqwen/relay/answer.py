@@ -105,7 +105,7 @@ class Answer:
 
 
 def _top_log_probs(places: Sequence[Sequence[tuple[int, float]]], count: int) -> TopLogProbs | None:
-    """As many tokens at each place; None if the engine told of none."""
+    """Return the same number of tokens at each position; None if the engine returned none."""
     if not places:
         return None
     rows = [[*place[:count], *[(-1, -math.inf)] * (count - len(place))] for place in places]

@@ -24,11 +24,11 @@ class SafetensorsReader:
 
     Args:
         mapped: `tensor` returns views of the mapped file, which cost no memory of their own. If another process cuts
-            such a file short, the kernel kills whoever touches the view (SIGBUS). Otherwise `tensor` returns copies,
-            and such a file is an error.
+            such a file short, the kernel kills a process that touches the view (SIGBUS). Otherwise `tensor` returns
+            copies, and such a file is an error.
 
     Raises:
-        error: (the class given; `InputError` unless told) if the file is missing, cut short, or not safetensors.
+        error: (the given class, `InputError` by default) if the file is missing, cut short, or not safetensors.
     """
 
     def __init__(self, path: Path, error: type[InputError] = InputError, *, mapped: bool = True) -> None:
@@ -81,7 +81,7 @@ class SafetensorsReader:
         return values
 
     def blocks(self, name: str, rows: int) -> Iterator[Array]:
-        """Copies of the tensor's rows along its first axis, so many at a time; a scalar is one row."""
+        """Copies of the tensor's rows along its first axis, `count` at a time; a scalar is one row."""
         entry = self._entry(name)
         shape = entry.spec.shape or (1,)
         width = math.prod(shape[1:])

@@ -136,6 +136,7 @@ def serve_forks(
         answer: must not raise. The process is killed when its CPU time is over.
     """
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # so that dead children vanish by themselves
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the other end, which closes `control`
     while True:
         _, sockets, *_ = socket.recv_fds(control, 16, 1)
         if not sockets:

@@ -1,4 +1,4 @@
-"""Runs one program and makes sure that nothing of it outlives whoever asked for it: `python -I -S guardian.py`.
+"""Runs one program and makes sure that nothing of it outlives its owner: `python -I -S guardian.py`.
 
 The first line of standard input is a JSON object, the rest of it is empty: its end is the end of the owner, however
 that came about (the kernel closes a killed process's pipes). Keys of the object:

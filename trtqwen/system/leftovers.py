@@ -1,7 +1,7 @@
 """Files of commands outside their directories: temporary directories, and files in /dev/shm.
 
 Each carries a file that its owner keeps locked. The kernel drops the lock of a process that has ended, however it
-ended, in this container or in another that shares the directory: whoever gets the lock may remove the rest.
+ended, in this container or in another that shares the directory: a process that gets the lock may remove the rest.
 """
 
 from __future__ import annotations

@@ -164,7 +164,7 @@ def _stop(stub: Any, request_id: str) -> None:
         for _ in stub.ModelStreamInfer(iter([request]), timeout=_CONTROL_SECONDS):
             pass
     except grpc.RpcError:
-        pass  # the server has gone or hangs, and the request with it
+        pass  # the server has ended or hangs, and the request with it
 
 
 def server_error(url: str, problem: grpc.RpcError) -> ServerError:

@@ -17,7 +17,7 @@ from trtqwen.recipe import TORCH_SERVING
 
 FROM_PROGRAM = "from_program"  # parameter of a request that another model sends: the id that its own client gave
 HOLDS_CHARACTERS = "holds_characters"  # parameter of postprocessing, beyond upstream's
-FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by whoever has compared the digests of engine and repository
+FILES_VERIFIED = "TRTQWEN_FILES_VERIFIED"  # set by the process that compared the digests of engine and repository
 HEARTBEAT = "TRTQWEN_HEARTBEAT"  # a file that `tensorrt_llm` touches whenever its engine answers between two steps
 ENGINE_DEATH = "TRTQWEN_ENGINE_DEATH"  # environment variable: where `tensorrt_llm` writes why its engine stopped
 GRPC_ADDRESS = "TRTQWEN_GRPC_ADDRESS"  # host:port at which the server's models reach its gRPC endpoint

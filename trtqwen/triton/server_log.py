@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from trtqwen.engine.explain import explain
 
-# Triton's python backend aborts now and then while several models start (triton-inference-server/server 8882).
+# Triton's python backend sometimes aborts while several models start (triton-inference-server/server 8882).
 _START_FAULT = "boost::interprocess::lock_exception"
 _UNLOADING = "live models and 0 in-flight non-inference requests"  # logged when no request is left
 # An error that trtqwen itself raised in a model; its text is `what; hint`.

@@ -223,7 +223,7 @@ class EngineService:
 
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
-                can stop the request by it. What Triton loses of its errors, that model is told when it stops it.
+                can stop the request by it. If Triton loses an error, that model gets it when it stops the request.
             extensions: JSON, as `tensors.read_generation` takes it.
         """
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 import grpc
 
-_PATIENCE = 5.0  # seconds, until a stream that does not end is cancelled all the same
+_PATIENCE = 5.0  # seconds, until a stream that does not end is cancelled anyway
 _FINAL = "triton_final_response"
 
 
@@ -35,7 +35,7 @@ def read_rest(call: Any) -> None:
         for _ in call:
             pass
     except grpc.RpcError:
-        pass  # the server has gone, or the answer did not end
+        pass  # the server has ended, or the answer did not end
     finally:
         patience.cancel()
 

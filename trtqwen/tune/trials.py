@@ -51,7 +51,7 @@ class Trials:
             directory / JOURNAL,
             digest,
             other="is of another search (recipe, workload, space or target differ)",
-            hint="choose another --output, or pass --force to begin anew",
+            hint="choose another --output, or pass --force to start again",
             force=force,
         )
         self._trials: dict[str, Trial] = {}

@@ -43,7 +43,7 @@ class Candidate(Protocol):
     Attributes:
         embedding_name, norm_name, head_name: of its tensors that are not quantized.
         non_finite: names of tensors read so far that hold infinities or NaNs, with their file.
-        through_float16: whether these were rounded to float16 on their way; None if that is not known.
+        through_float16: whether these were rounded to float16 first; None if that is not known.
     """
 
     @property

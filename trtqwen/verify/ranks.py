@@ -57,7 +57,7 @@ class CheckpointRanks:
 
     @property
     def through_float16(self) -> bool:
-        """Whether every weight was rounded to float16 on its way, as NVIDIA's calibrated path does."""
+        """Whether every weight was rounded to float16 first, as NVIDIA's calibrated path does."""
         quantization = self.config.quantization
         return quantization.kv_cache_quant_algo == "INT8" or "SQ" in (quantization.quant_algo or "")
 
@@ -66,7 +66,7 @@ class CheckpointRanks:
         return to_torch(self.embedding_rows(np.array(token_ids))[0]).to(self._device, torch.float32)
 
     def embedding_rows(self, rows: Array) -> list[Array]:
-        """Rows of the embedding, each [rows, hidden]: every rank's copy, or one put together from their shares."""
+        """Rows of the embedding, each [rows, hidden]: every rank's copy, or one joined from their shares."""
         tables = [self.readers[rank].tensor(EMBEDDING) for rank in self.mapping.stage_ranks(0)]
         if not self.config.use_parallel_embedding:
             return [table[rows] for table in tables]
@@ -79,7 +79,7 @@ class CheckpointRanks:
         return [self.readers[rank].tensor(NORM) for rank in self._last_ranks()]
 
     def head_rows(self, rows: Array) -> Array:
-        """Rows of lm_head, [rows, hidden], put together from the last stage's ranks."""
+        """Rows of lm_head, [rows, hidden], joined from the last stage's ranks."""
         return _sharded_rows([self.readers[rank].tensor(LM_HEAD) for rank in self._last_ranks()], rows)
 
     def layer(self, index: int) -> CheckpointLayer:

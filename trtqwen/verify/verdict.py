@@ -27,7 +27,7 @@ class Thresholds:
         top1: least share of tokens whose most probable next token agrees.
         perplexity: relative increase.
         max_activation: largest magnitude in a float16 checkpoint: half of what float16 holds, because other texts
-            go higher than the one at hand.
+            go higher than this one.
         model_perplexity: of the model itself: above it the model predicts worse than the frequencies of the texts'
             own tokens do, so its config or weights are not those it was trained with.
     """

@@ -116,7 +116,7 @@ class VllmExecutor(RelayExecutor[dict[str, Any]]):
         longest, needed = serving[name].get("max_model_len"), self.engine_config.build_config.max_seq_len
         if isinstance(longest, int) and longest < needed:
             raise EngineError(
-                f"{where}: serves {longest} tokens a request, the engine's max_seq_len is {needed}",
+                f"{where}: serves {longest} tokens per request, but the engine's max_seq_len is {needed}",
                 "start vLLM there with a longer context, or build with a smaller max_seq_len",
             )
         body = {"model": name, "prompt": _FINGERPRINT, "add_special_tokens": False}

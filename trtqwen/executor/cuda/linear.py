@@ -159,7 +159,7 @@ class LinearLoader:
         self._scratch = torch.empty(0)
 
     def load(self, tensors: Tensors, names: Sequence[str], to_int: str) -> Linear:
-        """One linear layer, or several with the same input as one, their outputs one behind the other.
+        """One linear layer, or several with the same input as one, with concatenated outputs.
 
         Args:
             names: such as `transformer.layers.0.mlp.fc`.

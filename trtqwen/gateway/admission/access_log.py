@@ -12,7 +12,7 @@ from starlette.types import Scope
 from trtqwen.gateway.metrics import Metrics
 
 _PROBED = ("/health", "/ready", "/metrics")  # by machines, every few seconds
-_GONE = 499  # the client has gone before the answer
+_GONE = 499  # the client disconnected before the answer
 _LONGEST_PATH = 200  # characters
 _log = logging.getLogger("trtqwen.access")
 

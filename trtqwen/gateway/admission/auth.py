@@ -96,7 +96,7 @@ class Caller:
     most_queued: int | None = None
 
     def same_limits(self, other: Caller | None) -> bool:
-        """Whether another caller has the same limits: its rates go on where they are."""
+        """Whether another caller has the same limits: its rates then continue."""
         if type(other) is not type(self):
             return False
         rates = [

@@ -16,7 +16,7 @@ from itertools import count
 
 from trtqwen.gateway.errors import ApiError
 
-LONG_BODY = 4 << 10  # bytes; a shorter one is worked out within a millisecond or two
+LONG_BODY = 4 << 10  # bytes; a shorter one takes only a millisecond or two
 _BYTES_A_BYTE = 2  # of memory: the body, and the text in it
 _BYTES_A_VALUE = 64  # of a parsed value, besides its text
 _VALUES = (b",", b"[", b"{", b":")  # at most one value follows each
@@ -53,7 +53,7 @@ class Memory:
             what = f"the request's body takes {size} bytes of memory, and {self._most_per_key} are allowed"
             raise ApiError(413, f"{what} (request_memory); send less", "body_too_large")
         if self._taken[key] + size > self._most_per_key or self._taken.total() + size > self._most:
-            message = "the bodies of other requests take the memory that there is (request_memory); try again in 1 s"
+            message = "the bodies of other requests take all the memory (request_memory); try again in 1 s"
             raise ApiError(429, message, "too_many_bytes", retry_after=1)
         self._taken[key] += size
 

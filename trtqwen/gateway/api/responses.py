@@ -113,7 +113,7 @@ class ResponseAnswers(ItemizedAnswer):
         return [self.event("response.reasoning_text.done", **part, text=item.text), self._item_done(item)]
 
     def _call_events(self, change: Change, place: Mapping[str, Any]) -> list[bytes]:
-        """The events of a call that grows or ends; a custom tool's text is told in one piece."""
+        """The events of a call that grows or ends; a custom tool's text comes in one piece."""
         item, tool = change.item, self._tool(change.item)
         if not tool.custom:
             kind = "response.function_call_arguments"

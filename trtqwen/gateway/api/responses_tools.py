@@ -32,7 +32,7 @@ class ResponseTool:
     Attributes:
         name, namespace: by which the client knows it.
         custom: it takes plain text.
-        fields: of the function that the model is told of, besides its name.
+        fields: of the tool's function for the model, besides its name.
     """
 
     name: str

@@ -13,7 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 _KEEP_ALIVE = b": keep-alive\n\n"
 _KEEP_ALIVE_SECONDS = 15.0  # proxies cut connections that are silent for longer
-_UNREAD_SECONDS = 60.0  # a client that does not read for so long counts as gone
+_UNREAD_SECONDS = 60.0  # a client that does not read for this time counts as disconnected
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

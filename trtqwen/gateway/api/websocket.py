@@ -34,7 +34,7 @@ B = TypeVar("B", bound=BaseModel)
 Plan = Callable[[Runtime, WebSocket, Any], tuple[GenerationPlan, Answers]]
 _log = logging.getLogger(__name__)
 _POLICY_VIOLATION = 1008
-_UNREAD_SECONDS = 60.0  # a client that does not read for so long counts as gone
+_UNREAD_SECONDS = 60.0  # a client that does not read for this time counts as disconnected
 
 router = APIRouter()
 
@@ -81,7 +81,7 @@ async def _serve(socket: WebSocket, schema: type[B], plan: Plan) -> None:
             answering = asyncio.ensure_future(_answer(socket, text, schema, plan))
             await asyncio.wait((answering, receiving), return_when=asyncio.FIRST_COMPLETED)
             if receiving.done() and receiving.exception() is not None:
-                answering.cancel()  # the client has gone: its answer ends
+                answering.cancel()  # the client has disconnected: its answer ends
                 await asyncio.gather(answering, return_exceptions=True)
                 return
             await answering
@@ -135,7 +135,8 @@ async def _send(socket: WebSocket, frames: AsyncGenerator[bytes, None]) -> None:
     async with aclosing(frames):
         async for several in frames:
             for event in several.decode().split("\n\n")[:-1]:
-                # asyncio.wait_for loses a cancellation before Python 3.12, and with it that the client has gone.
+                # asyncio.wait_for loses a cancellation before Python 3.12, and with it that the client has
+                # disconnected.
                 with anyio.fail_after(_UNREAD_SECONDS):
                     await socket.send_text(event.removeprefix("data: "))
 

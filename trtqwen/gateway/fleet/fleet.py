@@ -307,7 +307,7 @@ class Fleet:
         return Serving(target, engine, replace(engine.runtime, generator=own), observer)
 
     def _needed(self, engine: Engine) -> bool:
-        """Whether a model is served by an engine, or is on its way to it."""
+        """Whether a model is served by an engine, or is switching to it."""
         routes = (one.engine for route in self._routes.values() for one in (*route.serving, *route.shadows))
         changes = (one for change in self._changes.values() for one in change.engines.values())
         return any(other is engine for other in (*routes, *changes))

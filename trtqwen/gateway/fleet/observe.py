@@ -113,7 +113,7 @@ class Seen:
     def end(self, usage: Usage, failure: BaseException | None) -> None:
         observer, now = self._observer, time.monotonic()
         metrics, labels = observer.metrics, (observer.model, observer.target, observer.role)
-        complete = self._left == 0  # whoever has all of it may leave before the generator ends
+        complete = self._left == 0  # a client that has the whole answer may leave before the generator ends
         if complete:
             outcome = "answered"
         elif isinstance(failure, ApiError):

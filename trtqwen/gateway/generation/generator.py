@@ -156,7 +156,7 @@ class AnswerGenerator:
                         self.gate.grow(ticket, more)
                         reserved += more
                     if answer.finish is not None:
-                        lasted = now - begun  # whoever reads it may leave with the last piece
+                        lasted = now - begun  # its reader may stop at the last piece
                     if piece is not None:
                         yield piece
                         if piece.finish is not None:

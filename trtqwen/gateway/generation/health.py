@@ -139,7 +139,7 @@ class Monitor:
         works = late or result in ("ok", "queue_full")
         if works:
             self._answered[number] = time.monotonic()
-        if works and not late:  # what others had may have been on its way
+        if works and not late:  # tokens of other requests may have been in flight
             self._proven[number] = begun
         self._missed[number] = 0 if works or result != "timeout" else self._missed[number] + 1
         self._tell(number, "works" if works else says)

@@ -40,7 +40,7 @@ class Sampling:
         allowed: the only ids that may be chosen; empty is all.
         bad_words: sequences of ids that are never completed.
         log_probs: tell each token's log probability.
-        top_log_probs: and those of so many most likely tokens.
+        top_log_probs: number of most likely tokens with log probabilities.
         prompt_log_probs: number of most likely tokens at each position of the prompt; None for no log probabilities.
         stop_ids: ids that end an answer, besides the model's own.
         end_id: replaces the model's own.

@@ -162,7 +162,7 @@ class Replica:
 
         Args:
             silence: seconds without one after which a sequence that has begun counts as stalled; one that has not
-                waits inside the engine, and counts when no other request has had a token for so long either.
+                waits inside the engine, and counts when no other request has had a token for this time either.
             reading: further seconds that the engine may take to read prompts.
         """
         now = time.monotonic()
