@@ -26,6 +26,7 @@ from tests.ranks import Nursery
 from trtqwen.artifact.manifest import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
+from trtqwen.diagnostics import ServerError
 from trtqwen.engine.builder import build_engine
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe, VllmSettings
 from trtqwen.triton.ports import Ports
@@ -116,6 +117,11 @@ def served(served_repository: Path) -> Iterator[TritonServer]:
     """A Triton in front of that engine."""
     with TritonServer(served_repository, ports=Ports(0, 0, 0), drain_seconds=2) as running:
         yield running
+        try:
+            running.check()
+        except ServerError as problem:
+            if "Triton was ended by SIG" in problem.what:  # a crash, of which tests see only that a socket closes
+                raise
 
 
 @pytest.fixture
