@@ -24,6 +24,10 @@ from trtqwen.safetensors_io.format import Array
 Tensors = Mapping[str, Array]
 _DEQUANTIZE_FROM = 128  # rows from which a floating product pays for multiplying the weights out
 _DEQUANTIZED_ROWS = 1024  # weight rows at a time: they stay in the cache
+# oneDNN chooses the layout for a number of rows. The one for 8 is 5 to 25 % faster than the one for any number, at 2 to
+# 64 rows of a 0.5B model, and its kernel for four rows takes 14 ms where that for one row takes 18.
+_TYPICAL_ROWS, _LEAST_ROWS = 8, 4
+_LARGE = 1 << 19  # weights of a matrix: below it, filling up rows takes longer than it saves
 
 
 class Linear(Protocol):
@@ -59,8 +63,9 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _TYPICAL_ROWS)
         self._bias = bias
+        self._least_rows = _LEAST_ROWS if weight.numel() >= _LARGE else 1
 
     def __call__(self, hidden: Tensor) -> Tensor:
         return self._multiply(hidden, "none")
@@ -71,12 +76,18 @@ class PackedLinear:
 
     def times(self, hidden: Tensor, factor: Tensor) -> Tensor:
         """The product times `factor` [tokens, out], element by element, in one pass."""
-        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(hidden, factor, self._weight, self._bias, "mul")
-        return output
+        inputs, factors = self._filled(hidden), self._filled(factor)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise.binary(inputs, factors, self._weight, self._bias, "mul")
+        return output[: len(hidden)]
 
     def _multiply(self, hidden: Tensor, then: str) -> Tensor:
-        output: Tensor = torch.ops.mkldnn._linear_pointwise(hidden, self._weight, self._bias, then, [], "")
-        return output
+        inputs = self._filled(hidden)
+        output: Tensor = torch.ops.mkldnn._linear_pointwise(inputs, self._weight, self._bias, then, [], "")
+        return output[: len(hidden)]
+
+    def _filled(self, rows: Tensor) -> Tensor:
+        missing = self._least_rows - len(rows)
+        return F.pad(rows, (0, 0, 0, missing)) if missing > 0 else rows
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ from trtqwen.executor.sampling import Sampler
 # Products of a layer. Below it, waking threads takes longer than what they save: the bundled model's steps of 1, 4,
 # 16 and 64 tokens take 2.1, 2.5, 4.5 and 11.5 ms on one thread, and 3.5, 3.9, 4.9 and 8.8 on two.
 _WORTH_THREADS = 16_000_000
+# Weights of a layer that caches do not keep for the next step: one thread does not read memory at its full speed.
+_BEYOND_CACHES = 4_000_000
 _LARGE_BYTES = 1 << 27  # of a rank file: below it, float32 costs little, and answers are those of the reference
 
 
@@ -55,7 +57,8 @@ class PlainRunner:
 
     def launch(self, inputs: StepInputs, sampled: Tensor) -> Tensor | None:
         """Compute a step; see `loop.Runner`."""
-        small = inputs.counts.tokens * self._layer_values < _WORTH_THREADS
+        cached = self._layer_values < _BEYOND_CACHES
+        small = cached and inputs.counts.tokens * self._layer_values < _WORTH_THREADS
         torch.set_num_threads(1 if small else self._threads)
         return self._model.forward(AttentionBatch(inputs, self._device, sampled))
 
