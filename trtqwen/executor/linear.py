@@ -24,8 +24,8 @@ from trtqwen.safetensors_io.format import Array
 Tensors = Mapping[str, Array]
 _DEQUANTIZE_FROM = 128  # rows from which a floating product pays for multiplying the weights out
 _DEQUANTIZED_ROWS = 1024  # weight rows at a time: they stay in the cache
-# oneDNN chooses the layout for a number of rows. The one for 8 is 5 to 25 % faster than the one for any number, at 2 to
-# 64 rows of a 0.5B model, and its kernel for four rows takes 14 ms where that for one row takes 18.
+# oneDNN chooses the layout for a number of rows. The layout for 8 rows is 5 to 25 % faster than the one for any
+# number, at 2 to 64 rows of a 0.5B model. Its kernel for four rows takes 14 ms where the one for one row takes 18.
 _TYPICAL_ROWS, _LEAST_ROWS = 8, 4
 _LARGE = 1 << 19  # weights of a matrix: below it, filling up rows takes longer than it saves
 
