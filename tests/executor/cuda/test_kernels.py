@@ -269,15 +269,6 @@ def test_gemv_with_norm_and_silu(device: torch.device, int8: bool) -> None:
     torch.testing.assert_close(residual.float(), before + F.linear(hidden.float(), full), atol=5e-2, rtol=1e-2)
 
 
-def test_gemv_of_codes_is_exact(device: torch.device) -> None:
-    codes = torch.randint(-128, 128, (1, 2300), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
-    weight = torch.randint(-128, 128, (10, 2300), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
-    scales, steps = torch.full((10,), 1e-3, device=device), torch.full((1,), 0.5, device=device)
-    got = gemv(codes, weight, torch.float32, scales=scales, steps=steps)
-    expected = (codes.double() @ weight.double().T) * 5e-4
-    torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
-
-
 @pytest.mark.parametrize("persistent", [False, True])
 def test_wide_w8a8(device: torch.device, persistent: bool) -> None:
     rows, columns, width = (300, 200, 320) if device.type == "cuda" else (70, 40, 160)

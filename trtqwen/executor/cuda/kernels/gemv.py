@@ -31,7 +31,6 @@ def _gemv(
     weight,
     gain,
     scales,
-    steps,
     bias,
     residual,
     out,
@@ -41,7 +40,6 @@ def _gemv(
     NORM: tl.constexpr,
     SILU: tl.constexpr,
     SCALED: tl.constexpr,
-    STEPPED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
@@ -79,8 +77,6 @@ def _gemv(
     factor = 1.0
     if NORM:
         factor = tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon)
-    if STEPPED:
-        factor *= tl.load(steps)
     kind: tl.constexpr = out.dtype.element_ty
     total = _scale_and_add(tl.sum(sums, axis=1) * factor, row, exists, scales, bias, SCALED, HAS_BIAS)
     if SILU:
@@ -98,20 +94,18 @@ def gemv(
     dtype: torch.dtype,
     *,
     scales: Tensor | None = None,
-    steps: Tensor | None = None,
     bias: Tensor | None = None,
     gain: Tensor | None = None,
     epsilon: float = 0.0,
     silu: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`weight @ vector * scales * steps + bias`, [1, rows] of `dtype`.
+    """`weight @ vector * scales + bias`, [1, rows] of `dtype`.
 
     Args:
-        vector: [1, width], floating or int8.
+        vector: [1, width].
         weight: [rows, width], floating or int8.
         scales: float32 [rows].
-        steps: float32 [1].
         gain: norm the vector first, `nn.ops.rms_norm`, with this gain.
         silu: the first half of the rows goes through SiLU and multiplies the second: [1, rows / 2].
         residual: [1, rows], gets the result added, in place, and is returned.
@@ -124,7 +118,6 @@ def gemv(
         weight,
         gain if gain is not None else weight,
         scales if scales is not None else weight,
-        steps if steps is not None else weight,
         bias if bias is not None else weight,
         out,
         out,
@@ -134,7 +127,6 @@ def gemv(
         NORM=gain is not None,
         SILU=silu,
         SCALED=scales is not None,
-        STEPPED=steps is not None,
         HAS_BIAS=bias is not None,
         RESIDUAL=residual is not None,
         ROWS=rows,

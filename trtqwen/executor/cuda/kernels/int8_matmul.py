@@ -97,8 +97,6 @@ def w8a8(
     """
     codes, steps = hidden.codes, hidden.steps
     rows, width = codes.shape
-    if rows == 1 and tile is None:
-        return gemv(codes, weight, dtype, scales=scales, steps=steps, bias=bias)
     columns = len(weight)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     wide = wide_tile(rows, columns, width) if tile is None else None
