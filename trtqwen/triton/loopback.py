@@ -56,9 +56,7 @@ class Loopback:
         Raises:
             RequestError: if the model answers with an error, or the server does not answer.
         """
-        request = infer_request(model, request_id, inputs, outputs)
-        for name, value in parameters.items():
-            request.parameters[name].string_param = value
+        request = infer_request(model, request_id, inputs, outputs, parameters)
         call = self._stub.ModelStreamInfer(iter([request]))
         over = False
         try:

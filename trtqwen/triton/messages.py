@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,22 @@ from tritonclient.utils import (
 Array = npt.NDArray[Any]
 
 
-def infer_request(model: str, request_id: str, inputs: Mapping[str, Array], outputs: Sequence[str] = ()) -> Any:
+def infer_request(
+    model: str,
+    request_id: str,
+    inputs: Mapping[str, Array],
+    outputs: Sequence[str] = (),
+    parameters: Mapping[str, str] = MappingProxyType({}),
+) -> Any:
     """A ModelInferRequest with these tensors in.
 
     Args:
         outputs: requested tensors of the responses; empty requests all.
+        parameters: texts for the model, by name.
     """
     request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    for name, text in parameters.items():
+        request.parameters[name].string_param = text
     for name in outputs:
         request.outputs.add(name=name)
     _add(request.inputs, request.raw_input_contents, inputs)

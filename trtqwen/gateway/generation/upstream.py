@@ -111,9 +111,8 @@ class Replica:
         outputs = ["output_ids", *(output for name, output in _OUTPUTS.items() if name in inputs)]
         if "return_prompt_log_probs" in extensions:
             outputs.append("context_logits")
-        request = infer_request(MODEL, request_id, inputs, outputs)
-        if extensions:
-            request.parameters[EXTENSIONS].string_param = json.dumps(extensions)
+        parameters = {EXTENSIONS: json.dumps(extensions)} if extensions else {}
+        request = infer_request(MODEL, request_id, inputs, outputs, parameters)
         stream = self._stub.ModelStreamInfer(_once(request), timeout=timeout, metadata=tuple(headers.items()))
         call = _Call(stream, inputs["input_ids"].size)
         self._calls.add(call)
