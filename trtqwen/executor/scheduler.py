@@ -143,14 +143,13 @@ class Scheduler:
         per second and fill a batch sooner. They are better while more requests wait for their first token than
         generate, and the prompts fill more than one step.
         """
-        in_generation = sum(sequence.in_generation for sequence in self._running)
+        begun = [sequence for sequence in self._running if not sequence.in_generation]
         # Generation goes first: each such sequence has its token set aside before context gets the rest.
-        budget = max(0, self.config.max_num_tokens - in_generation)
+        budget = max(0, self.config.max_num_tokens - (len(self._running) - len(begun)))
         share = self.config.context_share
         if not share or not self.config.enable_chunked_context:
             return budget
         generating = sum(sequence.in_generation and not sequence.complete for sequence in self._running)
-        begun = [sequence for sequence in self._running if not sequence.in_generation]
         room = self.config.max_batch_size - len(self._running)
         whole = missing = 0
         for count, sequence in enumerate(chain(begun, islice(self._waiting, room)), 1):
