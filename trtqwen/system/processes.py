@@ -245,10 +245,11 @@ def busy_nanoseconds(pid: int) -> dict[int, int]:
 
 def runnable(pid: int) -> bool:
     """Whether a thread of a process computes or waits for a CPU, asked now."""
-    for task in Path(f"/proc/{pid}/task").glob("*/stat"):
-        with suppress(OSError):
-            if task.read_text().rpartition(")")[2].split()[_STATE] == "R":
-                return True
+    with suppress(OSError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            with suppress(OSError):
+                if _stat(int(task.name))[_STATE] == "R":
+                    return True
     return False
 
 
@@ -258,6 +259,7 @@ def ending(code: int) -> str:
 
 
 def _stat(pid: int) -> list[str]:
+    """The fields of a process or a thread, from its state on."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
