@@ -201,16 +201,13 @@ class TritonServer(Service):
             devices=self._devices,
             spread=self._spread,
         )
-        launch = replace(launch, environment={**launch.environment, GRPC_ADDRESS: self.grpc_url})
+        environment = {**launch.environment, GRPC_ADDRESS: self.grpc_url}
         if self._vllm is None:
-            return launch
+            return replace(launch, environment=environment)
         socket = Path(tempfile.gettempdir(), "trtqwen-vllm.socket")
-        return replace(
-            launch,
-            environment={**launch.environment, VLLM_SOCKET: str(socket)},
-            vllm=tuple(self._vllm.command(socket)),
-            vllm_environment=self._vllm.settings,
-        )
+        environment[VLLM_SOCKET] = str(socket)
+        command = tuple(self._vllm.command(socket))
+        return replace(launch, environment=environment, vllm=command, vllm_environment=self._vllm.settings)
 
     def start(self) -> None:
         """Start the processes; `wait_until_ready` tells when they serve. Triton starts when its vLLM listens."""
