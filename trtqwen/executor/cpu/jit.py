@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -18,11 +21,33 @@ def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            return njit(cache=True, fastmath=_FAST, **options)(function)
+            kernel = njit(cache=True, fastmath=_FAST, **options)(function)
         except RuntimeError:  # neither the package's directory nor the user's can be written to
             return njit(fastmath=_FAST, **options)(function)
+        compile_alone, lock = kernel.compile, Path(kernel.stats.cache_path, f"{function.__qualname__}.lock")
+
+        def compile_once(signature: Any) -> Any:
+            with _locked(lock):  # ranks start together: one compiles for seconds, the others read what it caches
+                return compile_alone(signature)
+
+        kernel.compile = compile_once
+        return kernel
 
     return decorate
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`, unless it cannot be written: who reads a cache needs no lock."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("a")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def widen(value: Any) -> Any:
