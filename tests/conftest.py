@@ -121,6 +121,7 @@ def served(served_repository: Path) -> Iterator[TritonServer]:
             running.check()
         except ServerError as problem:
             if "Triton was ended by SIG" in problem.what:  # a crash, of which tests see only that a socket closes
+                print(running.log.read_text("utf-8", "replace")[-4000:])
                 raise
 
 

@@ -48,3 +48,21 @@ def test_the_two_states_that_the_server_waits_for() -> None:
     )
     assert (fault.start_fault, fault.unloading) == (True, False)
     assert (ending.start_fault, ending.unloading) == (False, True)
+
+
+def test_a_crash_is_placed_by_the_stack_that_triton_writes() -> None:
+    stack = (
+        "Signal (11) received.\n"
+        " 0# 0x000055BE17BF452D in /opt/tritonserver/bin/tritonserver\n"
+        " 1# 0x00007F3437E5A050 in /lib/x86_64-linux-gnu/libc.so.6\n"
+        " 2# pthread_cond_clockwait in /lib/x86_64-linux-gnu/libc.so.6\n"
+        " 3# 0x000055BE17BA10C4 in /opt/tritonserver/backends/python/libtriton_python.so\n"
+    )
+    named = f"{stack} 4# TRITONBACKEND_ModelInstanceExecute in /opt/tritonserver/lib/libtritonserver.so\n"
+    crashed = without_error(-signal.SIGSEGV)
+    for text, place in (
+        (INFO, ""),
+        (INFO + stack, " in libtriton_python.so"),
+        (INFO + named, " in TRITONBACKEND_ModelInstanceExecute"),
+    ):
+        assert ServerLog(text, ADVICE).telling_line(crashed) == f"{crashed}{place} (see triton.log)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 
 from trtqwen.engine.explain import explain
 
@@ -18,6 +19,9 @@ _KILLED = "the log has no error; was it killed, for its memory perhaps?"
 _CRASHED = "the log has no error; it crashed"
 _NO_ERROR = {-signal.SIGKILL: _KILLED, -signal.SIGTERM: "the log has no error; another process ended it"}
 GONE = "the log has no error; it crashed or was killed"
+# Triton writes the stack of its crash itself, the signal's handler first: ` 3# function in library`.
+_FRAME = re.compile(r"^ *[1-9]\d*# (?:0x[0-9A-F]+|(?P<function>.+)) in (?P<library>\S+)$", re.MULTILINE)
+_SYSTEM = ("libc.", "libpthread.", "libstdc++.")
 
 
 def without_error(code: int) -> str | None:
@@ -55,6 +59,14 @@ class ServerLog:
         what, _, hint = found[2].partition("; ")
         return f"the model {found[1]} does not load: {what}", f"{hint or 'see the log'} ({self.advice})"
 
+    @property
+    def crashed_in(self) -> str | None:
+        """Return the innermost named function of Triton's in the stack of its crash, else its library."""
+        frames = [(frame["function"], Path(frame["library"]).name) for frame in _FRAME.finditer(self.text)]
+        own = [(function, library) for function, library in frames if not library.startswith(_SYSTEM)]
+        named = [function.partition("(")[0] for function, _ in own if function]
+        return next(iter([*named, *(library for _, library in own)]), None)
+
     def telling_line(self, without_error: str | None = None) -> str:
         """Return the most relevant line of the log, and where the rest is.
 
@@ -68,6 +80,8 @@ class ServerLog:
             if line.startswith("E") and "] " in line and not any(text in line for text in _HARMLESS)
         ]
         loading = [line for line in errors if line.lstrip('"').startswith("failed to load")]
+        if without_error == _CRASHED and self.crashed_in:
+            without_error += f" in {self.crashed_in}"
         others = lines if without_error is None else [without_error]
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
