@@ -11,7 +11,8 @@ from pathlib import Path
 from tests.ranks import Nursery
 from trtqwen.cli import COMMANDS
 
-_NURSERY = Nursery(*(f"trtqwen.cli.{name}" for name in COMMANDS))  # ends with the process of the tests
+MODULES = tuple(f"trtqwen.cli.{name}" for name in COMMANDS)
+_NURSERY = Nursery(*MODULES)  # ends with the process of the tests
 
 
 def trtqwen(

@@ -12,8 +12,12 @@ import gc
 import json
 import shutil
 import signal
+import sys
+import tempfile
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command line sets it, before torch is loaded
+# Matrices this small gain nothing from threads, and those wait for each other where other processes take the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -22,7 +26,8 @@ import hypothesis
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-from tests.ranks import Nursery
+from tests.command_line import MODULES as COMMANDS
+from tests.ranks import SHARED, Nursery
 from trtqwen.artifact.manifest import cached, write_manifest
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -44,10 +49,39 @@ hypothesis.settings.load_profile("busy")
 
 BACKEND = os.environ.get("TRTQWEN_TEST_BACKEND", "torch")  # `make test-vllm` sets it
 
+RANKS = (
+    "trtqwen.executor.plain_runner",
+    "trtqwen.executor.attention.cpu",
+    "trtqwen.executor.worker",
+    "tests.executor.exchanges",
+)
+GATEWAYS = ("trtqwen.gateway.__main__", "trtqwen.gateway.server")
+TESTS = (
+    "xdist.remote",
+    "hypothesis.strategies",
+    "openai",
+    "redis.asyncio",
+    "transformers.models.qwen2.modeling_qwen2",
+)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> Iterator[None]:
+    """Fork the workers, and all that they fork, from one process with their imports."""
+    home = Path(tempfile.mkdtemp(prefix="tests-"))
+    nursery = Nursery(*COMMANDS, *GATEWAYS, *RANKS, *TESTS)
+    nursery.listen(home / "nursery")
+    os.environ[SHARED] = str(home / "nursery")
+    for spec in specs:
+        spec.python = f"{sys.executable} {Path(__file__).with_name('forked_worker.py')}"
+    config.add_cleanup(nursery.stop)
+    config.add_cleanup(lambda: shutil.rmtree(home))
+    return (yield)
+
 
 @pytest.fixture(scope="session")
 def nursery() -> Iterator[Nursery]:
-    started = Nursery("trtqwen.executor.plain_runner", "trtqwen.executor.worker", "tests.executor.exchanges")
+    started = Nursery(*RANKS)
     yield started
     started.stop()
 

@@ -3,15 +3,20 @@
 Ranks are forked so in the tests of the executor alone; all others start them as users do, and so do the tests that
 take the fixture `real_ranks`. Commands that only check, print and exit are forked by `tests/command_line.py`, and
 gateways of one process by `quick_gateway` in `tests/gateway/conftest.py`.
+
+Where several processes run the tests, `tests/conftest.py` starts one such process for all of them, and pytest-xdist's
+workers are forked from it, too (`tests/forked_worker.py`).
 """
 
 from __future__ import annotations
 
 import fcntl
+import gc
 import io
 import json
 import os
 import select
+import selectors
 import signal
 import socket
 import subprocess
@@ -22,16 +27,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import IO, Any, NoReturn, cast
 
 from trtqwen.system import guardian
 from trtqwen.system.guarded import Farewell, guardian_orders
 
+SHARED = "TRTQWEN_TEST_NURSERY"  # the address of the process that all processes of the tests fork from
 _MOST_BYTES = 1 << 17  # of a message: a rank's configuration, and the environment
 
 
 class Nursery:
-    """The process that others are forked from; starts with the first of them.
+    """The process that others are forked from: the shared one, or one that starts with the first of them.
 
     Attributes:
         modules: what it imports.
@@ -41,6 +47,7 @@ class Nursery:
 
     def __init__(self, *modules: str) -> None:
         self.modules = modules
+        self._socket: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
     def Popen(
@@ -83,18 +90,35 @@ class Nursery:
         process.stdin.flush()
         return process
 
-    def _send(self, message: dict[str, Any], given: Sequence[int]) -> None:
-        if self._process is None:
+    def listen(self, address: Path) -> None:
+        """Start the process, which forks for all that connect to a socket, until this process stops it or ends."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+            listener.bind(os.fspath(address))
+            listener.listen()
             self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             with theirs:
-                program = [sys.executable, "-m", "tests.ranks", *self.modules]
-                self._process = subprocess.Popen(program, stdin=theirs.fileno(), cwd=Path(__file__).parents[1])
+                self._process = self._start(theirs, listener)
+
+    def _send(self, message: dict[str, Any], given: Sequence[int]) -> None:
+        if self._socket is None and SHARED in os.environ:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._socket.connect(os.environ[SHARED])
+        elif self._socket is None:
+            self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            with theirs:
+                self._process = self._start(theirs)
         socket.send_fds(self._socket, [json.dumps(message).encode()], given)
 
+    def _start(self, *sockets: socket.socket) -> subprocess.Popen[bytes]:
+        numbers = [end.fileno() for end in sockets]
+        program = [sys.executable, "-m", "tests.ranks", ",".join(map(str, numbers)), *self.modules]
+        return subprocess.Popen(program, pass_fds=numbers, stdin=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
+
     def stop(self) -> None:
-        """End the process; what it has forked goes on."""
-        if self._process is not None:
+        """End the process, if it is this one's; what it has forked goes on."""
+        if self._socket is not None:
             self._socket.close()
+        if self._process is not None:
             self._process.wait()
 
 
@@ -159,20 +183,35 @@ class Guarded:
 
 
 def main() -> None:
-    """Fork a process for each message on the socket that is standard input, until it closes."""
-    for module in sys.argv[1:]:
+    """Fork a process for each message on some sockets, until the first of them closes; the second accepts others."""
+    for module in sys.argv[2:]:
         import_module(module)
-    requests = socket.socket(fileno=os.dup(0))
+    gc.freeze()  # a collection in a fork would write to all of them, and so copy their memory
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the processes that watch are not waited for
-    while True:
-        message, given, _, _ = socket.recv_fds(requests, _MOST_BYTES, 8)
-        if not message:
-            return
-        if not os.fork():
-            requests.close()
-            _watch(json.loads(message), given)
-        for end in given:
-            os.close(end)
+    first, *listeners = [socket.socket(fileno=int(number)) for number in sys.argv[1].split(",")]
+    with selectors.DefaultSelector() as ready:
+        for one in (first, *listeners):
+            ready.register(one, selectors.EVENT_READ)
+        while True:
+            for key, _ in ready.select():
+                asked = cast(socket.socket, key.fileobj)
+                if asked in listeners:
+                    ready.register(asked.accept()[0], selectors.EVENT_READ)
+                    continue
+                message, given, _, _ = socket.recv_fds(asked, _MOST_BYTES, 8)
+                if message and not os.fork():
+                    for other in list(ready.get_map().values()):
+                        cast(socket.socket, other.fileobj).close()
+                    ready.close()
+                    _watch(json.loads(message), given)
+                for end in given:
+                    os.close(end)
+                if message:
+                    continue
+                if asked is first:
+                    return
+                ready.unregister(asked)
+                asked.close()
 
 
 def _watch(message: dict[str, Any], given: list[int]) -> NoReturn:

@@ -19,6 +19,7 @@ import openai
 import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
+from tests.conftest import GATEWAYS
 from tests.ranks import Nursery
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.process import GatewayProcess
@@ -157,7 +158,7 @@ def quick_triton(repository: Path) -> Iterator[TritonServer]:
                 os.killpg(group, signal.SIGKILL)
 
 
-_NURSERY = Nursery("trtqwen.gateway.__main__", "trtqwen.gateway.server")  # ends with the process of the tests
+_NURSERY = Nursery(*GATEWAYS)  # ends with the process of the tests
 
 
 @contextmanager
