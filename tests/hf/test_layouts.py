@@ -7,7 +7,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.hf.layouts import LAYOUTS, Layout, bundled_weights
+from tests.slow import every
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, TrtQwenError
@@ -75,14 +75,7 @@ CHATS: list[dict[str, Any]] = [
 ]
 NULL_CONTENT = CHATS.index({"conversation": [USER, DEEPSEEK_CALLS, RESULT], **BEGIN})
 Answers = dict[int, dict[str, dict[str, Any]]]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+TAKEN = [layout for layout in LAYOUTS if not layout.refused]
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +94,12 @@ def directories(home: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(home: Path, directories: dict[str, Path], samples: list[list[int]]) -> Answers:
-    """What each release answers, by directory: one process each, both at once."""
+def answers(
+    request: pytest.FixtureRequest, home: Path, directories: dict[str, Path], samples: list[list[int]]
+) -> Answers:
+    """What each release answers, by directory that a test takes: one process each, both at once."""
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    tested = {layout.name for call in calls if call and isinstance(layout := call.params.get("layout"), Layout)}
     questions: list[dict[str, Any]] = [
         {
             "directory": str(directories[layout.name]),
@@ -110,8 +107,8 @@ def answers(home: Path, directories: dict[str, Path], samples: list[list[int]]) 
             "chats": CHATS,
             "samples": samples if layout.weights else None,
         }
-        for layout in LAYOUTS
-        if not layout.refused
+        for layout in TAKEN
+        if layout.name in tested
     ]
     asked = home / "questions.json"
     asked.write_text(json.dumps(questions))
@@ -153,7 +150,9 @@ def test_refused_by_name(layout: Layout, directories: dict[str, Path]) -> None:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if not layout.refused], ids=lambda layout: layout.name
+    "layout",
+    [layout for layout in TAKEN if not layout.weights] + every(2, [layout for layout in TAKEN if layout.weights]),
+    ids=lambda layout: layout.name,
 )
 def test_as_transformers(
     layout: Layout, directories: dict[str, Path], answers: Answers, samples: list[list[int]], tmp_path: Path
