@@ -121,7 +121,7 @@ def test_changes_reach_sections_within_sections(before: list[str]) -> None:
         ("engine.vllm.pyton=x", "field 'engine.vllm.pyton' is unknown; did you mean 'engine.vllm.python'"),
         ("engine.llmapi.argument={}", "did you mean 'engine.llmapi.arguments'"),
         ("engine.served_name=x", "did you mean 'engine.vllm.served_name'"),
-        ("engine.nothing.like.it=x", "field 'engine.nothing' is unknown; change the recipe"),
+        ("engine.nothing.like.it=x", "field 'engine.nothing' is unknown; remove it"),
         ("engine.max_batch_size=many", "engine.max_batch_size"),
         ("engine.max_batch_size=[", "is not a YAML value"),
         ("name=other", "remove the field"),

@@ -125,6 +125,11 @@ class SettingError(ValueError):
         self.hint = hint
 
 
+def why_unreadable(problem: OSError | UnicodeDecodeError) -> str:
+    """Return why a text file cannot be read, for the middle of a sentence."""
+    return "it is not UTF-8 text" if isinstance(problem, UnicodeDecodeError) else problem.strerror or str(problem)
+
+
 def first_hint(problem: ValidationError) -> str:
     """Return the hint of pydantic's first error; empty if it has none."""
     error = problem.errors()[0].get("ctx", {}).get("error")

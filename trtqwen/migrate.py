@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import yaml
 
-from trtqwen.artifact.directory import destination
+from trtqwen.artifact.directory import destination, write_file
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.recipe import TORCH_SERVING, Recipe, ServeRecipe, find_recipe, load_recipe
 from trtqwen.yaml_file import read_mapping
@@ -163,7 +163,7 @@ def write_migration(migration: Migration, output: Path, *, force: bool = False) 
         raise OutputError(f"{output}: exists", "pass --force to replace it or choose another --output")
     text = yaml.safe_dump(migration.content, sort_keys=False, allow_unicode=True, width=110)
     head = f"# Migrated from {migration.source.name} by `trtqwen migrate`.\n"
-    output.write_text(head + text, encoding="utf-8")
+    write_file(output, head + text)
 
 
 def _translate(migration: Migration) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 
 from trtqwen import __version__
+from trtqwen.artifact.directory import write_file
 from trtqwen.diagnostics import InputError, TrtQwenError
 from trtqwen.doctor.run import examine
 from trtqwen.doctor.subject import Subject
@@ -72,7 +73,7 @@ def write_report(request: ReportRequest, output: Path) -> None:
         InputError: if a named log cannot be read.
     """
     text = "\n".join(_sections(request))
-    output.write_text(redacted(text), encoding="utf-8")
+    write_file(output, redacted(text))
 
 
 def redacted(text: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from trtqwen.diagnostics import InputError
+from trtqwen.diagnostics import InputError, why_unreadable
 
 
 class _Loader(yaml.SafeLoader):
@@ -34,7 +34,7 @@ def read_mapping(path: Path, error: type[InputError] = InputError) -> dict[str, 
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError) as problem:
-        raise error(f"{path}: cannot be read ({problem})", "check the path") from None
+        raise error(f"{path}: cannot be read ({why_unreadable(problem)})", "name a YAML file") from None
     except yaml.constructor.ConstructorError as problem:
         line = problem.problem_mark.line + 1 if problem.problem_mark else 1
         raise error(f"{path}: line {line}: {problem.problem}", hint) from None

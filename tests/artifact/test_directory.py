@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -12,7 +14,7 @@ import pytest
 from tests.processes import fork, in_child
 from trtqwen.artifact import directory as directories
 from trtqwen.artifact.digest import digest_file
-from trtqwen.artifact.directory import check_output, finished_directory, locked, recover
+from trtqwen.artifact.directory import check_output, finished_directory, locked, recover, write_file
 from trtqwen.artifact.manifest import read_manifest, stage_key, write_manifest
 from trtqwen.diagnostics import OutputError
 
@@ -175,9 +177,9 @@ def test_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     os.mkfifo(tmp_path / "pipe")
     for name in ("out", "pipe"):
-        with pytest.raises(OutputError, match="cannot become an output directory"):
+        with pytest.raises(OutputError, match="is not a directory"):
             check_output(tmp_path / name, force=True)
-    with pytest.raises(OutputError, match="cannot become an output directory"):
+    with pytest.raises(OutputError, match="is the root of all directories"):
         check_output(Path("/"), force=True)
 
 
@@ -203,3 +205,40 @@ def test_a_link_is_kept_and_what_it_leads_to_is_replaced(tmp_path: Path) -> None
         assert (tmp_path / name).is_symlink()
         assert read_manifest(tmp_path / "real" / name, "engine")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dangling", "link", "real"]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let files be made, and fail as they are written."""
+
+    def write_text(path: Path, text: str, encoding: str = "") -> None:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("old")
+    full_disk(monkeypatch)
+    for name in ("file", "new"):
+        with pytest.raises(
+            OutputError, match=rf"{name}: cannot be created or written .No space left.*; free some space"
+        ):
+            write_file(tmp_path / name, "text")
+    with pytest.raises(OutputError, match=r"out: cannot be created or written .No space left"):
+        finish(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def test_a_lock_whose_process_id_cannot_be_written_is_no_leftover(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"), locked(tmp_path / "lock", lambda pid: None):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "lock").exists()

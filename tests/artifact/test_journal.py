@@ -50,5 +50,5 @@ def test_a_place_that_cannot_be_used_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be read"):
         journal(tmp_path / "file" / "journal")
-    with pytest.raises(OutputError, match="cannot be written"):
+    with pytest.raises(OutputError, match="cannot be created or written"):
         journal(tmp_path / "nowhere" / "journal")

@@ -297,3 +297,16 @@ def test_a_killed_build_is_not_served(repository: Path, tmp_path: Path) -> None:
     shutil.copytree(repository, copy)
     (copy / "manifest.json").unlink()
     refused(trtqwen("serve", "--repo", copy), "is not a finished repository")
+
+
+@pytest.mark.parametrize("module", ["typer", "yaml"])  # of the command line itself, and of the command
+def test_ctrl_c_during_the_imports_is_quiet(module: str, tmp_path: Path) -> None:
+    (tmp_path / f"{module}.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGINT)")
+    done = subprocess.run(
+        [sys.executable, "-m", "trtqwen", "plan", "qwen2-tiny-cpu"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")

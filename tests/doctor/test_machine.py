@@ -82,6 +82,15 @@ LIMITED = limits_text("8388608", "8388608")
             "ok",
             "",
         ),
+        # A server that runs: its owner file is locked, not mapped.
+        (Host(), {"dev/shm/trtqwen-1f-owner": "", "dev/shm/trtqwen-1f-0_a": ""}, 16, "ok", ""),
+        (
+            Host(),
+            {"dev/shm/trtqwen-1f-owner.new": "", "dev/shm/trtqwen-2e-0_a": ""},
+            16,
+            "warn",
+            "rm /dev/shm/trtqwen-2e",
+        ),
     ],
 )
 def test_shared_memory(
@@ -90,6 +99,13 @@ def test_shared_memory(
     result = check("D07", Subject(host, machine(files, shm=shm), load_recipe("qwen2.5-7b-fp16-tp4-4090d")))
     assert result.verdict == verdict, result
     assert says in f"{result.evidence} {result.hint}"
+
+
+def test_shared_memory_of_other_users_is_left_to_them(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject = Subject(Host(), machine({"dev/shm/nccl-a": ""}, shm=16))
+    assert check("D07", subject).verdict == "warn"
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    assert check("D07", subject).verdict == "ok"
 
 
 @pytest.mark.parametrize(

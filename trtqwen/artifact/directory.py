@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import shutil
@@ -13,6 +14,7 @@ from typing import TextIO
 
 from trtqwen.diagnostics import OutputError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -28,7 +30,8 @@ def finished_directory(output: Path, *, force: bool = False, sources: Iterable[P
         sources: inputs of the result, which must not be inside `output`.
 
     Raises:
-        OutputError: from `check_output`, or if another process is writing it, or its parent cannot be written.
+        OutputError: from `check_output`, or if another process is writing it, its parent cannot be written, or the
+            disk is full.
     """
     output = destination(output)
     with locked(_sibling(output, "lock"), lambda pid: _refuse_second_writer(output, pid)):
@@ -42,8 +45,30 @@ def finished_directory(output: Path, *, force: bool = False, sources: Iterable[P
             else:
                 temporary.rename(output)
             _sync_directory(output.parent)
+        except OSError as problem:
+            if problem.errno in DISK_FULL:
+                raise _unwritable(output, problem) from None
+            raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_file(output: Path, text: str) -> None:
+    """Write a text file: the whole of it, or what was there stays.
+
+    Raises:
+        OutputError: if it cannot be written.
+    """
+    output = output.resolve()
+    temporary = _sibling(output, "new")
+    try:
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(output)
+        finally:
+            temporary.unlink(missing_ok=True)
+    except OSError as problem:
+        raise _unwritable(output, problem) from None
 
 
 @contextmanager
@@ -66,10 +91,10 @@ def locked(path: Path, on_busy: Callable[[int], None]) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(file, path):
                 continue  # who held it has removed it
-            file.truncate(0)
-            file.write(str(os.getpid()))
-            file.flush()
             try:
+                file.truncate(0)
+                file.write(str(os.getpid()))
+                file.flush()
                 yield
             finally:
                 path.unlink(missing_ok=True)
@@ -85,7 +110,7 @@ def make_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as problem:
-        raise OutputError(_cannot_create(directory, problem)) from None
+        raise _unwritable(directory, problem) from None
 
 
 def recover(output: Path) -> None:
@@ -124,7 +149,8 @@ def check_place(output: Path, sources: Iterable[Path] = ()) -> None:
     """
     place = output.resolve()
     if place == place.parent or (place.exists() and not place.is_dir()):
-        raise OutputError(f"{output}: cannot become an output directory", "name another")
+        what = "the root of all directories" if place == place.parent else "not a directory"
+        raise OutputError(f"{output}: is {what}", "name another output directory")
     for source in sources:
         if source.resolve().is_relative_to(place):
             raise OutputError(f"{output}: would be replaced, and {source} lost", "name another directory")
@@ -154,7 +180,7 @@ def _open_lock(path: Path) -> TextIO:
     try:
         return path.open("a+", encoding="ascii")
     except OSError as problem:
-        raise OutputError(_cannot_create(path.parent, problem)) from None
+        raise _unwritable(path.parent, problem) from None
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
@@ -164,8 +190,9 @@ def _is_at(file: TextIO, path: Path) -> bool:
         return False
 
 
-def _cannot_create(directory: Path, problem: OSError) -> str:
-    return f"{directory}: cannot be created or written ({problem.strerror}); choose a directory that can be"
+def _unwritable(output: Path, problem: OSError) -> OutputError:
+    hint = "free some space, or choose another disk" if problem.errno in DISK_FULL else "choose another place"
+    return OutputError(f"{output}: cannot be created or written ({problem.strerror})", hint)
 
 
 def _fresh_temporary(output: Path) -> Path:

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.directory import write_file
 from trtqwen.diagnostics import OutputError
 
 
@@ -46,13 +47,8 @@ class Journal:
             lines = []
         self.entries = lines[1:]
         text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in (lines or [{"digest": digest}]))
-        temporary = path.with_name(f"{path.name}.new")
-        try:
-            temporary.write_text(text, encoding="utf-8")  # without a last line that a kill has cut
-            os.replace(temporary, path)
-            self._file = path.open("a", encoding="utf-8")
-        except OSError as problem:
-            raise OutputError(f"{path}: cannot be written ({problem.strerror})", "choose another --output") from None
+        write_file(path, text)  # without a last line that a kill has cut
+        self._file = path.open("a", encoding="utf-8")
 
     def add(self, entry: dict[str, Any]) -> None:
         """Keep an entry, for later runs."""

@@ -121,8 +121,9 @@ def load_manifest(directory: Path, stage: StageName) -> Manifest:
     if text != _text(manifest) or manifest.key != key:
         raise InputError(f"{path}: was changed after it was written", HINTS[stage])
     if manifest.stage != stage:
+        wanted = "an engine" if stage == "engine" else f"a {stage}"
         raise InputError(
-            f"{directory}: holds a finished {manifest.stage}, not a {stage}", f"name the {stage} directory"
+            f"{directory}: holds a finished {manifest.stage}, not {wanted}", f"name the {stage} directory"
         )
     return manifest
 

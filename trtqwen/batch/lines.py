@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trtqwen.diagnostics import InputError
+from trtqwen.diagnostics import InputError, why_unreadable
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
@@ -54,7 +54,9 @@ def read_lines(path: Path, defaults: Defaults) -> list[Line]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: cannot be read ({problem})", "name a UTF-8 file of requests") from None
+        raise InputError(
+            f"{path}: cannot be read ({why_unreadable(problem)})", "name a UTF-8 file of requests"
+        ) from None
     lines = [_line(index, entry, defaults) for index, entry in enumerate(_entries(path, text))]
     if not lines:
         raise InputError(f"{path}: holds no request", "give a JSON list of prompts or JSONL")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -19,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trtqwen.artifact.directory import write_file
 from trtqwen.artifact.journal import Journal, journal_digest
 from trtqwen.artifact.manifest import MANIFEST, load_manifest
 from trtqwen.batch.lines import Line, result
@@ -268,9 +268,7 @@ class _Results:
         """Write the output and drop the journal; returns the results."""
         results = [self.known[index] for index in range(count)]
         text = "".join(json.dumps(content, ensure_ascii=False) + "\n" for content in results)
-        temporary = self._output.with_name(f".{self._output.name}.new")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, self._output)
+        write_file(self._output, text)
         self._journal.remove()
         return results
 

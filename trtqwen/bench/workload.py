@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from trtqwen.diagnostics import InputError, first_problem
+from trtqwen.diagnostics import InputError, first_problem, why_unreadable
 from trtqwen.hf.tokenizer import Tokenizer
 
 _FACTS = Path(__file__).with_name("workloads.json")
@@ -146,7 +146,9 @@ def read_workload(path: Path, tokenizer: Tokenizer, count: int | None = None) ->
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{path}: cannot be read ({problem})", "name a workload, or give a file of one") from None
+        raise InputError(
+            f"{path}: cannot be read ({why_unreadable(problem)})", "name a workload, or give a file of one"
+        ) from None
     asks = []
     for ask in _sharegpt(path, text, tokenizer) if text.lstrip().startswith("[") else _lines(path, text, tokenizer):
         asks.append(ask)

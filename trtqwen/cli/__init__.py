@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import sys
 from contextlib import suppress
 from importlib import import_module
@@ -17,6 +18,7 @@ import typer
 from typer.core import TyperGroup
 
 from trtqwen import __version__
+from trtqwen.artifact.directory import DISK_FULL
 from trtqwen.cli.output import HELP, print_json
 from trtqwen.diagnostics import Diagnostic, TrtQwenError
 
@@ -71,6 +73,8 @@ class _LazyGroup(TyperGroup):
 
 def _load(name: str) -> Any:
     command = import_module(f"trtqwen.cli.{name}").command
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # set by `trtqwen.__main__` for the imports
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not isinstance(command, typer.Typer):
         alone = typer.Typer(add_completion=False, context_settings=HELP, rich_markup_mode=None)
         alone.command(name)(command)
@@ -122,6 +126,8 @@ def main() -> None:
         _leave(problem.diagnostic, problem.exit_code)
     except OSError as problem:
         path = f"{problem.filename}: " if problem.filename else ""
+        if problem.errno in DISK_FULL:
+            _leave(Diagnostic(f"{path}{problem.strerror}", "free some space, or choose another disk"), 1)
         if problem.errno in _WRONG_PATH:
             what = f"{path}cannot be read or written ({problem.strerror})"
             _leave(Diagnostic(what, "correct the path or its permissions"), 2)

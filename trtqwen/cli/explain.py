@@ -29,7 +29,9 @@ def command(
         with nullcontext(sys.stdin) if str(log) == "-" else log.open(encoding="utf-8", errors="replace") as lines:
             explanation = explain(lines)
     except OSError as problem:
-        raise InputError(f"{log}: cannot be read ({problem.strerror})", "name a log file, or - for input") from None
+        raise InputError(
+            f"{log}: cannot be read ({problem.strerror})", "name a log file, or - for standard input"
+        ) from None
     if json:
         telling = [{"number": number, "line": line} for number, line in explanation.telling]
         findings = [asdict(finding) for finding in explanation.findings]

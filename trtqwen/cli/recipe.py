@@ -10,6 +10,7 @@ import yaml
 from rich.padding import Padding
 from rich.text import Text
 
+from trtqwen.artifact.directory import write_file
 from trtqwen.cli.output import HELP, Changes, Force, Json, print_json, stdout
 from trtqwen.diagnostics import Diagnostic, InputError
 from trtqwen.plan.plan import model_config
@@ -66,7 +67,7 @@ def copy(
     """Copy a recipe, with its comments, to a file of your own."""
     if file.exists() and not force:
         raise InputError(f"{file}: exists", "pass --force to replace it, or name another file")
-    file.write_text(find_recipe(recipe).read_text(encoding="utf-8"), encoding="utf-8")
+    write_file(file, find_recipe(recipe).read_text(encoding="utf-8"))
     if json:
         print_json({"recipe": str(file)})
     else:

@@ -79,6 +79,7 @@ def command(
     }
     if reference == "transformers":
         require_transformers()
+    layers = load_config(model).num_hidden_layers
     samples = read_samples(model, text or HELDOUT, max_tokens)
     with progress_bars() as bars:
         result = verify(
@@ -88,7 +89,7 @@ def command(
             int8_layout=int8_layout,
             limits={name: limit for name, limit in limits.items() if limit is not None},
             texts=read_texts(text or HELDOUT)[:_TEXTS] if reference == "transformers" else None,
-            progress=bars.add("verifying", load_config(model).num_hidden_layers, unit="layers"),
+            progress=bars.add("verifying", layers, unit="layers"),
         )
     if report is not None:
         write_report(result, report)

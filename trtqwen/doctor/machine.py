@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
+from pathlib import Path
 
 from trtqwen.checkpoint.convert import plan_conversion
 from trtqwen.diagnostics import Diagnostic, TrtQwenError
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.subject import Skip, Subject, System
 from trtqwen.recipe import CheckpointRecipe
+from trtqwen.system.leftovers import without_owner
 
 GIB = 2**30
 _SHM_PER_RANK = GIB  # NCCL and Triton's python backend; containers start with 64 MiB
@@ -110,13 +113,23 @@ def _limits(system: System) -> Iterator[Diagnostic]:
 
 
 def _stale_segments(system: System) -> list[str]:
-    """Return shared-memory segments of killed servers, which no process maps. Needs root to see all processes."""
-    names = {path.name for path in (system.root / "dev/shm").iterdir() if path.name.startswith(_SEGMENTS)}
+    """Return shared-memory segments of killed servers, which no process maps, without those of other users.
+
+    Only root can see what other users' processes map.
+    """
+    names = without_owner({path.name for path in (system.root / "dev/shm").iterdir() if _may_be_stale(path)})
     if names:
         for maps in (system.root / "proc").glob("[0-9]*/maps"):
             text = system.read(str(maps.relative_to(system.root))) or ""
             names = {name for name in names if f"/dev/shm/{name}" not in text}
     return sorted(names)
+
+
+def _may_be_stale(path: Path) -> bool:
+    try:
+        return path.name.startswith(_SEGMENTS) and os.getuid() in (0, path.stat().st_uid)
+    except OSError:  # it was removed
+        return False
 
 
 class ConversionRoom(Check):

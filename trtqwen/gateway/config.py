@@ -221,7 +221,7 @@ class GatewayConfig(BaseModel):
         if not (self.loopback or self.api_keys or self.allow_anonymous):
             raise SettingError(
                 f"{self.host} can be reached by others and there are no API keys",
-                "name a file with keys, or set allow_anonymous",
+                "pass --api-keys, or set allow_anonymous in the settings file",
             )
         return self
 

@@ -20,5 +20,5 @@ def bind(config: GatewayConfig) -> socket.socket:
     except OSError as problem:
         raise InputError(
             f"{config.host}:{config.port}: the gateway cannot listen there ({problem.strerror})",
-            "stop what does or choose another address or port",
+            "stop the program that does, or choose another address or port",
         ) from None

@@ -90,8 +90,10 @@ def _advice(problem: ValidationError, model: type[BaseModel]) -> str:
     first = problem.errors()[0]
     if first["type"] == "missing":
         return "add the field"
-    near = _near_field(".".join(map(str, first["loc"])), model) if first["type"] == "extra_forbidden" else None
-    return f"did you mean {near!r}?" if near else first_hint(problem) or "change the recipe"
+    if first["type"] == "extra_forbidden":
+        near = _near_field(".".join(map(str, first["loc"])), model)
+        return f"did you mean {near!r}?" if near else "remove it; `trtqwen recipe show` prints the fields of a recipe"
+    return first_hint(problem) or "correct the value"
 
 
 def _near_field(field: str, model: type[BaseModel]) -> str | None:

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -64,6 +64,13 @@ def sweep() -> None:
         with suppress(OSError):
             if time.time() - unlocked.stat().st_mtime > _YOUNG_SECONDS:
                 unlocked.unlink()
+
+
+def without_owner(names: Collection[str]) -> set[str]:
+    """Return the files of /dev/shm without an owner file. `sweep` removes the others when their owner has ended."""
+    owners = [name for name in names if name.startswith(_PREFIX) and name.endswith((_OWNER, _unowned(_OWNER)))]
+    owned = tuple(name.removesuffix(".new").removesuffix(_OWNER) for name in owners)
+    return {name for name in names if not name.startswith(owned)}
 
 
 def _sweep_directory(directory: Path) -> None:

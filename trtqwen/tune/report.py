@@ -10,6 +10,7 @@ from html import escape
 from pathlib import Path
 from textwrap import wrap
 
+from trtqwen.artifact.directory import write_file
 from trtqwen.bench.plots import Spot, pareto_plot
 from trtqwen.bench.report import facts_table, page, table
 from trtqwen.recipe import find_recipe
@@ -77,7 +78,7 @@ def write_recipe(search: Search, source: str, path: Path, extra: Sequence[str] =
         if name in _given(extra) or search.own.changes.get(name) != value
     }
     text = with_fields(find_recipe(source).read_text(encoding="utf-8"), changed)
-    path.write_text(f"{head}#\n{text}", encoding="utf-8")
+    write_file(path, f"{head}#\n{text}")
     return path
 
 

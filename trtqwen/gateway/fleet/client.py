@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from trtqwen.diagnostics import InputError, ServerError
+from trtqwen.diagnostics import InputError, ServerError, why_unreadable
 from trtqwen.gateway.fleet.table import ModelEntry, Target, parse_entry
 
 KEY = "TRTQWEN_ADMIN_KEY"
@@ -46,7 +46,9 @@ def admin_key(file: Path | None) -> str:
     try:
         key = file.read_text(encoding="utf-8") if file is not None else os.environ.get(KEY, "")
     except (OSError, UnicodeDecodeError) as problem:
-        raise InputError(f"{file}: cannot be read ({problem})", "name a file that holds the key alone") from None
+        raise InputError(
+            f"{file}: cannot be read ({why_unreadable(problem)})", "name a file that holds the key alone"
+        ) from None
     if not (key := key.strip()):
         raise InputError("there is no admin key", f"set {KEY}, or name a file with --key-file")
     return key
