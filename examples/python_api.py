@@ -9,7 +9,7 @@ model = Path(sys.argv[1])
 recipe = load_recipe("qwen2-tiny-cpu", ["engine.max_batch_size=8"])
 print("fits:", plan_recipe(recipe, model).fits)
 
-plan = plan_build(recipe, model, Path("engines"), Path("triton_repo/mine"))
+plan = plan_build(recipe, model, Path("engines/mine"), Path("triton_repo/mine"))
 for result in run_build(plan):
     print(f"{result.stage}: {result.seconds:.2f} s")
 

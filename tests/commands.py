@@ -14,8 +14,11 @@ from trtqwen.cli import app
 
 
 def shown_commands(text: str) -> Iterator[list[str]]:
-    """The words of every trtqwen command in a text: console lines, indented blocks and code spans."""
-    for line in re.findall(r"(?:^\$ |^    |`)(trtqwen [^`\n]*)", text.replace("\\\n", " "), re.MULTILINE):
+    """The words of every trtqwen command in a text: console lines, bash and indented blocks, and code spans."""
+    text = text.replace("\\\n", " ")
+    scripts = "\n".join(re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    console = re.findall(r"(?:^\$ |^    |`)(trtqwen [^`\n]*)", text, re.MULTILINE)
+    for line in (*console, *re.findall(r"^trtqwen .*", scripts, re.MULTILINE)):
         words = line.partition("#")[0].split()[1:]
         if words and re.fullmatch(r"[a-z]+", words[0]):
             yield words

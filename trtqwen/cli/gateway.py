@@ -34,8 +34,8 @@ def command(
     """Serve the OpenAI routes and the chat page in front of running Triton servers until Ctrl-C or SIGTERM.
 
     A request goes to the replica with the fewest outstanding tokens. With enable_kv_cache_reuse, it goes to the
-    replica that has read the beginning of its prompt, unless that one is loaded. A failed replica gets no requests
-    until it answers again. The gateway reads config, tokenizer and engine limits from the repository.
+    replica that has read the beginning of its prompt, unless that one is overloaded. A failed replica gets no
+    requests until it answers again. The gateway reads config, tokenizer and engine limits from the repository.
 
     With --models, it serves the models of a table, each with the repository and addresses that the table names.
     `trtqwen models` changes the table while clients are served.
