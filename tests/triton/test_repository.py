@@ -17,7 +17,7 @@ from trtqwen.artifact.manifest import read_manifest, write_manifest
 from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import InputError, OutputError
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
-from trtqwen.triton.repository import plan_repository, repository_key, write_repository
+from trtqwen.triton.repository import RepositoryStage, plan_repository, write_repository
 
 UPSTREAM = json.loads(Path(__file__).with_name("data").joinpath("upstream.json").read_text("utf-8"))["models"]
 PLACEHOLDERS = {
@@ -236,9 +236,10 @@ def test_the_key_follows_engine_settings_and_place(bundled_engine: Callable[...,
     serve = ServeRecipe(triton_max_batch_size=8)
     engine = bundled_engine()
     key = read_manifest(engine, "engine").key
-    assert read_manifest(repository, "repository").key == repository_key(engine, key, serve)
+    own = read_manifest(repository, "repository").key
+    assert own == RepositoryStage(engine, key, serve, repository).key()
     others = [(engine, key, ServeRecipe()), (engine, "other", serve), (engine / "moved", key, serve)]
-    assert all(repository_key(*other) != repository_key(engine, key, serve) for other in others)
+    assert all(RepositoryStage(*other, repository).key() != own for other in others)
 
 
 def test_python_models_are_copies_and_refer_to_nothing_outside_but_the_engine(repository: Path) -> None:

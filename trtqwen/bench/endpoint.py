@@ -15,7 +15,7 @@ from tritonclient.grpc import service_pb2_grpc
 
 from trtqwen.bench.workload import Ask
 from trtqwen.diagnostics import ServerError
-from trtqwen.triton.messages import infer_request, output_arrays
+from trtqwen.triton.messages import ANY_SIZE, infer_request, output_arrays
 from trtqwen.triton.streams import read_rest_async
 
 Api = Literal["grpc", "completions"]
@@ -89,7 +89,7 @@ class GrpcEndpoint:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        options = [("grpc.max_receive_message_length", -1), ("grpc.use_local_subchannel_pool", 1)]
+        options = [ANY_SIZE, ("grpc.use_local_subchannel_pool", 1)]
         self._channel = grpc.aio.insecure_channel(target.url, options)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtqwen.checkpoint.config import resolved_dtype
+from trtqwen.checkpoint.shapes import rank_matrices
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.facts.cards import card_facts
 from trtqwen.facts.names import CardName
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.memory import VALUE_BYTES
-from trtqwen.plan.weights import rank_matrices, rank_weights
+from trtqwen.plan.weights import rank_weights
 from trtqwen.recipe import CheckpointRecipe
 
 

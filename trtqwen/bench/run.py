@@ -8,7 +8,7 @@ import platform
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -251,8 +251,3 @@ def _cpu_model() -> str:
     except OSError:
         return platform.machine()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def keeping(target: Target, stop_ids: tuple[int, ...], vocab_size: int) -> Target:
-    """The target with answers kept, ended at the model's own stop ids."""
-    return replace(target, keep=True, ignore_eos=False, stop_ids=stop_ids, vocab_size=vocab_size)

@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import TILE
 from trtqwen.checkpoint.sharding import check_parallel
-from trtqwen.checkpoint.tensors import TILE
 from trtqwen.diagnostics import CheckpointError, OutputError
 from trtqwen.facts.releases import release_facts
 from trtqwen.hf.config import HfConfig

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from trtqwen.artifact.names import CONFIG
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import local_kv_heads, rank_matrices
 from trtqwen.diagnostics import CheckpointError, first_problem
 from trtqwen.facts.names import Release
 from trtqwen.facts.releases import release_facts
@@ -65,7 +66,7 @@ class CheckpointConfig(BaseModel):
     quantization: QuantConfig
 
     @property
-    def layout(self) -> RankMapping:
+    def rank_mapping(self) -> RankMapping:
         return RankMapping(self.mapping.tp_size, self.mapping.pp_size)
 
     @property
@@ -75,14 +76,13 @@ class CheckpointConfig(BaseModel):
 
     @property
     def local_kv_heads(self) -> int:
-        """KV heads of one rank; with more ranks than KV heads each rank holds a copy of one."""
-        return max(1, self.num_key_value_heads // self.mapping.tp_size)
+        """KV heads of one rank; see `shapes.local_kv_heads`."""
+        return local_kv_heads(self, self.mapping.tp_size)
 
     @property
     def layer_values(self) -> int:
         """Weights in the linear layers of one layer on one rank."""
-        attention = 2 * (self.local_heads + self.local_kv_heads) * self.head_size
-        return self.hidden_size * (attention + 3 * self.intermediate_size // self.mapping.tp_size)
+        return rank_matrices(self, self.mapping.tp_size).values
 
     @property
     def matrix_values(self) -> int:

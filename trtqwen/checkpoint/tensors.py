@@ -23,14 +23,13 @@ from trtqwen.checkpoint.rule import (
     linear_layers,
     to_float16,
 )
+from trtqwen.checkpoint.shapes import TILE
 from trtqwen.checkpoint.sharding import Split, shard
 from trtqwen.checkpoint.smoothquant_tensors import SmoothRules
 from trtqwen.hf.config import HfConfig
 from trtqwen.hf.names import EMBEDDING, LM_HEAD
 from trtqwen.quantize.weight_only import quantize_to_layout
 from trtqwen.safetensors_io.format import Array, TensorSpec
-
-TILE = 64  # sizes of INT8 weight-only matrices, for each rank
 
 
 class RuleBook:

@@ -13,7 +13,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.diagnostics import ServerError
 from trtqwen.triton.client import Array, Tensors, answer_text, server_error
-from trtqwen.triton.messages import infer_request, output_arrays
+from trtqwen.triton.messages import ANY_SIZE, infer_request, output_arrays
 from trtqwen.triton.streams import read_rest
 
 _DTYPES: dict[str, type[np.generic]] = {"seed": np.uint64, "temperature": np.float32, "top_p": np.float32}
@@ -36,7 +36,7 @@ class Endpoint:
         self._url = url
         self._metrics = metrics
         self._deadline = deadline
-        self._channel = grpc.insecure_channel(url, options=[("grpc.max_receive_message_length", -1)])
+        self._channel = grpc.insecure_channel(url, options=[ANY_SIZE])
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def __enter__(self) -> Endpoint:

@@ -163,7 +163,7 @@ def _engine(models: Models) -> Iterator[Diagnostic]:
         if not (engine / HF_MODEL / CONFIG).is_file():
             yield Diagnostic(f"{engine / HF_MODEL}: holds no model", "build the engine again, or copy all of it")
         return
-    ranks = config.pretrained_config.layout.world_size
+    ranks = config.pretrained_config.rank_mapping.world_size
     suffix = "safetensors" if config.backend == "torch" else "engine"
     missing = [f"rank{rank}.{suffix}" for rank in range(ranks) if not (engine / f"rank{rank}.{suffix}").is_file()]
     if missing:

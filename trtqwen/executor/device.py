@@ -69,7 +69,7 @@ def choose_device(engine: EngineConfig, config: ExecutorConfig, rank: int) -> De
             graphs=False,
             overlap=False,
         )
-    ranks, cards = engine.pretrained_config.layout.world_size, torch.cuda.device_count()
+    ranks, cards = engine.pretrained_config.rank_mapping.world_size, torch.cuda.device_count()
     if ranks > cards:
         raise EngineError(
             f"the engine has {ranks} ranks, and this host shows {cards} CUDA devices",

@@ -51,7 +51,7 @@ class Qwen2Model:
         self._dtype = dtype
         self._device = device
         loader = LinearLoader(config, int8_layout, dtype, device, plain=plain)
-        count = len(config.layout.stage_layers(communicator.stage, config.num_hidden_layers))
+        count = len(config.rank_mapping.stage_layers(communicator.stage, config.num_hidden_layers))
         self._layers = [
             RankLayer(config, tensors, f"transformer.layers.{index}", loader, dtype, device) for index in range(count)
         ]

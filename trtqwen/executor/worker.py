@@ -51,7 +51,7 @@ def _run(config: WorkerConfig, commands: Commands, events: IO[bytes]) -> None:
     torch.set_num_threads(config.threads)
     engine = read_engine_config(config.engine)
     choice = choose_device(engine, config.executor, config.rank)
-    mapping = engine.pretrained_config.layout
+    mapping = engine.pretrained_config.rank_mapping
     communicator: Communicator = SingleRank()
     if choice.kernels == "fused":
         from trtqwen.executor.cuda.start import keep_compiled_kernels

@@ -47,7 +47,7 @@ class Checkpoint:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.config: CheckpointConfig = read_checkpoint_config(directory)
-        self._mapping = self.config.layout
+        self._mapping = self.config.rank_mapping
         self._readers = [
             SafetensorsReader(directory / rank_weights(rank), CheckpointError)
             for rank in range(self._mapping.world_size)

@@ -37,7 +37,7 @@ class ServedModel:
         fingerprint: changes with the engine and with the way it is run.
         tensors: names of the inputs of `tensorrt_llm`; they differ between releases of TensorRT-LLM.
         kv_cache_tokens: the repository's cap on the KV cache of one engine instance, in tokens.
-        copies: number of engine instances in one Triton.
+        instances: number of engine instances in one Triton.
         reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
         extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of likely tokens and
@@ -53,7 +53,7 @@ class ServedModel:
     vocab_size: int
     tensors: frozenset[str]
     kv_cache_tokens: int | None
-    copies: int
+    instances: int
     guided_decoding: bool
     extensions: frozenset[str] = frozenset()
     reuses_kv_cache: bool = False
@@ -137,7 +137,7 @@ def load_model(repository: Path, name: str | None = None) -> ServedModel:
         vocab_size=engine.pretrained_config.vocab_size,
         tensors=frozenset(tensor.name for tensor in config.input),
         kv_cache_tokens=int(cap) if cap.isdecimal() else None,
-        copies=replica_count(config),
+        instances=replica_count(config),
         guided_decoding=bool(parameters.get("guided_decoding_backend")),
         extensions=_EXTENSIONS.get(engine.backend, frozenset()),
         reuses_kv_cache=parameters.get("enable_kv_cache_reuse", "").lower() == "true",

@@ -45,8 +45,8 @@ def plan_gate(config: GatewayConfig, model: ServedModel, keys: int = 0) -> GateP
         keys: how many API keys there are.
     """
     limits = model.limits
-    batch = model.copies * limits.max_batch_size
-    cache = model.copies * model.cache_tokens(config.kv_cache_tokens)
+    batch = model.instances * limits.max_batch_size
+    cache = model.instances * model.cache_tokens(config.kv_cache_tokens)
     capacity = Capacity(batch + max(1, batch // _HEADROOM), cache + max(1, cache // _HEADROOM))
     replicas = len(config.triton)
     requests, tokens = max(_QUEUED_REQUESTS, 2 * replicas * batch), max(_QUEUED_TOKENS, 2 * replicas * cache)

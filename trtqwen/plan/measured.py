@@ -10,10 +10,10 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import local_kv_heads, rank_matrices
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import Share, assumptions
 from trtqwen.plan.speed import Rates, Roofline, Shares, Work
-from trtqwen.plan.weights import local_kv_heads, rank_matrices
 
 _FACTS = Path(__file__).with_name("measured.json")
 _WHOLE = Share(low=1, median=1, high=1, points=0)

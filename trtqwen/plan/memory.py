@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 from trtqwen.checkpoint.config import Dtype
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import local_kv_heads, rank_matrices
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import assumptions
-from trtqwen.plan.weights import RankWeights, local_kv_heads, rank_matrices, rank_weights
+from trtqwen.plan.weights import RankWeights, rank_weights
 from trtqwen.recipe import Recipe
 
 GIB = 2**30

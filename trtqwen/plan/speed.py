@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 from trtqwen.checkpoint.config import Dtype
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import rank_matrices
 from trtqwen.facts.cards import card_facts
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import Link, Links, Share, assumptions
 from trtqwen.plan.memory import VALUE_BYTES, RankMemory, step_tokens
-from trtqwen.plan.weights import rank_matrices
 from trtqwen.recipe import Recipe
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trtqwen.checkpoint.mapping import RankMapping
-from trtqwen.checkpoint.tensors import TILE
+from trtqwen.checkpoint.shapes import RankMatrices, rank_matrices
 from trtqwen.hf.config import HfConfig
 from trtqwen.recipe import CheckpointRecipe
 
@@ -34,44 +34,6 @@ class RankWeights:
     def read(self) -> int:
         """Bytes that each step reads."""
         return self.layers + self.lm_head
-
-
-@dataclass(frozen=True)
-class RankMatrices:
-    """[out, in] of each matrix of one layer on one rank."""
-
-    qkv: tuple[int, int]
-    dense: tuple[int, int]
-    fc: tuple[int, int]
-    proj: tuple[int, int]
-
-    @property
-    def all(self) -> tuple[tuple[int, int], ...]:
-        """The five of them: `fc` has a twin, `gate`."""
-        return self.qkv, self.dense, self.fc, self.fc, self.proj
-
-    @property
-    def values(self) -> int:
-        return sum(out * inner for out, inner in self.all)
-
-
-def local_kv_heads(config: HfConfig, tp_size: int) -> int:
-    """KV heads of one rank; with more ranks than KV heads each holds a copy of one."""
-    return max(1, config.num_key_value_heads // tp_size)
-
-
-def rank_matrices(config: HfConfig, tp_size: int, *, tiled: bool = False) -> RankMatrices:
-    """The matrices of a layer on one rank.
-
-    Args:
-        tiled: pad the intermediate size as INT8 weight-only kernels have it.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size // tp_size
-    if tiled:
-        inner = -(-config.intermediate_size // (TILE * tp_size)) * TILE
-    query = config.num_attention_heads // tp_size * config.head_size
-    qkv = query + 2 * local_kv_heads(config, tp_size) * config.head_size
-    return RankMatrices((qkv, hidden), (hidden, query), (inner, hidden), (hidden, inner))
 
 
 def rank_weights(config: HfConfig, settings: CheckpointRecipe, value_bytes: int, stage: int) -> RankWeights:

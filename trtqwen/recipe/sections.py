@@ -178,7 +178,7 @@ class ServeRecipe(Section):
     """Settings of serving. The names are the keys of the Triton model `tensorrt_llm`.
 
     Attributes:
-        replicas: copies of the engine, each on GPUs of its own.
+        replicas: Triton servers, each with an engine on GPUs of its own.
         replica_mode: `servers` runs a tritonserver for each replica behind the gateway, which sends a request to the
             replica with the fewest outstanding tokens. `orchestrator` lets one tritonserver spawn all replicas
             through MPI: one gRPC address, but Triton spreads requests without regard to the load, and the replicas

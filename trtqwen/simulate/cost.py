@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import rank_matrices
 from trtqwen.hf.config import HfConfig
 from trtqwen.plan.assumptions import Link
 from trtqwen.plan.speed import Rates, Roofline
-from trtqwen.plan.weights import rank_matrices
 from trtqwen.simulate.corrections import EngineName, Precision, corrections
 from trtqwen.simulate.engine import StepWork
 
@@ -66,7 +66,6 @@ class CostModel:
         shares, own, products = facts.card(card), facts.engines[engine], facts.products[precision]
         tp, layers, hidden = mapping.tp_size, config.num_hidden_layers, config.hidden_size
         self._roofline, self._config, self._mapping, self._link = roofline, config, mapping, link
-        self._value_bytes = rates.value_bytes
         self._nominal_read = rates.read
         self._read = rates.read * shares.read
         self._float = rates.float_flops * shares.float16

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trtqwen.checkpoint.mapping import RankMapping
+from trtqwen.checkpoint.shapes import rank_matrices
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import context_share
 from trtqwen.executor.scheduler import SchedulerConfig
@@ -15,7 +16,6 @@ from trtqwen.plan.assumptions import Link, assumptions
 from trtqwen.plan.layouts import recipe_roofline
 from trtqwen.plan.plan import Plan, model_config, plan_recipe
 from trtqwen.plan.speed import recipe_rates
-from trtqwen.plan.weights import rank_matrices
 from trtqwen.recipe import Recipe
 from trtqwen.simulate.corrections import Precision
 from trtqwen.simulate.cost import CostModel

@@ -17,6 +17,8 @@ from tritonclient.utils import (
 )
 
 Array = npt.NDArray[Any]
+# Option of a channel: gRPC refuses messages above 4 MiB, and logits and log probabilities of a prompt take more.
+ANY_SIZE = ("grpc.max_receive_message_length", -1)
 
 
 def infer_request(

@@ -12,7 +12,7 @@ from typing import Any
 from google.protobuf import text_format
 from tritonclient.grpc.model_config_pb2 import ModelConfig, ModelInstanceGroup
 
-from trtqwen.artifact.manifest import Manifest, read_manifest, stage_key
+from trtqwen.artifact.manifest import Manifest, read_manifest
 from trtqwen.artifact.names import CONFIG, MODEL_CONFIG, TOKENIZER_DIRECTORY, tokenizer_directory
 from trtqwen.artifact.stage import BuildEvents, Stage
 from trtqwen.diagnostics import InputError
@@ -54,11 +54,6 @@ class RepositoryPlan:
     configs: Mapping[str, ModelConfig]
     python_models: tuple[str, ...]
     guided: bool
-
-
-def repository_key(engine: Path, engine_key: str, serve: ServeRecipe) -> str:
-    """The manifest key of the repository that `write_repository` would write for an engine with this key."""
-    return stage_key("repository", {"engine": engine_key}, _parameters(engine, serve))
 
 
 def plan_repository(engine: Path, serve: ServeRecipe, output: Path | None = None) -> RepositoryPlan:

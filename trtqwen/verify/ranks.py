@@ -43,7 +43,7 @@ class CheckpointRanks:
 
     def __init__(self, directory: Path, int8_layout: Int8LayoutChoice, device: torch.device) -> None:
         self.config = read_checkpoint_config(directory)
-        self.mapping = self.config.layout
+        self.mapping = self.config.rank_mapping
         self.readers = [
             SafetensorsReader(directory / rank_weights(rank), CheckpointError)
             for rank in range(self.mapping.world_size)

@@ -87,7 +87,7 @@ class CudaModel:
             return upload(need(tensors, name)).to(dtype)
 
         loader = LinearLoader(config, int8_layout, dtype, upload)
-        count = len(config.layout.stage_layers(communicator.stage, config.num_hidden_layers))
+        count = len(config.rank_mapping.stage_layers(communicator.stage, config.num_hidden_layers))
         self._layers = [self._load(tensors, f"transformer.layers.{index}", loader, upload) for index in range(count)]
         self._embedding = table("transformer.vocab_embedding.weight") if communicator.is_first else None
         self._gain = table("transformer.ln_f.weight") if communicator.is_last else None

@@ -274,10 +274,6 @@ class Gate:
         return ApiError(429, f"{what}; try again in {seconds} s", code, retry_after=seconds)
 
 
-def _granted(turn: asyncio.Future[int]) -> bool:
-    return turn.done() and turn.exception() is None
-
-
 class RecentMean:
     """The mean of the values of the last seconds; 0 without values."""
 

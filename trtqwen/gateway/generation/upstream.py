@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
 from trtqwen.triton.contract import EXTENSIONS
-from trtqwen.triton.messages import infer_request
+from trtqwen.triton.messages import ANY_SIZE, infer_request
 from trtqwen.triton.streams import is_over, read_rest_async
 
 Array = npt.NDArray[Any]
@@ -25,7 +25,7 @@ MODEL = "tensorrt_llm"
 # Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
 _OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
 _CHANNEL_OPTIONS = (
-    ("grpc.max_receive_message_length", -1),
+    ANY_SIZE,
     ("grpc.use_local_subchannel_pool", 1),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),  # a restarted Triton is found within a second, not within two minutes
