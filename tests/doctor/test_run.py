@@ -15,7 +15,6 @@ from trtqwen.doctor.subject import Subject, System, completed
 from trtqwen.recipe import load_recipe
 from trtqwen.system.host import Host
 
-# Appendix B of the project's list of pains; D25 is about dashboards, of which there are none yet.
 IDS = [f"D{number:02}" for number in range(1, 43)]
 WARNINGS = {"D06", "D08", "D15", "D20", "D23", "D24", "D27", "D30", "D34", "D37", "D38", "D39", "D40", "D41"}
 
@@ -61,6 +60,23 @@ class Unreadable(Check):
 def test_what_the_system_refuses_is_a_problem_of_its_check_alone(machine: Callable[..., System]) -> None:
     result = run_check(Unreadable(), Subject(Host(), machine()))
     assert (result.verdict, result.evidence) == ("fail", "/secret: Permission denied")
+
+
+class Surprised(Check):
+    id, level, title = "D98", "error", "a value that nobody expected"
+
+    def run(self, subject: Subject) -> Result:
+        return Result("ok", str(int("[N/A]")))
+
+
+def test_a_check_that_fails_itself_ends_no_other(
+    machine: Callable[..., System], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trtqwen.doctor.run.CHECKS", [Surprised(), *CHECKS])
+    first, *others = examine(Subject(Host(), machine()))
+    assert first.result.verdict == "warn"
+    assert "the check itself failed (ValueError: invalid literal for int()" in first.result.evidence
+    assert [found.check.id for found in others] == IDS
 
 
 def test_what_was_built_of_a_recipe_is_found(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ def examine(subject: Subject, started: Callable[[Check], None] = lambda check: N
 
 
 def run_check(check: Check, subject: Subject) -> Result:
-    """Run a check. Skips and errors become results."""
+    """Run a check. Skips and errors become results, errors of the check itself too: the others still run."""
     if check.place == "host" and subject.host.image is not None:
         return Result("skip", "a check of the host, outside of the container")
     try:
@@ -79,6 +79,9 @@ def run_check(check: Check, subject: Subject) -> Result:
     except OSError as problem:
         where = problem.filename or "this host"
         return check.found(f"{where}: {problem.strerror or problem}", "check its permissions")
+    except Exception as problem:  # a value that no check expects, on a machine that nobody here has seen
+        what = f"the check itself failed ({type(problem).__name__}: {problem})"
+        return Result("warn", what, "run `trtqwen report` and attach its file to an issue")
 
 
 def examine_in_container(plan: ContainerPlan, subject: Subject) -> list[Finding]:
