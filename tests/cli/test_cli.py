@@ -114,7 +114,7 @@ def test_a_full_disk_is_a_failure_in_one_sentence() -> None:
             text=True,
         )
     assert result.returncode == 1
-    assert parse_error(result.stderr) == ("No space left on device", "check the disk and the system log")
+    assert parse_error(result.stderr) == ("No space left on device", "free some space, or choose another disk")
 
 
 def test_bad_input_gets_one_sentence_and_exit_code_2(tmp_path: Path) -> None:

@@ -81,6 +81,7 @@ def api_of(url: str) -> Api:
 
 
 async def connect(target: Target) -> Endpoint:
+    """Return a client for the target's protocol. It connects with its first request."""
     return GrpcEndpoint(target) if target.api == "grpc" else HttpEndpoint(target)
 
 

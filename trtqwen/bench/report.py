@@ -107,10 +107,12 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def facts_table(facts: dict[str, str]) -> str:
+    """Return the HTML table of where something was measured."""
     return table(("measured on", ""), facts.items())
 
 
 def figures_table(figures: Figures) -> str:
+    """Return the HTML tables of rates and of distributions."""
     rates = [[name, rate.unit, with_interval(rate)] for name, rate in figures.rates.items()]
     values = [
         [name, distribution.unit, *_cells(distribution)] for name, distribution in figures.distributions.items()

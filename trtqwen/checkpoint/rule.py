@@ -101,4 +101,5 @@ def linear_layers(config: HfConfig) -> tuple[Linear, Linear, Linear, Linear, Lin
 
 
 def to_float16(tensor: Array) -> Array:
+    """Convert a tensor to float16; one that is float16 already is not copied."""
     return tensor.astype(np.float16, copy=False)

@@ -161,6 +161,7 @@ def parse_goodput(limits: list[str]) -> Goodput | None:
 
 
 def print_figures(report: BenchReport) -> None:
+    """Print the figures of a report, and what limits its trust."""
     settings = report.settings
     load = f"{settings.concurrency} open" if settings.concurrency else f"{settings.rate or 'timed'}/s"
     stdout.print(

@@ -77,6 +77,7 @@ def print_warnings(warnings: Iterable[Diagnostic]) -> None:
 
 
 def print_json(content: dict[str, Any]) -> None:
+    """Print one JSON object on standard output."""
     sys.stdout.write(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
     sys.stdout.flush()  # report a full disk as an error, not at the interpreter's exit
 

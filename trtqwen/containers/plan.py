@@ -47,6 +47,11 @@ class ContainerPlan:
 
 
 def plan_container(work: Work, options: ContainerOptions) -> ContainerPlan:
+    """Plan the `docker run` of a command in the image of its release.
+
+    Raises:
+        InputError: if no image or driver suits it, or a directory that it reads does not exist.
+    """
     image, warnings = choose_image(work, options)
     needs = " ".join(requirements())
     cache = _cache_directory(image, needs)
@@ -105,4 +110,5 @@ def _mount(source: Path, target: Path, writable: bool) -> str:
 
 
 def csv_field(text: str) -> str:
+    """Quote a field of a `--mount` option if it holds a comma or a quote."""
     return '"' + text.replace('"', '""') + '"' if set(text) & set(',"') else text

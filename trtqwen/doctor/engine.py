@@ -67,9 +67,7 @@ class CheckpointRelease(Check):
         ranks = range(config.mapping.world_size)
         missing = [rank for rank in ranks if not (subject.checkpoint / rank_weights(rank)).is_file()]
         if missing:
-            text = (
-                f"{subject.checkpoint}: rank{missing[0]}.safetensors is missing, its mapping has {len(ranks)} ranks"
-            )
+            text = f"{subject.checkpoint}: {rank_weights(missing[0])} is missing, its mapping has {len(ranks)} ranks"
             problems.append(Diagnostic(text, _CONVERT))
         return self.judge(
             problems, f"{config.dtype}, {len(ranks)} {'rank' if len(ranks) == 1 else 'ranks'}, {release}"

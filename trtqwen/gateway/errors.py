@@ -76,14 +76,17 @@ class ApiError(TrtQwenError):
 
 
 def bad_request(message: str, *, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """Return the error for a request that is invalid; `message` ends with what to do."""
     return ApiError(400, message, code, param=param)
 
 
 def unsupported(param: str, message: str) -> ApiError:
+    """Return the error for a valid request that this server cannot serve."""
     return ApiError(400, message, "unsupported", param=param)
 
 
 def late() -> ApiError:
+    """Return the error for an answer that passed `request_seconds`."""
     return ApiError(504, "the answer was not finished in time; ask for fewer tokens", "timeout")
 
 

@@ -15,6 +15,7 @@ from trtqwen.bench.setup import WorkloadOptions, make_workloads, named_workloads
 from trtqwen.bench.workload import Workload, shapes
 from trtqwen.diagnostics import InputError
 from trtqwen.facts.cards import card_facts
+from trtqwen.hf.checks import has_tokenizer
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.simulate.corrections import corrections
 from trtqwen.simulate.cost import Totals
@@ -130,7 +131,7 @@ def simulated_workloads(
     Raises:
         InputError: if there is no such workload, or a file of one needs the model's tokenizer.
     """
-    if model is not None and (model / "tokenizer.json").is_file():
+    if model is not None and has_tokenizer(model):
         return make_workloads(options, Tokenizer(model), count)
     if options.workload in shapes():
         return named_workloads(options, range(_PLAIN_IDS, deployment.config.vocab_size), count)

@@ -40,6 +40,7 @@ ENVIRONMENT_SECONDS = 120  # from the start until the backend is loaded, at most
 
 
 def main() -> None:
+    """Run the program that standard input describes in one line of JSON, until it or standard input ends."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.prctl(PR_SET_CHILD_SUBREAPER, 1)
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
@@ -132,6 +133,7 @@ def watch(program: int, wake: int, *, owner: bool, seconds: float = float("inf")
 
 
 def send(pid: int, number: int) -> None:
+    """Send a signal to a process, which may have ended."""
     with suppress(ProcessLookupError):
         os.kill(pid, number)
 
@@ -161,12 +163,14 @@ def shared_memory_of(pid: int) -> "set[str]":
 
 
 def remove_files(paths: "set[str]") -> None:
+    """Remove files, some of which may be gone."""
     for path in paths:
         with suppress(OSError):
             os.unlink(path)
 
 
 def descendants() -> "set[int]":
+    """Return the ids of all processes below this one."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
         if entry.isdecimal():

@@ -181,7 +181,7 @@ def read_deployment(repository: Path) -> Deployment:
     world_size = read_engine_config(engine).pretrained_config.mapping.world_size
     missing = [rank for rank in range(world_size) if not (engine / rank_engine(rank)).is_file()]
     if missing:
-        raise InputError(f"{engine}: rank{missing[0]}.engine is missing", "build the engine again")
+        raise InputError(f"{engine}: {rank_engine(missing[0])} is missing", "build the engine again")
     return Deployment(world_size, replica_count(config), engine, server_count(repository))
 
 

@@ -72,8 +72,8 @@ def quality_report(
 
 def _obstacle(plan: ConversionPlan) -> str | None:
     """Return why nothing can be measured, or None."""
-    if not (plan.source.directory / "tokenizer.json").is_file():
-        return "the model has no tokenizer.json"
+    if plan.tokenizer is None:
+        return "the model has no tokenizer"
     if importlib.util.find_spec("torch") is None:
         return "PyTorch is not installed"
     return None

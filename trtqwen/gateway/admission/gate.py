@@ -297,8 +297,10 @@ class RecentMean:
 
 
 def stopping() -> ApiError:
+    """Return the error for requests that a stopping server does not take."""
     return ApiError(503, "the server is stopping; try another one", "stopping", retry_after=5)
 
 
 def down() -> ApiError:
+    """Return the error for requests while no replica works."""
     return ApiError(503, "the engine does not answer; try again", "engine_dead", retry_after=5)

@@ -29,6 +29,7 @@ def choice_count(n: int | None, prompts: int, most: int) -> int:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
+    """Return the field `usage` of chats and completions."""
     details = None if usage.cached_tokens is None else {"cached_tokens": usage.cached_tokens}
     return {
         "prompt_tokens": usage.prompt_tokens,

@@ -163,5 +163,6 @@ def _unknown(value: Any, place: str) -> Iterator[str]:
 
 
 def missing_model(name: str, served: Sequence[str]) -> ApiError:
+    """Return the error for a model that is not served here."""
     message = f"the model {name!r} does not exist; this server has {', '.join(map(repr, served))}"
     return ApiError(404, message, "model_not_found", param="model")

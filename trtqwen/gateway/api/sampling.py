@@ -83,6 +83,7 @@ def sampling_values(request: SamplingFields | GenerateRequest, defaults: Generat
 
 
 def draw_seed() -> int:
+    """Return a random seed for a request without one."""
     return secrets.randbits(_SEED_BITS)
 
 
