@@ -79,11 +79,12 @@ def animate(frames: list[str]) -> str:
         opening, style, body = match.groups()
         begin, end = (100 * FRAME_SECONDS * place / total for place in (index, index + 1))
         until = 100.0 if index == len(frames) - 1 else end
+        still = "visible" if index == len(frames) - 1 else "hidden"  # for viewers that animate nothing
         rules.append(
             f"{style}@keyframes f{index} {{0%,{max(0, begin - 0.001):.3f}%{{visibility:hidden}}"
             f"{begin:.3f}%,{until:.3f}%{{visibility:visible}}"
             f"{min(100, until + 0.001):.3f}%,100%{{visibility:hidden}}}}"
-            f".f{index}{{animation:f{index} {total:.1f}s infinite step-end;visibility:hidden}}"
+            f".f{index}{{animation:f{index} {total:.1f}s infinite step-end;visibility:{still}}}"
         )
         groups.append(f'<g class="f{index}">{body}</g>')
     return f"{opening}<style>{''.join(rules)}</style>{''.join(groups)}</svg>"
