@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 
+from trtqwen.engine.explain import explain
 from trtqwen.triton.server_log import GONE, ServerLog, without_error
 
 ADVICE = "see triton.log"
@@ -24,19 +25,27 @@ def test_an_error_of_trtqwen_in_a_model_is_told_apart_with_its_hint() -> None:
 
 
 def test_a_model_that_does_not_load_says_more_than_a_later_error() -> None:
-    line = ServerLog(INFO + LOADING + LATER, ADVICE).telling_line()
-    assert line.startswith("failed to load 'preprocessing' version 1")
+    line = ServerLog(INFO + LOADING + LATER, ADVICE).error("Triton ended").what
+    assert line.startswith("Triton ended: failed to load 'preprocessing' version 1")
     assert "At:" not in line
     assert "(see triton.log)" in line
-    assert ServerLog(INFO + LATER, ADVICE).telling_line() == "unable to start (see triton.log)"
+    assert ServerLog(INFO + LATER, ADVICE).error("Late").what == "Late: unable to start (see triton.log)"
+
+
+def test_a_known_cause_is_named_and_its_hint_is_apart() -> None:
+    text = 'E1127 04:00:01.000000 1 main.cc:1] "CUDA runtime error in ::cudaMallocAsync: out of memory"\n'
+    error = ServerLog(INFO + text, ADVICE).error("Triton ended with code 1")
+    [known] = [found for found in explain(text.splitlines()).findings if found.role == "cause"]
+    assert error.what.endswith(f"(see triton.log); the cause: {known.cause}")
+    assert error.hint == known.hint != ""
 
 
 def test_a_log_without_an_error_is_said_to_have_none() -> None:
     harmless = 'E1127 04:00:01.000000 1 pinned_memory.cc:1] "CUDA driver version is insufficient for CUDA runtime"\n'
     log = ServerLog(harmless + "last line\n", ADVICE)
-    assert log.telling_line() == "last line (see triton.log)"
-    assert log.telling_line(GONE) == f"{GONE} (see triton.log)"
-    assert ServerLog("", ADVICE).telling_line() == "its log is empty (see triton.log)"
+    assert log.error("Late").what == "Late: last line (see triton.log)"
+    assert log.error("Late", GONE).what == f"Late: {GONE} (see triton.log)"
+    assert ServerLog("", ADVICE).error("Late").what == "Late: its log is empty (see triton.log)"
     assert "killed" in (without_error(-signal.SIGKILL) or "")
     assert without_error(1) is None
 

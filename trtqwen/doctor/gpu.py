@@ -74,8 +74,10 @@ class ForeignMemory(Check):
         large.sort(key=lambda row: -int(row[2]))
         holders = ", ".join(f"{name} (pid {pid}) {used} MiB" for pid, name, used in large)
         used = ", ".join(f"GPU {gpu.index} {gpu.used_mib} of {gpu.memory_mib} MiB" for gpu in full)
-        text = f"{used} in use: {holders or 'by no compute process: a desktop?'}"
-        return self.found(text, "end them before the engine loads; its KV cache takes what is free")
+        if not holders:
+            hint = "stop the desktop, or leave it there: the engine's KV cache takes what is free"
+            return self.found(f"{used} in use, by no compute process: a desktop?", hint)
+        return self.found(f"{used} in use: {holders}", "end them before the engine loads, which takes what is free")
 
 
 CHECKS: tuple[Check, ...] = (AllReduce(), ForeignMemory())

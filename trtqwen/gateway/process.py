@@ -100,8 +100,8 @@ class GatewayProcess(Service):
         assert self._process.stdout is not None
         self._relay = Relay(self._process.stdout, keep_back=_REASON)
 
-    def late(self) -> str:
-        return f"{super().late()}: {self._last_line()}"
+    def late(self) -> ServerError:
+        return ServerError(f"{super().late().what}: {self._last_line()}")
 
     def check(self) -> None:
         """Raise a ServerError if the gateway has ended by itself, or was stopped (SIGSTOP) for `frozen_seconds`."""

@@ -66,9 +66,9 @@ class Service(ABC):
     def kill(self) -> None:
         """Kill every process of it. A `stop` that waits in another frame or thread then returns."""
 
-    def late(self) -> str:
+    def late(self) -> ServerError:
         """Return the error for a start that takes too long."""
-        return f"{self.name} was not ready within {self.start_seconds:g} s"
+        return ServerError(f"{self.name} was not ready within {self.start_seconds:g} s")
 
     def wait_until_ready(self, timeout: float | None = None, behind: Service | None = None) -> None:
         """Wait until it serves. Raises a ServerError as soon as it ends instead.
@@ -83,7 +83,7 @@ class Service(ABC):
                 behind.check()
             self.check()
             if time.monotonic() - begun > (self.start_seconds if timeout is None else timeout):
-                raise ServerError(self.late())
+                raise self.late()
             time.sleep(0.05)
 
     def __enter__(self: S) -> S:

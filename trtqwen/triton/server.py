@@ -279,10 +279,10 @@ class TritonServer(Service):
                 region.chmod(0o600)  # Triton makes them readable for all under any umask: they hold prompts
         return ready
 
-    def late(self) -> str:
+    def late(self) -> ServerError:
         if self._waiting is not None and self._vllm is not None:
             return self._vllm.late()
-        return f"{super().late()}: {self._read_log().telling_line()}"
+        return self._read_log().error(super().late().what)
 
     def check(self) -> None:
         """Raise a ServerError if the server, one of its ranks, python models or embedded engine has ended by itself.
@@ -300,7 +300,7 @@ class TritonServer(Service):
         if problem := self._problem():
             self._broken = True
             own_error = None if self._running.poll() is None else self._read_log().own_error
-            raise ServerError(*(own_error or (problem,)))
+            raise ServerError(*own_error) if own_error else problem
 
     def _started_again(self) -> bool:
         """Return whether Triton crashed by a known bug during its start and was started again."""
@@ -318,7 +318,7 @@ class TritonServer(Service):
         """Return why the server counts as hung; None if it does not, or without a watchdog."""
         return self._watchdog.hung() if self._watchdog is not None and self._served else None
 
-    def _problem(self) -> str | None:
+    def _problem(self) -> ServerError | None:
         if self._tritonservers > max(1, len(self._ranks)):
             self._ranks = programs(self.pid, [self._installation.binary.name])
         ended = [command for pid, command in {**self._ranks, **self._helpers}.items() if not runs(pid)]
@@ -327,13 +327,13 @@ class TritonServer(Service):
                 self._running.wait(1)  # its own end, if that is what takes them along, says more
         code = self._running.poll()
         if code is not None:
-            return f"Triton {ending(code)}: {self._read_log().telling_line(without_error(code))}"
+            return self._read_log().error(f"Triton {ending(code)}", without_error(code))
         with suppress(FileNotFoundError):
             if death := self._engine_death.read_text("utf-8"):
-                return f"{death} ({self._advice})"
+                return ServerError(f"{death} ({self._advice})")
         if ended:
-            return f"a process of {_name(ended[0])} has ended by itself: {self._read_log().telling_line(GONE)}"
-        return f"the engine hangs: {hung} ({self._advice})" if (hung := self.hung) else None
+            return self._read_log().error(f"a process of {_name(ended[0])} has ended by itself", GONE)
+        return ServerError(f"the engine hangs: {hung} ({self._advice})") if (hung := self.hung) else None
 
     def stop(self, *, drain: bool = True) -> None:
         """Let running requests finish, then end every process of the server. May be called again.

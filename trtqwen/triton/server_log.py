@@ -7,6 +7,7 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
+from trtqwen.diagnostics import ServerError
 from trtqwen.engine.explain import explain
 
 # Triton's python backend sometimes aborts while several models start (triton-inference-server/server 8882).
@@ -67,8 +68,8 @@ class ServerLog:
         named = [function.partition("(")[0] for function, _ in own if function]
         return next(iter([*named, *(library for _, library in own)]), None)
 
-    def telling_line(self, without_error: str | None = None) -> str:
-        """Return the most relevant line of the log, and where the rest is.
+    def error(self, event: str, without_error: str | None = None) -> ServerError:
+        """Return the error for an event, with the log's most relevant line, where the rest is, and a known cause.
 
         Args:
             without_error: stands in where the log has no error; None takes its last line.
@@ -86,5 +87,7 @@ class ServerLog:
         [telling] = loading[:1] or errors[-1:] or others[-1:] or ["its log is empty"]
         message = telling.strip().strip('"').partition(r"\n\nAt:")[0]  # without the python backend's traceback
         known = explain(line for line in lines if not any(text in line for text in _HARMLESS)).first
-        cause = f"; cause: {known.cause}; hint: {known.hint}" if known and known.role == "cause" else ""
-        return f"{message} ({self.advice}){cause}"
+        what = f"{event}: {message} ({self.advice})"
+        if known is None or known.role != "cause":
+            return ServerError(what)
+        return ServerError(f"{what}; the cause: {known.cause}", known.hint)

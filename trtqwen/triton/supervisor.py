@@ -184,7 +184,7 @@ class Supervisor:
                 if one.service.answers():
                     self._became_ready(one)
                 elif now - one.since > one.service.start_seconds:
-                    raise ServerError(one.service.late())
+                    raise one.service.late()
         except ServerError as problem:
             self._failed(one, problem)
 
