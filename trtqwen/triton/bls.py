@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.hf.text_stream import StopStrings
-from trtqwen.triton.contract import step_maps
+from trtqwen.triton.contract import refuse_unserved, step_maps
 from trtqwen.triton.service import Sender
 
 Array = npt.NDArray[Any]
@@ -80,9 +80,7 @@ def stop(models: Models, settings: BlsSettings) -> None:
 
 
 def _responses(models: Models, settings: BlsSettings, inputs: Mapping[str, Array]) -> Iterator[dict[str, Array]]:
-    for name, need in _UNSUPPORTED.items():
-        if name in inputs and inputs[name].any():
-            raise RequestError(f"{name}: needs {need}, which this server does not have", "leave the tensor out")
+    refuse_unserved(inputs, _UNSUPPORTED)
     # Scalars that the config reshapes come without their last dimension.
     known = {
         name: value[:, None] if value.ndim == 1 else value

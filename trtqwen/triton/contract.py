@@ -9,6 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy.typing as npt
+
+from trtqwen.diagnostics import RequestError
+
 if TYPE_CHECKING:  # loads gRPC: the models of a repository take a name from here, and start without it
     from tritonclient.grpc.model_config_pb2 import ModelConfig
 
@@ -41,6 +45,20 @@ def model_config(name: str, release: str | None = None, logits_dtype: str = "flo
         if release is not None and _version(release) < _version(change["since"]):
             _undo(config, change)
     return config
+
+
+def refuse_unserved(inputs: Mapping[str, npt.NDArray[Any]], needs: Mapping[str, str]) -> None:
+    """Refuse tensors of the contract that trtqwen does not serve.
+
+    Args:
+        needs: by the tensor's name, what it needs.
+
+    Raises:
+        RequestError: naming the first such tensor with a value other than zero.
+    """
+    for name, need in needs.items():
+        if name in inputs and inputs[name].any():
+            raise RequestError(f"{name}: needs {need}, which this server does not have", "leave the tensor out")
 
 
 def older_names() -> dict[str, str]:

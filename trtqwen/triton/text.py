@@ -13,6 +13,7 @@ import numpy.typing as npt
 from trtqwen.diagnostics import RequestError
 from trtqwen.hf.text_stream import CharacterStream
 from trtqwen.hf.tokenizer import Tokenizer
+from trtqwen.triton.contract import refuse_unserved
 from trtqwen.triton.words import Words, pack_words
 
 Array = npt.NDArray[Any]
@@ -43,7 +44,7 @@ def encode_request(
     Raises:
         RequestError: naming the tensor, if a text cannot be used or a feature is not served.
     """
-    _refuse_unsupported(inputs)
+    refuse_unserved(inputs, _UNSUPPORTED)
     prompts = [_encode(tokenizer.encode_prompt, "QUERY", text) for text in inputs["QUERY"].reshape(-1)]
     if not all(prompts):
         raise RequestError("QUERY: the prompt is empty", "send at least one character")
@@ -134,12 +135,6 @@ class HoldingDecoder:
 def _sequences(tokens: Array, lengths: Array) -> list[list[int]]:
     sequences = tokens.reshape(lengths.size, tokens.shape[-1])
     return [sequence[:length].tolist() for sequence, length in zip(sequences, lengths.reshape(-1), strict=True)]
-
-
-def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:
-    for name, need in _UNSUPPORTED.items():
-        if name in inputs and inputs[name].any():
-            raise RequestError(f"{name}: needs {need}, which this server does not have", "leave the tensor out")
 
 
 def _words(tokenizer: Tokenizer, inputs: Mapping[str, Array], name: str, rows: int) -> Sequence[Words]:
