@@ -263,7 +263,7 @@ def test_of_many_mistakes_the_first_few_are_told(schema: type[BaseModel], body: 
 def test_settings_are_checked(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gateway: field 'port': .* 65535 \(got 70000\)"):
         gateway_config(repository=tmp_path, port=70000)
-    with pytest.raises(InputError, match=r"triton.0: 'http://localhost:1' is not host:port"):
+    with pytest.raises(InputError, match=r"triton.0: 'http://localhost:1' is not host:port; write it like 127"):
         gateway_config(repository=tmp_path, triton=("http://localhost:1",))
     with pytest.raises(InputError, match="can be reached by others"):
         gateway_config(repository=tmp_path, host="0.0.0.0")

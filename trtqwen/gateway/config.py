@@ -21,21 +21,22 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 def _host_and_port(text: str) -> str:
     host, _, port = text.rpartition(":")
     if not host or "/" in host or not (port.isascii() and port.isdecimal() and int(port) < 65536):
-        raise ValueError(f"{text!r} is not host:port")
+        raise SettingError(f"{text!r} is not host:port", "write it like 127.0.0.1:8001")
     return text
 
 
 def _origin(text: str) -> str:
     scheme, _, host = text.partition("://")
     if text not in ("*", LOOPBACK_ORIGINS) and (scheme not in ("http", "https") or not host or "/" in host):
-        raise ValueError(f"{text!r} is not an origin such as https://chat.example.com, nor *, nor {LOOPBACK_ORIGINS}")
+        raise SettingError(f"{text!r} is not an origin", f"write https://chat.example.com, *, or {LOOPBACK_ORIGINS}")
     return text
 
 
 def _rates_url(text: str) -> str:
     parts = urlsplit(text)
     if parts.scheme not in ("redis", "rediss", "unix") or not (parts.hostname or parts.path):
-        raise ValueError(f"{parts.scheme}://{parts.hostname or ''} is not an address such as redis://host:6379/0")
+        what = f"{parts.scheme}://{parts.hostname or ''} is not the address of a Redis"
+        raise SettingError(what, "write it like redis://host:6379/0")
     if parts.password:  # other users of the machine can read a process's arguments
         raise SettingError(
             "the address contains a password, which other users can read",
@@ -50,7 +51,7 @@ def _network(text: str) -> str:
 
 def _path_prefix(text: str) -> str:
     if text and (not text.startswith("/") or text.endswith("/")):
-        raise ValueError(f"{text!r} is not a path such as /llm")
+        raise SettingError(f"{text!r} is not a path", "write it like /llm")
     return text
 
 
