@@ -72,7 +72,7 @@ def command(
             stdout.print(plan.shell(), markup=False, highlight=False, soft_wrap=True)
         return
     if importlib.util.find_spec("torch") is None:
-        raise EngineError("selftest needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+        raise EngineError("selftest needs PyTorch, which is not installed", "`pip install 'trtqwen[torch]'`")
     from trtqwen.selftest.run import check_machine, run_selftest  # the other commands start without PyTorch
 
     directory = engines / "selftest"

@@ -61,7 +61,7 @@ def command(
     depend on the precision.
     """
     if importlib.util.find_spec("torch") is None:
-        raise EngineError("verify needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+        raise EngineError("verify needs PyTorch, which is not installed", "`pip install 'trtqwen[torch]'`")
     from trtqwen.verify.plot import require_matplotlib
     from trtqwen.verify.reference import require_transformers
     from trtqwen.verify.run import verify, write_report  # the other commands start without PyTorch

@@ -62,7 +62,7 @@ class EmbeddedDevice(Check):
         if recipe.engine.backend != "torch":
             raise Skip(f"the recipe's backend is {recipe.engine.backend}")
         if importlib.util.find_spec("torch") is None:
-            return self.found("PyTorch is not installed", "`pip install trtqwen[torch]`")
+            return self.found("PyTorch is not installed", "`pip install 'trtqwen[torch]'`")
         wanted = recipe.serve.device
         if wanted == "cpu" or (wanted == "auto" and not subject.host.gpus):
             return Result("ok", "the engine computes on the CPU")

@@ -48,7 +48,7 @@ class Executor(EngineHandle):
         if self.engine_config.backend != "torch":
             raise EngineError(f"{engine}: was built by {self.engine_config.backend}", "serve it with TensorRT-LLM")
         if importlib.util.find_spec("torch") is None:
-            raise EngineError(f"{engine}: needs PyTorch, which is not installed", "`pip install trtqwen[torch]`")
+            raise EngineError(f"{engine}: needs PyTorch, which is not installed", "`pip install 'trtqwen[torch]'`")
         self._callbacks: dict[str, OnResponse] = {}
         self._lock = threading.Lock()
         self._stats: queue.Queue[IterationStats | None] = queue.Queue()

@@ -109,7 +109,7 @@ def check_installed() -> None:
     if importlib.util.find_spec("xgrammar") is None:
         raise RequestError(
             "guided_decoding_guide_type: needs xgrammar, which is not installed on the server",
-            "`pip install trtqwen[guided]` there",
+            "`pip install 'trtqwen[guided]'` there",
         )
 
 

@@ -41,7 +41,7 @@ def find_tritonserver() -> Installation:
     spec = importlib.util.find_spec("pytriton")
     if spec is None or spec.origin is None:
         raise ServerError(
-            "no tritonserver on this machine", "run in NVIDIA's Triton container or `pip install trtqwen[triton]`"
+            "no tritonserver on this machine", "run in NVIDIA's Triton container or `pip install 'trtqwen[triton]'`"
         )
     home = Path(spec.origin).parent / "tritonserver"
     if not _stub(home).is_file():
