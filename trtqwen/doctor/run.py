@@ -79,7 +79,7 @@ def run_check(check: Check, subject: Subject) -> Result:
     except OSError as problem:
         where = problem.filename or "this host"
         return check.found(f"{where}: {problem.strerror or problem}", "check its permissions")
-    except Exception as problem:  # a value that no check expects, on a machine that nobody here has seen
+    except Exception as problem:  # a value that no check expects, on a machine of a new kind
         what = f"the check itself failed ({type(problem).__name__}: {problem})"
         return Result("warn", what, "run `trtqwen report` and attach its file to an issue")
 
