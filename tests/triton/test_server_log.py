@@ -74,4 +74,4 @@ def test_a_crash_is_placed_by_the_stack_that_triton_writes() -> None:
         (INFO + stack, " in libtriton_python.so"),
         (INFO + named, " in TRITONBACKEND_ModelInstanceExecute"),
     ):
-        assert ServerLog(text, ADVICE).telling_line(crashed) == f"{crashed}{place} (see triton.log)"
+        assert ServerLog(text, ADVICE).error("Late", crashed).what == f"Late: {crashed}{place} (see triton.log)"
