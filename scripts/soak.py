@@ -13,8 +13,8 @@ Exits with 1 if one of these does not hold:
 
 - sent = answered + refused + failed + left: no request ends without a word, and none waits longer than --hang.
 - Requests fail only while a killed process is away, and the service comes back each time.
-- No process grows: the slope of its private memory over the second half stays below --leak, its descriptors and
-  threads do not increase.
+- Nothing grows: in the second half, the private memory of each service, all its processes together, does not rise by
+  more than --leak with a confidence of 95 %, and its descriptors and threads do not increase.
 - When the load is over, nothing is in flight or queued, no KV cache block is in use, and as many temporary files and
   files in /dev/shm exist as before. When the server has stopped, nothing of it is left.
 """
@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -45,8 +47,9 @@ from scripts.chaos import START_SECONDS, Miss, Server, birth, build
 End = Literal["answered", "refused", "failed", "left", "lost", "hung"]
 ENDS: tuple[End, ...] = ("answered", "refused", "failed", "left", "lost", "hung")
 WARM_SECONDS = 60.0  # of a process's life, in which its caches fill
-LEAST_SAMPLES = 12  # for a slope
-GROWTH_MB, GROWTH_SHARE = 4.0, 0.03  # what a process may gain in the second half, the larger of both
+LEAST_SAMPLES = 30  # for a slope
+BLOCKS = 10  # of samples, each of which is one point for the slope
+GROWTH_MB, GROWTH_SHARE = 4.0, 0.03  # what a service may gain in the second half, the larger of both
 MORE_DESCRIPTORS, MORE_THREADS = 8, 8
 GRACE_SECONDS = 3.0  # after the service is ready again, for what was begun before
 VICTIMS = (
@@ -124,82 +127,116 @@ class Life:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a life says about leaks; `problems` is empty if nothing."""
+    """What the processes of one service say about leaks; `problems` is empty if nothing.
+
+    Attributes:
+        processes: those that lived through all of the time that counts.
+        megabytes, descriptors, threads: of all of them, in the first and the last third of that time.
+        slope: of their memory in MB an hour, with its 95 % confidence interval; None if the time was too short.
+    """
 
     role: str
-    pid: int
+    processes: int
     minutes: float
     megabytes: tuple[float, float]
-    slope: float | None
+    slope: tuple[float, float, float] | None
     descriptors: tuple[int, int]
     threads: tuple[int, int]
     problems: tuple[str, ...]
 
 
-def slope(points: Sequence[tuple[float, float]]) -> float:
-    """The median of the slopes between all pairs of points (Theil 1950, Sen 1968); outliers do not move it."""
-    slopes = [
+def slope(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """The median of the slopes between all pairs of points, and the ends of its 95 % confidence interval.
+
+    Theil 1950 and Sen 1968; outliers do not move it. The interval counts on points that vary independently.
+    """
+    slopes = sorted(
         (later[1] - earlier[1]) / (later[0] - earlier[0])
         for index, earlier in enumerate(points)
         for later in points[index + 1 :]
         if later[0] > earlier[0]
-    ]
-    return median(slopes) if slopes else 0.0
+    )
+    count, pairs = len(points), len(slopes)
+    if not pairs:
+        return 0.0, float("-inf"), float("inf")
+    width = 1.96 * math.sqrt(count * (count - 1) * (2 * count + 5) / 18)  # of Kendall's statistic
+    low, high = math.floor((pairs - width) / 2), math.ceil((pairs + width) / 2)
+    ends = slopes[low] if low >= 0 else float("-inf"), slopes[high] if high < pairs else float("inf")
+    return (median(slopes), *ends)
 
 
-def judge_life(life: Life, since: float, leak: float) -> Verdict:
-    """Whether a process leaks.
+def in_blocks(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The medians of ten parts of the time: an allocator's swings make neighbors alike, but not the parts."""
+    edges = [round(number * len(points) / BLOCKS) for number in range(BLOCKS + 1)]
+    parts = [points[start:stop] for start, stop in itertools.pairwise(edges)]
+    return [(median(at for at, _ in part), median(value for _, value in part)) for part in parts]
 
-    Memory leaks if it grows by more than `leak` in an hour, by more than caches and allocators vary, and still does
-    so in the last half of the time: what fills up once is no leak.
+
+def judge_service(lives: Sequence[Life], since: float, leak: float) -> Verdict:
+    """Whether the processes of one service leak, all together: a client's requests move between them.
+
+    Memory leaks if it surely rises by more than `leak` in an hour, by more than caches and allocators vary, and still
+    does so in the last half of the time: what fills up once is no leak.
 
     Args:
         since: the part of the run that counts begins then; a process's first minute never counts.
         leak: MB in an hour.
     """
-    first = life.samples[0]
-    samples = [sample for sample in life.samples if sample.at >= max(since, first.at + WARM_SECONDS)]
-    if len(samples) < LEAST_SAMPLES:
-        last = life.samples[-1]
-        minutes = (last.at - first.at) / 60
-        return Verdict(
-            life.role,
-            life.pid,
-            minutes,
-            (first.megabytes, last.megabytes),
-            None,
-            (first.descriptors, last.descriptors),
-            (first.threads, last.threads),
-            (),
-        )
-    third = len(samples) // 3
-    span = samples[-1].at - samples[0].at
-    begin, end = (median(sample.megabytes for sample in part) for part in (samples[:third], samples[-third:]))
-    points = [(sample.at, sample.megabytes) for sample in samples]
-    rate = slope(points)
-    late = slope(points[len(points) // 2 :])
+    end = max(life.samples[-1].at for life in lives)
+    left = [life for life in lives if life.samples[-1].at == end]
+    begin = max(since, *(life.samples[0].at + WARM_SECONDS for life in left))
+    looks = _together(left, begin)
+    minutes = (end - min(life.samples[0].at for life in left)) / 60
     problems = []
-    if rate * span > max(GROWTH_MB, GROWTH_SHARE * begin) and rate * 3600 > leak and late * 3600 > leak / 2:
-        problems.append(f"memory grows by {rate * 3600:.1f} MB/h")
     counts: dict[str, tuple[int, int]] = {}
+    if len(looks) < LEAST_SAMPLES:
+        looks, rate = _together(left, float("-inf")), None
+        first, last = looks[:1], looks[-1:]
+    else:
+        first, last = looks[: len(looks) // 3], looks[-(len(looks) // 3) :]
+        points = [(look.at, look.megabytes) for look in looks]
+        rate = slope(in_blocks(points))
+        late, *_ = slope(points[len(points) // 2 :])
+        growth = rate[0] * (points[-1][0] - points[0][0])
+        before = median(look.megabytes for look in first)
+        if growth > max(GROWTH_MB, GROWTH_SHARE * before) and rate[1] * 3600 > leak and late * 3600 > leak / 2:
+            low, high = rate[1] * 3600, rate[2] * 3600
+            problems.append(f"memory grows by {rate[0] * 3600:.1f} MB/h ({low:.1f} to {high:.1f})")
     for name, most in (("descriptors", MORE_DESCRIPTORS), ("threads", MORE_THREADS)):
-        before, after = (
-            int(median(getattr(sample, name) for sample in part)) for part in (samples[:third], samples[-third:])
-        )
-        counts[name] = before, after
-        if after - before > most:
-            problems.append(f"{name} went from {before} to {after}")
-    minutes = (samples[-1].at - first.at) / 60
+        pair = tuple(int(median(getattr(look, name) for look in part)) for part in (first, last))
+        counts[name] = pair[0], pair[1]
+        if rate is not None and pair[1] - pair[0] > most:
+            problems.append(f"{name} went from {pair[0]} to {pair[1]}")
+    sizes = [median(look.megabytes for look in part) for part in (first, last)]
     return Verdict(
-        life.role,
-        life.pid,
+        left[0].role,
+        len(left),
         minutes,
-        (begin, end),
-        rate * 3600,
+        (sizes[0], sizes[1]),
+        None if rate is None else (rate[0] * 3600, rate[1] * 3600, rate[2] * 3600),
         counts["descriptors"],
         counts["threads"],
         tuple(problems),
     )
+
+
+def _together(lives: Sequence[Life], begin: float) -> list[Sample]:
+    """The sums of all processes at the looks that saw each of them, from a time on."""
+    seen: dict[float, list[Sample]] = {}
+    for life in lives:
+        for sample in life.samples:
+            if sample.at >= begin:
+                seen.setdefault(sample.at, []).append(sample)
+    return [
+        Sample(
+            at,
+            sum(sample.megabytes for sample in samples),
+            sum(sample.descriptors for sample in samples),
+            sum(sample.threads for sample in samples),
+        )
+        for at, samples in sorted(seen.items())
+        if len(samples) == len(lives)
+    ]
 
 
 def judge_outcomes(outcomes: Sequence[Outcome], aways: Sequence[Away]) -> tuple[Counter[str], list[str]]:
@@ -391,6 +428,20 @@ def _judge(answer: bytes, *, streamed: bool) -> tuple[End, str]:
     return ("failed" if b'"error"' in body else "lost"), body[-200:].decode("utf-8", "replace")
 
 
+def look_at(pid: int, now: float) -> Sample | None:
+    """Look at a process; None if it has ended and its parent does not know yet.
+
+    Raises:
+        OSError, KeyError: if it is gone.
+    """
+    status = Path(f"/proc/{pid}/status").read_text()
+    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
+    if fields["State"].split()[0] == "Z":
+        return None
+    megabytes = int(fields["RssAnon"].split()[0]) / 1024
+    return Sample(now, megabytes, len(os.listdir(f"/proc/{pid}/fd")), int(fields["Threads"]))
+
+
 class Watch:
     """Looks at every process of a server."""
 
@@ -405,16 +456,10 @@ class Watch:
         ours = {pid: command for pid, command in server.pids.items() if server.lives(pid)}
         for pid, command in {**ours, server.process.pid: "trtqwen serve"}.items():
             with suppress(OSError, KeyError, ValueError):
-                born = birth(pid)
-                status = Path(f"/proc/{pid}/status").read_text()
-                fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-                if fields["State"].split()[0] == "Z":
-                    continue
-                role = next((role for text, role in ROLES.items() if text in command), "other")
-                life = self.lives.setdefault((pid, born), Life(role, pid))
-                megabytes = int(fields["RssAnon"].split()[0]) / 1024
-                descriptors = len(os.listdir(f"/proc/{pid}/fd"))
-                life.samples.append(Sample(now, megabytes, descriptors, int(fields["Threads"])))
+                born, sample = birth(pid), look_at(pid, now)
+                if sample is not None:
+                    role = next((role for text, role in ROLES.items() if text in command), "other")
+                    self.lives.setdefault((pid, born), Life(role, pid)).samples.append(sample)
 
     def living(self, now: float, every: float) -> list[Life]:
         """The lives that the latest look saw."""
@@ -554,9 +599,9 @@ def _progress(client: Client, watch: Watch, seconds: float, options: argparse.Na
 
 
 def table(verdicts: Sequence[Verdict]) -> str:
-    """The processes that lived long enough to be judged, as Markdown."""
+    """The services that lived long enough to be judged, as Markdown."""
     lines = [
-        "| process | minutes | private MB, first and last third | MB/h | descriptors | threads | verdict |",
+        "| service | processes | private MB, first and last third | MB/h, 95 % | descriptors | threads | verdict |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for one in verdicts:
@@ -565,9 +610,9 @@ def table(verdicts: Sequence[Verdict]) -> str:
         pair = [f"{before} -> {after}" for before, after in (one.descriptors, one.threads)]
         memory = f"{one.megabytes[0]:.1f} -> {one.megabytes[1]:.1f}"
         says = "; ".join(one.problems) or "steady"
-        lines.append(
-            f"| {one.role} | {one.minutes:.0f} | {memory} | {one.slope:+.1f} | {' | '.join(pair)} | {says} |"
-        )
+        rate, low, high = one.slope
+        rates = f"{rate:+.1f} ({low:+.1f} to {high:+.1f})"
+        lines.append(f"| {one.role} | {one.processes} | {memory} | {rates} | {' | '.join(pair)} | {says} |")
     return "\n".join(lines)
 
 
@@ -580,7 +625,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, help="in the first half; by default one for each two minutes of it")
     parser.add_argument("--workers", type=int, default=1, help="processes of the gateway")
     parser.add_argument("--hang", type=float, default=90, help="seconds without an end that count as a hang")
-    parser.add_argument("--leak", type=float, default=20, help="MB in an hour that a process may grow by")
+    parser.add_argument("--leak", type=float, default=20, help="MB in an hour that a service may grow by")
     parser.add_argument("--every", type=float, help="seconds between two looks at the processes")
     parser.add_argument("--progress", type=float, default=60, help="seconds between two lines of progress")
     parser.add_argument("--seed", type=int, default=0)
@@ -621,12 +666,12 @@ def run(server: Server, options: argparse.Namespace) -> int:
     counts, wrong = judge_outcomes(outcomes, aways)
     problems += wrong
     settled = max([begun + seconds / 2, *(away.ended for away in aways)])
-    verdicts = [
-        judge_life(life, settled, options.leak)
-        for life in sorted(watch.lives.values(), key=lambda life: (life.role, life.pid))
-        if life.samples
-    ]
-    problems += [f"{one.role} ({one.pid}): {what}" for one in verdicts for what in one.problems]
+    services: dict[str, list[Life]] = {}
+    for life in watch.lives.values():
+        if life.samples:
+            services.setdefault(life.role, []).append(life)
+    verdicts = [judge_service(services[role], settled, options.leak) for role in sorted(services)]
+    problems += [f"{one.role}: {what}" for one in verdicts for what in one.problems]
     server.look()
     server.process.terminate()
     try:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Awaitable, Callable
+from subprocess import PIPE
 
 import pytest
 
@@ -16,8 +21,9 @@ from scripts.soak import (
     Outcome,
     Sample,
     _judge,
-    judge_life,
     judge_outcomes,
+    judge_service,
+    look_at,
     slope,
 )
 
@@ -45,22 +51,85 @@ def life(values: list[float], *, descriptors: int = 0, every: float = 10.0, nois
     ],
 )
 def test_memory_that_keeps_growing_is_a_leak(values: list[float], leaks: bool) -> None:
-    verdict = judge_life(life(values, noise=0.3), 0.0, leak=10)
+    verdict = judge_service([life(values, noise=0.3)], 0.0, leak=10)
     assert bool(verdict.problems) is leaks, verdict
+
+
+def swings(seed: int, leak: float = 0.0) -> Life:
+    """Looks at an allocator for the second half of ten minutes: it swings by 5 MB within half a minute.
+
+    Args:
+        leak: MB in an hour.
+    """
+    draw, swing, alike = random.Random(seed), 0.0, math.exp(-3 / 30)
+    samples = [Sample(0.0, 210.0, 20, 8)]
+    for number in range(100):
+        swing = alike * swing + math.sqrt(1 - alike**2) * draw.gauss(0, 5)
+        samples.append(Sample(60 + 3.0 * number, 210 + swing + leak * number * 3 / 3600, 20, 8))
+    return Life("gateway", 1, samples)
+
+
+def test_ten_minutes_tell_a_leak_from_a_swing() -> None:
+    def found(leak: float) -> int:
+        return sum(bool(judge_service([swings(seed, leak)], 0.0, 20).problems) for seed in range(100))
+
+    assert found(0.0) <= 10
+    assert found(360.0) >= 90
+
+
+def test_memory_that_moves_between_processes_is_no_leak() -> None:
+    """One of two gateway processes went from 71 to 86 MB, as clients kept their connections to it."""
+    one, other = life([71 + 0.15 * number for number in range(100)]), life([86 - 0.15 * n for n in range(100)])
+    assert judge_service([one], 0.0, 20).problems
+    verdict = judge_service([one, other], 0.0, 20)
+    assert (verdict.problems, verdict.processes, verdict.megabytes) == ((), 2, (157.0, 157.0))
+
+
+def test_a_process_that_ended_is_not_part_of_the_sum() -> None:
+    killed = Life("gateway", 2, life([500.0] * 20).samples)
+    assert judge_service([killed, life([70.0] * 100)], 0.0, 20).megabytes == (70.0, 70.0)
+
+
+def test_a_real_process_that_leaks_slowly_is_found() -> None:
+    """It serves eight requests a second and keeps 10 KB of each: 280 MB an hour, 5 MB in a minute."""
+    code = "import sys\nkept = []\nfor line in sys.stdin: kept.append(bytearray(b'x' * 80_000)); print(flush=True)"
+    steady = Life("steady", os.getpid())
+    with subprocess.Popen([sys.executable, "-c", code], stdin=PIPE, stdout=PIPE, text=True) as process:
+        leaking = Life("leaking", process.pid)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for second in range(160):
+            print(file=process.stdin, flush=True)
+            process.stdout.readline()
+            for watched in (leaking, steady):
+                sample = look_at(watched.pid, float(second))
+                assert sample is not None
+                watched.samples.append(sample)
+        process.stdin.close()
+    assert "memory grows by" in judge_service([leaking], 0.0, 20).problems[0]
+    assert judge_service([steady], 0.0, 20).problems == ()
 
 
 def test_the_slope_ignores_outliers_and_matches_a_straight_line() -> None:
     points = [(float(number), 3.0 * number) for number in range(20)]
     points[7] = (7.0, 900.0)
-    assert slope(points) == pytest.approx(3.0)
+    assert slope(points) == pytest.approx((3.0, 3.0, 3.0))
+
+
+def test_the_interval_holds_the_slope_nineteen_times_of_twenty() -> None:
+    draw, held = random.Random(2), 0
+    for _ in range(400):
+        _, low, high = slope([(float(number), 2.0 * number + draw.gauss(0, 5)) for number in range(10)])
+        held += low <= 2.0 <= high
+    assert held >= 0.93 * 400
 
 
 def test_descriptors_that_add_up_are_a_leak() -> None:
-    assert "descriptors" in judge_life(life([70.0] * 200, descriptors=1), 0.0, leak=10).problems[0]
+    assert "descriptors" in judge_service([life([70.0] * 200, descriptors=1)], 0.0, leak=10).problems[0]
 
 
 def test_a_short_life_is_not_judged() -> None:
-    assert judge_life(life([10.0, 90.0, 200.0]), 0.0, leak=1).slope is None
+    assert judge_service([life([10.0, 90.0, 200.0])], 0.0, leak=1).slope is None
 
 
 @pytest.mark.parametrize(
