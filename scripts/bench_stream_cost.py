@@ -1,8 +1,9 @@
 """CPU time for each token of the gateway's own code: python scripts/bench_stream_cost.py
 
-Streams chats through the gateway's application in this process. A stub in place of gRPC hands it Triton's messages,
-and its server's `send` drops the frames: what is left out, the network and gRPC, costs more and varies more than a
-change of the code does. `bench_gateway.py` measures the whole. To compare two trees, run it in both, alternately.
+Streams chats through the gateway's application in this process. A stub in place of gRPC hands it the messages of
+Triton's carrier, and its server's `send` drops the frames: what is left out, the network and gRPC, costs more and
+varies more than a change of the code does. `bench_gateway.py` measures the whole. To compare two trees, run it in
+both, alternately.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import asyncio
 import json
 import tempfile
 import time
+from collections.abc import Awaitable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,43 +29,76 @@ from trtqwen.gateway.app import create_app
 from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.recipe import CheckpointRecipe, EngineRecipe, ServeRecipe
+from trtqwen.triton.messages import infer_response
 from trtqwen.triton.repository import write_repository
 
+_TURNS = 4  # of the event loop, from one message to the next
 _PATH = "/v1/chat/completions"
 
 
-def message(*token_ids: int) -> Any:
-    """Triton's message with new tokens."""
-    response = service_pb2.ModelStreamInferResponse()
-    response.infer_response.outputs.add(name="output_ids", datatype="INT32", shape=[1, 1, len(token_ids)])
-    response.infer_response.raw_output_contents.append(np.array(token_ids, np.int32).tobytes())
-    return response
+def message(outputs: dict[str, Any]) -> Any:
+    """Triton's message with output tensors."""
+    return service_pb2.ModelStreamInferResponse(infer_response=infer_response(outputs))
 
 
 class Call:
-    """A gRPC stream whose messages are there already."""
+    """A gRPC stream whose next message comes when the client has had time for the one before.
 
-    def __init__(self, tokens: int) -> None:
-        self._left = tokens
-        self._message = message(40)
+    Args:
+        ready: is awaited before the first one.
+    """
+
+    def __init__(self, messages: Iterable[Any], ready: Awaitable[Any]) -> None:
+        self._messages = iter(messages)
+        self._ready: Awaitable[Any] | None = ready
 
     async def read(self) -> Any:
-        await asyncio.sleep(0)
-        self._left -= 1
-        return self._message if self._left >= 0 else grpc.aio.EOF
+        ready, self._ready = self._ready, None
+        if ready is not None:
+            await ready
+        for _ in range(_TURNS):
+            await asyncio.sleep(0)
+        return next(self._messages, grpc.aio.EOF)
 
     def cancel(self) -> None:
         pass
 
 
 class Stub:
-    """In place of Triton's; each request gets this many tokens."""
+    """In place of Triton's: the streams of a round get their tokens on one carrier, a token of each in a message."""
 
-    def __init__(self, tokens: int) -> None:
-        self._tokens = tokens
+    def __init__(self, streams: int, tokens: int) -> None:
+        self._streams, self._tokens = streams, tokens
+        self._begin()
+
+    def _begin(self) -> None:
+        self._numbers: list[int] = []
+        self._all, self._sent = asyncio.Event(), asyncio.Event()
 
     def ModelStreamInfer(self, requests: Any, timeout: float, metadata: Any) -> Call:
-        return Call(self._tokens)
+        try:
+            requests.__anext__().send(None)  # it never waits
+        except StopIteration as item:
+            request = item.value
+        own = json.loads(request.parameters["trtqwen"].string_param or "{}")
+        if "carry" in own:
+            self._begin()
+            return Call(self._rows(), self._all.wait())
+        if "carrier" in own:
+            self._numbers.append(own["carrier"][1])
+            if len(self._numbers) == self._streams:
+                self._all.set()
+            return Call([self._tokens_message(self._tokens)], self._sent.wait())
+        return Call([self._tokens_message(1)], asyncio.sleep(0))  # a probe
+
+    def _rows(self) -> Iterator[Any]:
+        rows = message({"output_ids": np.array([[(number, 40) for number in self._numbers]], np.int32)})
+        for _ in range(self._tokens - 1):
+            yield rows
+        self._sent.set()
+
+    def _tokens_message(self, total: int) -> Any:
+        return message({"output_ids": np.array([[[40]]], np.int32), "sequence_length": np.array([[total]], np.int32)})
 
 
 async def stream(app: Any, body: bytes) -> int:
@@ -96,7 +131,7 @@ async def stream(app: Any, body: bytes) -> int:
 async def measure(repository: Path, streams: int, tokens: int, rounds: int) -> float:
     """Microseconds for each token, in the best round."""
     config = GatewayConfig(repository=repository, triton=("127.0.0.1:9",), model_name="bench")
-    app = create_app(config, connect=lambda address: Replica(address, Stub(tokens)))
+    app = create_app(config, connect=lambda address: Replica(address, Stub(streams, tokens)))
     content = {"model": "bench", "stream": True, "max_tokens": tokens, "messages": [{"role": "user", "content": "a"}]}
     body, best = json.dumps(content).encode(), float("inf")
     async with app.router.lifespan_context(app):

@@ -29,7 +29,7 @@ class Quick(Replica):
         super().__init__("127.0.0.1:9")
         self._second = second
 
-    async def generate(self, *arguments: Any) -> AsyncGenerator[Reply, None]:
+    async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Reply, None]:
         yield Reply((40,))
         if self._second is None:
             raise ApiError(500, "failed", "engine_error")

@@ -26,7 +26,7 @@ class Odd(Replica):
         super().__init__("127.0.0.1:9")
         self.probes = 0
 
-    async def generate(self, *arguments: Any) -> AsyncGenerator[Reply, None]:
+    async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Reply, None]:
         self.probes += 1
         if self.probes % 2 == 0:
             raise ValueError("zip() argument 2 is shorter than argument 1")
@@ -64,7 +64,7 @@ class Slow(Replica):
         self.seconds = seconds
         self.ended: list[str] = []
 
-    async def generate(self, *arguments: Any) -> AsyncGenerator[Reply, None]:
+    async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Reply, None]:
         _, _, timeout = arguments
         if self.seconds > timeout:
             await asyncio.sleep(timeout)

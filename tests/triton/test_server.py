@@ -236,7 +236,8 @@ def leave_answers(url: str) -> None:
     async def leave() -> None:
         replica = Replica(url)
         for number in range(100):
-            async with aclosing(replica.generate(str(number), id_request([5, 6], 1), 60)) as replies:
+            replies = replica.generate(str(number), id_request([5, 6], 1), 60, carried=number % 2 == 0)
+            async with aclosing(replies):
                 async for reply in replies:
                     assert len(reply.token_ids) == 1
                     break

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Generator, Iterator
+from contextlib import aclosing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,14 @@ import numpy as np
 import pytest
 
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
-from tests.waiting import sometimes, wait_for
+from tests.waiting import GENEROUS, sometimes, wait_for
 from trtqwen.artifact.manifest import write_manifest
 from trtqwen.artifact.names import tokenizer_directory
 from trtqwen.diagnostics import ServerError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.executor.executor import Executor
 from trtqwen.executor.request import Request
+from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.hf.tokenizer import Tokenizer, render_chat
 from trtqwen.recipe import ServeRecipe
 from trtqwen.triton.client import SamplingOptions, stream
@@ -105,6 +108,40 @@ def typed(options: dict[str, Any]) -> dict[str, Any]:
 
 def ask(server: TritonServer, *prompts: str | bytes, max_tokens: int = 16, **options: Any) -> list[Reply]:
     return list(Call(server, "ensemble", text_request(*prompts, max_tokens=max_tokens, **typed(options))))
+
+
+def test_a_carrier_brings_the_tokens_that_the_answers_own_streams_would(server: TritonServer) -> None:
+    """The gateway's client asks for sixteen answers at a time; the carrier ends with them, and another one opens."""
+
+    async def answers(replica: Replica, *, carried: bool) -> tuple[list[list[int]], int]:
+        """The tokens of the answers, and how many of them a carrier brought."""
+
+        async def one(number: int) -> tuple[list[int], int]:
+            found: list[int] = []
+            brought = 0
+            inputs = id_request([40 + number, 50], 24, streaming=True)
+            replies = replica.generate(f"carried-{number}", inputs, GENEROUS, carried=carried)
+            async with aclosing(replies):
+                async for reply in replies:
+                    found += reply.token_ids
+                    brought = max(brought, reply.num_tokens - len(reply.token_ids))
+            return found, brought
+
+        found = await asyncio.gather(*map(one, range(16)))
+        return [ids for ids, _ in found], sum(brought for _, brought in found)
+
+    async def test() -> None:
+        replica = Replica(server.grpc_url)
+        plain, none = await answers(replica, carried=False)
+        assert none == 0
+        for _ in range(2):
+            ids, brought = await answers(replica, carried=True)
+            assert ids == plain
+            assert brought > 0
+            await asyncio.sleep(1)  # longer than a carrier waits for another answer
+        await replica.close()
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("model", ["preprocessing", "tensorrt_llm", "postprocessing", "ensemble", "tensorrt_llm_bls"])

@@ -37,7 +37,7 @@ class LocalTriton:
 
     def connect(self, address: str) -> Replica:
         """The gateway's connection to it."""
-        return Replica(address, self)
+        return Replica(address, self, carries=False)  # a response costs little here
 
     def ModelStreamInfer(self, requests: AsyncIterator[Any], timeout: float, metadata: object = ()) -> _Call:
         """Start a call, with the interface of grpc's stub."""

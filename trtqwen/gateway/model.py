@@ -21,10 +21,19 @@ _PIECE = 1 << 15  # characters tokenized at a time to see whether a long text fi
 _CUT_TOKENS = 16
 _EXTENSIONS = {
     "torch": frozenset(
-        {"min_p", "top_log_probs", "prompt_log_probs", "structural_tags", "cache_salt", "owner", "tell_stop"}
+        {
+            "min_p",
+            "top_log_probs",
+            "prompt_log_probs",
+            "structural_tags",
+            "cache_salt",
+            "owner",
+            "tell_stop",
+            "carrier",
+        }
     ),
-    "vllm": frozenset({"min_p", "top_log_probs", "cache_salt", "tell_stop"}),
-    "llmapi": frozenset({"min_p", "cache_salt", "tell_stop"}),
+    "vllm": frozenset({"min_p", "top_log_probs", "cache_salt", "tell_stop", "carrier"}),
+    "llmapi": frozenset({"min_p", "cache_salt", "tell_stop", "carrier"}),
 }
 
 
@@ -41,7 +50,7 @@ class ServedModel:
         reuses_kv_cache: whether the engine keeps KV cache blocks for prompts that begin alike.
         guided_decoding: whether the engine can be held to a JSON schema.
         extensions: what the engine does beyond upstream's tensors: `min_p`, `log_probs` (of likely tokens and
-            of prompts), `structural_tags`, `cache_salt`, `owner` and `tell_stop`; see docs/extensions.md.
+            of prompts), `structural_tags`, `cache_salt`, `owner`, `tell_stop` and `carrier`; see docs/extensions.md.
     """
 
     name: str

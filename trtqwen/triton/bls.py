@@ -11,8 +11,8 @@ import numpy.typing as npt
 
 from trtqwen.diagnostics import RequestError
 from trtqwen.hf.text_stream import StopStrings
+from trtqwen.triton.carrier import Sender
 from trtqwen.triton.contract import refuse_unserved, step_maps
-from trtqwen.triton.service import Sender
 
 Array = npt.NDArray[Any]
 Place = tuple[int, int]  # batch_index, sequence_index

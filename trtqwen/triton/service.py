@@ -7,34 +7,32 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.executor.request import FinishReason, PromptLogProbs, Response, TopLogProbs
 from trtqwen.hf.text_stream import CharacterStream
+from trtqwen.triton.carrier import Carrier, Carriers, Sender
 from trtqwen.triton.engines import Engine
 from trtqwen.triton.metrics import Gauges, gauges
-from trtqwen.triton.tensors import Generation, Limits, Part, asks_to_stop, read_generation, write_part
+from trtqwen.triton.tensors import (
+    Generation,
+    Limits,
+    Part,
+    asks_to_stop,
+    read_extensions,
+    read_generation,
+    write_part,
+)
 
 Array = npt.NDArray[Any]
 OnFinished = Callable[[int, int], None]
 _ERRORS_KEPT = 1024
+_LEAST_LOOKS = 8  # for clients of running answers, in one check
 STOPPED = "the answer was stopped by another request"
-
-
-class Sender(Protocol):
-    """Sends responses to one Triton request's client. Call nothing after the final response."""
-
-    def send(self, tensors: Mapping[str, Array], *, final: bool) -> None:
-        """Send a response."""
-
-    def fail(self, error: str) -> None:
-        """Send an error as the final response."""
-
-    def abandoned(self) -> bool:
-        """Return whether the client has disconnected or cancelled."""
 
 
 @dataclass(frozen=True)
@@ -119,12 +117,35 @@ def _split(top: TopLogProbs, count: int) -> list[TopLogProbs | None]:
     return [TopLogProbs(ids=top.ids[place], log_probs=top.log_probs[place]) for place in places]
 
 
+@dataclass(frozen=True)
+class Carried:
+    """The place of an answer on a carrier: the number that its client gave it there."""
+
+    carrier: Carrier
+    number: int
+
+
 class Answer:
-    """One Triton request: turns its sequences' tokens into responses. Thread-safe."""
+    """One Triton request: turns its sequences' tokens into responses. Thread-safe.
+
+    Args:
+        carried: place of its only sequence, whose tokens before the last response go to a carrier.
+
+    Attributes:
+        looked: the check that looked for its client last.
+    """
 
     def __init__(
-        self, generation: Generation, sender: Sender, token_bytes: Sequence[bytes], *, exclude_input: bool
+        self,
+        generation: Generation,
+        sender: Sender,
+        token_bytes: Sequence[bytes],
+        *,
+        exclude_input: bool,
+        carried: Carried | None = None,
     ) -> None:
+        self.carried = carried
+        self.looked = 0
         self._generation = generation
         self._sender = sender
         self._exclude_input = exclude_input if generation.exclude_input is None else generation.exclude_input
@@ -146,9 +167,16 @@ class Answer:
                 return
             left = self._open - {response.request_id} if response.finish_reason is not None else self._open
             index = self._indices[response.request_id]
+            if self.carried is not None and response.finish_reason is None:
+                self._progress[index].num_tokens += len(response.token_ids)
+                self.carried.carrier.put(self.carried.number, response.token_ids)
+                return
             part = self._part(index, response)
             if part is not None:
-                self._sender.send(write_part(self._generation, index, part), final=not left)
+                tensors = write_part(self._generation, index, part)
+                if self.carried is not None:
+                    tensors["sequence_length"] = np.array([[self._progress[index].num_tokens]], np.int32)
+                self._sender.send(tensors, final=not left)
             self._open = left
 
     def fail(self, error: str) -> list[str]:
@@ -206,7 +234,9 @@ class EngineService:
         # Clients may use one id twice or none: the executor gets ids of our own.
         self._ids = map(str, itertools.count())
         self._answers: dict[int, tuple[tuple[str, str | None], Answer]] = {}  # with the ids that stop it
+        self._carriers = Carriers()
         self._errors: OrderedDict[str, str] = OrderedDict()
+        self._looks = 0
         self._gone: set[int] = set()  # answers whose clients had left at the last look
         self._lock = threading.Lock()
 
@@ -224,30 +254,40 @@ class EngineService:
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
                 can stop the request by it. If Triton loses an error, that model gets it when it stops the request.
-            extensions: JSON, as `tensors.read_generation` takes it.
+            extensions: `tensors.Extensions` as JSON; empty asks for none.
         """
         try:
+            own = read_extensions(extensions)
             if asks_to_stop(inputs):
                 self._stop(request_id, sender)
+            elif own.carry:
+                self._carriers.open(own.carry, sender)
             else:
-                generation = read_generation(inputs, self._ids, self._limits, extensions)
+                generation = read_generation(inputs, self._ids, self._limits, own)
                 self._generate(request_id, client_id, generation, sender)
         except TrtQwenError as problem:
             sender.fail(str(problem))
 
     def cancel_abandoned(self) -> None:
-        """Cancel the requests of disconnected clients, to free their KV cache blocks.
+        """Cancel the requests of disconnected clients, to free their KV cache blocks. End idle carriers.
 
-        A client counts as disconnected at the second check. Before 25.04, Triton's gRPC server crashes when an answer
+        A client counts as disconnected at the second look. Before 25.04, Triton's gRPC server crashes when an answer
         ends before it has dealt with the cancellation of its stream (triton-inference-server/server 7840 and 8078).
         """
         with self._lock:
             answers = [answer for _, answer in self._answers.values()]
-        gone = [answer for answer in answers if answer.abandoned()]
+        self._looks += 1
+        # A look costs as much as a response: if there are many answers, each has its turn in one of ten checks.
+        count = max(_LEAST_LOOKS, -(-len(answers) // 10))
+        due = sorted(answers, key=lambda answer: (id(answer) not in self._gone, answer.looked))[:count]
+        for answer in due:
+            answer.looked = self._looks
+        gone = [answer for answer in due if answer.abandoned()]
         for answer in gone:
             if id(answer) in self._gone:
                 self._cancel(answer)
         self._gone = {id(answer) for answer in gone}
+        self._carriers.end_idle()
 
     def gauges(self) -> Gauges:
         """The engine's metrics.
@@ -259,7 +299,8 @@ class EngineService:
         return gauges(self._executor.stats(), build, self._executor.resident_bytes)
 
     def _generate(self, request_id: str, client_id: str | None, generation: Generation, sender: Sender) -> None:
-        answer = Answer(generation, sender, self._token_bytes, exclude_input=self._exclude_input)
+        carried = self._carried(generation)
+        answer = Answer(generation, sender, self._token_bytes, exclude_input=self._exclude_input, carried=carried)
         with self._lock:
             self._answers[id(answer)] = ((request_id, client_id), answer)
 
@@ -289,6 +330,14 @@ class EngineService:
         except TrtQwenError as problem:
             fail(str(problem))
             self._forget(answer)
+
+    def _carried(self, generation: Generation) -> Carried | None:
+        """Return the place on the carrier that the request names, if this process has it."""
+        if generation.carrier is None or not generation.carriable:
+            return None
+        name, number = generation.carrier
+        carrier = self._carriers.join(name)
+        return None if carrier is None else Carried(carrier, number)
 
     def _stop(self, request_id: str, sender: Sender) -> None:
         if not request_id:
@@ -320,4 +369,6 @@ class EngineService:
 
     def _forget(self, answer: Answer) -> None:
         with self._lock:
-            self._answers.pop(id(answer), None)
+            known = self._answers.pop(id(answer), None)
+        if known is not None and answer.carried is not None:
+            self._carriers.leave(answer.carried.carrier)

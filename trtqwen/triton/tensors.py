@@ -14,6 +14,7 @@ from trtqwen.diagnostics import RequestError
 from trtqwen.executor.request import (
     GuidedDecodingParams,
     GuideType,
+    OutputConfig,
     PerfMetrics,
     PromptLogProbs,
     Request,
@@ -95,6 +96,7 @@ class Generation:
         exclude_input: leave the prompt out of an unstreamed answer; None if the request does not say.
         count_input, count_output: add the token counts to each response.
         tell_stop: an answer that another client stops ends with an error.
+        carrier: name of the carrier for its tokens, and its number there.
     """
 
     requests: tuple[Request, ...]
@@ -104,6 +106,15 @@ class Generation:
     count_input: bool
     count_output: bool
     tell_stop: bool = False
+    carrier: tuple[str, int] | None = None
+
+    @property
+    def carriable(self) -> bool:
+        """Return whether its responses before the last one contain only tokens of one sequence."""
+        if len(self.requests) > 1 or not self.streaming or self.count_input or self.count_output:
+            return False
+        output = self.requests[0].output
+        return output == OutputConfig(return_perf_metrics=output.return_perf_metrics)
 
 
 @dataclass(frozen=True)
@@ -145,6 +156,8 @@ class Extensions(BaseModel):
         owner: owner of the request; guides of different owners are compiled in turn.
         tell_stop: a request that another client stops ends with an error; otherwise with an empty response, as
             upstream's do.
+        carry: open a carrier of this name on the request's stream, and generate nothing; see `triton.carrier`.
+        carrier: name of the carrier for the answer's tokens, and the answer's number there.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -156,17 +169,38 @@ class Extensions(BaseModel):
     priority: int = 0
     owner: str = ""
     tell_stop: bool = False
+    carry: str = ""
+    carrier: tuple[str, int] | None = None
+
+
+NO_EXTENSIONS = Extensions()
+
+
+def read_extensions(text: str) -> Extensions:
+    """Read what a request asks for beyond upstream's tensors.
+
+    Args:
+        text: JSON; empty asks for nothing.
+
+    Raises:
+        RequestError: naming the key that is invalid.
+    """
+    try:
+        return Extensions.model_validate_json(text) if text else NO_EXTENSIONS
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "its value"
+        raise RequestError(f"parameter {EXTENSIONS}: {name}: {first['msg'].lower()}", "correct it") from None
 
 
 def read_generation(
-    inputs: Mapping[str, Array], ids: Iterator[str], limits: Limits, extensions: str = ""
+    inputs: Mapping[str, Array], ids: Iterator[str], limits: Limits, own: Extensions = NO_EXTENSIONS
 ) -> Generation:
     """Read a request.
 
     Args:
         inputs: tensors as the backend sees them: scalars [B], input_ids [B, n], word lists [B, 2, N].
         ids: gives each sequence's request an id.
-        extensions: `Extensions` as JSON; empty asks for none.
 
     Raises:
         RequestError: naming the tensor, if a value is out of range or asks for what the executor does not serve.
@@ -175,13 +209,12 @@ def read_generation(
     for name in ("input_ids", "input_lengths", "request_output_len"):
         if name not in inputs:
             raise RequestError(f"{name}: is missing", "send it with every request")
-    own = _extensions(extensions)
     requests: list[Request] = []
     places: list[Place] = []
     for row in range(inputs["input_ids"].shape[0]):
         fields = _fields(inputs, row, limits)
         fields["sampling"]["min_p"] = own.min_p
-        fields["output"] |= own.model_dump(exclude={"min_p", "cache_salt", "priority", "owner", "tell_stop"})
+        fields["output"] |= own.model_dump(include={"num_top_log_probs", "return_prompt_log_probs"})
         fields |= {"cache_salt": own.cache_salt, "priority": own.priority, "owner": own.owner}
         for sequence in range(_num_return_sequences(inputs, row, limits)):
             requests.append(_request(fields, next(ids), sequence))
@@ -194,6 +227,7 @@ def read_generation(
         count_input=bool(_any(inputs, "return_num_input_tokens")),
         count_output=bool(_any(inputs, "return_num_output_tokens")),
         tell_stop=own.tell_stop,
+        carrier=own.carrier,
     )
 
 
@@ -249,15 +283,6 @@ def _columns(top: Sequence[TopLogProbs], places: int) -> tuple[Array, Array]:
     ids = np.frombuffer(b"".join(part.ids for part in top), np.int32).reshape(places, -1)
     values = np.frombuffer(b"".join(part.log_probs for part in top), np.float32).reshape(places, -1)
     return ids.astype(np.float32), values
-
-
-def _extensions(text: str) -> Extensions:
-    try:
-        return Extensions.model_validate_json(text) if text else Extensions()
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "its value"
-        raise RequestError(f"parameter {EXTENSIONS}: {name}: {first['msg'].lower()}", "correct it") from None
 
 
 def _refuse_unsupported(inputs: Mapping[str, Array]) -> None:

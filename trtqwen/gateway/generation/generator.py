@@ -135,7 +135,8 @@ class AnswerGenerator:
         reserved = plan.reserved
         try:
             identity, left = f"{plan.request_id}-{index}", deadline - begun
-            replies = replica.generate(identity, inputs, left, extensions, span.headers)
+            carried = "carrier" in self.model.extensions
+            replies = replica.generate(identity, inputs, left, extensions, span.headers, carried=carried)
             async with aclosing(replies):
                 async for reply in replies:
                     now = time.monotonic()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from math import isnan
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,14 +16,15 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
+from trtqwen.gateway.generation.carrier import MODEL, Carrier, once
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.messages import ANY_SIZE, infer_request
 from trtqwen.triton.streams import is_over, read_rest_async
 
 Array = npt.NDArray[Any]
-MODEL = "tensorrt_llm"
 # Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
 _OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
+_MORE_THAN_TOKENS = frozenset({"output_log_probs", "context_logits"})
 _CHANNEL_OPTIONS = (
     ANY_SIZE,
     ("grpc.use_local_subchannel_pool", 1),
@@ -43,6 +44,7 @@ class Reply(NamedTuple):
         top: for each token, ids and log probabilities of the most likely at its place; empty unless asked for.
         prompt: for each prompt token its log probability, None for the first, and the most likely at its place; once.
         reused_blocks: KV cache blocks of the prompt that were computed before, with the last tokens.
+        num_tokens: of the answer so far, if it may have a carrier; those before these tokens come through it.
     """
 
     token_ids: tuple[int, ...]
@@ -50,6 +52,7 @@ class Reply(NamedTuple):
     top: tuple[Top, ...] = ()
     prompt: tuple[tuple[float | None, Top], ...] = ()
     reused_blocks: int | None = None
+    num_tokens: int = 0
 
 
 class _Call:
@@ -60,15 +63,65 @@ class _Call:
         heard: time of its start or its last token.
     """
 
-    def __init__(self, stream: Any, prompt_tokens: int) -> None:
-        self.stream = stream
+    stream: Any
+
+    def __init__(self, prompt_tokens: int) -> None:
         self.unread = prompt_tokens
         self.heard = time.monotonic()
         self.failure: ApiError | None = None
+        self._brought: list[int] = []  # tokens from a carrier that wait
+        self._news = asyncio.Event()
+        self._reading: asyncio.Task[Any] | None = None
+
+    def bring(self, token_id: int) -> None:
+        self._brought.append(token_id)
+        self._news.set()
 
     def abort(self, failure: ApiError) -> None:
         self.failure = failure
+        self._news.set()
         self.stream.cancel()
+
+    async def read(self) -> Any:
+        """Return the stream's next message, or tokens that a carrier has brought before it."""
+        if self._reading is None:
+            self._reading = asyncio.ensure_future(self.stream.read())
+            self._reading.add_done_callback(self._end_reading)
+        while not (self._brought or self._reading.done()):
+            await self._wait()
+        if self._brought:
+            return self._take()
+        reading, self._reading = self._reading, None
+        return reading.result()
+
+    async def tokens(self) -> tuple[int, ...]:
+        """Return the next tokens from the carrier."""
+        while not self._brought:
+            await self._wait()
+        return self._take()
+
+    def last(self, message: Any) -> Any:
+        """Return the message that arrived last, given the one that was returned last."""
+        reading = self._reading
+        if reading is None or not reading.done() or reading.cancelled() or reading.exception() is not None:
+            return message
+        return reading.result()
+
+    async def _wait(self) -> None:
+        if self.failure is None:
+            self._news.clear()
+            await self._news.wait()
+        if self.failure is not None:
+            raise self.failure
+
+    def _take(self) -> tuple[int, ...]:
+        brought, self._brought = self._brought, []
+        return tuple(brought)
+
+    def _end_reading(self, reading: asyncio.Future[Any]) -> None:
+        self._news.set()
+        if not reading.cancelled():
+            reading.exception()  # a client that has left does not ask for it
 
 
 class Replica:
@@ -76,16 +129,18 @@ class Replica:
 
     Args:
         stub: gRPC stub to use instead of the server at the address.
+        carries: whether answers may share a carrier.
 
     Attributes:
         heard: when it last sent a token, in seconds of the monotonic clock.
     """
 
-    def __init__(self, address: str, stub: Any = None) -> None:
+    def __init__(self, address: str, stub: Any = None, *, carries: bool = True) -> None:
         self.address = address
         self.heard = float("-inf")
         self._channel = None if stub else grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
         self._stub = stub or service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._carrier = Carrier(self._stub, address) if carries else None
         self._calls: set[_Call] = set()
         self._ending: set[asyncio.Task[None]] = set()
 
@@ -96,6 +151,8 @@ class Replica:
         timeout: float,
         extensions: Mapping[str, Any] = MappingProxyType({}),
         headers: Mapping[str, str] = MappingProxyType({}),
+        *,
+        carried: bool = False,
     ) -> AsyncGenerator[Reply, None]:
         """Yield a sequence's tokens as they come. Leaving the iterator early cancels the sequence in the engine.
 
@@ -104,6 +161,7 @@ class Replica:
             timeout: seconds for the whole answer.
             extensions: what is asked for beyond them.
             headers: metadata of the call.
+            carried: a carrier may bring the tokens, if only tokens are asked for.
 
         Raises:
             ApiError: if the engine refuses, fails, or does not answer in time.
@@ -111,20 +169,34 @@ class Replica:
         outputs = ["output_ids", *(output for name, output in _OUTPUTS.items() if name in inputs)]
         if "return_prompt_log_probs" in extensions:
             outputs.append("context_logits")
+        call, place = _Call(inputs["input_ids"].size), None
+        carrier = self._carrier if carried and not _MORE_THAN_TOKENS.intersection(outputs) else None
+        if carrier is not None and carrier.works:
+            place = carrier.join(call)
+            extensions = {**extensions, "carrier": place}
+            outputs.append("sequence_length")
         parameters = {EXTENSIONS: json.dumps(extensions)} if extensions else {}
         request = infer_request(MODEL, request_id, inputs, outputs, parameters)
-        stream = self._stub.ModelStreamInfer(_once(request), timeout=timeout, metadata=tuple(headers.items()))
-        call = _Call(stream, inputs["input_ids"].size)
+        call.stream = self._stub.ModelStreamInfer(once(request), timeout=timeout, metadata=tuple(headers.items()))
         self._calls.add(call)
         received = 0
         message: Any = None
         try:
-            while (message := await call.stream.read()) is not grpc.aio.EOF:
-                if message.error_message:
-                    raise from_engine(message.error_message)
+            read = call.stream.read if place is None else call.read
+            while (message := await read()) is not grpc.aio.EOF:
                 call.heard = self.heard = time.monotonic()
                 call.unread = 0
+                if isinstance(message, tuple):
+                    received += len(message)
+                    yield Reply(message)
+                    continue
+                if message.error_message:
+                    raise from_engine(message.error_message)
                 reply = _reply(message.infer_response, received)
+                while received < reply.num_tokens - len(reply.token_ids):
+                    tokens = await call.tokens()
+                    received += len(tokens)
+                    yield Reply(tokens)
                 received += len(reply.token_ids)
                 yield reply
         except grpc.RpcError as problem:
@@ -135,6 +207,9 @@ class Replica:
             raise
         finally:
             self._calls.discard(call)
+            if carrier is not None and place is not None:
+                carrier.leave(place[1])
+            message = call.last(message)
             if isinstance(message, service_pb2.ModelStreamInferResponse) and is_over(message):
                 self._finish(call)
             else:
@@ -173,12 +248,10 @@ class Replica:
     async def close(self) -> None:
         if self._ending:
             await asyncio.wait(self._ending)
+        if self._carrier is not None:
+            await self._carrier.close()
         if self._channel is not None:
             await self._channel.close()
-
-
-async def _once(request: Any) -> AsyncIterator[Any]:
-    yield request
 
 
 def _reply(response: Any, received: int) -> Reply:
@@ -190,6 +263,7 @@ def _reply(response: Any, received: int) -> Reply:
     top: tuple[Top, ...] = ()
     prompt: tuple[tuple[float | None, Top], ...] = ()
     reused: int | None = None
+    num_tokens = 0
     for output, raw in zip(outputs, raws, strict=True):
         if output.name == "output_ids":
             ids = tuple(memoryview(raw).cast("i"))
@@ -205,9 +279,11 @@ def _reply(response: Any, received: int) -> Reply:
             prompt = tuple(zip(own, _likeliest(table), strict=True))
         elif output.name == "kv_cache_reused_blocks":
             reused = int(memoryview(raw).cast("i")[0])
+        elif output.name == "sequence_length":
+            num_tokens = int(memoryview(raw).cast("i")[0])
     if len(log_probs) > len(ids):  # an engine may repeat those of the tokens before
         log_probs = log_probs[received : received + len(ids)]
-    return Reply(ids, log_probs, top, prompt, reused)
+    return Reply(ids, log_probs, top, prompt, reused, num_tokens)
 
 
 def _table(raw: bytes, shape: Any) -> Array:
