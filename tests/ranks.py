@@ -226,8 +226,9 @@ def _watch(message: dict[str, Any], given: list[int]) -> NoReturn:
         _run(message, streams)
     for stream in streams:
         os.close(stream)
-    os.write(end, b"%d\n" % child)
-    os.write(end, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    with suppress(BrokenPipeError):  # who asked has ended
+        os.write(end, b"%d\n" % child)
+        os.write(end, b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
     os._exit(0)
 
 
