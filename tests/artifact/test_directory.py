@@ -237,7 +237,7 @@ def test_a_lock_whose_process_id_cannot_be_written_is_no_leftover(tmp_path: Path
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))
     try:
-        with pytest.raises(OSError, match="File too large"), locked(tmp_path / "lock", lambda pid: None):
+        with pytest.raises(OutputError, match=r"File too large"), locked(tmp_path / "lock", lambda pid: None):
             pass
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -79,7 +79,7 @@ def locked(path: Path, on_busy: Callable[[int], None]) -> Iterator[None]:
         on_busy: called once with the id of the process that holds the lock, before the wait; may raise instead.
 
     Raises:
-        OutputError: if the file cannot be created.
+        OutputError: if the file cannot be created or written.
     """
     while True:
         with _open_lock(path) as file:
@@ -92,9 +92,7 @@ def locked(path: Path, on_busy: Callable[[int], None]) -> Iterator[None]:
             if not _is_at(file, path):
                 continue  # who held it has removed it
             try:
-                file.truncate(0)
-                file.write(str(os.getpid()))
-                file.flush()
+                _write_owner(file, path)
                 yield
             finally:
                 path.unlink(missing_ok=True)
@@ -179,6 +177,14 @@ def _open_lock(path: Path) -> TextIO:
     make_directory(path.parent)
     try:
         return path.open("a+", encoding="ascii")
+    except OSError as problem:
+        raise _unwritable(path.parent, problem) from None
+
+
+def _write_owner(file: TextIO, path: Path) -> None:
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), str(os.getpid()).encode())  # unbuffered: `close` would write again what failed here
     except OSError as problem:
         raise _unwritable(path.parent, problem) from None
 
