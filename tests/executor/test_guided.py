@@ -176,5 +176,5 @@ def test_without_xgrammar_the_request_is_refused(monkeypatch: pytest.MonkeyPatch
     check_installed()
     monkeypatch.setitem(sys.modules, "xgrammar", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(RequestError, match=r"needs xgrammar, .*`pip install trtqwen\[guided\]`"):
+    with pytest.raises(RequestError, match=r"needs xgrammar, .*`pip install 'trtqwen\[guided\]'`"):
         check_installed()
