@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 from tests.triton.conftest import id_request
 from tests.waiting import GENEROUS
 from trtqwen.gateway.errors import ApiError
+from trtqwen.gateway.generation import upstream
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.messages import infer_response
@@ -27,18 +28,20 @@ class Stream:
     def __init__(self, request: Any) -> None:
         self.own = json.loads(request.parameters[EXTENSIONS].string_param or "{}")
         self.outputs = [output.name for output in request.outputs]
-        self.cancelled = False
+        self.cancelled = self._over = False
         self._messages: asyncio.Queue[Any] = asyncio.Queue()
 
     async def read(self) -> Any:
         message = await self._messages.get()
         if isinstance(message, BaseException):
             raise message
+        self._over = message is grpc.aio.EOF
         return message
 
     def cancel(self) -> None:
-        self.cancelled = True
-        self._messages.put_nowait(asyncio.CancelledError())
+        if not self._over:
+            self.cancelled = True
+            self._messages.put_nowait(asyncio.CancelledError())
 
     def rows(self, *rows: tuple[int, int]) -> None:
         """Send rows of a carrier."""
@@ -176,7 +179,11 @@ def test_a_carrier_that_breaks_ends_its_answers_and_the_next_one_gets_another() 
     play(test)
 
 
-def test_a_client_that_leaves_cancels_its_own_stream_alone() -> None:
+@pytest.mark.parametrize("ends", [True, False])
+def test_the_answer_of_a_client_that_leaves_is_stopped(ends: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its stream is cancelled only if it does not end."""
+    monkeypatch.setattr(upstream, "_LEAVING_SECONDS", GENEROUS if ends else 0.01)
+
     async def test(stub: Stub, replica: Replica) -> None:
         replies = replica.generate("1", id_request([5], 8), 60, carried=True)
         task = asyncio.ensure_future(anext(replies))
@@ -184,10 +191,15 @@ def test_a_client_that_leaves_cancels_its_own_stream_alone() -> None:
         carrier.rows((own.own["carrier"][1], 10))
         assert (await task).token_ids == (10,)
         await replies.aclose()
-        assert (own.cancelled, carrier.cancelled) == (True, False)
+        stop = await stub.next()
+        assert stop.own == {"carrier": own.own["carrier"]}
+        stop.tokens(final=True)
+        if ends:
+            own.tokens(before=1, final=True)
         carrier.rows((own.own["carrier"][1], 11))
         carrier.end()
         await replica.close()
+        assert (own.cancelled, carrier.cancelled) == (not ends, False)
 
     play(test)
 

@@ -177,3 +177,13 @@ def test_clients_are_looked_for_less_often_if_they_are_many() -> None:
         for _ in range(11):
             service.cancel_abandoned()
         assert executor.cancelled[-1] == executor.requests[left].id
+
+
+def test_a_stop_request_with_a_place_stops_the_answer_there_alone(carried: Carried) -> None:
+    executor, service, _, ask = carried
+    ask(1), ask(2)
+    stopping = [RecordingSender() for _ in range(3)]
+    for place, sender in zip((["c", 2], ["c", 3], ["another", 1]), stopping, strict=True):
+        service.handle("", generation(stop=True), sender, extensions=json.dumps({"carrier": place}))
+    assert executor.cancelled == [executor.requests[1].id]
+    assert [sender.sent for sender in stopping] == [[(None, None, True)]] * 3

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,10 +119,14 @@ def _split(top: TopLogProbs, count: int) -> list[TopLogProbs | None]:
 
 @dataclass(frozen=True)
 class Carried:
-    """The place of an answer on a carrier: the number that its client gave it there."""
+    """An answer whose tokens a carrier brings.
+
+    Attributes:
+        place: name of the carrier, and the number that the client gave the answer there.
+    """
 
     carrier: Carrier
-    number: int
+    place: tuple[str, int]
 
 
 class Answer:
@@ -169,7 +173,7 @@ class Answer:
             index = self._indices[response.request_id]
             if self.carried is not None and response.finish_reason is None:
                 self._progress[index].num_tokens += len(response.token_ids)
-                self.carried.carrier.put(self.carried.number, response.token_ids)
+                self.carried.carrier.put(self.carried.place[1], response.token_ids)
                 return
             part = self._part(index, response)
             if part is not None:
@@ -259,7 +263,7 @@ class EngineService:
         try:
             own = read_extensions(extensions)
             if asks_to_stop(inputs):
-                self._stop(request_id, sender)
+                self._stop(request_id, own.carrier, sender)
             elif own.carry:
                 self._carriers.open(own.carry, sender)
             else:
@@ -335,16 +339,16 @@ class EngineService:
         """Return the place on the carrier that the request names, if this process has it."""
         if generation.carrier is None or not generation.carriable:
             return None
-        name, number = generation.carrier
-        carrier = self._carriers.join(name)
-        return None if carrier is None else Carried(carrier, number)
+        carrier = self._carriers.join(generation.carrier[0])
+        return None if carrier is None else Carried(carrier, generation.carrier)
 
-    def _stop(self, request_id: str, sender: Sender) -> None:
-        if not request_id:
+    def _stop(self, request_id: str, place: tuple[str, int] | None, sender: Sender) -> None:
+        """Stop the answer at a place on a carrier, or those with an id."""
+        if not (request_id or place):
             sender.fail("Trying to stop a request but request ID is not provided")  # upstream's text
             return
         with self._lock:
-            answers = [answer for ids, answer in self._answers.values() if request_id in ids]
+            answers = [answer for ids, answer in self._answers.values() if _is_meant(answer, ids, request_id, place)]
             error = self._errors.pop(request_id, None)
         if error is not None:
             sender.fail(error)
@@ -372,3 +376,9 @@ class EngineService:
             known = self._answers.pop(id(answer), None)
         if known is not None and answer.carried is not None:
             self._carriers.leave(answer.carried.carrier)
+
+
+def _is_meant(answer: Answer, ids: Collection[str | None], request_id: str, place: tuple[str, int] | None) -> bool:
+    if place is None:
+        return request_id in ids
+    return answer.carried is not None and answer.carried.place == place

@@ -40,8 +40,12 @@ def read_rest(call: Any) -> None:
         patience.cancel()
 
 
-async def read_rest_async(call: Any) -> None:
-    """`read_rest` of a stream of `grpc.aio`."""
+async def read_rest_async(call: Any, patience: float = _PATIENCE) -> None:
+    """`read_rest` of a stream of `grpc.aio`.
+
+    Args:
+        patience: seconds until a stream that does not end is cancelled.
+    """
 
     async def read() -> None:
         while await call.read() is not grpc.aio.EOF:
@@ -49,6 +53,6 @@ async def read_rest_async(call: Any) -> None:
 
     try:
         with suppress(grpc.RpcError, asyncio.TimeoutError):
-            await asyncio.wait_for(read(), _PATIENCE)
+            await asyncio.wait_for(read(), patience)
     finally:
         call.cancel()  # nothing, if it has ended

@@ -157,7 +157,8 @@ class Extensions(BaseModel):
         tell_stop: a request that another client stops ends with an error; otherwise with an empty response, as
             upstream's do.
         carry: open a carrier of this name on the request's stream, and generate nothing; see `triton.carrier`.
-        carrier: name of the carrier for the answer's tokens, and the answer's number there.
+        carrier: name of the carrier for the answer's tokens, and the answer's number there. A stop request with it
+            stops that answer.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)

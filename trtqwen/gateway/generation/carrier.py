@@ -24,6 +24,7 @@ _INPUTS = {  # those that every request has
     "request_output_len": np.ones((1, 1), np.int32),
     "streaming": np.array([[True]]),
 }
+_STOP = {**_INPUTS, "stop": np.array([[True]])}
 
 
 class Carried(Protocol):
@@ -112,6 +113,11 @@ class Carrier:
         answers, self._answers = self._answers, {}
         for answer in answers.values():
             answer.abort(failure)
+
+
+def stop_request(place: tuple[str, int]) -> Any:
+    """A request that stops the answer at a place on a carrier."""
+    return infer_request(MODEL, "", _STOP, ["output_ids"], {EXTENSIONS: json.dumps({"carrier": place})})
 
 
 async def once(request: Any) -> AsyncIterator[Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from math import isnan
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ import numpy.typing as npt
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.gateway.errors import ApiError, from_engine, from_rpc
-from trtqwen.gateway.generation.carrier import MODEL, Carrier, once
+from trtqwen.gateway.generation.carrier import MODEL, Carrier, once, stop_request
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.messages import ANY_SIZE, infer_request
 from trtqwen.triton.streams import is_over, read_rest_async
@@ -24,6 +24,7 @@ from trtqwen.triton.streams import is_over, read_rest_async
 Array = npt.NDArray[Any]
 # Outputs by the inputs that ask for them. Each tensor of a response costs Triton time, so no others are asked for.
 _OUTPUTS = {"return_log_probs": "output_log_probs", "return_perf_metrics": "kv_cache_reused_blocks"}
+_LEAVING_SECONDS = 1.0  # until an answer that another engine instance has, or a long step holds, is cancelled
 _MORE_THAN_TOKENS = frozenset({"output_log_probs", "context_logits"})
 _CHANNEL_OPTIONS = (
     ANY_SIZE,
@@ -181,6 +182,7 @@ class Replica:
         self._calls.add(call)
         received = 0
         message: Any = None
+        ended = False
         try:
             read = call.stream.read if place is None else call.read
             while (message := await read()) is not grpc.aio.EOF:
@@ -199,7 +201,9 @@ class Replica:
                     yield Reply(tokens)
                 received += len(reply.token_ids)
                 yield reply
+            ended = True
         except grpc.RpcError as problem:
+            ended = True
             raise from_rpc(self.address, problem) from None
         except asyncio.CancelledError:
             if call.failure is not None:
@@ -211,13 +215,20 @@ class Replica:
                 carrier.leave(place[1])
             message = call.last(message)
             if isinstance(message, service_pb2.ModelStreamInferResponse) and is_over(message):
-                self._finish(call)
-            else:
+                self._finish(read_rest_async(call.stream))
+            elif place is None or ended or call.failure is not None:
                 call.stream.cancel()
+            else:
+                self._finish(self._leave(place, call.stream))
 
-    def _finish(self, call: _Call) -> None:
-        """Read the stream of a finished answer to its end, without its client."""
-        ending = asyncio.create_task(read_rest_async(call.stream))
+    async def _leave(self, place: tuple[str, int], stream: Any) -> None:
+        """Stop an answer whose client has left. Triton may crash where a stream is cancelled (docs/status.md)."""
+        await read_rest_async(self._stub.ModelStreamInfer(once(stop_request(place)), timeout=None, metadata=()))
+        await read_rest_async(stream, _LEAVING_SECONDS)
+
+    def _finish(self, work: Coroutine[Any, Any, None]) -> None:
+        """End an answer without its client."""
+        ending = asyncio.create_task(work)
         self._ending.add(ending)
         ending.add_done_callback(self._ending.discard)
 
