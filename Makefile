@@ -25,7 +25,7 @@ test-slow: .venv/developer .venv/transformers5
 # A real vLLM, in an environment of its own: the client tests of the serving layer on one server, and the exports.
 VLLM := TRTQWEN_VLLM_PYTHON=$(CURDIR)/.venv-vllm/bin/python
 test-vllm: .venv/developer .venv-vllm/installed
-	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --timeout=600 tests/gateway/test_openai.py tests/triton/test_serving.py
+	$(VLLM) TRTQWEN_TEST_BACKEND=vllm $(BIN)/pytest --timeout=600 tests/triton/test_serving.py tests/gateway/test_openai.py
 	$(VLLM) $(BIN)/pytest tests/vllm/test_real.py tests/vllm/test_restart.py tests/vllm/test_migration.py
 
 .venv-vllm/installed: scripts/install_vllm.py

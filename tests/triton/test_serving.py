@@ -595,7 +595,7 @@ def test_the_metrics_endpoint_has_upstreams_families(server: TritonServer) -> No
     assert metrics(server)["nv_trt_llm_runtime_memory_metrics/cpu"] > 10_000_000
 
 
-# The clients of the last tests cancel streams. Triton may crash then, at once or later: nothing comes after them.
+# The clients of the last tests cancel streams. Triton may crash then.
 
 
 def leaving(server: TritonServer, test: Callable[[], None]) -> None:
