@@ -48,6 +48,30 @@ def tokenizer(repository: Path) -> Tokenizer:
     return Tokenizer(tokenizer_directory(repository))
 
 
+@pytest.fixture(autouse=True)
+def surviving(server: TritonServer) -> Iterator[None]:
+    """After a test in which Triton itself crashed: show where, and start it again for the tests that follow."""
+    yield
+    if crashed(server):
+        log = server.log.read_text("utf-8", "replace")
+        start_again(server)
+        pytest.fail(f"Triton was ended by SIGSEGV:\n{log[-4000:]}")
+
+
+def crashed(server: TritonServer) -> bool:
+    try:
+        server.check()
+    except ServerError as problem:
+        return "Triton was ended by SIGSEGV" in problem.what
+    return False
+
+
+def start_again(server: TritonServer) -> None:
+    server.stop(drain=False)
+    server.start()
+    server.wait_until_ready()
+
+
 def drain(call: Callable[[], Any]) -> list[Any]:
     return list(call())
 
@@ -610,20 +634,10 @@ def leaving(server: TritonServer, test: Callable[[], None]) -> None:
         except (AssertionError, grpc.RpcError, OSError, ServerError):
             if not wait_for(lambda: crashed(server), 5):
                 raise
-            server.stop(drain=False)
-            server.start()
-            server.wait_until_ready()
+            start_again(server)
         else:
             return
     pytest.fail("Triton has crashed in each of three attempts")
-
-
-def crashed(server: TritonServer) -> bool:
-    try:
-        server.check()
-    except ServerError as problem:
-        return "Triton was ended by SIGSEGV" in problem.what
-    return False
 
 
 def free_blocks(server: TritonServer, begin: Callable[[], Call]) -> None:
