@@ -1,14 +1,17 @@
-"""How a model asks a decoupled model of its own server: over the server's gRPC endpoint.
+"""How a model asks another model of its own server: over the server's gRPC endpoint.
 
-Triton's own call for that, `InferenceRequest.exec(decoupled=True)`, is not safe where several threads use it. In the
-python backend, from 24.10 to 26.09:
+Triton's own call for that, `InferenceRequest.exec`, is not safe where several threads use it. In the python backend,
+from 24.10 to 26.09:
 
-- It deadlocks. The thread that reads a response takes Python's lock while it holds the lock of its stream
-  (`ResponseIterator::Next`), the thread that brings responses takes that while it holds the lock of all streams
-  (`ProcessBLSResponseDecoupled`), and the thread that begins a stream takes that while it holds Python's lock
-  (`GetResponseIterator`). The model then answers no request.
-- Before 24.12, it frees NumPy arrays without Python's lock when a stream ends (`SendCleanupId`). That corrupts the
-  heap of the model's process, which aborts, and Triton aborts after it.
+- Both sides of a call wait for a condition without looking whether it is true (`InferRequest::Exec`,
+  `ExecuteBLSRequest`). One that wakes too early reads handles that are not set yet, and corrupts the shared memory.
+  Servers under concurrent calls crash (triton-inference-server/server 8882).
+- `exec(decoupled=True)` deadlocks. The thread that reads a response takes Python's lock while it holds the lock of
+  its stream (`ResponseIterator::Next`), the thread that brings responses takes that while it holds the lock of all
+  streams (`ProcessBLSResponseDecoupled`), and the thread that begins a stream takes that while it holds Python's
+  lock (`GetResponseIterator`). The model then answers no request.
+- Before 24.12, `exec(decoupled=True)` frees NumPy arrays without Python's lock when a stream ends (`SendCleanupId`).
+  That corrupts the heap of the model's process, which aborts, and Triton aborts after it.
 """
 
 from __future__ import annotations

@@ -119,7 +119,7 @@ class _Sender:
 
 
 class _Models:
-    """`bls.Models` for one request: single responses by way of the python backend, streams over gRPC.
+    """`bls.Models` for one request, over gRPC.
 
     Clients may use one id twice or none, so the other models get a new id. The embedded engine also gets the client's
     id, for the client's stop request. TensorRT-LLM's backend has one id per request.
@@ -131,7 +131,10 @@ class _Models:
         self._loopback = loopback
 
     def call(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
-        return _read(self._request(model, inputs, outputs).exec())
+        if self._loopback is None:
+            return _read(self._request(model, inputs, outputs).exec())
+        [response] = self.stream(model, inputs, outputs)
+        return response
 
     def stream(self, model: str, inputs: Mapping[str, Array], outputs: Sequence[str]) -> Iterator[dict[str, Array]]:
         if self._loopback is not None:
