@@ -91,44 +91,39 @@ def test_a_stop_that_fails_is_logged_and_tried_again_and_others_are_stopped(
         assert f"request {request_id} was not stopped: no shared memory is left" in triton.logged
 
 
-class PlayedEngine(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Answers a stream with three tokens, and a stop with nothing.
+class PlayedModels(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
+    """The engine answers a stream with three tokens, and a stop with nothing; the text models answer once.
 
     Attributes:
-        asked: id and parameter of each stream that has been asked for.
+        asked: model, id and parameter of each request.
     """
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
+        self.asked: list[tuple[str, str, str]] = []
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: grpc.ServicerContext) -> Iterator[Any]:
+        tokens = [
+            {"output_ids": np.array([[[token_id]]], np.int32), "sequence_length": np.ones((1, 1), np.int32)}
+            for token_id in (5, 6, 7)
+        ]
+        text = {"OUTPUT": np.array([b"x"], np.object_)}
+        answers: dict[str, list[dict[str, Any]]] = {
+            "preprocessing": [{}],
+            "postprocessing": [text],
+            "tensorrt_llm": tokens,
+        }
         for request in requests:
             if "stop" not in input_arrays(request):
-                self.asked.append((request.id, request.parameters[FROM_PROGRAM].string_param))
-                for token_id in (5, 6, 7):
-                    ids = np.array([[[token_id]]], np.int32)
-                    outputs = {"output_ids": ids, "sequence_length": np.ones((1, 1), np.int32)}
+                self.asked.append((request.model_name, request.id, request.parameters[FROM_PROGRAM].string_param))
+                for outputs in answers[request.model_name]:
                     yield service_pb2.ModelStreamInferResponse(infer_response=infer_response(outputs))
 
 
-def test_the_program_asks_the_engine_over_grpc_and_never_by_tritons_own_stream(
+def test_the_program_asks_models_over_grpc_and_never_by_tritons_own_calls(
     triton: PlayedTriton, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Triton's own streams hang and crash where several are read at a time."""
-    texts = {"preprocessing": {}, "postprocessing": {"OUTPUT": np.array([b"x"], np.object_)}}
-
-    def ask(model_name: str, **_: Any) -> Any:
-        def execute(decoupled: bool = False) -> Any:
-            assert not decoupled
-            outputs = []
-            for name, value in texts[model_name].items():
-                outputs.append(tensor := MagicMock(as_numpy=MagicMock(return_value=value)))
-                tensor.name.return_value = name
-            return MagicMock(has_error=lambda: False, output_tensors=lambda: outputs)
-
-        return SimpleNamespace(exec=execute)
-
-    triton.InferenceRequest = ask
+    """Triton's own calls hang and crash where several run at a time."""
+    triton.InferenceRequest.side_effect = AssertionError
     ended: queue.Queue[Any] = queue.Queue()
     sender = MagicMock(is_cancelled=lambda: False, send=lambda *parts, flags=0: ended.put((*parts, flags)))
     tensor = MagicMock(as_numpy=lambda: np.array([[b"prompt"]], np.object_))
@@ -139,8 +134,8 @@ def test_the_program_asks_the_engine_over_grpc_and_never_by_tritons_own_stream(
         get_response_sender=lambda: sender,
         requested_output_names=lambda: ["text_output"],
     )
-    engine = PlayedEngine()
-    with played_triton(engine) as address:
+    models = PlayedModels()
+    with played_triton(models) as address:
         monkeypatch.setenv(GRPC_ADDRESS, address)
         model = load("tensorrt_llm_bls").TritonPythonModel()
         model.initialize({"model_config": json.dumps({"parameters": {}, "output": []})})
@@ -148,8 +143,9 @@ def test_the_program_asks_the_engine_over_grpc_and_never_by_tritons_own_stream(
         sent = [ended.get(timeout=60) for _ in range(4)]
         model.finalize()
     assert [flags for *_, flags in sent] == [0, 0, 0, 1]
-    [(inner_id, client_id)] = engine.asked
-    assert client_id == "mine"
+    assert [model for model, _, _ in models.asked].count("postprocessing") == 3
+    assert {client_id for _, _, client_id in models.asked} == {"mine"}
+    [inner_id] = {inner_id for _, inner_id, _ in models.asked}
     assert inner_id != "mine"
 
 
