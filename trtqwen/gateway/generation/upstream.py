@@ -81,6 +81,9 @@ class _Call:
     def abort(self, failure: ApiError) -> None:
         self.failure = failure
         self._news.set()
+        self.cancel()
+
+    def cancel(self) -> None:
         self.stream.cancel()
 
     async def read(self) -> Any:
@@ -219,12 +222,12 @@ class Replica:
             elif place is None or ended or call.failure is not None:
                 call.stream.cancel()
             else:
-                self._finish(self._leave(place, call.stream))
+                self._finish(self._leave(place, call))
 
-    async def _leave(self, place: tuple[str, int], stream: Any) -> None:
+    async def _leave(self, place: tuple[str, int], call: _Call) -> None:
         """Stop an answer whose client has left. Triton may crash where a stream is cancelled (docs/status.md)."""
         await read_rest_async(self._stub.ModelStreamInfer(once(stop_request(place)), timeout=None, metadata=()))
-        await read_rest_async(stream, _LEAVING_SECONDS)
+        await read_rest_async(call, _LEAVING_SECONDS)  # goes on with the read that runs
 
     def _finish(self, work: Coroutine[Any, Any, None]) -> None:
         """End an answer without its client."""
