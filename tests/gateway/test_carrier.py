@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -17,7 +17,7 @@ from tests.triton.conftest import id_request
 from tests.waiting import GENEROUS
 from trtqwen.gateway.errors import ApiError
 from trtqwen.gateway.generation import upstream
-from trtqwen.gateway.generation.upstream import Replica
+from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.triton.contract import EXTENSIONS
 from trtqwen.triton.messages import infer_response
 
@@ -100,6 +100,16 @@ async def answer(replica: Replica, **inputs: Any) -> list[int]:
         async for reply in replies:
             found += reply.token_ids
     return found
+
+
+async def at_first_token(stub: Stub, replica: Replica) -> tuple[AsyncGenerator[Reply, None], Stream, Stream]:
+    """An answer whose first token, 10, has been read, its carrier and its own stream."""
+    replies = replica.generate("1", id_request([5], 8), 60, carried=True)
+    task = asyncio.ensure_future(anext(replies))
+    carrier, own = await stub.next(), await stub.next()
+    carrier.rows((own.own["carrier"][1], 10))
+    assert (await task).token_ids == (10,)
+    return replies, carrier, own
 
 
 Play = Callable[[Stub, Replica], Awaitable[None]]
@@ -185,11 +195,7 @@ def test_the_answer_of_a_client_that_leaves_is_stopped(ends: bool, monkeypatch: 
     monkeypatch.setattr(upstream, "_LEAVING_SECONDS", GENEROUS if ends else 0.01)
 
     async def test(stub: Stub, replica: Replica) -> None:
-        replies = replica.generate("1", id_request([5], 8), 60, carried=True)
-        task = asyncio.ensure_future(anext(replies))
-        carrier, own = await stub.next(), await stub.next()
-        carrier.rows((own.own["carrier"][1], 10))
-        assert (await task).token_ids == (10,)
+        replies, carrier, own = await at_first_token(stub, replica)
         await replies.aclose()
         stop = await stub.next()
         assert stop.own == {"carrier": own.own["carrier"]}
@@ -206,11 +212,7 @@ def test_the_answer_of_a_client_that_leaves_is_stopped(ends: bool, monkeypatch: 
 
 def test_a_finished_stream_is_not_cancelled_though_its_client_leaves_at_a_token_before() -> None:
     async def test(stub: Stub, replica: Replica) -> None:
-        replies = replica.generate("1", id_request([5], 8), 60, carried=True)
-        task = asyncio.ensure_future(anext(replies))
-        carrier, own = await stub.next(), await stub.next()
-        carrier.rows((own.own["carrier"][1], 10))
-        assert (await task).token_ids == (10,)
+        replies, carrier, own = await at_first_token(stub, replica)
         own.tokens(11, before=1, final=True)
         await asyncio.sleep(0)  # it has arrived
         await asyncio.sleep(0)

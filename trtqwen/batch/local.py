@@ -49,7 +49,7 @@ class LocalTriton:
 
 
 class _Call:
-    """A stream of responses; `service.Sender` of its request."""
+    """A stream of responses; `carrier.Sender` of its request."""
 
     def __init__(self, service: EngineService, requests: AsyncIterator[Any]) -> None:
         self._service = service

@@ -17,13 +17,13 @@ from trtqwen.executor.request import FinishReason, PromptLogProbs, Response, Top
 from trtqwen.hf.text_stream import CharacterStream
 from trtqwen.triton.carrier import Carrier, Carriers, Sender
 from trtqwen.triton.engines import Engine
+from trtqwen.triton.extensions import read_extensions
 from trtqwen.triton.metrics import Gauges, gauges
 from trtqwen.triton.tensors import (
     Generation,
     Limits,
     Part,
     asks_to_stop,
-    read_extensions,
     read_generation,
     write_part,
 )
@@ -258,7 +258,7 @@ class EngineService:
         Args:
             client_id: another model asks, under an id that no other request has; its client gave it this one, and
                 can stop the request by it. If Triton loses an error, that model gets it when it stops the request.
-            extensions: `tensors.Extensions` as JSON; empty asks for none.
+            extensions: `Extensions` as JSON; empty asks for none.
         """
         try:
             own = read_extensions(extensions)

@@ -128,7 +128,7 @@ def _tell_death(problem: str) -> None:
 
 
 class _Sender:
-    """`service.Sender` of a Triton request.
+    """`carrier.Sender` of a Triton request.
 
     Sends only requested tensors: the stub frees others without Python's lock, and crashes in 3.12.
     """

@@ -83,7 +83,7 @@ class TritonPythonModel:
 
 
 class _Sender:
-    """`service.Sender` of a Triton request. Thread-safe; silent after the final response.
+    """`carrier.Sender` of a Triton request. Thread-safe; silent after the final response.
 
     Sends only requested tensors: the stub frees others without Python's lock, and crashes in 3.12.
     """
