@@ -74,12 +74,14 @@ def test_silu_mul_and_quantize(device: torch.device, mode: int | None) -> None:
     if mode is None:
         torch.testing.assert_close(silu_mul(gate_up, None), expected, atol=2e-3, rtol=2e-3)
         return
-    how = Quantization(mode, 11.0, inverse)
     smoothed = expected.float() * inverse
-    for got in (silu_mul(gate_up, how), quantize_rows(expected, how)):
+    for got, values in (
+        (silu_mul(gate_up, Quantization(mode, 11.0)), expected.float()),
+        (quantize_rows(expected, Quantization(mode, 11.0, inverse)), smoothed),
+    ):
         assert isinstance(got, Quantized)
-        step = smoothed.abs().amax(-1, keepdim=True) / 127 if mode == PER_TOKEN else torch.tensor(1 / 11.0)
-        assert (got.codes.float() - codes_of(smoothed, step.to(device))).abs().max() <= 1
+        step = values.abs().amax(-1, keepdim=True) / 127 if mode == PER_TOKEN else torch.tensor(1 / 11.0)
+        assert (got.codes.float() - codes_of(values, step.to(device))).abs().max() <= 1
 
 
 @pytest.mark.parametrize("kv_step", [None, 0.05])
@@ -96,8 +98,9 @@ def test_rotary_and_store(device: torch.device, kv_step: float | None) -> None:
     table = torch.stack(rotary.cos_sin(torch.arange(40, device=device), torch.float32), 1)[:, :, 0, : size // 2]
     rotary_store(qkv, table.contiguous(), positions.int(), slots.int(), keys, values, kv_step)
     expected = rotate(query.float(), cos, sin).half()
-    torch.testing.assert_close(qkv.view(tokens, -1, size)[:, :heads], expected, atol=2e-3, rtol=2e-3)
     turned = rotate(key.float(), cos, sin).half()
+    expected = torch.cat([expected, turned, value], dim=1)
+    torch.testing.assert_close(qkv.view(tokens, -1, size), expected, atol=2e-3, rtol=2e-3)
     for token, slot in enumerate(slots.tolist()[:4]):
         for cache, source in ((keys, turned), (values, value)):
             stored = cache[slot // BLOCK, :, slot % BLOCK].float()
@@ -186,10 +189,40 @@ def test_attention(device: torch.device, heads: int, kv_heads: int, dtype: torch
     tiles = torch.from_numpy(context_tiles(batch.inputs)).to(device)
     context_attention(
         query.flatten(1), keys, values, tiles, views["block_ids"], views["block_begins"],
-        views["query_begins"], views["context_lengths"], out, kv_step=step,
+        views["query_begins"], views["context_lengths"], out, kv_step=step, packed=False,
     )  # fmt: skip
     bound = 2e-5 if dtype == torch.float32 else 5e-3
     torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "cached"), [(4, 4, True), (4, 4, False), slow(14, 2, True), slow(3, 1, True)]
+)
+def test_attention_to_packed_keys_and_values(device: torch.device, heads: int, kv_heads: int, cached: bool) -> None:
+    """The cache has nothing of this step's tokens; values of one sequence that are not numbers reach no other."""
+    size, dtype = 16, torch.float16
+    spans = [(5, 1), (0, 150), (37, 9), (64, 130), (0, 2), (130, 3)]
+    batch = make_batch([(start * cached, count) for start, count in spans], device)
+    views, counts = batch.views, batch.inputs.counts
+    qkv = random(counts.tokens, heads + 2 * kv_heads, size, device=device, dtype=dtype)
+    begins = views["query_begins"]
+    qkv[int(begins[2]) : int(begins[3]), -1] = float("nan")
+    query, key, value = qkv.split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
+    keys, values = random(2, 128, kv_heads, BLOCK, size, device=device, dtype=dtype)
+    whole = keys.clone(), values.clone()
+    slots = views["kv_slots"].long()
+    for cache, poisoned, rows in ((whole[0], keys, key), (whole[1], values, value)):
+        cache[slots // BLOCK, :, slots % BLOCK] = rows
+        poisoned[slots // BLOCK, :, slots % BLOCK] = float("nan")
+    expected = PlainAttention()(query.contiguous(), *whole, batch).flatten(1)
+    out = torch.zeros((counts.tokens, heads * size), device=device, dtype=dtype)
+    context_attention(
+        qkv.flatten(1), keys, values, torch.from_numpy(context_tiles(batch.inputs)).to(device), views["block_ids"],
+        views["block_begins"], views["query_begins"], views["context_lengths"], out, cached=cached, packed=True,
+    )  # fmt: skip
+    for sequence in (1, 3, 4, 5):
+        rows = slice(int(begins[sequence]), int(begins[sequence + 1]))
+        torch.testing.assert_close(out[rows], expected[rows], atol=5e-3, rtol=5e-3)
 
 
 def test_embed(device: torch.device) -> None:

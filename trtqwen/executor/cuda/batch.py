@@ -19,6 +19,7 @@ class CudaBatch:
     Attributes:
         generation: sequences with one token, which come first.
         tiles: of the other sequences' attention, see `context_tiles`; None if there are none.
+        cached: whether any of those has tokens that came in earlier steps.
         all_rows: whether every row's logits are needed, in order.
     """
 
@@ -32,6 +33,7 @@ class CudaBatch:
     logit_rows: Tensor
     generation: int
     tiles: Tensor | None
+    cached: bool
     all_rows: bool
 
     @classmethod
@@ -56,6 +58,7 @@ class CudaBatch:
             logit_rows=views["logit_rows"],
             generation=counts.generation,
             tiles=data[counts.total : counts.total + 2 * tiles].view(-1, 2) if tiles else None,
+            cached=bool((np.diff(inputs.query_begins) < inputs.context_lengths)[counts.generation :].any()),
             all_rows=counts.logits == counts.tokens,
         )
 

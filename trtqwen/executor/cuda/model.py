@@ -24,7 +24,15 @@ from trtqwen.executor.cuda.kernels.matmul import matmul
 from trtqwen.executor.cuda.kernels.norm import add_norm
 from trtqwen.executor.cuda.kernels.quantize import quantize_rows
 from trtqwen.executor.cuda.kernels.rotary import rotary_store
-from trtqwen.executor.cuda.linear import HalfLinear, Linear, LinearLoader, Norm, WeightOnlyLinear
+from trtqwen.executor.cuda.linear import (
+    HalfLinear,
+    Linear,
+    LinearLoader,
+    Norm,
+    SmoothQuantLinear,
+    WeightOnlyLinear,
+    fold_smoother,
+)
 from trtqwen.executor.cuda.weights import Uploader, to_float
 from trtqwen.executor.linear import Tensors, check_activation, need
 from trtqwen.executor.parallel import Communicator
@@ -216,6 +224,7 @@ class CudaModel:
                 batch.context_lengths,
                 attended,
                 kv_step=kv_step,
+                cached=batch.cached,
             )
         return attended
 
@@ -241,14 +250,18 @@ class CudaModel:
         def linear(names: Sequence[str], to_int: str) -> Linear:
             return loader.load(tensors, names, to_int)
 
+        # In TensorRT-LLM `fc` goes through SiLU (Hugging Face's gate_proj) and `gate` does not (up_proj).
+        gate_up = linear([f"{mlp}.fc", f"{mlp}.gate"], f"{prefix}.post_layernorm.scale_to_int")
+        proj = linear([f"{mlp}.proj"], f"{mlp}.quantization_scaling_factor")
+        if isinstance(gate_up, SmoothQuantLinear) and isinstance(proj, SmoothQuantLinear):
+            gate_up, proj = fold_smoother(gate_up, proj)
         int8_kv = self._config.quantization.kv_cache_quant_algo == "INT8"
         return _Layer(
             input_gain=upload(need(tensors, f"{prefix}.input_layernorm.weight")).to(self._dtype),
             qkv=linear([f"{attention}.qkv"], f"{prefix}.input_layernorm.scale_to_int"),
             dense=linear([f"{attention}.dense"], f"{attention}.quantization_scaling_factor"),
             post_gain=upload(need(tensors, f"{prefix}.post_layernorm.weight")).to(self._dtype),
-            # In TensorRT-LLM `fc` goes through SiLU (Hugging Face's gate_proj) and `gate` does not (up_proj).
-            gate_up=linear([f"{mlp}.fc", f"{mlp}.gate"], f"{prefix}.post_layernorm.scale_to_int"),
-            proj=linear([f"{mlp}.proj"], f"{mlp}.quantization_scaling_factor"),
+            gate_up=gate_up,
+            proj=proj,
             kv_step=to_float(need(tensors, f"{attention}.kv_cache_scaling_factor")) if int8_kv else None,
         )

@@ -23,11 +23,9 @@ def _silu_mul_tile(gate_up, row, columns, inside, width):
 @triton.jit
 def _silu_mul(
     gate_up,
-    smoother,
     out,
     width,
     to_int,
-    SMOOTH: tl.constexpr,
     QUANTIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -38,32 +36,17 @@ def _silu_mul(
     inside = columns < width
     values = _silu_mul_tile(gate_up, row, columns, inside, width)
     if QUANTIZE:
-        wide = values.to(tl.float32)
-        if SMOOTH:
-            wide *= tl.load(smoother + columns, mask=inside, other=0.0)
-        tl.store(out + row * width + columns, round_to_int8(wide * to_int), mask=inside)
+        tl.store(out + row * width + columns, round_to_int8(values.to(tl.float32) * to_int), mask=inside)
     else:
         tl.store(out + row * width + columns, values, mask=inside)
 
 
 @triton.jit
-def _smoothed(gate_up, smoother, row, start, width, SMOOTH: tl.constexpr, BLOCK: tl.constexpr):
-    columns = start + tl.arange(0, BLOCK)
-    inside = columns < width
-    values = _silu_mul_tile(gate_up, row, columns, inside, width).to(tl.float32)
-    if SMOOTH:
-        values *= tl.load(smoother + columns, mask=inside, other=0.0)
-    return values
-
-
-@triton.jit
 def _silu_mul_row(
     gate_up,
-    smoother,
     out,
     steps,
     width,
-    SMOOTH: tl.constexpr,
     FIRST: tl.constexpr,
     REST: tl.constexpr,
     CHAINED: tl.constexpr,
@@ -71,35 +54,36 @@ def _silu_mul_row(
     begin(CHAINED)
     row = tl.program_id(0).to(tl.int64)
     # The row stays in registers between its largest value and its codes, in two pieces that waste few lanes.
-    values = _smoothed(gate_up, smoother, row, 0, width, SMOOTH, FIRST)
-    largest = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12)
     columns = tl.arange(0, FIRST)
+    values = _silu_mul_tile(gate_up, row, columns, columns < width, width).to(tl.float32)
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-12)
     if REST:
-        more = _smoothed(gate_up, smoother, row, FIRST, width, SMOOTH, REST)
-        largest = tl.maximum(largest, tl.max(tl.abs(more), axis=0))
         others = FIRST + tl.arange(0, REST)
+        more = _silu_mul_tile(gate_up, row, others, others < width, width).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(more), axis=0))
         tl.store(out + row * width + others, round_to_int8(more * (127.0 / largest)), mask=others < width)
     tl.store(steps + row, largest / 127.0)
     tl.store(out + row * width + columns, round_to_int8(values * (127.0 / largest)))
 
 
 def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Quantized:
-    """`silu(gate_up[:, :width]) * gate_up[:, width:]`, [rows, width]; quantized if the reader asks for it."""
+    """`silu(gate_up[:, :width]) * gate_up[:, width:]`, [rows, width]; quantized if the reader asks for it.
+
+    Args:
+        quantization: without a smoother, see `linear.fold_smoother`; or None.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     dtype = gate_up.dtype if quantization is None else torch.int8
     out = torch.empty((rows, width), dtype=dtype, device=gate_up.device)
-    smoother = gate_up if quantization is None else quantization.inverse_smoother
-    smooth = quantization is not None and smoother is not None
+    assert quantization is None or quantization.inverse_smoother is None
     if quantization is not None and quantization.mode == PER_TOKEN:
         steps = torch.empty(rows, dtype=torch.float32, device=gate_up.device)
         first = 1 << (width.bit_length() - 1)
         _silu_mul_row[(rows,)](
             gate_up,
-            smoother if smooth else gate_up,
             out,
             steps,
             width,
-            SMOOTH=smooth,
             FIRST=first,
             REST=triton.next_power_of_2(width - first) if width > first else 0,
             num_warps=min(32, max(1, first // 512)),
@@ -109,11 +93,9 @@ def silu_mul(gate_up: Tensor, quantization: Quantization | None) -> Tensor | Qua
     block = 1024
     _silu_mul[(rows, triton.cdiv(width, block))](
         gate_up,
-        smoother if smooth else gate_up,
         out,
         width,
         1.0 if quantization is None else quantization.to_int,
-        SMOOTH=smooth,
         QUANTIZE=quantization is not None,
         BLOCK=block,
         num_warps=4,

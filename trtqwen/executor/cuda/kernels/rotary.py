@@ -52,14 +52,18 @@ def _rotary_store(
 
     slot = tl.load(slots + token).to(tl.int64)
     head = tl.arange(0, KV_PADDED)
-    stored = (head < tl.where(slot >= 0, KV_HEADS, 0))[:, None]
+    exists = (head < KV_HEADS)[:, None]
+    stored = exists & (slot >= 0)
     base = ((slot // TOKENS_PER_BLOCK) * KV_HEADS + head) * TOKENS_PER_BLOCK + slot % TOKENS_PER_BLOCK
     target = base[:, None] * 2 * HALF + half[None, :]
     kind: tl.constexpr = qkv.dtype.element_ty
     row += HEADS * 2 * HALF
-    first, second = _rotate(row, head, half, stored, cos, sin, HALF)
+    first, second = _rotate(row, head, half, exists, cos, sin, HALF)
     first, second = first.to(kind), second.to(kind)
-    place = row + KV_HEADS * 2 * HALF + head[:, None] * 2 * HALF + half[None, :]
+    place = row + head[:, None] * 2 * HALF + half[None, :]
+    tl.store(place, first, mask=exists)
+    tl.store(place + HALF, second, mask=exists)
+    place += KV_HEADS * 2 * HALF
     left = tl.load(place, mask=stored, other=0.0)
     right = tl.load(place + HALF, mask=stored, other=0.0)
     if INT8:
@@ -83,7 +87,7 @@ def rotary_store(
     values: Tensor,
     kv_step: float | None,
 ) -> None:
-    """Rotate the queries of packed `qkv` in place, and store rotated keys and values in the cache slots.
+    """Rotate the queries and keys of packed `qkv` in place, and store rotated keys and values in the cache slots.
 
     Formula: `nn.rotary.rotate`. An INT8 cache gets round(x / kv_step).
 
