@@ -118,13 +118,15 @@ def test_matmul(device: torch.device, rows: int, bias: bool) -> None:
     torch.testing.assert_close(matmul(hidden, weight, added).float(), expected, atol=1e-2, rtol=1e-2)
 
 
-@pytest.mark.parametrize("rows", [1, 17, 70])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 70), (17, 70), (70, 70), slow(1, 8197)])
 @pytest.mark.parametrize("per_token", [False, True])
-def test_w8a8(device: torch.device, rows: int, per_token: bool) -> None:
+def test_w8a8(device: torch.device, rows: int, columns: int, per_token: bool) -> None:
     codes = torch.randint(-128, 128, (rows, 320), generator=torch.Generator().manual_seed(1)).to(device, torch.int8)
-    weight = torch.randint(-128, 128, (70, 320), generator=torch.Generator().manual_seed(2)).to(device, torch.int8)
-    scales = random(70, device=device, dtype=torch.float32).abs() * 1e-3
-    bias = random(70, device=device, dtype=torch.float32)
+    weight = torch.randint(-128, 128, (columns, 320), generator=torch.Generator().manual_seed(2)).to(
+        device, torch.int8
+    )
+    scales = random(columns, device=device, dtype=torch.float32).abs() * 1e-3
+    bias = random(columns, device=device, dtype=torch.float32)
     steps = random(rows, device=device, dtype=torch.float32).abs() if per_token else None
     exact = codes.double() @ weight.double().T * scales.double()
     expected = exact * (1.0 if steps is None else steps.double()[:, None]) + bias.double()
