@@ -69,7 +69,7 @@ def gpu_rows() -> Iterator[Row]:
     for file, steps in _STEPS.items():
         for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
             for engine, column, limits in (("torch", "ours", (256, steps)), ("vllm", "vllm", _VLLM_LIMITS)):
-                if row["load"] != "start":
+                if row["load"] != "start" and row[column] is not None:
                     place = _CARDS[row["card"]], row["precision"], row["tp"]
                     yield _gpu_row(engine, limits, *place, row["load"], row[column])
 

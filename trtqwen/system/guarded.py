@@ -42,13 +42,14 @@ def python_environment() -> dict[str, str]:
 
 
 def guardian_orders(
-    command: Sequence[str], environment: Mapping[str, str], directory: Path, farewell: Farewell
+    command: Sequence[str], environment: Mapping[str, str], directory: Path, farewell: Farewell, niceness: int = 0
 ) -> str:
     """Return the first line for a guardian: the program, and the actions when it is abandoned."""
     orders = {
         "command": list(command),
         "environment": dict(environment),
         "directory": os.fspath(directory),
+        "niceness": niceness,
         "orphaned": [(int(number), seconds) for number, seconds in farewell.signals],
         "remove": [os.fspath(path) for path in farewell.remove],
         "shared_memory": farewell.shared_memory,
@@ -64,6 +65,7 @@ def start_guarded(
     output: int | IO[bytes],
     pass_fds: Sequence[int] = (),
     farewell: Farewell | None = None,
+    niceness: int = 0,
 ) -> subprocess.Popen[str]:
     """Start a program under a guardian, in a session of its own whose id is the returned process's.
 
@@ -75,6 +77,7 @@ def start_guarded(
         directory: where it runs.
         output: for its standard output and standard error.
         pass_fds: file descriptors that it inherits.
+        niceness: how much other programs go before it where they want the same CPU; 0 to 19.
     """
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", guardian.__file__],
@@ -89,6 +92,6 @@ def start_guarded(
     )
     assert process.stdin is not None
     with suppress(BrokenPipeError):  # its end says what happened
-        process.stdin.write(guardian_orders(command, environment, directory, farewell or Farewell()))
+        process.stdin.write(guardian_orders(command, environment, directory, farewell or Farewell(), niceness))
         process.stdin.flush()
     return process

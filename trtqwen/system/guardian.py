@@ -5,6 +5,7 @@ that came about (the kernel closes a killed process's pipes). Keys of the object
 
     command, environment: the program, its arguments and all of its environment.
     directory: where it runs.
+    niceness: how much other programs go before it where they want the same CPU; 0 to 19.
     orphaned: [signal, seconds] pairs: what the program gets when the owner has ended, and how long each may take.
     remove: directories to remove then, with what `ENVIRONMENTS` in them names.
     shared_memory: prefix of files in /dev/shm to remove then; may be empty.
@@ -99,6 +100,11 @@ def start(spec: dict[str, Any], libc: ctypes.CDLL) -> int:
         null = os.open(os.devnull, os.O_RDONLY)
         os.dup2(null, 0)
         os.chdir(spec["directory"])
+        if spec["niceness"]:
+            os.nice(spec["niceness"])
+            # Linux may share the CPUs between sessions first, and looks at a session's own niceness.
+            with suppress(OSError), open("/proc/self/autogroup", "w") as file:
+                file.write(str(spec["niceness"]))
         os.execvpe(spec["command"][0], spec["command"], spec["environment"])
     except OSError as problem:
         print(f"{spec['command'][0]}: cannot be started ({problem.strerror})", file=sys.stderr, flush=True)
