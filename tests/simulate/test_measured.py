@@ -5,7 +5,7 @@ from __future__ import annotations
 from scripts.simulate_measured import gpu_rows, point_row, serve_rows
 from trtqwen.plan.measured import measured
 
-# The host's time for short steps of four H200 is not modeled. One token in W8A8 was slow before its kernel was changed.
+# The host's time for short steps of four H200 is not modeled; one token in W8A8 was slow before its kernel changed.
 MISSED_OFFLINE = {
     "torch, h200-sxm, w8a8, TP1, one",
     "torch, h200-sxm, fp16, TP4, mixed",
