@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trtqwen.executor.cuda.kernels.chain import announce, chained, wait
 from trtqwen.executor.cuda.kernels.gemv import gemv
 from trtqwen.executor.cuda.kernels.matmul import few_rows_product
 from trtqwen.executor.cuda.kernels.quantize import Quantized
 from trtqwen.executor.cuda.kernels.tiles import place_of
+from trtqwen.executor.cuda.kernels.w8a8_row import w8a8_row
 from trtqwen.executor.cuda.kernels.w8a8_wide import w8a8_wide, wide_tile
 
 # Beyond this many rows a W8A16 product is slower than dequantizing the matrix once for cuBLAS (H100, gate+up of 7B:
@@ -66,45 +66,6 @@ def _w8a8(
     tl.store(place, result.to(out.dtype.element_ty), mask=exists)
 
 
-@triton.jit
-def _w8a8_row(
-    codes,
-    weight,
-    steps,
-    scales,
-    bias,
-    out,
-    columns,
-    width,
-    PER_TOKEN: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CHAINED: tl.constexpr,
-):
-    announce(CHAINED)
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = column < columns
-    offsets = tl.arange(0, BLOCK)
-    place = weight + column.to(tl.int64)[:, None] * width
-    tile = tl.load(place + offsets[None, :], mask=exists[:, None] & (offsets < width)[None, :], other=0)
-    wait(CHAINED)
-    sums = tl.zeros((COLUMNS, BLOCK), tl.int32)
-    for start in range(0, width, BLOCK):
-        position = start + offsets
-        part = tl.load(codes + position, mask=position < width, other=0)
-        following = position + BLOCK
-        more = exists[:, None] & (following < width)[None, :]
-        sums += tile.to(tl.int32) * part.to(tl.int32)[None, :]
-        tile = tl.load(place + following[None, :], mask=more, other=0)
-    result = tl.sum(sums, axis=1).to(tl.float32) * tl.load(scales + column, mask=exists, other=0.0)
-    if PER_TOKEN:
-        result *= tl.load(steps)
-    if HAS_BIAS:
-        result += tl.load(bias + column, mask=exists, other=0.0)
-    tl.store(out + column, result.to(out.dtype.element_ty), mask=exists)
-
-
 def w8a8_tile(rows: int, columns: int) -> tuple[int, int, int, int, int]:
     """Rows, columns and depth of a tile, warps and stages; the fastest of those tried on an H100."""
     wide = columns >= 8192
@@ -137,25 +98,7 @@ def w8a8(
     columns = len(weight)
     out = torch.empty((rows, columns), dtype=dtype, device=codes.device)
     if rows == 1 and tile is None:
-        # Integers are multiplied at the memory's speed. A tile of the tensor cores has 16 rows; on an H200 the
-        # products of a layer of a 7B model took 106 us in tiles, and take 74.
-        per_program, piece = (8, 512) if columns >= 8192 else (2, 2048)
-        _w8a8_row[(triton.cdiv(columns, per_program),)](
-            codes,
-            weight,
-            steps if steps is not None else scales,
-            scales,
-            bias if bias is not None else scales,
-            out,
-            columns,
-            width,
-            PER_TOKEN=steps is not None,
-            HAS_BIAS=bias is not None,
-            COLUMNS=per_program,
-            BLOCK=piece,
-            num_warps=4,
-            **chained(rows),
-        )
+        w8a8_row(codes, weight, steps, scales, bias, out)
         return out
     wide = wide_tile(rows, columns, width) if tile is None else None
     if wide is not None:
