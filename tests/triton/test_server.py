@@ -50,7 +50,7 @@ log, patience = None, 2
 if sys.argv[2:]:
     log, patience = Path(sys.argv[2]), 60
     module._UNLOAD_SECONDS = patience
-server = Told(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=patience, watchdog_seconds=2, log=log)
+server = Told(Path(sys.argv[1]), ports=Ports(0, 0, 0), drain_seconds=patience, log=log)
 Supervisor([server], on_ready=lambda: print("ready", flush=True)).run()
 """
 

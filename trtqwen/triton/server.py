@@ -289,16 +289,20 @@ class TritonServer(Service):
 
         Triton continues without them and does not restart them.
         """
+        try:
+            self._check()
+        except ServerError:
+            self._broken = True
+            raise
+
+    def _check(self) -> None:
         if self._vllm is not None:
-            try:
-                self._vllm.check()
-            except ServerError:
-                self._broken = True
-                raise
+            self._vllm.check()
         if self._waiting is not None or self._started_again():
             return
         if problem := self._problem():
-            self._broken = True
+            if self._vllm is not None:
+                self._vllm.check(closed=True)  # its own end, if that is the cause, says more
             own_error = None if self._running.poll() is None else self._read_log().own_error
             raise ServerError(*own_error) if own_error else problem
 

