@@ -106,8 +106,9 @@ class TritonServer(Service):
         self._machine: Host | None = None
         if self._deployment.engine is not None or self._deployment.servers > 1:
             self._machine = read_host()
-        if self._deployment.engine is not None and self._machine is not None:
-            _check_engine(self._deployment.engine, self._machine)
+        engine, machine = self._deployment.engine, self._machine
+        if engine is not None and machine is not None and (problems := check_provenance(engine, machine)):
+            raise ServerError(str(problems[0]))
         self._spread = spread
         if spread is not None:
             check_spread(self._deployment, spread)
@@ -394,9 +395,3 @@ def _name(command: list[str]) -> str:
     """Return the name of a process: the model of a python stub, or the program."""
     models = [Path(word).parts[-3] for word in command if word.endswith("/1/model.py")]
     return [Path(command[0]).name, *models][-1]
-
-
-def _check_engine(engine: Path, machine: Host) -> None:
-    problems = check_provenance(engine, machine)
-    if problems:
-        raise ServerError(str(problems[0]))
