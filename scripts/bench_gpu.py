@@ -94,8 +94,8 @@ def loads() -> dict[str, Load]:
     return {load.name: load for load in found}
 
 
-def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> dict[str, float]:
-    """Rates of each load on the embedded engine, and its start."""
+def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> Iterator[tuple[str, float]]:
+    """The start of the embedded engine, and its rate of each load."""
     limits = EngineRecipe(
         backend="torch", max_batch_size=256, max_num_tokens=options.max_num_tokens, max_seq_len=4096
     )
@@ -104,19 +104,18 @@ def run_ours(directory: Path, options: argparse.Namespace, precision: str) -> di
         build_engine(checkpoint, limits, engine)
     say(f"{precision}: engine is made")
     config = ExecutorConfig(device="cuda", kv_cache_free_gpu_mem_fraction=0.9)
-    results: dict[str, float] = {}
     begin = time.monotonic()
     with Executor(engine, config) as executor:
         answer(executor, [(16, 1)], options.model, 0)
-        results["start"] = time.monotonic() - begin
-        say(f"ours, {precision}: start {results['start']:.1f} s")
+        start = time.monotonic() - begin
+        say(f"ours, {precision}: start {start:.1f} s")
+        yield "start", start
         answer(executor, [(100, 8)] * 16, options.model, 1)
         for load in chosen(options):
             times = [answer(executor, load.shapes, options.model, 2 + turn) for turn in range(options.turns)]
             seconds = statistics.median(times)
-            results[load.name] = load.counted / seconds
-            say(f"ours, {precision}, {load.name}: {results[load.name]:.1f} {load.unit} tok/s ({seconds:.2f} s)")
-    return results
+            say(f"ours, {precision}, {load.name}: {load.counted / seconds:.1f} {load.unit} tok/s ({seconds:.2f} s)")
+            yield load.name, load.counted / seconds
 
 
 def make_weights(directory: Path, options: argparse.Namespace, precision: str) -> Path:
@@ -151,7 +150,7 @@ def answer(executor: Executor, shapes: Shapes, model: str, seed: int) -> float:
     return seconds
 
 
-def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> dict[str, float]:
+def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> Iterator[tuple[str, float]]:
     """The same on vLLM, in a process of its own."""
     checkpoint, home = make_weights(directory, options, precision), directory / "hf"
     if not home.is_dir():
@@ -171,14 +170,12 @@ def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> di
     with subprocess.Popen(
         [options.vllm, str(script), json.dumps(job)], stdout=subprocess.PIPE, text=True, env=environment
     ) as process:
-        results: dict[str, float] = {}
         assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("RESULT "):
                 name, value = json.loads(line.removeprefix("RESULT "))
-                results[name] = value
                 say(f"vLLM, {precision}, {name}: {value:.1f}")
-    return results
+                yield name, value
 
 
 def rows(
@@ -250,16 +247,22 @@ def main() -> None:
     options = parser.parse_args()
     found: list[Row] = []
     for precision in options.precisions:
+        before, ceilings = list(found), measure_ceilings(precision)
+        torch.cuda.empty_cache()
         with ExitStack() as stack:
             if options.weights:
                 directory = options.weights / f"{precision}-tp{options.tp}"
             else:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=options.scratch)))
-            mine = run_ours(directory, options, precision) if "ours" in options.engines else {}
-            theirs = run_vllm(directory, options, precision) if "vllm" in options.engines else {}
-        found += rows(mine, theirs, precision, measure_ceilings(precision), options)
-        if options.output:
-            options.output.write_text(json.dumps([asdict(row) for row in found], indent=1), encoding="utf-8")
+            results: dict[str, dict[str, float]] = {"ours": {}, "vllm": {}}
+            for engine in options.engines:
+                run = run_ours if engine == "ours" else run_vllm
+                for name, value in run(directory, options, precision):
+                    results[engine][name] = value
+                    found = [*before, *rows(results["ours"], results["vllm"], precision, ceilings, options)]
+                    if options.output:  # what is measured stays, also where the run ends early
+                        content = json.dumps([asdict(row) for row in found], indent=1)
+                        options.output.write_text(content, encoding="utf-8")
     for row in found:
         print(json.dumps(asdict(row)))
 

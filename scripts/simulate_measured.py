@@ -37,6 +37,7 @@ _STEPS = {
     "gpu_8192.json": 8192,
     "gpu.json": 16384,
 }  # max_num_tokens of the embedded engine in each run of bench_gpu.py
+_SERVED_STEPS = {"NVIDIA H100 80GB HBM3": 16384, "NVIDIA H200": 4096}  # the same in the runs of bench_serve.py
 _VLLM_LIMITS = (1024, 16384)  # max_batch_size, max_num_tokens: vLLM's defaults on these cards
 _STREAMS = 4  # requests of each stream in bench_serve.py
 _KV_SHARE, _OTHER_BYTES = 0.9, 1 << 30  # of a public point's card: KV cache, and what is neither weights nor cache
@@ -87,15 +88,20 @@ def _gpu_row(
 def serve_rows() -> Iterator[Row]:
     """vLLM behind its server, the embedded engine behind Triton: closed loops of 512 tokens in and 256 out."""
     token = corrections().serving["vllm"].token_us * 1e-6
-    yield from _serve_rows(
-        "serve_vllm.json", "vllm", "vllm serve", _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192), token
-    )
-    found = _deployment("torch", "h200-sxm", "fp16", 1, 256, 4096)
-    yield from _serve_rows("serve.json", "ours", "trtqwen serve", found, 0)
+    rows = json.loads((BENCHMARKS / "serve_vllm.json").read_text(encoding="utf-8"))
+    found = _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192)
+    yield from _serve_rows(rows, "vllm", "vllm serve", found, token)
+    rows = json.loads((BENCHMARKS / "serve.json").read_text(encoding="utf-8"))
+    for card, steps in _SERVED_STEPS.items():
+        found = _deployment("torch", _CARDS[card], "fp16", 1, 256, steps)
+        here = [row for row in rows if row["card"] == card]
+        yield from _serve_rows(here, "ours", f"trtqwen serve, {_CARDS[card]}", found, 0)
 
 
-def _serve_rows(file: str, column: str, name: str, found: Deployment, token_seconds: float) -> Iterator[Row]:
-    for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
+def _serve_rows(
+    rows: list[dict[str, Any]], column: str, name: str, found: Deployment, token_seconds: float
+) -> Iterator[Row]:
+    for row in rows:
         if row["unit"] == "output tokens/s" and row[column]:
             places = int(row["load"].split()[0])
             engines = found.engines()
@@ -216,7 +222,7 @@ def _print(title: str, rows: Iterator[Row] | list[Row], most: float) -> None:
 def main() -> None:
     """Print the tables."""
     _print("Offline, H100 and H200", gpu_rows(), 0.15)
-    _print("Behind a server: vLLM on an H100, trtqwen on an H200", serve_rows(), 0.15)
+    _print("Behind a server: vLLM on an H100, trtqwen on both cards", serve_rows(), 0.15)
     _print("Public points", [point_row(point) for point in measured().points], 0.25)
 
 

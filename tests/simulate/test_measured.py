@@ -18,7 +18,7 @@ SIMULATED = {"generation", "context"}  # of the public points: those that take n
 
 def test_forecasts_the_loads_of_h100_and_h200_within_15_percent() -> None:
     rows = list(gpu_rows())
-    assert len(rows) == 51
+    assert len(rows) == 59
     assert {row.name for row in rows if row.calibrates} == {
         f"{engine}, h100-sxm, fp16, TP1, one" for engine in ("torch", "vllm")
     }
