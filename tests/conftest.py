@@ -54,6 +54,7 @@ RANKS = (
     "trtqwen.executor.attention.cpu",
     "trtqwen.executor.worker",
     "tests.executor.exchanges",
+    "xgrammar",
 )
 GATEWAYS = ("trtqwen.gateway.__main__", "trtqwen.gateway.server")
 TESTS = (

@@ -1,8 +1,8 @@
 """Processes for tests, forked from one that has imported what they need: imports are most of a short process.
 
-Ranks are forked so in the tests of the executor alone; all others start them as users do, and so do the tests that
-take the fixture `real_ranks`. Commands that only check, print and exit are forked by `tests/command_line.py`, and
-gateways of one process by `quick_gateway` in `tests/gateway/conftest.py`.
+Ranks are forked so in the tests of the executor alone, and what compiles guides for them, too; all others start them
+as users do, and so do the tests that take the fixture `real_ranks`. Commands that only check, print and exit are
+forked by `tests/command_line.py`, and gateways of one process by `quick_gateway` in `tests/gateway/conftest.py`.
 
 Where several processes run the tests, `tests/conftest.py` starts one such process for all of them, and pytest-xdist's
 workers are forked from it, too (`tests/forked_worker.py`).
@@ -27,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Any, NoReturn, cast
 
 from trtqwen.system import guardian
@@ -67,6 +68,19 @@ class Nursery:
         for end in given:
             os.close(end)
         return Forked(*ours)
+
+    def start_silent(
+        self, command: Sequence[str], *, pass_fds: Sequence[int], env: Mapping[str, str], cwd: str, **_: Any
+    ) -> Child:
+        """Start `python -m` as `trtqwen.system.forks` does, with this process's standard error."""
+        assert list(command[:2]) == [sys.executable, "-m"]
+        ours, theirs = os.pipe()
+        nothing = os.open(os.devnull, os.O_RDWR)
+        message = {"command": list(command[2:]), "env": dict(env), "directory": cwd, "numbers": list(pass_fds)}
+        self._send(message, [nothing, nothing, 2, *pass_fds, theirs])
+        os.close(nothing)
+        os.close(theirs)
+        return Child(ours)
 
     def start_guarded(
         self,
@@ -122,39 +136,10 @@ class Nursery:
             self._process.wait()
 
 
-class Forked:
-    """What an executor uses of a `subprocess.Popen`."""
+class Child:
+    """What a `subprocess.Popen` says of its process."""
 
-    def __init__(self, stdin: int, stdout: int, stderr: int, end: int) -> None:
-        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
-        self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
-        self.stderr = os.fdopen(stderr, encoding="utf-8", errors="replace")
-        self._end = os.fdopen(end, encoding="ascii")
-        self._lock = threading.Lock()
-        self.returncode: int | None = None
-        self.pid = int(self._end.readline())
-
-    def wait(self, timeout: float | None = None) -> int:
-        """Wait for the end; returns the exit code, negative for a signal."""
-        with self._lock:
-            if self.returncode is None:
-                self.returncode = int(self._end.readline())
-                self._end.close()
-            return self.returncode
-
-    def kill(self) -> None:
-        """Kill it if it still runs."""
-        if self.returncode is None:
-            with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGKILL)
-
-
-class Guarded:
-    """What `trtqwen.system.processes.Service` uses of the guardian's `subprocess.Popen`."""
-
-    def __init__(self, stdin: int, stdout: int, end: int) -> None:
-        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
-        self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
+    def __init__(self, end: int) -> None:
         self._end = os.fdopen(end, "rb", buffering=0)
         self._lock = threading.Lock()
         self.returncode: int | None = None
@@ -176,10 +161,35 @@ class Guarded:
                 self._end.close()
             return self.returncode
 
+    def kill(self) -> None:
+        """Kill it if it still runs."""
+        if self.returncode is None:
+            with suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+
     def terminate(self) -> None:
         """Ask it to end, if it still runs."""
         if self.poll() is None:
             os.kill(self.pid, signal.SIGTERM)
+
+
+class Forked(Child):
+    """What an executor uses of a `subprocess.Popen`."""
+
+    def __init__(self, stdin: int, stdout: int, stderr: int, end: int) -> None:
+        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
+        self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
+        self.stderr = os.fdopen(stderr, encoding="utf-8", errors="replace")
+        super().__init__(end)
+
+
+class Guarded(Child):
+    """What `trtqwen.system.processes.Service` uses of the guardian's `subprocess.Popen`."""
+
+    def __init__(self, stdin: int, stdout: int, end: int) -> None:
+        self.stdin = os.fdopen(stdin, "w", encoding="utf-8")
+        self.stdout = os.fdopen(stdout, encoding="utf-8", errors="replace")
+        super().__init__(end)
 
 
 def main() -> None:
@@ -235,7 +245,10 @@ def _watch(message: dict[str, Any], given: list[int]) -> NoReturn:
 def _run(message: dict[str, Any], streams: list[int]) -> NoReturn:
     code: object = 1
     try:
-        for number, stream in enumerate(streams):
+        passed = [fcntl.fcntl(stream, fcntl.F_DUPFD, 200) for stream in streams]
+        for stream in streams:
+            os.close(stream)
+        for number, stream in zip((0, 1, 2, *message.get("numbers", ())), passed, strict=True):
             os.dup2(stream, number)
             os.close(stream)
         os.environ.clear()
@@ -247,6 +260,9 @@ def _run(message: dict[str, Any], streams: list[int]) -> NoReturn:
         module = message["command"][0]
         sys.argv = message["command"]
         sys.modules["__main__"].__package__ = None  # usage lines name the module
+        if module == "trtqwen.executor.worker" and SHARED in os.environ:
+            started = SimpleNamespace(Popen=Nursery().start_silent, DEVNULL=subprocess.DEVNULL)
+            vars(import_module("trtqwen.system.forks"))["subprocess"] = started
         try:
             import_module("trtqwen.cli" if module == "trtqwen" else module).main()
             code = 0
