@@ -93,7 +93,7 @@ def load(serve: Serve) -> Iterator[None]:
 
     def ask() -> None:
         number = 0
-        while not ended.wait(0.25):  # the machine has other work
+        while not ended.wait(0.5):  # the machine has other work
             number += 1
             body = {"model": "repository", "prompt": prompt + str(number), "max_tokens": 8, "stream": number % 2 == 0}
             if number % 3 == 0:

@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from tests.gateway.conftest import Running
 from tests.gateway.test_stand_in import CALL
+from tests.slow import SLOW
 
 # They are not imported here: that takes every process of the tests six seconds.
 MISSING = [name for name in ("litellm", "langchain_openai", "agents") if find_spec(name) is None]
@@ -36,6 +37,7 @@ def litellm(monkeypatch: pytest.MonkeyPatch) -> Any:
     return litellm
 
 
+@SLOW  # importing it takes four seconds
 def test_litellm(obedient: Running, litellm: Any) -> None:
     def ask(text: str, model: str = "hosted_vllm/qwen", **options: Any) -> Any:
         target = {"api_base": f"{obedient.gateway.url}/v1", "api_key": "none"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from scripts.simulate_measured import gpu_rows, point_row, serve_rows
+from tests.slow import SLOW
 from trtqwen.plan.measured import measured
 
 # The host's time for short steps of four H200 is not modeled; one token in W8A8 was slow before its kernel changed.
@@ -28,6 +29,7 @@ def test_forecasts_the_loads_of_h100_and_h200_within_15_percent() -> None:
     assert {row.name for row in rows if abs(row.error) > 0.15} == MISSED_OFFLINE
 
 
+@SLOW
 def test_forecasts_servers_within_15_percent() -> None:
     rows = list(serve_rows())
     assert {row.name for row in rows if abs(row.error) > 0.15} == MISSED_SERVED
