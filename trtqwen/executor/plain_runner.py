@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -70,11 +72,12 @@ def make_runner(
     choice = _with_precision(choice, config, engine, communicator)
     print(f"rank {config.rank} computes on {choice}", file=sys.stderr)
     num_blocks = kv_cache_blocks(engine, config.executor)
+    attention, make_sampler = _kernels(choice)
     model = Qwen2Model(
         engine.pretrained_config,
         dict(read_rank(config.engine, config.rank)),
         communicator,
-        _attention(choice),
+        attention,
         int8_layout=engine.int8_layout,
         dtype=choice.dtype,
         device=choice.device,
@@ -82,7 +85,7 @@ def make_runner(
         tokens_per_block=engine.build_config.tokens_per_block,
         plain=choice.kernels == "plain",
     )
-    sampler = Sampler(engine.build_config.max_batch_size, choice.device)
+    sampler = make_sampler(engine.build_config.max_batch_size, choice.device)
     return Started(PlainRunner(model, choice.device, engine.pretrained_config.layer_values), num_blocks, sampler)
 
 
@@ -109,9 +112,12 @@ def _with_precision(
     return replace(choice, dtype=dtype, kv_dtype=dtype) if pays else choice
 
 
-def _attention(choice: DeviceChoice) -> AttentionBackend:
+def _kernels(choice: DeviceChoice) -> tuple[AttentionBackend, Callable[[int, torch.device], Sampler]]:
+    """Attention and what makes the sampler: compiled ones where Numba is installed."""
     if choice.attention != "cpu":
-        return PlainAttention()
-    from trtqwen.executor.attention.cpu import CpuAttention  # imports Numba
+        return PlainAttention(), Sampler
+    from trtqwen.executor.attention.cpu import CpuAttention
+    from trtqwen.executor.cpu.choose import choose_compiled, compile_sampling, penalize_compiled
 
-    return CpuAttention()
+    compile_sampling()
+    return CpuAttention(), partial(Sampler, chooser=choose_compiled, penalizer=penalize_compiled)

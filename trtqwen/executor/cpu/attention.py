@@ -21,7 +21,7 @@ _COLDEST = np.float32(-87.0)  # exp of less is a subnormal float32
 
 
 @compiled(inline="always")
-def _exp(x: Any) -> Any:
+def exp(x: Any) -> Any:
     """exp for x <= 0, error 1e-7: the polynomial of Cephes' expf, so that the loop around it becomes vector code."""
     x = max(x, _COLDEST)
     n = np.floor(x * _LOG2_E + np.float32(0.5))
@@ -131,10 +131,10 @@ def paged_attention(
                 for j in range(seen):
                     best = max(best, scores[v, j])
                 if seen > 0:
-                    shrink = _exp(top[v] - best)
+                    shrink = exp(top[v] - best)
                     added = np.float32(0)
                     for j in range(seen):
-                        e = _exp(scores[v, j] - best)
+                        e = exp(scores[v, j] - best)
                         scores[v, j] = e
                         added += e
                     total[v] = total[v] * shrink + added

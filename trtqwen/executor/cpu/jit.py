@@ -17,13 +17,14 @@ _FAST = {"reassoc", "contract", "arcp", "nsz"}  # infinities and NaN keep their 
 
 
 def compiled(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """A decorator that compiles a function at its first call. Sums may be reordered."""
+    """A decorator that compiles a function at its first call. Sums may be reordered, but for `fastmath=False`."""
+    options.setdefault("fastmath", _FAST)
 
     def decorate(function: Callable[..., Any]) -> Any:
         try:
-            kernel = njit(cache=True, fastmath=_FAST, **options)(function)
+            kernel = njit(cache=True, **options)(function)
         except RuntimeError:  # neither the package's directory nor the user's can be written to
-            return njit(fastmath=_FAST, **options)(function)
+            return njit(**options)(function)
         compile_alone, lock = kernel.compile, Path(kernel.stats.cache_path, f"{function.__qualname__}.lock")
 
         def compile_once(signature: Any) -> Any:
