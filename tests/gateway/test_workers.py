@@ -148,14 +148,28 @@ def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) ->
         running.gateway.check()
 
 
-def test_workers_that_are_killed_again_and_again_end_the_gateway(
-    stand_in_repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Four are replaced; the fifth within two minutes ends everything. The workers only sleep here."""
+@pytest.fixture
+def sleeping_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that only sleep, and never set a handler."""
     program = tmp_path / "worker"
     program.write_text("#!/bin/sh\nexec sleep 600\n")
     program.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(program))
+
+
+@pytest.mark.usefixtures("sleeping_workers")
+def test_a_stop_while_workers_start_is_no_failure(stand_in_repository: Path) -> None:
+    config = GatewayConfig(repository=stand_in_repository, port=0)
+    with bind(config) as listener:
+        first = fork(lambda: run_workers(config, listener, 2))
+        assert wait_for(lambda: len(children(first)) == 2)
+        os.kill(first, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
+
+
+@pytest.mark.usefixtures("sleeping_workers")
+def test_workers_that_are_killed_again_and_again_end_the_gateway(stand_in_repository: Path) -> None:
+    """Four are replaced; the fifth within two minutes ends everything."""
     config = GatewayConfig(repository=stand_in_repository, port=0)
     listener = bind(config)
 

@@ -64,7 +64,8 @@ async def _run(config: GatewayConfig, listener: socket.socket, count: int) -> No
     codes = await workers.end()
     if failure is not None:
         raise ServerError(failure, "see what it wrote before")
-    if any(codes):
+    # A worker that has just started has no handler yet, and no client either.
+    if any(code not in (0, -signal.SIGTERM) for code in codes):
         raise ServerError(f"gateway workers ended with codes {', '.join(map(str, codes))}")
 
 
