@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument("--gateway", default="{}", help="JSON object of gateway settings")
     parser.add_argument("--output", type=Path, help="JSON file for the rows")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the servers end, too
     options.work.mkdir(parents=True, exist_ok=True)
     options.work = options.work.resolve()
     flags = ["--dtype", options.precision, *options.vllm_flags.split()]
