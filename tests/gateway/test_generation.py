@@ -1,4 +1,4 @@
-"""How long answers take is told to the gate, whose advice rests on it."""
+"""What an answer counts, and how long it takes: the gate's advice rests on that."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
 from trtqwen.gateway.errors import ApiError
-from trtqwen.gateway.generation.answer import Answer
 from trtqwen.gateway.generation.generator import AnswerGenerator
 from trtqwen.gateway.generation.inputs import Sampling
 from trtqwen.gateway.generation.plan import GenerationPlan, Usage
@@ -34,6 +33,18 @@ class Quick(Replica):
         if self._second is None:
             raise ApiError(500, "failed", "engine_error")
         yield Reply((self._second,))
+
+
+class Scripted(Replica):
+    """Says tokens in given messages, and then goes on."""
+
+    def __init__(self, messages: list[tuple[int, ...]]) -> None:
+        super().__init__("127.0.0.1:9")
+        self._messages = messages
+
+    async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Reply, None]:
+        for ids in [*self._messages, *[(43,)] * 5]:
+            yield Reply(ids, log_probs=(-1.0,) * len(ids))
 
 
 @pytest.mark.parametrize(
@@ -66,11 +77,35 @@ def test_an_answer_that_ended_shortens_the_advice(
     asyncio.run(test())
 
 
-def test_tokens_behind_a_stop_token_are_not_counted(engine_repository: Path) -> None:
+MESSAGES: tuple[list[tuple[int, ...]], ...] = (
+    [(40,), (41,), (42,)],
+    [(40, 41, 42, 43, 44)],
+    [(40,), (41, 42, 43)],
+    [(40, 41), (42, 43)],
+)
+
+
+@pytest.mark.parametrize("log_probs", [False, True])
+@pytest.mark.parametrize("stop", ["token", "string", "string of two tokens"])
+def test_tokens_behind_a_stop_are_not_counted(engine_repository: Path, stop: str, log_probs: bool) -> None:
     """A busy engine sends several tokens in one message: the count is that of one message a token."""
-    plan = GenerationPlan("id", ((1,),), 1, 9, Sampling({}, seed=1, stop_ids=frozenset((42,))), reserved=2)
-    for messages in ([(40,), (41,), (42,)], [(40, 41, 42, 43, 44)], [(40,), (41, 42, 43)]):
-        answer = Answer(load_model(engine_repository), plan, 0, frozenset())
-        for ids in messages:
-            answer.take(Reply(ids))
-        assert (answer.finish, answer.num_tokens) == ("stop", 3)
+    model = load_model(engine_repository)
+    texts = [model.tokenizer.token_bytes[token].decode() for token in range(40, 45)]
+    stops = {"token": (), "string": (texts[2],), "string of two tokens": (texts[1] + texts[2],)}[stop]
+    own = frozenset((42,)) if stop == "token" else frozenset()
+    sampling = Sampling({}, seed=1, stop_ids=own, log_probs=log_probs)
+    plan = GenerationPlan("id", ((1,),), 1, 9, sampling, reserved=2, stop=stops)
+
+    async def run(messages: list[tuple[int, ...]]) -> tuple[str, list[int], int]:
+        gate = Gate(Admission(1, Capacity(1, 1000), QueueLimits(19, 1000)), Metrics(), 1)
+        generator = AnswerGenerator(model, [Scripted(messages)], gate, Metrics(), 10, lambda replica: None)
+        usage = Usage()
+        pieces = [piece async for piece in generator.run(plan, usage)]
+        assert pieces[-1].finish == "stop"
+        told = [entry.token_id for piece in pieces for entry in piece.log_probs]
+        return "".join(piece.text for piece in pieces), told, usage.output_tokens
+
+    expected = "".join(texts[: 1 if stop == "string of two tokens" else 2])
+    ids = [40] if stop == "string of two tokens" else [40, 41]
+    for messages in MESSAGES:
+        assert asyncio.run(run(messages)) == (expected, ids if log_probs else [], 3), messages

@@ -53,16 +53,17 @@ class Answer:
         if reply.prompt:
             self._prompt = self._prompt_entries(reply)
         kept = self._before_stop(ids)
-        # What came behind the stop token in the same message is no part of the answer: how much does is chance.
-        self.num_tokens += len(ids) if self.finish is None else len(kept) + 1
-        text = self._decode(kept, reply) if self._plan.sampling.log_probs else self._text.push(kept)
-        if self.finish is not None:
-            text += self._text.flush()
-        text = self._stops.push(text)
+        # What came behind a stop in the same message is no part of the answer: how much does is chance.
+        count = len(ids) if self.finish is None else len(kept) + 1
+        text, taken, step = "", 0, 1 if self._plan.stop else max(1, len(kept))
+        while taken < len(kept) and self._stops.found is None:
+            text += self._stops.push(self._decode(kept[taken : taken + step], taken, reply))
+            taken += step
         if self._stops.found is not None:
-            self.finish = "stop"
+            self.finish, count = "stop", taken
         elif self.finish is not None:
-            text += self._stops.flush()
+            text += self._stops.push(self._text.flush()) + self._stops.flush()
+        self.num_tokens += count
         return self._piece(text)
 
     def end(self) -> Piece:
@@ -100,11 +101,13 @@ class Answer:
                 return ids[:count]
         return ids
 
-    def _decode(self, ids: Sequence[int], reply: Reply) -> str:
-        """Return the text of ids with their log probabilities."""
+    def _decode(self, ids: Sequence[int], begin: int, reply: Reply) -> str:
+        """Return the text of ids, which are those of a reply from `begin` on, and keep their log probabilities."""
+        if not self._plan.sampling.log_probs:
+            return self._text.push(ids)
         text = ""
         count = self._plan.sampling.top_log_probs
-        for place, (token_id, log_prob) in enumerate(zip(ids, reply.log_probs, strict=False)):
+        for place, (token_id, log_prob) in enumerate(zip(ids, reply.log_probs[begin:], strict=False), begin):
             top = reply.top[place][:count] if reply.top else ()
             self._entries.append(TokenLogProb(token_id, self._bytes(token_id), log_prob, self._decoded, top))
             new = self._text.push((token_id,))

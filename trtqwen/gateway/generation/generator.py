@@ -145,13 +145,14 @@ class AnswerGenerator:
                     if answer.num_tokens:
                         self.metrics.inter_token_seconds.observe(now - last)
                     last = now
-                    usage.output_tokens += len(reply.token_ids)
                     if reply.reused_blocks is not None:
                         cached = min(reply.reused_blocks * self.model.limits.tokens_per_block, len(prompt))
                         self.metrics.cached_prompt_tokens.labels(replica.address).inc(cached)
                         if index % plan.choices == 0:
                             usage.cached_tokens = (usage.cached_tokens or 0) + cached
+                    before = answer.num_tokens
                     piece = answer.take(reply)
+                    usage.output_tokens += answer.num_tokens - before
                     if answer.num_tokens > reserved:
                         more = min(plan.max_tokens, 2 * reserved) - reserved
                         self.gate.grow(ticket, more)
