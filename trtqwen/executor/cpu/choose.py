@@ -101,9 +101,10 @@ def _draw_of_best(
     if by_count and top_k <= _LANES:
         least = np.sort(lanes)[_LANES - top_k]  # that many lanes have a token which reaches it
     elif not by_count:
-        reach = np.float32(np.log(min_p)) if min_p > 0 else np.float32(0)
         if by_mass:
             whole, reach = _reach_of_mass(row, best, temperature, top_p)
+        else:
+            reach = np.float32(np.log(min_p))
         least = best + reach * temperature * _MORE - abs(best) * (_MORE - np.float32(1))
     count = 0
     for token in range(size):
