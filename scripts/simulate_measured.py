@@ -65,10 +65,15 @@ class Row:
         return self.forecast / self.measured - 1
 
 
+def _read(file: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((BENCHMARKS / file).read_text(encoding="utf-8"))
+    return rows
+
+
 def gpu_rows() -> Iterator[Row]:
     """The offline loads of the embedded engine and of vLLM."""
     for file, steps in _STEPS.items():
-        for row in json.loads((BENCHMARKS / file).read_text(encoding="utf-8")):
+        for row in _read(file):
             for engine, column, limits in (("torch", "ours", (256, steps)), ("vllm", "vllm", _VLLM_LIMITS)):
                 if row["load"] != "start" and row[column] is not None:
                     place = _CARDS[row["card"]], row["precision"], row["tp"]
@@ -88,10 +93,10 @@ def _gpu_row(
 def serve_rows() -> Iterator[Row]:
     """vLLM behind its server, the embedded engine behind Triton: closed loops of 512 tokens in and 256 out."""
     token = corrections().serving["vllm"].token_us * 1e-6
-    rows = json.loads((BENCHMARKS / "serve_vllm.json").read_text(encoding="utf-8"))
+    rows = _read("serve_vllm.json")
     found = _deployment("vllm", "h100-sxm", "fp16", 1, 256, 8192)
     yield from _serve_rows(rows, "vllm", "vllm serve", found, token)
-    rows = json.loads((BENCHMARKS / "serve.json").read_text(encoding="utf-8"))
+    rows = _read("serve.json")
     for card, steps in _SERVED_STEPS.items():
         found = _deployment("torch", _CARDS[card], "fp16", 1, 256, steps)
         here = [row for row in rows if row["card"] == card]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 NOT_FINITE, NONE_LEFT = -1, -2
-_COLDEST = 1e-20
+LEAST_TEMPERATURE = 1e-20  # of a draw: lower ones count as this
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def choose(logits: Tensor, choice: Choice) -> Tensor:
     best, tokens = logits.max(dim=-1)
     if choice.draws:
         temperature, top_p, min_p, uniform, top_k = choice.values
-        scaled = (logits - best[:, None]).float() / temperature.clamp(min=_COLDEST)[:, None]
+        scaled = (logits - best[:, None]).float() / temperature.clamp(min=LEAST_TEMPERATURE)[:, None]
         if choice.filters:
             scaled = scaled.masked_fill(scaled < _threshold(scaled, top_k, top_p, min_p)[:, None], float("-inf"))
         sums = scaled.exp().cumsum(dim=-1)

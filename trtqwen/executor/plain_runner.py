@@ -72,7 +72,7 @@ def make_runner(
     choice = _with_precision(choice, config, engine, communicator)
     print(f"rank {config.rank} computes on {choice}", file=sys.stderr)
     num_blocks = kv_cache_blocks(engine, config.executor)
-    attention, make_sampler = _kernels(choice)
+    attention, make_sampler = _kernels(choice, config.rank)
     model = Qwen2Model(
         engine.pretrained_config,
         dict(read_rank(config.engine, config.rank)),
@@ -112,12 +112,13 @@ def _with_precision(
     return replace(choice, dtype=dtype, kv_dtype=dtype) if pays else choice
 
 
-def _kernels(choice: DeviceChoice) -> tuple[AttentionBackend, Callable[[int, torch.device], Sampler]]:
+def _kernels(choice: DeviceChoice, rank: int) -> tuple[AttentionBackend, Callable[[int, torch.device], Sampler]]:
     """Attention and what makes the sampler: compiled ones where Numba is installed."""
     if choice.attention != "cpu":
         return PlainAttention(), Sampler
     from trtqwen.executor.attention.cpu import CpuAttention
     from trtqwen.executor.cpu.choose import choose_compiled, compile_sampling, penalize_compiled
 
-    compile_sampling()
+    if rank == 0:  # the others choose no tokens
+        compile_sampling()
     return CpuAttention(), partial(Sampler, chooser=choose_compiled, penalizer=penalize_compiled)

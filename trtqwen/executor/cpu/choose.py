@@ -12,17 +12,16 @@ import torch
 from numba import prange
 from torch import Tensor
 
-from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice
-from trtqwen.executor.cpu.attention import exp
+from trtqwen.executor.choose import LEAST_TEMPERATURE, NONE_LEFT, NOT_FINITE, Choice
+from trtqwen.executor.cpu.exp import COLDEST, exp
 from trtqwen.executor.cpu.jit import compiled
 from trtqwen.executor.penalties import LARGEST
 
 _LANES = 128  # tokens of a row are dealt out to them, and the best of each is kept
 _BLOCK = 256  # tokens whose odds are summed together
-_COLDEST = np.float32(1e-20)
-_LOWEST = np.float32(-87.0)  # `exp` of less is no longer exact: such odds count as 0
+_LEAST_TEMPERATURE = np.float32(LEAST_TEMPERATURE)
 _BINS_A_UNIT = np.float32(8)  # of scaled logits, whose odds are summed to find what top-p keeps
-_BINS = 87 * 8 + 1
+_BINS = int(-COLDEST * _BINS_A_UNIT) + 1
 _MORE = np.float32(1.00001)  # a margin for rounding, where the exact threshold is known later
 _LARGEST = np.float32(LARGEST)
 
@@ -47,7 +46,8 @@ def _best_of_lanes(row: Any, lanes: Any) -> Any:
 
 @compiled(inline="always")
 def _odds(scaled: Any) -> Any:
-    return exp(scaled) if scaled >= _LOWEST else np.float32(0)
+    """The exponential, or 0 where it would be no longer exact."""
+    return exp(scaled) if scaled >= COLDEST else np.float32(0)
 
 
 @compiled()
@@ -79,7 +79,7 @@ def _reach_of_mass(row: Any, best: Any, temperature: Any, top_p: Any) -> Any:
     bins = np.zeros(_BINS, np.float64)
     for token in range(len(row)):
         scaled = (row[token] - best) / temperature
-        if scaled >= _LOWEST:
+        if scaled >= COLDEST:
             bins[int(-scaled * _BINS_A_UNIT)] += exp(scaled)
     whole = bins.sum()
     reached = 0.0
@@ -87,7 +87,7 @@ def _reach_of_mass(row: Any, best: Any, temperature: Any, top_p: Any) -> Any:
         reached += bins[i]
         if reached >= whole * top_p:
             return whole, -np.float32(i + 1) / _BINS_A_UNIT
-    return whole, _LOWEST
+    return whole, COLDEST
 
 
 @compiled()
@@ -160,7 +160,7 @@ def _choose(logits: Any, values: Any, output: Any) -> None:
             uniform, top_k = values[3, index], np.int64(values[4, index])
             drawn = np.int64(-1)
             if temperature > 0:
-                temperature = max(temperature, _COLDEST)
+                temperature = max(temperature, _LEAST_TEMPERATURE)
                 if 0 < top_k < len(row) or 0 < top_p < 1 or min_p > 0:
                     drawn = _draw_of_best(row, lanes, best, temperature, top_p, min_p, uniform, top_k)
                 else:
