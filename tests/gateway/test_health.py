@@ -6,17 +6,21 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trtqwen.gateway.admission.admission import Admission, Capacity, QueueLimits
 from trtqwen.gateway.admission.gate import Gate
+from trtqwen.gateway.config import GatewayConfig
 from trtqwen.gateway.errors import late
 from trtqwen.gateway.generation import health
 from trtqwen.gateway.generation.health import Monitor
 from trtqwen.gateway.generation.upstream import Replica, Reply
 from trtqwen.gateway.metrics import Metrics
+from trtqwen.gateway.model import load_model
+from trtqwen.gateway.state import running
 
 
 class Odd(Replica):
@@ -54,6 +58,44 @@ def test_nonsense_is_taken_for_the_replica_s_fault(caplog: pytest.LogCaptureFixt
         ]
 
     asyncio.run(asyncio.wait_for(test(), 60))
+
+
+class Failing(Replica):
+    """Fails at the moment at which its first probe is cancelled."""
+
+    def __init__(self, address: str) -> None:
+        super().__init__(address)
+        self.asked = asyncio.Event()
+
+    async def generate(self, *arguments: Any, **named: Any) -> AsyncGenerator[Reply, None]:
+        first = not self.asked.is_set()
+        self.asked.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if first:
+                raise late() from None
+            raise
+        yield Reply((1,))
+
+
+def test_an_end_waits_for_no_watch_that_missed_it(engine_repository: Path) -> None:
+    async def test() -> None:
+        config = GatewayConfig(repository=engine_repository, port=0, probe_seconds=600)
+        replicas: list[Failing] = []
+
+        def connect(address: str) -> Failing:
+            replicas.append(Failing(address))
+            return replicas[-1]
+
+        async with running(config, load_model(engine_repository), None, Metrics(), connect):
+            await replicas[0].asked.wait()
+
+    async def ends() -> bool:
+        done, _ = await asyncio.wait((asyncio.create_task(test()),), timeout=30)
+        return bool(done)
+
+    assert asyncio.run(ends())
 
 
 class Slow(Replica):

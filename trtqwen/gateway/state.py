@@ -23,6 +23,7 @@ _QUEUED_REQUESTS, _QUEUED_TOKENS = 1024, 1 << 21  # how long they wait is bounde
 Connect = Callable[[str], Replica]  # makes the replica of an address
 _HEADROOM = 8  # one request in this many waits inside the engine, so that its batch is full again at once
 _log = logging.getLogger(__name__)
+_CANCEL_SECONDS = 1.0  # until a task that goes on is cancelled again
 
 
 @dataclass(frozen=True)
@@ -107,9 +108,11 @@ async def running(
     try:
         yield Runtime(config, model, template, metrics, gate, generator, monitor)
     finally:
-        watching.cancel()
-        with suppress(asyncio.CancelledError):
-            await watching
+        while not watching.done():  # a probe that fails at the moment of a cancellation tells of its failure only
+            watching.cancel()
+            await asyncio.wait((watching,), timeout=_CANCEL_SECONDS)
+        if not watching.cancelled():
+            watching.result()
         for replica in replicas:
             await replica.close()
             metrics.replica_up.labels(replica.address).set(0)
