@@ -19,6 +19,7 @@ import pytest
 
 from tests.command_line import trtqwen
 from tests.errors import parse_error
+from tests.processes import descendants
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import read_manifest
 from trtqwen.demo import MODEL
@@ -185,18 +186,6 @@ def repository(bundled_engine: Callable[..., Path], tmp_path_factory: pytest.Tem
     return repository
 
 
-def children(pid: int) -> list[int]:
-    """Processes of the server's group that still run."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,stat"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listing.splitlines()[1:]]
-    family, grown = {pid}, True
-    while grown:
-        more = {int(row[0]) for row in rows if int(row[1]) in family} - family
-        grown = bool(more)
-        family |= more
-    return sorted(family - {pid})
-
-
 def gone(family: list[int]) -> bool:
     """Whether all have ended: a guardian ends when it sees the end of the process that it watches."""
     return wait_for(lambda: not any(os.path.exists(f"/proc/{pid}") for pid in family))
@@ -235,7 +224,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
     assert fetched(f"{printed['gateway']}/v1/models/alone")[0] == 200
     alone.send_signal(signal.SIGTERM)
     assert alone.wait(timeout=60) == 0
-    family = children(server.pid)
+    family = descendants(server.pid)
     assert len(family) >= 4  # tritonserver, its text models, the engine
     answer = trtqwen("infer", "你好", "--url", endpoints["grpc"], "--max-tokens", 16)
     assert answer.returncode == 0
@@ -254,7 +243,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
 def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
     ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)
     server, _ = started("serve", "--repo", repository, *ports)
-    family = children(server.pid)
+    family = descendants(server.pid)
     [rank] = [pid for pid in family if "trtqwen.executor.worker" in Path(f"/proc/{pid}/cmdline").read_text()]
     os.kill(rank, signal.SIGKILL)
     try:
@@ -275,8 +264,8 @@ def test_serve_can_be_interrupted_while_it_starts(repository: Path) -> None:
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     assert server.stderr is not None
     assert "starting Triton" in server.stderr.readline()
-    assert wait_for(lambda: bool(children(server.pid)))
-    family = children(server.pid)
+    assert wait_for(lambda: bool(descendants(server.pid)))
+    family = descendants(server.pid)
     server.send_signal(signal.SIGINT)
     assert server.wait(timeout=60) == 0
     assert gone(family)

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.conftest import Running, quick_gateway
-from tests.processes import fork
+from tests.processes import children, fork
 from tests.waiting import wait_for
 from trtqwen.diagnostics import ServerError
 from trtqwen.gateway.config import GatewayConfig
@@ -49,18 +49,6 @@ def shared(
 def workers(running: Running) -> list[int]:
     """Process ids of the gateway's workers."""
     return children(running.gateway.pid)
-
-
-def children(pid: int) -> list[int]:
-    found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:
-            continue
-        if parent == pid:
-            found.append(int(entry.name))
-    return found
 
 
 def ended(pid: int) -> bool:
@@ -181,13 +169,12 @@ def test_workers_that_are_killed_again_and_again_end_the_gateway(stand_in_reposi
     try:
         for killed in range(5):
             assert wait_for(lambda: len(children(first)) == 2), killed
-            old = children(first)[0]
+            old, other = children(first)
             os.kill(old, signal.SIGKILL)
             assert wait_for(partial(ended, old))
-        left = children(first)
         assert wait_for(partial(ended, first))
         assert os.waitstatus_to_exitcode(os.waitpid(first, 0)[1]) == 0
-        assert not any(map(runs, left))
+        assert not runs(other)
     finally:
         listener.close()
         with suppress(ProcessLookupError):

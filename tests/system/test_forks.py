@@ -7,20 +7,15 @@ import signal
 import socket
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
-from tests.processes import in_child
+from tests.processes import children, in_child
 from tests.waiting import GENEROUS
 from trtqwen.hf import template_process
 from trtqwen.hf.template_process import TemplateRefusal, TemplateTimeout, run_template
 from trtqwen.system import forks
 from trtqwen.system.processes import runs, stopped
-
-
-def children(pid: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def wait_for_stop(pid: int) -> None:
