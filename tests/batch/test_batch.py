@@ -232,7 +232,7 @@ def served_engine(
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("served_engine", [slow("vllm"), "tensorrt_llm"], indirect=True)
+@pytest.mark.parametrize("served_engine", [slow("vllm"), slow("tensorrt_llm")], indirect=True)
 def test_an_engine_behind_triton_dies_and_the_batch_goes_on(
     served_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

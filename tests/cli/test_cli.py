@@ -20,6 +20,7 @@ import pytest
 from tests.command_line import trtqwen
 from tests.errors import parse_error
 from tests.processes import descendants
+from tests.slow import SLOW
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import read_manifest
 from trtqwen.demo import MODEL
@@ -239,6 +240,7 @@ def test_serve_answers_and_stops_cleanly(repository: Path, tmp_path: Path) -> No
     assert gone(family)
 
 
+@SLOW
 @pytest.mark.triton
 def test_serve_ends_with_a_sentence_when_a_rank_dies(repository: Path) -> None:
     ports = ("--http-port", 0, "--grpc-port", 0, "--metrics-port", 0, "--gateway-port", 0)

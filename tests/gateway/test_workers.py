@@ -106,8 +106,19 @@ def test_every_worker_serves(shared: Running) -> None:
     assert len(workers(shared)) == WORKERS
 
 
-def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None:
+def replaced(running: Running, old: int) -> bool:
+    return not runs(old) and len(workers(running)) == 2
+
+
+def test_a_worker_that_ends_is_replaced_and_a_stop_finishes_what_runs_in_every_one(another_gateway: Any) -> None:
     running = another_gateway(workers=2)
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        old, other = workers(running)
+        os.kill(old, number)
+        assert wait_for(partial(replaced, running, old), 60)
+        assert other in workers(running)
+        assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
+        running.gateway.check()
     pids = workers(running)
 
     def ask(number: int) -> int:
@@ -119,21 +130,6 @@ def test_a_stop_finishes_what_runs_in_every_worker(another_gateway: Any) -> None
         assert running.gateway.stop() == 0
         assert [answer.result() for answer in answers] == [200] * 6
     assert not any(map(runs, pids))
-
-
-def replaced(running: Running, old: int) -> bool:
-    return not runs(old) and len(workers(running)) == 2
-
-
-def test_a_worker_that_is_killed_or_stopped_is_replaced(another_gateway: Any) -> None:
-    running = another_gateway(workers=2)
-    for number in (signal.SIGKILL, signal.SIGSTOP):
-        old, other = sorted(workers(running))
-        os.kill(old, number)
-        assert wait_for(partial(replaced, running, old), 60)
-        assert other in workers(running)
-        assert wait_for(lambda: together(4, lambda _: running.ask("hello", max_tokens=2)[0]) == [200] * 4, 60)
-        running.gateway.check()
 
 
 @pytest.fixture

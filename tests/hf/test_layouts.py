@@ -151,8 +151,8 @@ def test_refused_by_name(layout: Layout, directories: dict[str, Path]) -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "layout",
-    every(2, [layout for layout in TAKEN if not layout.weights])
-    + every(4, [layout for layout in TAKEN if layout.weights]),
+    every(3, [layout for layout in TAKEN if not layout.weights])
+    + every(6, [layout for layout in TAKEN if layout.weights]),
     ids=lambda layout: layout.name,
 )
 def test_as_transformers(

@@ -17,6 +17,7 @@ MISSED_SERVED = {"vllm serve, 1 concurrent requests"}
 SIMULATED = {"generation", "context"}  # of the public points: those that take no time to simulate
 
 
+@SLOW
 def test_forecasts_the_loads_of_h100_and_h200_within_15_percent() -> None:
     rows = list(gpu_rows())
     assert len(rows) == 59

@@ -21,7 +21,7 @@ import numpy
 import pytest
 
 import trtqwen
-from tests.slow import slow
+from tests.slow import SLOW, slow
 from tests.triton.conftest import Call, id_request, in_threads
 from tests.waiting import GENEROUS
 from trtqwen.artifact.manifest import read_manifest, write_manifest
@@ -189,6 +189,7 @@ def serve_from(python: Path, repository: Path, path: Path) -> subprocess.Complet
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, cwd=python.parent)
 
 
+@SLOW
 @pytest.mark.triton
 def test_models_find_what_pythonpath_names(repository: Path, other_python: Path) -> None:
     """The python backend of 2.51 does not look at it: its interpreter is isolated."""

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 import pytest
 
+from tests.slow import SLOW
 from tests.triton.conftest import Call, Reply, id_request, in_threads, metrics, text_request
 from tests.waiting import GENEROUS, sometimes, wait_for
 from trtqwen.artifact.manifest import write_manifest
@@ -181,7 +182,7 @@ def test_streamed_text_is_the_unstreamed_text(server: TritonServer, prompt: str)
 def test_streams_break_no_character(server: TritonServer, tokenizer: Tokenizer) -> None:
     prompt = "表情符号🎉🎈😀"
     broken_apart = 0
-    for seed in range(6):
+    for seed in range(3):
         options = {"end_id": -1, "temperature": 2.0, "seed": seed}
         request = id_request(tokenizer.encode(prompt), 40, **typed({**options, "runtime_top_p": 1.0}))
         [whole] = Call(server, "tensorrt_llm", request)
@@ -210,8 +211,8 @@ def test_tokens_are_the_executors_own(
 
 def test_sixteen_streams_share_steps(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
-    alone = [ask(server, prompt, max_tokens=24, end_id=-1)[0].text for prompt in prompts]
-    options = {"max_tokens": 24, "end_id": -1, "stream": True}
+    alone = [ask(server, prompt, max_tokens=12, end_id=-1)[0].text for prompt in prompts]
+    options = {"max_tokens": 12, "end_id": -1, "stream": True}
     calls: list[Callable[[], Any]] = [partial(ask, server, prompt, **options) for prompt in prompts]
 
     def shared() -> bool:
@@ -219,8 +220,8 @@ def test_sixteen_streams_share_steps(server: TritonServer) -> None:
         replies = in_threads(calls)
         assert ["".join(reply.text for reply in stream) for stream in replies] == alone
         steps = settled_steps(server, before)
-        assert steps >= 24
-        return steps < 16 * 24 / 2
+        assert steps >= 12
+        return steps < 16 * 12 / 2
 
     assert sometimes(shared)
 
@@ -304,8 +305,8 @@ def test_http_generate(server: TritonServer) -> None:
 
 
 def test_http_generate_stream(server: TritonServer) -> None:
-    request = {"text_input": LONG, "max_tokens": 200, "stream": True}
-    expected = ask(server, LONG, max_tokens=200)[0].text
+    request = {"text_input": LONG, "max_tokens": 100, "stream": True}
+    expected = ask(server, LONG, max_tokens=100)[0].text
 
     def in_pieces() -> bool:
         status, body = post(server, "ensemble/generate_stream", request)
@@ -326,10 +327,10 @@ def test_token_counts_are_told_where_asked_for(server: TritonServer, tokenizer: 
 
 
 def test_client_streams_raw_text(server: TritonServer) -> None:
-    [whole] = ask(server, LONG, max_tokens=200, return_num_output_tokens=True)
+    [whole] = ask(server, LONG, max_tokens=100, return_num_output_tokens=True)
 
     def in_pieces() -> bool:
-        pieces = list(stream(server.grpc_url, LONG, 200, chat=False))
+        pieces = list(stream(server.grpc_url, LONG, 100, chat=False))
         assert "".join(piece.text for piece in pieces) == whole.text
         assert sum(piece.num_tokens for piece in pieces) == whole.outputs["num_output_tokens"].item()
         return len(pieces) > 1
@@ -421,7 +422,7 @@ def test_the_program_answers_as_the_ensemble(server: TritonServer) -> None:
 
 def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
     prompts = [f"Tell me about the number {number}." for number in range(16)]
-    requests = [text_request(prompt, max_tokens=24, stream=True, **typed({"end_id": -1})) for prompt in prompts]
+    requests = [text_request(prompt, max_tokens=12, stream=True, **typed({"end_id": -1})) for prompt in prompts]
     alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
     calls = [partial(Call, server, "tensorrt_llm_bls", request) for request in requests]
 
@@ -429,13 +430,13 @@ def test_the_program_serves_many_at_a_time(server: TritonServer) -> None:
         before = metrics(server)[STEPS]
         together = in_threads([partial(drain, call) for call in calls])
         assert [texts(replies) for replies in together] == alone
-        return settled_steps(server, before) < 16 * 24 / 2
+        return settled_steps(server, before) < 16 * 12 / 2
 
     assert sometimes(shared)
 
 
 def test_the_programs_clients_may_use_one_id(server: TritonServer) -> None:
-    requests = [text_request("Hello", max_tokens=n, stream=True, **typed({"end_id": -1})) for n in (200, 20)]
+    requests = [text_request("Hello", max_tokens=n, stream=True, **typed({"end_id": -1})) for n in (100, 10)]
     alone = [texts(list(Call(server, "tensorrt_llm_bls", request))) for request in requests]
     running = iter(Call(server, "tensorrt_llm_bls", requests[0], "1"))
     first = next(running)
@@ -551,7 +552,7 @@ def test_a_bias_of_words_changes_the_answer(server: TritonServer) -> None:
 def test_a_bias_of_the_wrong_length_fails_alone(server: TritonServer) -> None:
     """Upstream's engines end every request in flight for it."""
     wrong = id_request([5, 6], 4) | {"embedding_bias": np.zeros((1, 4095), np.float32)}
-    right = id_request([5, 6], 200, **typed({"streaming": True}))
+    right = id_request([5, 6], 60, **typed({"streaming": True}))
     running = iter(Call(server, "tensorrt_llm", right))
     next(running)
     [reply] = Call(server, "tensorrt_llm", wrong)
@@ -576,6 +577,7 @@ def older_server(
         yield running
 
 
+@SLOW
 @pytest.mark.embedded("needs a second server, and is about Triton's text models")
 def test_an_older_releases_names_are_served(server: TritonServer, older_server: TritonServer) -> None:
     sampling = SamplingOptions(top_p=1.0, temperature=2.0, seed=7, min_tokens=9)
@@ -592,12 +594,13 @@ def test_an_older_releases_names_are_served(server: TritonServer, older_server: 
     assert "unexpected inference input 'seed'" in refused.error
 
 
+@SLOW
 @pytest.mark.embedded("needs a second server, and is about Triton's text models")
 def test_pieces_stay_in_order_with_four_processes_for_text(older_server: TritonServer) -> None:
     """All prompts begin alike, so that the engine computes the beginning once."""
     prompts = [f"{'The same beginning. ' * 12} Now tell me about {number}." for number in range(16)]
-    alone = [texts(list(Call(older_server, "ensemble", text_request(prompt, max_tokens=24)))) for prompt in prompts]
-    calls = [partial(Call, older_server, "ensemble", text_request(p, max_tokens=24, stream=True)) for p in prompts]
+    alone = [texts(list(Call(older_server, "ensemble", text_request(prompt, max_tokens=12)))) for prompt in prompts]
+    calls = [partial(Call, older_server, "ensemble", text_request(p, max_tokens=12, stream=True)) for p in prompts]
     assert [texts(replies) for replies in in_threads([partial(drain, call) for call in calls])] == alone
     assert metrics(older_server)["nv_trt_llm_kv_cache_block_metrics/reused"] > 100
 

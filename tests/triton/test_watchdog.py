@@ -11,6 +11,7 @@ from contextlib import ExitStack
 
 import pytest
 
+from tests.slow import slow
 from tests.waiting import wait_for
 from trtqwen.system.processes import busy_nanoseconds
 from trtqwen.triton.watchdog import Watchdog
@@ -60,7 +61,7 @@ def test_an_engine_that_sleeps_hangs(run: ExitStack) -> None:
     assert wait_for(lambda: watchdog.hung() == "no step of the engine has ended for 100 s")
 
 
-@pytest.mark.parametrize("kind", ["computes", "starved"])
+@pytest.mark.parametrize("kind", [slow("computes"), "starved"])
 def test_an_engine_that_computes_or_waits_for_a_cpu_does_not_hang(run: ExitStack, kind: str) -> None:
     if kind == "starved":
         if not busy_nanoseconds(os.getpid()):

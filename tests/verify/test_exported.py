@@ -35,7 +35,7 @@ def distance(result: Verification) -> float:
     [
         slow({"dtype": "bfloat16", "tp_size": 2}, "16bit", "bfloat16", 1.001),
         slow({"dtype": "float32"}, "16bit", "float32", 1.001),
-        (WO, "16bit", "W8A16 float16", 1.05),  # vLLM's kernels take scales in 16 bits
+        slow(WO, "16bit", "W8A16 float16", 1.05),  # vLLM's kernels take scales in 16 bits
         slow(
             WO, "int8", "W8A8 float16 (per token)", 5
         ),  # inputs in INT8 too, and nothing smoothed: the price is told

@@ -46,7 +46,7 @@ def random_samples(vocab_size: int) -> list[list[int]]:
     [
         slow({"dtype": "float16"}),
         slow({"dtype": "bfloat16", "tp_size": 2}),
-        {"dtype": "float32", "tp_size": 4},
+        slow({"dtype": "float32", "tp_size": 4}),
         slow({"dtype": "float16", "pp_size": 2, "tp_size": 2}),
         slow({"dtype": "float16", "tp_size": 2, "embedding_sharding": "vocab"}),
         {"dtype": "float16", "tp_size": 2, "embedding_sharding": "hidden"},
@@ -178,7 +178,11 @@ def other_rotary_base(ranks: list[Tensors], config: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("options", "change", "found"),
     [
-        ({"tp_size": 2}, swap(f"{LAYER}.2.mlp.fc.weight", f"{LAYER}.2.mlp.gate.weight"), "layer 2 is wrong: its mlp"),
+        slow(
+            {"tp_size": 2},
+            swap(f"{LAYER}.2.mlp.fc.weight", f"{LAYER}.2.mlp.gate.weight"),
+            "layer 2 is wrong: its mlp",
+        ),
         slow(SQ, swap(f"{LAYER}.1.mlp.fc.weight", f"{LAYER}.1.mlp.gate.weight"), "layer 1 is wrong: its mlp"),
         slow({"tp_size": 2}, exchange_ranks, "4096 rows of lm_head.weight"),
         slow({"tp_size": 2, "embedding_sharding": "hidden"}, exchange_ranks, "rows of transformer.vocab_embedding"),
@@ -194,7 +198,7 @@ def other_rotary_base(ranks: list[Tensors], config: dict[str, Any]) -> None:
         slow(WO, scale(f"{LAYER}.1.mlp.proj.per_channel_scale", 2), "layer 1 is wrong: its mlp"),
         slow(STATIC, scale(f"{LAYER}.2.attention.dense.act_scale", 2), "layer 2 is wrong: its attention"),
         (STATIC, scale(f"{LAYER}.2.post_layernorm.scale_to_int", 2), "layer 2 is wrong: its mlp"),
-        ({"tp_size": 2}, scale(f"{LAYER}.0.input_layernorm.weight", 1.05, slice(1, 2)), "layer 0 is wrong"),
+        slow({"tp_size": 2}, scale(f"{LAYER}.0.input_layernorm.weight", 1.05, slice(1, 2)), "layer 0 is wrong"),
         ({}, shift_layers, "; 3 more layers are beyond it"),
         ({"tp_size": 2}, stale_head, "3 rows of lm_head.weight are not the model's"),
         ({"tp_size": 2}, stale_embedding, "1 rows of transformer.vocab_embedding.weight"),

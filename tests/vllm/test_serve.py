@@ -96,7 +96,7 @@ def test_a_vllm_that_hangs_is_named(vllm_repository: Path, monkeypatch: pytest.M
     ("script", "message"),
     [
         ({"exit": 1}, "vLLM ended with code 1: ValueError: the model does not fit"),
-        ({"name": "llama"}, "the model tensorrt_llm does not load: vLLM: serves llama, not trtqwen"),
+        slow({"name": "llama"}, "the model tensorrt_llm does not load: vLLM: serves llama, not trtqwen"),
     ],
 )
 def test_a_vllm_that_does_not_serve_ends_the_start(
