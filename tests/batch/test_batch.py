@@ -17,7 +17,7 @@ import pytest
 
 from scripts.stand_in_engine import write_stand_in_repository
 from tests.command_line import trtqwen
-from tests.slow import slow
+from tests.slow import SLOW
 from tests.standins import vllm_server
 from tests.waiting import wait_for
 from trtqwen.artifact.manifest import write_manifest
@@ -231,8 +231,9 @@ def served_engine(
     return engine
 
 
+@SLOW
 @pytest.mark.triton
-@pytest.mark.parametrize("served_engine", [slow("vllm"), slow("tensorrt_llm")], indirect=True)
+@pytest.mark.parametrize("served_engine", ["vllm", "tensorrt_llm"], indirect=True)
 def test_an_engine_behind_triton_dies_and_the_batch_goes_on(
     served_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.processes import children
 from tests.slow import every
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import RequestError
@@ -167,9 +168,9 @@ def test_guides_are_compiled_again_after_the_process_that_tries_them_was_killed(
     monkeypatch.setattr("trtqwen.executor.guide_compiler.COMPILE_LIMIT", 0.5)
     decoder = GuidedDecoder(MODEL, PADDED)
     decoder.prepare(guided("regex", "a"))
-    for child in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split():
+    for child in children(os.getpid()):
         if "trtqwen.executor.guide_compiler" in Path(f"/proc/{child}/cmdline").read_text():
-            os.kill(int(child), signal.SIGKILL)
+            os.kill(child, signal.SIGKILL)
     with pytest.raises(RequestError, match="too large"):  # the end of the child forked before
         decoder.prepare(guided("json_schema", optional(1500)))
     assert wander(decoder, guided("regex", "[xyz]"), 0)

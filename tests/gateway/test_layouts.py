@@ -31,7 +31,7 @@ QUESTION = {"role": "user", "content": "Hello"}
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture(scope="module", params=[slow(name) for name in SERVED])
+@pytest.fixture(scope="module", params=[slow(name) if name == "r1-distill" else name for name in SERVED])
 def deployed(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, Running]]:

@@ -57,7 +57,7 @@ def test_every_answer_to_a_schema_is_valid(live: Running) -> None:
 
 
 def test_any_json_object_will_do(live: Running) -> None:
-    answer = live.chat("An object, please.", response_format={"type": "json_object"}, max_tokens=100, temperature=0.0)
+    answer = live.chat("An object, please.", response_format={"type": "json_object"}, max_tokens=400, temperature=0.0)
     if answer.choices[0].finish_reason == "stop":
         assert isinstance(json.loads(answer.choices[0].message.content), dict)
     else:

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from tests.slow import SLOW
 from tests.standins import vllm_server
 from trtqwen.bench.setup import WorkloadOptions, make_workloads
 from trtqwen.demo import MODEL
@@ -80,7 +79,6 @@ def test_replicas_and_tensorrt_engines_need_servers() -> None:
     assert not needs_servers(load_recipe("qwen2-tiny-cpu"), layouts=False)
 
 
-@SLOW
 @pytest.mark.triton
 def test_measures_vllm_behind_triton(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRTQWEN_VLLM_PYTHON", str(vllm_server.write_python(tmp_path / "python")))

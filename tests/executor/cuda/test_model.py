@@ -58,7 +58,7 @@ SHAPE = {
 }
 # Interpreted, each takes seconds: these read or scale in a way of their own, which `test_kernels` holds.
 # The kernels of the others are in `test_kernels` too.
-QUICK = ("smoothquant, both",)
+QUICK = ("float32", "smoothquant, both")
 CARDS_ALONE = ("weight-only, sm80", "smoothquant, per channel", "smoothquant, per token")
 
 
