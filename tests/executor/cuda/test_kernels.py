@@ -167,31 +167,45 @@ ALL = [(*heads, *kind) for heads in ((4, 4), (14, 2), (3, 1)) for kind in produc
     ("heads", "kv_heads", "dtype", "int8"), [case if case in QUICK else slow(*case) for case in ALL]
 )
 def test_attention(device: torch.device, heads: int, kv_heads: int, dtype: torch.dtype, int8: bool) -> None:
+    """The new keys and values of one-token sequences are stored by `decode_attention`, others by `rotary_store`."""
     size = 16
     batch = make_batch([(0, 1), (7, 1), (99, 1), (260, 1), (0, 150), (37, 9), (64, 2)], device)
-    counts = batch.inputs.counts
-    query = random(counts.tokens, heads, size, device=device, dtype=dtype)
+    counts, views = batch.inputs.counts, batch.views
+    cases, slots = counts.generation, views["kv_slots"].long()
+    qkv = random(counts.tokens, heads + 2 * kv_heads, size, device=device, dtype=dtype)
+    query, key, value = qkv.clone().split([heads, kv_heads, kv_heads], dim=1)  # type: ignore[no-untyped-call]
+    rotary = make_rotary(10000.0, size, None, device)
+    cos, sin = rotary.cos_sin(views["positions"], torch.float32)
+    query, key = (rotate(heads.float(), cos, sin).to(dtype) for heads in (query, key))
+    table = torch.stack(rotary.cos_sin(torch.arange(512, device=device), torch.float32), 1)[:, :, 0, : size // 2]
     keys, values = random(2, 128, kv_heads, BLOCK, size, device=device, dtype=dtype)
     step = 0.03 if int8 else None
+    whole = []
+    for cache, new in ((keys, key), (values, value)):
+        cache = cache.clone()
+        cache[slots // BLOCK, :, slots % BLOCK] = new
+        whole.append(cache if step is None else codes_of(cache, torch.tensor(step)))
+    plain = whole if step is None else [(cache.float() * step).to(dtype) for cache in whole]
+    expected = PlainAttention()(query, plain[0], plain[1], batch).flatten(1)
     if step is not None:
-        keys, values = codes_of(keys, torch.tensor(step)), codes_of(values, torch.tensor(step))
-    plain = (keys.float() * step, values.float() * step) if step is not None else (keys, values)
-    expected = PlainAttention()(query, plain[0].to(dtype), plain[1].to(dtype), batch).flatten(1)
-    if step is not None:
-        keys, values = keys.to(torch.int8), values.to(torch.int8)
+        keys, values = (codes_of(cache, torch.tensor(step)).to(torch.int8) for cache in (keys, values))
     out = torch.full((counts.tokens, heads * size), float("nan"), device=device, dtype=dtype)
-    views, cases = batch.views, counts.generation
     workspace = DecodeWorkspace(8, heads, kv_heads, size, device)
+    packed, untouched, table = qkv.flatten(1), qkv.flatten(1).clone(), table.contiguous()
+    rotary_store(packed, table, views["positions"], views["kv_slots"], keys, values, step, first_token=cases)
+    assert torch.equal(packed[:cases], untouched[:cases])
     for _ in range(2):  # the kernel leaves its counters as it found them
         decode_attention(
-            query.flatten(1), keys, values, views["block_ids"], views["block_begins"],
+            packed, table, views["kv_slots"], keys, values, views["block_ids"], views["block_begins"],
             views["context_lengths"][:cases], out, workspace, longest=512, kv_step=step,
         )  # fmt: skip
     tiles = torch.from_numpy(context_tiles(batch.inputs)).to(device)
     context_attention(
-        query.flatten(1), keys, values, tiles, views["block_ids"], views["block_begins"],
+        packed[:, : heads * size].contiguous(), keys, values, tiles, views["block_ids"], views["block_begins"],
         views["query_begins"], views["context_lengths"], out, kv_step=step, packed=False,
     )  # fmt: skip
+    for cache, stored in zip(whole, (keys, values), strict=True):
+        assert (cache.float() - stored.float()).abs().max() <= (2e-3 if step is None else 1)
     bound = 2e-5 if dtype == torch.float32 else 5e-3
     torch.testing.assert_close(out, expected, atol=bound, rtol=bound)
 

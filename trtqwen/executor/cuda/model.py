@@ -196,12 +196,13 @@ class CudaModel:
         """Compute attention, [tokens, heads * head_size], from packed queries, keys and values."""
         keys, values = self._cache[index]
         kv_step = self._layers[index].kv_step
-        rotary_store(qkv, self._rotary, batch.positions, batch.kv_slots, keys, values, kv_step)
         width = self._config.local_heads * self._config.head_size
         attended = torch.empty((len(qkv), width), dtype=qkv.dtype, device=self._device)
         if batch.generation:
             decode_attention(
                 qkv,
+                self._rotary,
+                batch.kv_slots,
                 keys,
                 values,
                 batch.block_ids,
@@ -213,6 +214,16 @@ class CudaModel:
                 kv_step=kv_step,
             )
         if batch.tiles is not None:
+            rotary_store(
+                qkv,
+                self._rotary,
+                batch.positions,
+                batch.kv_slots,
+                keys,
+                values,
+                kv_step,
+                first_token=batch.generation,
+            )
             context_attention(
                 qkv,
                 keys,

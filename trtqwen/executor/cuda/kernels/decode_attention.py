@@ -1,7 +1,7 @@
 """Attention of one query for each sequence over the paged KV cache, the context split over several programs.
 
-The last program of a query to finish joins the parts: no second launch, and the grid depends on the batch size alone,
-as a CUDA graph needs.
+Rotary embedding and the storage of the new key and value are part of it. The last program of a query to finish joins
+the parts: no second launch, and the grid depends on the batch size alone, as a CUDA graph needs.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import begin, chained
+from trtqwen.executor.cuda.kernels.quantize import round_to_int8
 
 _LOG2_E = 1.4426950408889634
 _PROGRAMS = 512  # enough to fill the card
@@ -19,8 +20,26 @@ MOST_SPLITS = 32
 
 
 @triton.jit
+def _rotate(head, dim, cos, sin, exists, HEAD_SIZE: tl.constexpr):
+    """`nn.rotary.rotate` of the heads at `head`, in float32; `sin` is negative in the first half."""
+    own = tl.load(head + dim, mask=exists, other=0.0).to(tl.float32)
+    other = tl.load(head + (dim + HEAD_SIZE // 2) % HEAD_SIZE, mask=exists, other=0.0).to(tl.float32)
+    return own * cos + other * sin
+
+
+@triton.jit
+def _store(cache, place, row, to_int, INT8: tl.constexpr):
+    if INT8:
+        tl.store(cache + place, round_to_int8(row.to(tl.float32) * to_int))
+    else:
+        tl.store(cache + place, row)
+
+
+@triton.jit
 def _decode(
-    query,
+    qkv,
+    table,
+    slots,
     keys,
     values,
     block_ids,
@@ -30,9 +49,9 @@ def _decode(
     parts,
     weights,
     arrivals,
-    row_stride,
     scale,
     kv_step,
+    to_int,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -41,6 +60,7 @@ def _decode(
     SPLITS: tl.constexpr,
     BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
+    INT8: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     begin(CHAINED)
@@ -51,13 +71,27 @@ def _decode(
     end = min(first + share, length)
     if first >= end:
         return
-    kind: tl.constexpr = query.dtype.element_ty
+    kind: tl.constexpr = qkv.dtype.element_ty
+    half: tl.constexpr = HEAD_SIZE // 2
     dim = tl.arange(0, HEAD_SIZE)
     member = tl.arange(0, GROUP)
     of_head: tl.constexpr = HEADS // KV_HEADS
     head = kv_head * of_head + member
     exists = (member < of_head)[:, None]
-    q = tl.load(query + sequence.to(tl.int64) * row_stride + head[:, None] * HEAD_SIZE + dim[None, :], exists, 0.0)
+    turn = table + (length - 1).to(tl.int64) * HEAD_SIZE + dim % half
+    cos, sin = tl.load(turn), tl.load(turn + half)
+    sin = tl.where(dim < half, -sin, sin)
+    row = qkv + sequence.to(tl.int64) * (HEADS + 2 * KV_HEADS) * HEAD_SIZE
+    q = _rotate(row + head[:, None] * HEAD_SIZE, dim[None, :], cos[None, :], sin[None, :], exists, HEAD_SIZE).to(kind)
+    if end == length:
+        slot = tl.load(slots + sequence).to(tl.int64)
+        if slot >= 0:
+            place = ((slot // TOKENS_PER_BLOCK) * KV_HEADS + kv_head) * TOKENS_PER_BLOCK + slot % TOKENS_PER_BLOCK
+            row += (HEADS + kv_head) * HEAD_SIZE
+            key = _rotate(row, dim, cos, sin, dim < HEAD_SIZE, HEAD_SIZE).to(kind)
+            _store(keys, place * HEAD_SIZE + dim, key, to_int, INT8)
+            _store(values, place * HEAD_SIZE + dim, tl.load(row + KV_HEADS * HEAD_SIZE + dim), to_int, INT8)
+        tl.debug_barrier()  # the loop reads what other threads of this program stored
     blocks = block_ids + tl.load(block_begins + sequence)
     offsets = tl.arange(0, BLOCK)
     largest = tl.full((GROUP,), float("-inf"), tl.float32)
@@ -128,7 +162,9 @@ class DecodeWorkspace:
 
 
 def decode_attention(
-    query: Tensor,
+    qkv: Tensor,
+    table: Tensor,
+    slots: Tensor,
     keys: Tensor,
     values: Tensor,
     block_ids: Tensor,
@@ -140,24 +176,28 @@ def decode_attention(
     longest: int,
     kv_step: float | None = None,
 ) -> None:
-    """softmax(q k^T / sqrt(head_size)) v for the first rows of `query`, one for each sequence.
+    """Store a key and a value for each sequence, rotated as `rotary_store` does; softmax(q k^T / sqrt(head_size)) v.
 
     Args:
-        query: [rows, >= heads * head_size], rows may have a stride.
+        qkv: [sequences or more, (heads + 2 kv_heads) * head_size], packed; one query for each sequence.
+        table: see `rotary_store`.
+        slots: int32 [sequences], of the new keys and values; -1 stores nothing.
         keys, values: [blocks, kv_heads, tokens_per_block, head_size]; int8 ones are multiplied by `kv_step`.
         block_ids, block_begins: int32, each sequence's blocks.
-        lengths: int32 [sequences], tokens of each context; 0 computes nothing.
+        lengths: int32 [sequences], tokens of each context with the new one, which is its last; 0 computes nothing.
         out: [rows, heads * head_size].
         longest: of the contexts, at most; the split is chosen for it.
     """
     _, kv_heads, tokens_per_block, head_size = keys.shape
     heads, sequences = out.shape[1] // head_size, len(lengths)
-    full = query.dtype == torch.float32
+    full = qkv.dtype == torch.float32
     block = 32 if full else 64
     splits = num_splits(sequences, kv_heads, longest, block)
     step = 1.0 if kv_step is None else kv_step
     _decode[(sequences, kv_heads, splits)](
-        query,
+        qkv,
+        table,
+        slots,
         keys,
         values,
         block_ids,
@@ -167,9 +207,9 @@ def decode_attention(
         workspace.parts,
         workspace.weights,
         workspace.arrivals,
-        query.stride(0),
         head_size**-0.5 * _LOG2_E * step,
         step,
+        1.0 / step,
         HEADS=heads,
         KV_HEADS=kv_heads,
         GROUP=_group(heads, kv_heads),
@@ -178,6 +218,7 @@ def decode_attention(
         SPLITS=splits,
         BLOCK=block,
         PRECISION="ieee" if full else "tf32",
+        INT8=kv_step is not None,
         num_warps=4,
         num_stages=3 if full else 4,
         **chained(sequences),

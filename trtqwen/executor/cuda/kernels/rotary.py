@@ -18,7 +18,7 @@ def _rotate(row, head, half, exists, cos, sin, HALF: tl.constexpr):
     return first * cos - second * sin, second * cos + first * sin
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_token"])
 def _rotary_store(
     qkv,
     table,
@@ -27,6 +27,7 @@ def _rotary_store(
     keys,
     values,
     to_int,
+    first_token,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
@@ -37,7 +38,7 @@ def _rotary_store(
     CHAINED: tl.constexpr,
 ):
     begin(CHAINED)
-    token = tl.program_id(0).to(tl.int64)
+    token = first_token + tl.program_id(0).to(tl.int64)
     half = tl.arange(0, HALF)
     position = tl.load(positions + token).to(tl.int64)
     cos = tl.load(table + position * 2 * HALF + half)[None, :]
@@ -86,6 +87,8 @@ def rotary_store(
     keys: Tensor,
     values: Tensor,
     kv_step: float | None,
+    *,
+    first_token: int = 0,
 ) -> None:
     """Rotate the queries and keys of packed `qkv` in place, and store rotated keys and values in the cache slots.
 
@@ -96,10 +99,12 @@ def rotary_store(
         table: float32 [positions, 2, head_size / 2], cosines and sines.
         positions, slots: int32 [tokens]; a slot of -1 stores nothing.
         keys, values: [blocks, kv_heads, tokens_per_block, head_size].
+        first_token: of the tokens to rotate and store; those before it stay as they are.
     """
     _, kv_heads, tokens_per_block, head_size = keys.shape
     heads = qkv.shape[1] // head_size - 2 * kv_heads
-    _rotary_store[(len(qkv),)](
+    tokens = len(qkv) - first_token
+    _rotary_store[(tokens,)](
         qkv,
         table,
         positions,
@@ -107,6 +112,7 @@ def rotary_store(
         keys,
         values,
         1.0 if kv_step is None else 1.0 / kv_step,
+        first_token,
         HEADS=heads,
         KV_HEADS=kv_heads,
         HALF=head_size // 2,
@@ -115,5 +121,5 @@ def rotary_store(
         KV_PADDED=triton.next_power_of_2(kv_heads),
         INT8=kv_step is not None,
         num_warps=4,
-        **chained(len(qkv)),
+        **chained(tokens),
     )
