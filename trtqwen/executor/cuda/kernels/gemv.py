@@ -12,8 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import announce, chained, wait
+from trtqwen.executor.cuda.kernels.fold import fold
 
-_BYTES, _WARPS = 2048, 4  # of a row at a time: the fastest of twelve shapes for a 7B model on an H100
+_LOAD = 16  # bytes of a thread's load
+# Rows of a program, bytes of a row at a time, warps. The fastest of 13 for a 7B model on an H200.
+_LARGE, _SMALL = (2, 2048, 4), (4, 4096, 8)
+_SMALL_BYTES = 64 << 20
 
 
 @triton.jit
@@ -35,7 +39,6 @@ def _gemv(
     residual,
     out,
     columns,
-    width,
     epsilon,
     NORM: tl.constexpr,
     SILU: tl.constexpr,
@@ -43,40 +46,42 @@ def _gemv(
     HAS_BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     announce(CHAINED)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     exists = row < columns
-    place = weight + row.to(tl.int64)[:, None] * width
+    place = weight + row.to(tl.int64)[:, None] * WIDTH
     offsets = tl.arange(0, BLOCK)
-    place_up = place + tl.cast(columns, tl.int64) * width
-    first = exists[:, None] & (offsets < width)[None, :]
-    tile = tl.load(place + offsets[None, :], mask=first, other=0)
+    place_up = place + tl.cast(columns, tl.int64) * WIDTH
+    first = exists[:, None] & (offsets < WIDTH)[None, :]
+    tile = tl.load(place + offsets[None, :], mask=first, other=0, eviction_policy="evict_first")
     up = tile
     if SILU:
-        up = tl.load(place_up + offsets[None, :], mask=first, other=0)
+        up = tl.load(place_up + offsets[None, :], mask=first, other=0, eviction_policy="evict_first")
     wait(CHAINED)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
-    sums_up = tl.zeros((ROWS, BLOCK), tl.float32)
-    squares = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, width, BLOCK):
+    sums = tl.zeros((ROWS, BLOCK // GROUP), tl.float32)
+    sums_up = tl.zeros((ROWS, BLOCK // GROUP), tl.float32)
+    squares = tl.zeros((BLOCK // GROUP,), tl.float32)
+    for start in range(0, WIDTH, BLOCK):
         position = start + offsets
-        part = tl.load(vector + position, mask=position < width, other=0).to(tl.float32)
+        part = tl.load(vector + position, mask=position < WIDTH, other=0).to(tl.float32)
         if NORM:
-            squares += part * part
-            part *= tl.load(gain + position, mask=position < width, other=0).to(tl.float32)
+            squares += tl.sum(tl.reshape(part * part, (BLOCK // GROUP, GROUP)), axis=1)
+            part *= tl.load(gain + position, mask=position < WIDTH, other=0).to(tl.float32)
         following = position + BLOCK
-        more = exists[:, None] & (following < width)[None, :]
-        sums += tile.to(tl.float32) * part[None, :]
-        tile = tl.load(place + following[None, :], mask=more, other=0)
+        more = exists[:, None] & (following < WIDTH)[None, :]
+        sums += fold(tile.to(tl.float32) * part[None, :], ROWS, BLOCK, GROUP)
+        tile = tl.load(place + following[None, :], mask=more, other=0, eviction_policy="evict_first")
         if SILU:
-            sums_up += up.to(tl.float32) * part[None, :]
-            up = tl.load(place_up + following[None, :], mask=more, other=0)
+            sums_up += fold(up.to(tl.float32) * part[None, :], ROWS, BLOCK, GROUP)
+            up = tl.load(place_up + following[None, :], mask=more, other=0, eviction_policy="evict_first")
     factor = 1.0
     if NORM:
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / width + epsilon)
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / WIDTH + epsilon)
     kind: tl.constexpr = out.dtype.element_ty
     total = _scale_and_add(tl.sum(sums, axis=1) * factor, row, exists, scales, bias, SCALED, HAS_BIAS)
     if SILU:
@@ -112,7 +117,7 @@ def gemv(
     """
     columns = len(weight) // 2 if silu else len(weight)
     out = residual if residual is not None else torch.empty((1, columns), dtype=dtype, device=vector.device)
-    rows = 2 if silu else 4
+    rows, piece, warps = _LARGE if weight.numel() * weight.itemsize > _SMALL_BYTES else _SMALL
     _gemv[(triton.cdiv(columns, rows),)](
         vector,
         weight,
@@ -122,7 +127,6 @@ def gemv(
         out,
         out,
         columns,
-        vector.shape[1],
         epsilon,
         NORM=gain is not None,
         SILU=silu,
@@ -130,8 +134,10 @@ def gemv(
         HAS_BIAS=bias is not None,
         RESIDUAL=residual is not None,
         ROWS=rows,
-        BLOCK=_BYTES // weight.itemsize,
-        num_warps=_WARPS,
+        WIDTH=vector.shape[1],
+        BLOCK=piece // weight.itemsize,
+        GROUP=_LOAD // weight.itemsize,
+        num_warps=warps,
         **chained(1),
     )
     return out

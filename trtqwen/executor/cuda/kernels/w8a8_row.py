@@ -11,6 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import announce, chained, wait
+from trtqwen.executor.cuda.kernels.fold import fold
+
+_LOAD = 16  # bytes of a thread's load
+_LARGE, _SMALL = (8, 512, 4), (2, 2048, 4)
 
 
 @triton.jit
@@ -22,28 +26,34 @@ def _w8a8_row(
     bias,
     out,
     columns,
-    width,
     PER_TOKEN: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
     CHAINED: tl.constexpr,
 ):
     announce(CHAINED)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     exists = column < columns
     offsets = tl.arange(0, BLOCK)
-    place = weight + column.to(tl.int64)[:, None] * width
-    tile = tl.load(place + offsets[None, :], mask=exists[:, None] & (offsets < width)[None, :], other=0)
+    place = weight + column.to(tl.int64)[:, None] * WIDTH
+    tile = tl.load(
+        place + offsets[None, :],
+        mask=exists[:, None] & (offsets < WIDTH)[None, :],
+        other=0,
+        eviction_policy="evict_first",
+    )
     wait(CHAINED)
-    sums = tl.zeros((COLUMNS, BLOCK), tl.int32)
-    for start in range(0, width, BLOCK):
+    sums = tl.zeros((COLUMNS, BLOCK // GROUP), tl.int32)
+    for start in range(0, WIDTH, BLOCK):
         position = start + offsets
-        part = tl.load(codes + position, mask=position < width, other=0)
+        part = tl.load(codes + position, mask=position < WIDTH, other=0)
         following = position + BLOCK
-        more = exists[:, None] & (following < width)[None, :]
-        sums += tile.to(tl.int32) * part.to(tl.int32)[None, :]
-        tile = tl.load(place + following[None, :], mask=more, other=0)
+        more = exists[:, None] & (following < WIDTH)[None, :]
+        sums += fold(tile.to(tl.int32) * part.to(tl.int32)[None, :], COLUMNS, BLOCK, GROUP)
+        tile = tl.load(place + following[None, :], mask=more, other=0, eviction_policy="evict_first")
     result = tl.sum(sums, axis=1).to(tl.float32) * tl.load(scales + column, mask=exists, other=0.0)
     if PER_TOKEN:
         result *= tl.load(steps)
@@ -57,7 +67,7 @@ def w8a8_row(
 ) -> None:
     """`(codes @ weight.T) * scales * steps + bias` of one row into `out`; see `int8_matmul.w8a8`."""
     columns, width = weight.shape
-    per_program, piece = (8, 512) if columns >= 8192 else (2, 2048)  # the fastest of those tried on an H200
+    per_program, piece, warps = _LARGE if columns >= 8192 else _SMALL
     _w8a8_row[(triton.cdiv(columns, per_program),)](
         codes,
         weight,
@@ -66,11 +76,12 @@ def w8a8_row(
         bias if bias is not None else scales,
         out,
         columns,
-        width,
         PER_TOKEN=steps is not None,
         HAS_BIAS=bias is not None,
         COLUMNS=per_program,
+        WIDTH=width,
         BLOCK=piece,
-        num_warps=4,
+        GROUP=_LOAD,
+        num_warps=warps,
         **chained(1),
     )
