@@ -252,12 +252,14 @@ def test_embed(device: torch.device) -> None:
     assert torch.equal(shifted[3], table[9])
 
 
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 @pytest.mark.parametrize("dtype", [slow(torch.float32), torch.float16])
 def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
-    rows, vocab_size = 12, 9000  # more than a block of 8192
+    rows, vocab_size = 12, 20000  # more than a part of 8192
     logits = random(rows, vocab_size, device=device, dtype=torch.float32) * 3
     logits[8:10] /= 100  # more tokens stay than are gathered
     logits[10:12] *= 20  # one or two stay
+    logits[3, :8192] = logits[4, 8192:16384] = float("-inf")  # a part has nothing
     logits = logits.to(dtype)
     generator = torch.Generator().manual_seed(3)
     values = torch.zeros(5, rows)
@@ -266,6 +268,7 @@ def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
     values[1, ::2] = 0.8
     values[2, ::3] = 0.05
     values[3] = torch.rand(rows, generator=generator)
+    values[3, 3], values[3, 9] = 0, 1 - 2**-24
     values[4, ::4] = 40
     logits[5, 77] = float("nan")
     logits[6, 78] = float("inf")

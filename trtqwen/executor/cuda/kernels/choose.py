@@ -1,7 +1,8 @@
-"""`choose.choose` as one kernel: a program for each row reads its logits a few times and writes a token.
+"""`choose.choose` in two or three kernels. Each row is divided over programs, in the same parts for every batch size.
 
-With top-k or top-p the program gathers the few tokens near the best one that can be kept, and sorts them. Where more
-than `_GATHERED` can, it finds the filters' threshold by bisection, sixty passes over the row.
+The first kernel finds the best token of each part and, for draws, its sum of exponentials. The second one joins the
+parts, selects the part that the uniform number falls into, and reads that part again. Rows with filters get their
+token from a third kernel.
 """
 
 from __future__ import annotations
@@ -11,228 +12,88 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice
+from trtqwen.executor.choose import LEAST_TEMPERATURE, NONE_LEFT, NOT_FINITE, Choice
+from trtqwen.executor.cuda.kernels.filters import draw_filtered
 
 _NOT_FINITE, _NONE_LEFT = tl.constexpr(NOT_FINITE), tl.constexpr(NONE_LEFT)
-_LOWEST = tl.constexpr(-104.0)  # exp of anything below is 0 in float32
-_BISECTIONS = tl.constexpr(30)
-_NEAREST, _FARTHEST = tl.constexpr(0.25), tl.constexpr(64.0)  # distances from the best scaled logit that are tried
-_TOO_MANY = tl.constexpr(1.0)
-_COARSE_BISECTIONS = tl.constexpr(14)
-_GATHERED = 1024  # tokens of a row at most
+_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
+_PART = 8192  # logits of a program
 
 
 @triton.jit
-def _scaled(row, start, vocab_size, best, temperature, BLOCK: tl.constexpr):
-    token = start + tl.arange(0, BLOCK)
-    values = tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
-    return (values - best) / temperature
+def _load(row, part, vocab_size, PART: tl.constexpr):
+    token = part * PART + tl.arange(0, PART)
+    return token, tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
-def _count_and_mass(row, vocab_size, best, temperature, threshold, BLOCK: tl.constexpr):
-    """Tokens whose scaled logits reach a threshold, and the sum of their exponentials."""
-    count = tl.zeros((BLOCK,), tl.int32)
-    mass = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        scaled = _scaled(row, start, vocab_size, best, temperature, BLOCK)
-        kept = scaled >= threshold
-        count += kept.to(tl.int32)
-        mass += tl.where(kept, tl.exp(scaled), 0.0)
-    return tl.sum(count, axis=0), tl.sum(mass, axis=0)
-
-
-@triton.jit
-def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK: tl.constexpr):
-    """The largest threshold that keeps what top-k, then top-p, then min-p keep; found by bisection.
-
-    Without top-k, top-p is a share of `mass`.
-    """
-    low = _LOWEST
-    if top_k > 0:
-        high = 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            count, _mass = _count_and_mass(row, vocab_size, best, temperature, middle, BLOCK)
-            enough = count >= top_k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-        _count, mass = _count_and_mass(row, vocab_size, best, temperature, low, BLOCK)
-    if (top_p > 0) & (top_p < 1):
-        limit, high = mass * top_p, 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            _count, mass = _count_and_mass(row, vocab_size, best, temperature, middle, BLOCK)
-            enough = mass >= limit
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
-    return tl.maximum(low, tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-37)), low))
-
-
-@triton.jit
-def _reach_of_top_k(highest, top_k):
-    """A threshold that the best `top_k` tokens reach and few others do, from the highest scaled logit of each lane.
-
-    That many lanes have a token above it, and few of them have more than one.
-    """
-    low, high = _LOWEST, 0.0
-    for _ in range(_COARSE_BISECTIONS):
-        middle = (low + high) / 2
-        enough = tl.sum((highest >= middle).to(tl.int32), axis=0) >= top_k
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
-    return low
-
-
-@triton.jit
-def _reach_of_mass(row, vocab_size, best, temperature, least_mass, GATHERED: tl.constexpr, BLOCK: tl.constexpr):
-    """A threshold that tokens of this mass reach and few others do, or `_TOO_MANY`."""
-    threshold = _TOO_MANY
-    distance = _NEAREST
-    while distance <= _FARTHEST:
-        count, mass = _count_and_mass(row, vocab_size, best, temperature, -distance, BLOCK)
-        if (mass >= least_mass) | (count > GATHERED):
-            threshold = tl.where(count <= GATHERED, -distance, _TOO_MANY)
-            distance = _FARTHEST
-        distance *= 2
-    return threshold
-
-
-@triton.jit
-def _gather(
-    row, vocab_size, best, temperature, threshold, near, near_tokens, GATHERED: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Write the scaled logits that reach a threshold, and their tokens, in the order of the tokens.
-
-    Returns:
-        The number of these tokens; those beyond `GATHERED` are not written.
-    """
-    lane = tl.arange(0, BLOCK)
-    count = 0
-    for start in range(0, vocab_size, BLOCK):
-        scaled = _scaled(row, start, vocab_size, best, temperature, BLOCK)
-        kept = scaled >= threshold
-        found = tl.sum(kept.to(tl.int32), axis=0)
-        if found > 0:
-            place = count + tl.cumsum(kept.to(tl.int32), axis=0) - 1
-            kept &= place < GATHERED
-            tl.store(near + place, scaled, mask=kept)
-            tl.store(near_tokens + place, start + lane, mask=kept)
-            count += found
-    tl.debug_barrier()  # all of the program reads what all of it has written
-    return count
-
-
-@triton.jit
-def _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED: tl.constexpr):
-    """`_filter` and `_draw` on gathered tokens."""
-    rank = tl.arange(0, GATHERED)
-    scaled = tl.load(near + rank, mask=rank < count, other=float("-inf"))
-    ordered = tl.sort(scaled, descending=True)
-    threshold = _LOWEST
-    if top_k > 0:
-        threshold = tl.maximum(tl.max(tl.where(rank >= top_k - 1, ordered, float("-inf")), axis=0), threshold)
-    odds = tl.where(ordered >= threshold, tl.exp(ordered), 0.0)
-    if (top_p > 0) & (top_p < 1):
-        whole = tl.where(top_k > 0, tl.sum(odds, axis=0), mass)
-        before = tl.cumsum(odds, axis=0) - odds
-        kept = tl.sum((before < whole * top_p).to(tl.int32), axis=0)
-        least = tl.max(tl.where(rank >= tl.maximum(kept, 1) - 1, ordered, float("-inf")), axis=0)
-        threshold = tl.maximum(threshold, least)
-    if min_p > 0:
-        threshold = tl.maximum(threshold, tl.log(tl.maximum(min_p, 1e-37)))
-    odds = tl.where(scaled >= threshold, tl.exp(scaled), 0.0)
-    reached = (tl.cumsum(odds, axis=0) > tl.sum(odds, axis=0) * uniform) & (odds > 0)
-    return tl.min(tl.where(reached, rank, count), axis=0)
-
-
-@triton.jit
-def _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK: tl.constexpr):
-    """Return the index of the token that the uniform number selects; `vocab_size` if rounding leaves none."""
-    lane = tl.arange(0, BLOCK)
-    _count, total = _count_and_mass(row, vocab_size, best, temperature, threshold, BLOCK)
-    target = total * uniform
-    chosen = vocab_size
-    before = 0.0
-    start = 0
-    while start < vocab_size:
-        scaled = _scaled(row, start, vocab_size, best, temperature, BLOCK)
-        odds = tl.where(scaled >= threshold, tl.exp(scaled), 0.0)
-        mass = tl.sum(odds, axis=0)
-        if before + mass > target:
-            reached = (before + tl.cumsum(odds, axis=0) > target) & (odds > 0)
-            chosen = tl.min(tl.where(reached, start + lane, vocab_size), axis=0)
-            start = tl.where(chosen < vocab_size, vocab_size, start)
-        before += mass
-        start += BLOCK
-    return chosen
+def _summarize(logits, values, highest, mass, where, vocab_size, DRAWS: tl.constexpr, PART: tl.constexpr):
+    """Write each part's highest logit, NaN if one is not a number, its first token, and its mass relative to it."""
+    program, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    token, value = _load(logits + program.to(tl.int64) * vocab_size, part, vocab_size, PART)
+    place = program * parts + part
+    broken = tl.max((value != value).to(tl.int32), axis=0) != 0
+    best = tl.max(tl.where(value == value, value, float("-inf")), axis=0)
+    tl.store(where + place, tl.min(tl.where(value == best, token, vocab_size), axis=0))
+    tl.store(highest + place, tl.where(broken, float("nan"), best))
+    if DRAWS:
+        temperature = tl.maximum(tl.load(values + program), _LEAST_TEMPERATURE)
+        tl.store(
+            mass + place, tl.sum(tl.where(value > float("-inf"), tl.exp((value - best) / temperature), 0.0), axis=0)
+        )
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _choose(
+def _pick(
     logits,
     values,
-    near,
-    near_tokens,
+    highest,
+    mass,
+    where,
+    summary,
     out,
     rows,
     vocab_size,
     DRAWS: tl.constexpr,
-    FILTERS: tl.constexpr,
-    GATHERED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+    PARTS_PADDED: tl.constexpr,
+    PART: tl.constexpr,
 ):
     program = tl.program_id(0)
-    row = logits + program.to(tl.int64) * vocab_size
-    lane = tl.arange(0, BLOCK)
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    where = tl.zeros((BLOCK,), tl.int32)
-    broken = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, vocab_size, BLOCK):
-        token = start + lane
-        value = tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
-        broken |= (value != value).to(tl.int32)
-        where = tl.where(value > highest, token, where)
-        highest = tl.maximum(value, highest)
-    best = tl.max(highest, axis=0)
-    chosen = tl.min(tl.where(highest == best, where, vocab_size), axis=0)
-    usable = (best > float("-inf")) & (best < float("inf")) & (tl.max(broken, axis=0) == 0)
+    part = tl.arange(0, PARTS_PADDED)
+    exists = part < PARTS
+    best_of = tl.load(highest + program * PARTS + part, mask=exists, other=float("-inf"))
+    broken = tl.max((best_of != best_of).to(tl.int32), axis=0) != 0
+    best = tl.max(tl.where(best_of == best_of, best_of, float("-inf")), axis=0)
+    first = tl.load(where + program * PARTS + part, mask=exists, other=vocab_size)
+    chosen = tl.min(tl.where(best_of == best, first, vocab_size), axis=0)
+    usable = (best > float("-inf")) & (best < float("inf")) & (broken == 0)
     if DRAWS:
         temperature = tl.load(values + program)
+        total = 0.0
         if usable & (temperature > 0):
-            temperature = tl.maximum(temperature, 1e-20)
-            uniform = tl.load(values + 3 * rows + program)
-            if FILTERS:
-                top_p, min_p = tl.load(values + rows + program), tl.load(values + 2 * rows + program)
-                top_k = tl.load(values + 4 * rows + program)
-                by_mass = (top_p > 0) & (top_p < 1)
-                mass = 0.0
-                if by_mass & (top_k <= 0):
-                    _count, mass = _count_and_mass(row, vocab_size, best, temperature, _LOWEST, BLOCK)
-                reach = _TOO_MANY
-                if top_k > 0:
-                    reach = _reach_of_top_k((highest - best) / temperature, top_k)
-                elif by_mass:
-                    reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
-                count = GATHERED + 1
-                near += program * GATHERED
-                near_tokens += program * GATHERED
-                if reach < _TOO_MANY:
-                    count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
-                if count <= GATHERED:
-                    place = _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED)
-                    drawn = tl.load(near_tokens + place, mask=place < count, other=vocab_size)
-                else:
-                    threshold = _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK)
-                    drawn = _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK)
-            else:
-                drawn = _draw(row, vocab_size, best, temperature, _LOWEST, uniform, BLOCK)
-            chosen = tl.where(drawn < vocab_size, drawn, chosen)
+            temperature = tl.maximum(temperature, _LEAST_TEMPERATURE)
+            share = tl.load(mass + program * PARTS + part, mask=exists, other=0.0)
+            share = tl.where(best_of > float("-inf"), share * tl.exp((best_of - best) / temperature), 0.0)
+            total = tl.sum(share, axis=0)
+            target = total * tl.load(values + 3 * rows + program)
+            before = tl.cumsum(share, axis=0) - share
+            within = tl.min(tl.where((before + share > target) & (share > 0), part, PARTS), axis=0)
+            if within < PARTS:
+                target -= tl.sum(tl.where(part == within, before, 0.0), axis=0)
+                token, value = _load(logits + program.to(tl.int64) * vocab_size, within, vocab_size, PART)
+                odds = tl.exp((value - best) / temperature)
+                drawn = tl.min(tl.where((tl.cumsum(odds, axis=0) > target) & (odds > 0), token, vocab_size), axis=0)
+                # Rounding can leave none: these sums are not those of the first kernel.
+                last = tl.max(tl.where(odds > 0, token, 0), axis=0)
+                chosen = tl.where(drawn < vocab_size, drawn, last)
+        tl.store(summary + 2 * program, tl.where(usable, best, float("nan")))
+        tl.store(summary + 2 * program + 1, total)
     if best == float("-inf"):
         chosen = _NONE_LEFT
     elif not usable:
         chosen = _NOT_FINITE
-    if tl.max(broken, axis=0) != 0:
+    if broken:
         chosen = _NOT_FINITE
     tl.store(out + program, chosen.to(tl.int64))
 
@@ -244,24 +105,32 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
         logits: [rows, vocab_size] of any floating dtype, contiguous.
     """
     rows, vocab_size = logits.shape
-    # Filters compile for seconds, so only for float32: the copy costs a hundredth of a step.
+    # The copy costs a hundredth of a step.
     logits = (logits.float() if choice.filters else logits).contiguous()
-    out = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    room = (rows, _GATHERED if choice.filters else 0)
-    near = torch.empty(room, dtype=torch.float32, device=logits.device)
-    near_tokens = torch.empty(room, dtype=torch.int32, device=logits.device)
-    _choose[(rows,)](
+    parts = triton.cdiv(vocab_size, _PART)
+    highest, mass = torch.empty((2, rows, parts), dtype=torch.float32, device=logits.device)
+    where = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    summary = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _summarize[(rows, parts)](
+        logits, choice.values, highest, mass, where, vocab_size, DRAWS=choice.draws, PART=_PART, num_warps=8
+    )
+    _pick[(rows,)](
         logits,
         choice.values,
-        near,
-        near_tokens,
-        out,
+        highest,
+        mass,
+        where,
+        summary,
+        tokens,
         rows,
         vocab_size,
         DRAWS=choice.draws,
-        FILTERS=choice.filters,
-        GATHERED=_GATHERED,
-        BLOCK=8192,
-        num_warps=16,
+        PARTS=parts,
+        PARTS_PADDED=triton.next_power_of_2(parts),
+        PART=_PART,
+        num_warps=8,
     )
-    return out
+    if choice.filters:
+        draw_filtered(logits, choice, summary, tokens)
+    return tokens
