@@ -282,6 +282,25 @@ def test_choosing(device: torch.device, dtype: torch.dtype) -> None:
     assert torch.equal(choose_fused(logits, greedy)[8:], logits[8:].argmax(-1))
 
 
+FILTERS = list(product([0.0, 0.1, 0.8, 0.9999], [0, 1, 40, 700, 5000], [0.0, 0.05]))[1:]
+
+
+@pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
+@pytest.mark.parametrize(("spread", "every"), [(3.0, 7), slow(0.01, 1), slow(1.0, 1), slow(3.0, 1), slow(20.0, 1)])
+def test_filtered_draws(device: torch.device, spread: float, every: int) -> None:
+    """Few tokens near the best one, many, and more than are gathered. Rounding may choose a neighbor."""
+    filters = FILTERS[::every]
+    logits = random(len(filters), 12000, device=device, dtype=torch.float32) * spread
+    values = torch.tensor([[0.7, top_p, min_p, 0.0, top_k] for top_p, top_k, min_p in filters]).T.contiguous()
+    values[3] = torch.rand(len(filters), generator=torch.Generator().manual_seed(4))
+    choice = Choice(values.to(device), draws=True, filters=True)
+    got, expected = choose_fused(logits, choice), choose(logits, choice)
+    sums = (logits.double() / 0.7).softmax(dim=-1).cumsum(dim=-1)
+    between = (sums.gather(1, got[:, None]) - sums.gather(1, expected[:, None]))[:, 0].abs()
+    assert (between < 1e-3).all()
+    assert (got != expected).sum() <= len(filters) // 20
+
+
 @pytest.mark.filterwarnings("ignore:overflow encountered")
 def test_penalties(device: torch.device) -> None:
     rows, vocab_size = 6, 5000

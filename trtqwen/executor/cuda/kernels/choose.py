@@ -2,7 +2,7 @@
 
 The first kernel finds the best token of each part and, for draws, its sum of exponentials. The second one joins the
 parts, selects the part that the uniform number falls into, and reads that part again. Rows with filters get their
-token from a third kernel.
+token from a third kernel, `filters.draw_filtered`.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.choose import LEAST_TEMPERATURE, NONE_LEFT, NOT_FINITE, Choice
-from trtqwen.executor.cuda.kernels.filters import draw_filtered
+from trtqwen.executor.cuda.kernels.filters import draw_filtered, has_filter
 
 _NOT_FINITE, _NONE_LEFT = tl.constexpr(NOT_FINITE), tl.constexpr(NONE_LEFT)
 _LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
 _PART = 8192  # logits of a program
+_GROUP = 16  # of which filters want to know the highest
 
 
 @triton.jit
@@ -27,7 +28,19 @@ def _load(row, part, vocab_size, PART: tl.constexpr):
 
 
 @triton.jit
-def _summarize(logits, values, highest, mass, where, vocab_size, DRAWS: tl.constexpr, PART: tl.constexpr):
+def _summarize(
+    logits,
+    values,
+    highest,
+    mass,
+    where,
+    groups,
+    vocab_size,
+    DRAWS: tl.constexpr,
+    FILTERS: tl.constexpr,
+    PART: tl.constexpr,
+    GROUP: tl.constexpr,
+):
     """Write each part's highest logit, NaN if one is not a number, its first token, and its mass relative to it."""
     program, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     token, value = _load(logits + program.to(tl.int64) * vocab_size, part, vocab_size, PART)
@@ -38,9 +51,11 @@ def _summarize(logits, values, highest, mass, where, vocab_size, DRAWS: tl.const
     tl.store(highest + place, tl.where(broken, float("nan"), best))
     if DRAWS:
         temperature = tl.maximum(tl.load(values + program), _LEAST_TEMPERATURE)
-        tl.store(
-            mass + place, tl.sum(tl.where(value > float("-inf"), tl.exp((value - best) / temperature), 0.0), axis=0)
-        )
+        odds = tl.where(value > float("-inf"), tl.exp((value - best) / temperature), 0.0)
+        tl.store(mass + place, tl.sum(odds, axis=0))
+    if FILTERS:
+        group = place * (PART // GROUP) + tl.arange(0, PART // GROUP)
+        tl.store(groups + group, tl.max(tl.reshape(value, (PART // GROUP, GROUP)), axis=1))
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -55,6 +70,7 @@ def _pick(
     rows,
     vocab_size,
     DRAWS: tl.constexpr,
+    FILTERS: tl.constexpr,
     PARTS: tl.constexpr,
     PARTS_PADDED: tl.constexpr,
     PART: tl.constexpr,
@@ -79,6 +95,8 @@ def _pick(
             target = total * tl.load(values + 3 * rows + program)
             before = tl.cumsum(share, axis=0) - share
             within = tl.min(tl.where((before + share > target) & (share > 0), part, PARTS), axis=0)
+            if FILTERS:  # another kernel draws where there is a filter
+                within = tl.where(has_filter(values, rows, program), PARTS, within)
             if within < PARTS:
                 target -= tl.sum(tl.where(part == within, before, 0.0), axis=0)
                 token, value = _load(logits + program.to(tl.int64) * vocab_size, within, vocab_size, PART)
@@ -110,10 +128,22 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
     parts = triton.cdiv(vocab_size, _PART)
     highest, mass = torch.empty((2, rows, parts), dtype=torch.float32, device=logits.device)
     where = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
+    groups = torch.empty((rows, parts * _PART // _GROUP if choice.filters else 0), device=logits.device)
     summary = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _summarize[(rows, parts)](
-        logits, choice.values, highest, mass, where, vocab_size, DRAWS=choice.draws, PART=_PART, num_warps=8
+        logits,
+        choice.values,
+        highest,
+        mass,
+        where,
+        groups,
+        vocab_size,
+        DRAWS=choice.draws,
+        FILTERS=choice.filters,
+        PART=_PART,
+        GROUP=_GROUP,
+        num_warps=8,
     )
     _pick[(rows,)](
         logits,
@@ -126,11 +156,12 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
         rows,
         vocab_size,
         DRAWS=choice.draws,
+        FILTERS=choice.filters,
         PARTS=parts,
         PARTS_PADDED=triton.next_power_of_2(parts),
         PART=_PART,
         num_warps=8,
     )
     if choice.filters:
-        draw_filtered(logits, choice, summary, tokens)
+        draw_filtered(logits, choice, summary, groups, tokens)
     return tokens

@@ -1,7 +1,9 @@
-"""Draws with top-k, top-p and min-p: a program for each row reads its logits a few times.
+"""Draws with top-k, top-p and min-p: a program for each row.
 
-With top-k or top-p the program gathers the few tokens near the best one that can be kept, and sorts them. Where more
-than `_GATHERED` can, it finds the filters' threshold by bisection, sixty passes over the row.
+With top-k or top-p the program gathers the few tokens near the best one that can be kept, and sorts them. The highest
+logits of groups of tokens, which another kernel has found, say how near: this program reads the whole row only once.
+Where more than `_GATHERED` tokens can be kept, it finds the filters' threshold by bisection, sixty passes over the
+row.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ _NEAREST, _FARTHEST = tl.constexpr(0.25), tl.constexpr(64.0)  # distances from t
 _TOO_MANY = tl.constexpr(1.0)
 _COARSE_BISECTIONS = tl.constexpr(14)
 _GATHERED = 1024  # tokens of a row at most
+_ENOUGH = tl.constexpr(512)  # tokens that nearly always have the mass of top-p
 
 
 @triton.jit
@@ -70,15 +73,23 @@ def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK
 
 
 @triton.jit
-def _reach_of_top_k(highest, top_k):
-    """A threshold that the best `top_k` tokens reach and few others do, from the highest scaled logit of each lane.
+def has_filter(values, rows, program):
+    """Whether a row has top-k, top-p or min-p; see `Choice.values`."""
+    top_p = tl.load(values + rows + program)
+    others = tl.maximum(tl.load(values + 2 * rows + program), tl.load(values + 4 * rows + program))
+    return (top_p > 0) & (top_p < 1) | (others > 0)
 
-    That many lanes have a token above it, and few of them have more than one.
+
+@triton.jit
+def _reach_of_count(highest, wanted):
+    """A threshold that `wanted` tokens reach and few others do, from the highest scaled logits of groups.
+
+    That many groups have a token above it, and few of them have more than one.
     """
     low, high = _LOWEST, 0.0
     for _ in range(_COARSE_BISECTIONS):
         middle = (low + high) / 2
-        enough = tl.sum((highest >= middle).to(tl.int32), axis=0) >= top_k
+        enough = tl.sum((highest >= middle).to(tl.int32), axis=0) >= wanted
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
     return low
@@ -169,39 +180,54 @@ def _draw(row, vocab_size, best, temperature, threshold, uniform, BLOCK: tl.cons
 
 
 @triton.jit
-def _highest_of_lanes(row, vocab_size, best, temperature, BLOCK: tl.constexpr):
-    """The highest scaled logit of each lane."""
-    highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    for start in range(0, vocab_size, BLOCK):
-        highest = tl.maximum(_scaled(row, start, vocab_size, best, temperature, BLOCK), highest)
-    return highest
+def _has_mass(near, count, least_mass, GATHERED: tl.constexpr):
+    """Whether gathered tokens have a mass."""
+    rank = tl.arange(0, GATHERED)
+    scaled = tl.load(near + rank, mask=rank < count, other=float("-inf"))
+    return tl.sum(tl.exp(scaled), axis=0) >= least_mass
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _draw_filtered(
-    logits, values, summary, near, near_tokens, out, rows, vocab_size, GATHERED: tl.constexpr, BLOCK: tl.constexpr
+    logits,
+    values,
+    summary,
+    groups,
+    near,
+    near_tokens,
+    out,
+    rows,
+    vocab_size,
+    GROUPS: tl.constexpr,
+    GROUPS_PADDED: tl.constexpr,
+    GATHERED: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = logits + program.to(tl.int64) * vocab_size
     temperature = tl.load(values + program)
-    top_p, min_p = tl.load(values + rows + program), tl.load(values + 2 * rows + program)
-    uniform = tl.load(values + 3 * rows + program)
-    top_k = tl.load(values + 4 * rows + program)
     best, mass = tl.load(summary + 2 * program), tl.load(summary + 2 * program + 1)
-    by_mass = (top_p > 0) & (top_p < 1)
     usable = (best > float("-inf")) & (best < float("inf"))
-    if usable & (temperature > 0) & (by_mass | (top_k > 0) | (min_p > 0)):
+    if usable & (temperature > 0) & has_filter(values, rows, program):
+        top_p, min_p = tl.load(values + rows + program), tl.load(values + 2 * rows + program)
+        uniform = tl.load(values + 3 * rows + program)
+        top_k = tl.load(values + 4 * rows + program)
+        by_mass = (top_p > 0) & (top_p < 1)
         temperature = tl.maximum(temperature, _LEAST_TEMPERATURE)
-        reach = _TOO_MANY
-        if top_k > 0:
-            reach = _reach_of_top_k(_highest_of_lanes(row, vocab_size, best, temperature, BLOCK), top_k)
-        elif by_mass:
-            reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
         count = GATHERED + 1
         near += program * GATHERED
         near_tokens += program * GATHERED
-        if reach < _TOO_MANY:
+        if by_mass | (top_k > 0):
+            group = tl.arange(0, GROUPS_PADDED)
+            highest = tl.load(groups + program * GROUPS + group, mask=group < GROUPS, other=float("-inf"))
+            reach = _reach_of_count((highest - best) / temperature, tl.where(top_k > 0, top_k, _ENOUGH))
             count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
+            suits = (count <= GATHERED) & _has_mass(near, count, mass * top_p, GATHERED)
+            if (top_k <= 0) & (suits == 0):
+                reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
+                count = GATHERED + 1
+                if reach < _TOO_MANY:
+                    count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
         if count <= GATHERED:
             place = _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED)
             drawn = tl.load(near_tokens + place, mask=place < count, other=vocab_size)
@@ -212,13 +238,14 @@ def _draw_filtered(
             tl.store(out + program, drawn.to(tl.int64))
 
 
-def draw_filtered(logits: Tensor, choice: Choice, summary: Tensor, tokens: Tensor) -> None:
+def draw_filtered(logits: Tensor, choice: Choice, summary: Tensor, groups: Tensor, tokens: Tensor) -> None:
     """Replace the tokens of the rows that have a filter.
 
     Args:
         logits: float32 [rows, vocab_size], contiguous: filters compile for seconds, so only for one dtype.
         summary: float32 [rows, 2], the highest logit and the sum of the exponentials of the scaled logits, relative
             to it. A row without a finite highest logit keeps its token.
+        groups: float32 [rows, groups], the highest logit of each group of tokens.
         tokens: int64 [rows].
     """
     rows, vocab_size = logits.shape
@@ -228,11 +255,14 @@ def draw_filtered(logits: Tensor, choice: Choice, summary: Tensor, tokens: Tenso
         logits,
         choice.values,
         summary,
+        groups,
         near,
         near_tokens,
         tokens,
         rows,
         vocab_size,
+        GROUPS=groups.shape[1],
+        GROUPS_PADDED=triton.next_power_of_2(groups.shape[1]),
         GATHERED=_GATHERED,
         BLOCK=8192,
         num_warps=16,
