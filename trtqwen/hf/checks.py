@@ -11,8 +11,9 @@ from pathlib import Path
 
 from trtqwen.diagnostics import Diagnostic, InputError, SourceError
 from trtqwen.hf.config import HfConfig, load_config
+from trtqwen.hf.end_ids import GENERATION_CONFIG
 from trtqwen.hf.files import read_json
-from trtqwen.hf.generation import GENERATION_CONFIG, generation_defaults, generation_findings
+from trtqwen.hf.generation import generation_defaults, generation_findings
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.hf.tokenizer_files import TOKENIZER, TOKENIZER_CONFIG

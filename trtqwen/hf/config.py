@@ -18,6 +18,7 @@ from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
 from trtqwen.hf import rope
 from trtqwen.hf.directory import check_directory
+from trtqwen.hf.end_ids import token_ids
 from trtqwen.hf.files import read_json, shown
 
 ARCHITECTURE = "Qwen2ForCausalLM"
@@ -165,20 +166,6 @@ def load_config(directory: Path, *, quantized: bool = False) -> HfConfig:
     if config.head_size % 2:
         raise SourceError(f"{path}: a head has {config.head_size} elements, an odd number", "correct head_dim")
     return config
-
-
-def token_ids(value: Any, key: str, path: Path) -> tuple[int, ...]:
-    """Token ids that a file lists, or the one that it names; nulls, alone or in a list, count as absent.
-
-    Raises:
-        SourceError: if one is not a token id.
-    """
-    listed = value if isinstance(value, list) else [value]
-    ids = [item for item in listed if item is not None]
-    for item in ids:
-        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
-            raise SourceError(f"{path}: {key} holds {shown(item)}, not a token id", "write the token's id, a number")
-    return tuple(dict.fromkeys(ids))
 
 
 def _check_family(data: dict[str, Any], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`generation_config.json`: a model's sampling defaults and the ids that end its answers."""
+"""`generation_config.json`: a model's sampling defaults."""
 
 from __future__ import annotations
 
@@ -8,13 +8,9 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
-from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
-from trtqwen.hf.config import token_ids
+from trtqwen.hf.end_ids import GENERATION_CONFIG
 from trtqwen.hf.files import read_json, shown
-
-GENERATION_CONFIG = "generation_config.json"
-
 
 # What transformers' `generate` applies and no server of trtqwen does, with the values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {
@@ -94,14 +90,3 @@ def generation_findings(directory: Path) -> Iterator[Diagnostic]:
             "warning",
             "generation-config",
         )
-
-
-def named_end_ids(directory: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """The end ids that generation_config.json and config.json name, by file.
-
-    Raises:
-        SourceError: if one is not a token id.
-    """
-    for name in (GENERATION_CONFIG, CONFIG):
-        path = directory / name
-        yield name, token_ids(read_json(path).get("eos_token_id"), "eos_token_id", path)

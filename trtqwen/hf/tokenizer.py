@@ -13,8 +13,8 @@ import tokenizers
 
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.chat_template import ChatTemplate, read_chat_template
+from trtqwen.hf.end_ids import GENERATION_CONFIG, named_end_ids
 from trtqwen.hf.files import read_json
-from trtqwen.hf.generation import GENERATION_CONFIG, named_end_ids
 from trtqwen.hf.resolved_tokenizer import resolve_tokenizer, tokens_around, write_tokenizer
 from trtqwen.hf.tokenizer_files import TOKENIZER_CONFIG
 

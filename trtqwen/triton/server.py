@@ -25,6 +25,7 @@ from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import reachable
+from trtqwen.triton.engine_parameters import repository_parameters
 from trtqwen.triton.environment import server_environment
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
@@ -45,7 +46,6 @@ from trtqwen.triton.parameters import (
     HEARTBEAT,
     VLLM_PID,
     VLLM_SOCKET,
-    repository_parameters,
 )
 from trtqwen.triton.ports import Ports, claim
 from trtqwen.triton.ready import is_ready

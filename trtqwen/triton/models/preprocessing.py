@@ -6,7 +6,6 @@ from pathlib import Path
 import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import TrtQwenError
-from trtqwen.engine.config import read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.parameters import read_parameters, tokenizer_path
 from trtqwen.triton.text import encode_request
@@ -23,7 +22,9 @@ class TritonPythonModel:
 
     @cached_property
     def _vocab_size(self) -> int:
-        # Read when it is first needed: of a missing engine, `tensorrt_llm` tells more.
+        # Loaded and read for the first request that needs it: of a missing engine, `tensorrt_llm` tells more.
+        from trtqwen.engine.config import read_engine_config
+
         return read_engine_config(self._engine).pretrained_config.vocab_size
 
     def _respond(self, request: "pb_utils.InferenceRequest") -> "pb_utils.InferenceResponse":

@@ -14,6 +14,7 @@ import triton_python_backend_utils as pb_utils
 from trtqwen.diagnostics import EngineError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.contract import EXTENSIONS
+from trtqwen.triton.engine_parameters import engine_parameters
 from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
 from trtqwen.triton.parameters import (
@@ -23,7 +24,6 @@ from trtqwen.triton.parameters import (
     HEARTBEAT,
     VLLM_PID,
     VLLM_SOCKET,
-    engine_parameters,
 )
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits

@@ -12,7 +12,7 @@ from google.protobuf import json_format
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.recipe import ServeRecipe
-from trtqwen.triton.parameters import engine_parameters
+from trtqwen.triton.engine_parameters import engine_parameters
 from trtqwen.triton.repository import plan_repository
 
 
