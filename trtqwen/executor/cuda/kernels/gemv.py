@@ -1,6 +1,6 @@
 """Matrix times one vector, at the memory's speed: one program reads a few rows of the matrix.
 
-The norm before it and the activation or the sum after it are done on the way, so that a layer of one token is six
+The norm before it and the activation or the sum after it are done on the way, so that a layer of one token is five
 kernels. The first weights are read before the kernel waits for the one before it.
 """
 
