@@ -23,7 +23,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 import trtqwen.triton
 from tests.triton.conftest import played_triton
 from trtqwen.triton.messages import infer_response, input_arrays
-from trtqwen.triton.parameters import FROM_PROGRAM, GRPC_ADDRESS
+from trtqwen.triton.model_parameters import FROM_PROGRAM, GRPC_ADDRESS
 
 SECONDS = 5.0  # more than anything here takes
 

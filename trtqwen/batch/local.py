@@ -14,9 +14,9 @@ from tritonclient.grpc import service_pb2
 
 from trtqwen.gateway.generation.upstream import Replica
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.engine_parameters import repository_parameters
 from trtqwen.triton.engines import Engine, open_engine
 from trtqwen.triton.messages import infer_response, input_arrays
+from trtqwen.triton.parameters import repository_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 

@@ -20,7 +20,7 @@ from trtqwen.engine.config import Backend, read_engine_config
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.recipe import TORCH_SERVING, ServeRecipe
 from trtqwen.triton.contract import model_config, model_names
-from trtqwen.triton.parameters import HOLDS_CHARACTERS
+from trtqwen.triton.model_parameters import HOLDS_CHARACTERS
 
 _MODELS = Path(__file__).with_name("models")
 _BACKENDS: dict[Backend, str] = {

@@ -25,7 +25,6 @@ from trtqwen.system.leftovers import workspace as new_workspace
 from trtqwen.system.limits import check_loopback, check_shared_memory
 from trtqwen.system.processes import Service, ending, kill_session, programs, runs
 from trtqwen.system.sockets import reachable
-from trtqwen.triton.engine_parameters import repository_parameters
 from trtqwen.triton.environment import server_environment
 from trtqwen.triton.installation import find_tritonserver, link_backends
 from trtqwen.triton.integrity import check_served_files
@@ -39,7 +38,7 @@ from trtqwen.triton.launch import (
     read_deployment,
     server_devices,
 )
-from trtqwen.triton.parameters import (
+from trtqwen.triton.model_parameters import (
     ENGINE_DEATH,
     FILES_VERIFIED,
     GRPC_ADDRESS,
@@ -47,6 +46,7 @@ from trtqwen.triton.parameters import (
     VLLM_PID,
     VLLM_SOCKET,
 )
+from trtqwen.triton.parameters import repository_parameters
 from trtqwen.triton.ports import Ports, claim
 from trtqwen.triton.ready import is_ready
 from trtqwen.triton.server_log import GONE, ServerLog, without_error

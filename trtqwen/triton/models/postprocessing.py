@@ -5,7 +5,7 @@ from functools import partial
 import triton_python_backend_utils as pb_utils
 
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.parameters import HOLDS_CHARACTERS, flag, read_parameters, tokenizer_path
+from trtqwen.triton.model_parameters import HOLDS_CHARACTERS, flag, read_parameters, tokenizer_path
 from trtqwen.triton.text import HoldingDecoder, decode_response
 
 

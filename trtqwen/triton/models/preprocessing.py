@@ -7,7 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from trtqwen.diagnostics import TrtQwenError
 from trtqwen.hf.tokenizer import Tokenizer
-from trtqwen.triton.parameters import read_parameters, tokenizer_path
+from trtqwen.triton.model_parameters import read_parameters, tokenizer_path
 from trtqwen.triton.text import encode_request
 
 

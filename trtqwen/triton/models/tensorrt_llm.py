@@ -14,10 +14,9 @@ import triton_python_backend_utils as pb_utils
 from trtqwen.diagnostics import EngineError
 from trtqwen.hf.tokenizer import Tokenizer
 from trtqwen.triton.contract import EXTENSIONS
-from trtqwen.triton.engine_parameters import engine_parameters
 from trtqwen.triton.engines import open_engine
 from trtqwen.triton.metrics import INPUT_LENGTH, LENGTH_BUCKETS, LENGTH_LABEL, OUTPUT_LENGTH
-from trtqwen.triton.parameters import (
+from trtqwen.triton.model_parameters import (
     ENGINE_DEATH,
     FILES_VERIFIED,
     FROM_PROGRAM,
@@ -25,6 +24,7 @@ from trtqwen.triton.parameters import (
     VLLM_PID,
     VLLM_SOCKET,
 )
+from trtqwen.triton.parameters import engine_parameters
 from trtqwen.triton.service import EngineService
 from trtqwen.triton.tensors import Limits
 from trtqwen.vllm.server import VllmPlace

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from trtqwen.diagnostics import RequestError
 from trtqwen.triton.bls import BlsSettings, answer, stop
 from trtqwen.triton.loopback import Loopback
-from trtqwen.triton.parameters import FROM_PROGRAM, GRPC_ADDRESS, flag, read_parameters
+from trtqwen.triton.model_parameters import FROM_PROGRAM, GRPC_ADDRESS, flag, read_parameters
 
 _FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _MOST_REQUESTS = 256  # served at a time, each by a thread that mostly waits

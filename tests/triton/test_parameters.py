@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,28 @@ from google.protobuf import json_format
 from trtqwen.diagnostics import InputError
 from trtqwen.executor.config import ExecutorConfig
 from trtqwen.recipe import ServeRecipe
-from trtqwen.triton.engine_parameters import engine_parameters
+from trtqwen.triton.parameters import engine_parameters
 from trtqwen.triton.repository import plan_repository
+
+# What the models of a repository import that trtqwen 0.1.0 wrote: they are served after an upgrade, too.
+IMPORTS_OF_0_1_0 = {
+    "trtqwen.diagnostics": "EngineError RequestError TrtQwenError",
+    "trtqwen.engine.config": "read_engine_config",
+    "trtqwen.hf.tokenizer": "Tokenizer",
+    "trtqwen.triton.bls": "BlsSettings answer stop",
+    "trtqwen.triton.contract": "EXTENSIONS",
+    "trtqwen.triton.engines": "open_engine",
+    "trtqwen.triton.loopback": "Loopback",
+    "trtqwen.triton.metrics": "INPUT_LENGTH LENGTH_BUCKETS LENGTH_LABEL OUTPUT_LENGTH",
+    "trtqwen.triton.parameters": (
+        "ENGINE_DEATH FILES_VERIFIED FROM_PROGRAM GRPC_ADDRESS HEARTBEAT HOLDS_CHARACTERS VLLM_PID VLLM_SOCKET "
+        "engine_parameters flag read_parameters tokenizer_path"
+    ),
+    "trtqwen.triton.service": "EngineService",
+    "trtqwen.triton.tensors": "Limits",
+    "trtqwen.triton.text": "HoldingDecoder decode_response encode_request",
+    "trtqwen.vllm.server": "VllmPlace",
+}
 
 
 def arguments(engine: Path, serve: ServeRecipe, **parameters: str) -> dict[str, str]:
@@ -69,3 +90,13 @@ def test_a_value_that_cannot_be_is_named(bundled_engine: Callable[..., Path], ke
 def test_the_arguments_are_as_tritons(bundled_engine: Callable[..., Path]) -> None:
     config = json.loads(arguments(bundled_engine(), ServeRecipe())["model_config"])
     assert config["parameters"]["decoding_mode"] == {"string_value": ""}
+
+
+def test_models_that_0_1_0_wrote_find_what_they_import() -> None:
+    missing = {
+        f"{module}.{name}"
+        for module, names in IMPORTS_OF_0_1_0.items()
+        for name in names.split()
+        if not hasattr(import_module(module), name)
+    }
+    assert not missing
