@@ -162,13 +162,13 @@ def test_only_kills_excuse_failures_and_only_the_gateway_excuses_silence() -> No
         assert len(problems) == 1, wrong
 
 
-def outcomes_of(handler: Handler, requests: int = 24) -> list[Outcome]:
+def outcomes_of(handler: Handler, *, hang: float = 60.0) -> list[Outcome]:
     """How requests of all kinds end at a server that does the same with each."""
 
     async def run() -> list[Outcome]:
         async with await asyncio.start_server(handler, "127.0.0.1", 0) as server:
-            client = Client(server.sockets[0].getsockname()[1], "qwen", hang=0.5, seed=3)
-            await asyncio.gather(*(client.one() for _ in range(requests)))
+            client = Client(server.sockets[0].getsockname()[1], "qwen", hang=hang, seed=3)
+            await asyncio.gather(*(client.one() for _ in range(24)))
             return client.outcomes
 
     return asyncio.run(run())
@@ -179,7 +179,7 @@ def test_a_server_that_never_answers_hangs_its_clients() -> None:
         await reader.read()
         writer.close()
 
-    ends = [outcome.end for outcome in outcomes_of(silent)]
+    ends = [outcome.end for outcome in outcomes_of(silent, hang=0.5)]
     assert len(ends) == 24
     assert ends.count("hung") > 10
     assert "answered" not in ends
