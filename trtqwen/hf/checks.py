@@ -11,8 +11,7 @@ from pathlib import Path
 
 from trtqwen.diagnostics import Diagnostic, InputError, SourceError
 from trtqwen.hf.config import HfConfig, load_config
-from trtqwen.hf.end_ids import GENERATION_CONFIG
-from trtqwen.hf.files import read_json
+from trtqwen.hf.files import GENERATION_CONFIG, read_json
 from trtqwen.hf.generation import generation_defaults, generation_findings
 from trtqwen.hf.source import HfModel
 from trtqwen.hf.tokenizer import Tokenizer

@@ -18,8 +18,7 @@ from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
 from trtqwen.hf import rope
 from trtqwen.hf.directory import check_directory
-from trtqwen.hf.end_ids import token_ids
-from trtqwen.hf.files import read_json, shown
+from trtqwen.hf.files import read_json, shown, token_ids
 
 ARCHITECTURE = "Qwen2ForCausalLM"
 MODEL_TYPE = "qwen2"

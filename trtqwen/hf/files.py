@@ -8,6 +8,7 @@ from typing import Any
 
 from trtqwen.diagnostics import SourceError
 
+GENERATION_CONFIG = "generation_config.json"
 LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _SHOWN = 60  # characters of a value in a message
 
@@ -65,6 +66,20 @@ def shown(value: Any) -> str:
     """A JSON value, cut short, for a message."""
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def token_ids(value: Any, key: str, path: Path) -> tuple[int, ...]:
+    """Token ids that a file lists, or the one that it names; nulls, alone or in a list, count as absent.
+
+    Raises:
+        SourceError: if one is not a token id.
+    """
+    listed = value if isinstance(value, list) else [value]
+    ids = [item for item in listed if item is not None]
+    for item in ids:
+        if isinstance(item, bool) or not isinstance(item, int) or item < 0:
+            raise SourceError(f"{path}: {key} holds {shown(item)}, not a token id", "write the token's id, a number")
+    return tuple(dict.fromkeys(ids))
 
 
 def _unique(path: Path, pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from trtqwen.diagnostics import Diagnostic, SourceError, first_problem
-from trtqwen.hf.end_ids import GENERATION_CONFIG
-from trtqwen.hf.files import read_json, shown
+from trtqwen.hf.files import GENERATION_CONFIG, read_json, shown
 
 # What transformers' `generate` applies and no server of trtqwen does, with the values that change nothing.
 _NOT_APPLIED: dict[str, tuple[Any, ...]] = {

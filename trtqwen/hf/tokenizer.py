@@ -11,10 +11,10 @@ from typing import Any
 
 import tokenizers
 
+from trtqwen.artifact.names import CONFIG
 from trtqwen.diagnostics import Diagnostic, SourceError
 from trtqwen.hf.chat_template import ChatTemplate, read_chat_template
-from trtqwen.hf.end_ids import GENERATION_CONFIG, named_end_ids
-from trtqwen.hf.files import read_json
+from trtqwen.hf.files import GENERATION_CONFIG, read_json, token_ids
 from trtqwen.hf.resolved_tokenizer import resolve_tokenizer, tokens_around, write_tokenizer
 from trtqwen.hf.tokenizer_files import TOKENIZER_CONFIG
 
@@ -128,9 +128,17 @@ class Tokenizer:
 
     @cached_property
     def end_ids_by_file(self) -> Mapping[str, tuple[int, ...]]:
-        """The ids that each file names as end of an answer."""
+        """The ids that each file names as end of an answer.
+
+        Raises:
+            SourceError: if one is not a token id.
+        """
         own = self._named("eos_token")
-        return {TOKENIZER_CONFIG: () if own is None else (own,), **dict(named_end_ids(self.directory))}
+        ids: dict[str, tuple[int, ...]] = {TOKENIZER_CONFIG: () if own is None else (own,)}
+        for name in (GENERATION_CONFIG, CONFIG):
+            path = self.directory / name
+            ids[name] = token_ids(read_json(path).get("eos_token_id"), "eos_token_id", path)
+        return ids
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:
