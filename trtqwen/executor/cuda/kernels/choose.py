@@ -12,19 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from trtqwen.executor.choose import LEAST_TEMPERATURE, NONE_LEFT, NOT_FINITE, Choice
-from trtqwen.executor.cuda.kernels.filters import draw_filtered, has_filter
+from trtqwen.executor.choose import NONE_LEFT, NOT_FINITE, Choice
+from trtqwen.executor.cuda.kernels.filters import LEAST, draw_filtered, has_filter, load_logits
 
 _NOT_FINITE, _NONE_LEFT = tl.constexpr(NOT_FINITE), tl.constexpr(NONE_LEFT)
-_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
 _PART = 8192  # logits of a program
 _GROUP = 16  # of which filters want to know the highest
-
-
-@triton.jit
-def _load(row, part, vocab_size, PART: tl.constexpr):
-    token = part * PART + tl.arange(0, PART)
-    return token, tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
 
 
 @triton.jit
@@ -43,14 +36,14 @@ def _summarize(
 ):
     """Write each part's highest logit, NaN if one is not a number, its first token, and its mass relative to it."""
     program, part, parts = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
-    token, value = _load(logits + program.to(tl.int64) * vocab_size, part, vocab_size, PART)
+    token, value = load_logits(logits + program.to(tl.int64) * vocab_size, part * PART, vocab_size, PART)
     place = program * parts + part
     broken = tl.max((value != value).to(tl.int32), axis=0) != 0
     best = tl.max(tl.where(value == value, value, float("-inf")), axis=0)
     tl.store(where + place, tl.min(tl.where(value == best, token, vocab_size), axis=0))
     tl.store(highest + place, tl.where(broken, float("nan"), best))
     if DRAWS:
-        temperature = tl.maximum(tl.load(values + program), _LEAST_TEMPERATURE)
+        temperature = tl.maximum(tl.load(values + program), LEAST)
         odds = tl.where(value > float("-inf"), tl.exp((value - best) / temperature), 0.0)
         tl.store(mass + place, tl.sum(odds, axis=0))
     if FILTERS:
@@ -88,7 +81,7 @@ def _pick(
         temperature = tl.load(values + program)
         total = 0.0
         if usable & (temperature > 0):
-            temperature = tl.maximum(temperature, _LEAST_TEMPERATURE)
+            temperature = tl.maximum(temperature, LEAST)
             share = tl.load(mass + program * PARTS + part, mask=exists, other=0.0)
             share = tl.where(best_of > float("-inf"), share * tl.exp((best_of - best) / temperature), 0.0)
             total = tl.sum(share, axis=0)
@@ -99,20 +92,18 @@ def _pick(
                 within = tl.where(has_filter(values, rows, program), PARTS, within)
             if within < PARTS:
                 target -= tl.sum(tl.where(part == within, before, 0.0), axis=0)
-                token, value = _load(logits + program.to(tl.int64) * vocab_size, within, vocab_size, PART)
+                row = logits + program.to(tl.int64) * vocab_size
+                token, value = load_logits(row, within * PART, vocab_size, PART)
                 odds = tl.exp((value - best) / temperature)
                 drawn = tl.min(tl.where((tl.cumsum(odds, axis=0) > target) & (odds > 0), token, vocab_size), axis=0)
                 # Rounding can leave none: these sums are not those of the first kernel.
                 last = tl.max(tl.where(odds > 0, token, 0), axis=0)
                 chosen = tl.where(drawn < vocab_size, drawn, last)
-        tl.store(summary + 2 * program, tl.where(usable, best, float("nan")))
-        tl.store(summary + 2 * program + 1, total)
-    if best == float("-inf"):
-        chosen = _NONE_LEFT
-    elif not usable:
-        chosen = _NOT_FINITE
-    if broken:
-        chosen = _NOT_FINITE
+        if FILTERS:
+            tl.store(summary + 2 * program, tl.where(usable, best, float("nan")))
+            tl.store(summary + 2 * program + 1, total)
+    if not usable:
+        chosen = tl.where((best == float("-inf")) & (broken == 0), _NONE_LEFT, _NOT_FINITE)
     tl.store(out + program, chosen.to(tl.int64))
 
 
@@ -128,8 +119,9 @@ def choose_fused(logits: Tensor, choice: Choice) -> Tensor:
     parts = triton.cdiv(vocab_size, _PART)
     highest, mass = torch.empty((2, rows, parts), dtype=torch.float32, device=logits.device)
     where = torch.empty((rows, parts), dtype=torch.int32, device=logits.device)
-    groups = torch.empty((rows, parts * _PART // _GROUP if choice.filters else 0), device=logits.device)
-    summary = torch.empty((rows, 2), dtype=torch.float32, device=logits.device)
+    filtered = rows if choice.filters else 0
+    groups = torch.empty((filtered, parts * _PART // _GROUP), dtype=torch.float32, device=logits.device)
+    summary = torch.empty((filtered, 2), dtype=torch.float32, device=logits.device)
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
     _summarize[(rows, parts)](
         logits,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import begin, chained
-from trtqwen.executor.cuda.kernels.quantize import round_to_int8
+from trtqwen.executor.cuda.kernels.kv_store import place_of_slot, store
 
 _LOG2_E = 1.4426950408889634
 _PROGRAMS = 512  # enough to fill the card
@@ -25,14 +25,6 @@ def _rotate(head, dim, cos, sin, exists, HEAD_SIZE: tl.constexpr):
     own = tl.load(head + dim, mask=exists, other=0.0).to(tl.float32)
     other = tl.load(head + (dim + HEAD_SIZE // 2) % HEAD_SIZE, mask=exists, other=0.0).to(tl.float32)
     return own * cos + other * sin
-
-
-@triton.jit
-def _store(cache, place, row, to_int, INT8: tl.constexpr):
-    if INT8:
-        tl.store(cache + place, round_to_int8(row.to(tl.float32) * to_int))
-    else:
-        tl.store(cache + place, row)
 
 
 @triton.jit
@@ -86,11 +78,12 @@ def _decode(
     if end == length:
         slot = tl.load(slots + sequence).to(tl.int64)
         if slot >= 0:
-            place = ((slot // TOKENS_PER_BLOCK) * KV_HEADS + kv_head) * TOKENS_PER_BLOCK + slot % TOKENS_PER_BLOCK
+            place = place_of_slot(slot, kv_head, KV_HEADS, TOKENS_PER_BLOCK) * HEAD_SIZE + dim
+            every = dim < HEAD_SIZE
             row += (HEADS + kv_head) * HEAD_SIZE
-            key = _rotate(row, dim, cos, sin, dim < HEAD_SIZE, HEAD_SIZE).to(kind)
-            _store(keys, place * HEAD_SIZE + dim, key, to_int, INT8)
-            _store(values, place * HEAD_SIZE + dim, tl.load(row + KV_HEADS * HEAD_SIZE + dim), to_int, INT8)
+            key = _rotate(row, dim, cos, sin, every, HEAD_SIZE).to(kind)
+            store(keys + place, key, every, to_int, INT8)
+            store(values + place, tl.load(row + KV_HEADS * HEAD_SIZE + dim), every, to_int, INT8)
         tl.debug_barrier()  # the loop reads what other threads of this program stored
     blocks = block_ids + tl.load(block_begins + sequence)
     offsets = tl.arange(0, BLOCK)

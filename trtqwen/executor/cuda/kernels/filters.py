@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trtqwen.executor.choose import LEAST_TEMPERATURE, Choice
 
-_LEAST_TEMPERATURE = tl.constexpr(LEAST_TEMPERATURE)
+LEAST = tl.constexpr(LEAST_TEMPERATURE)
 _LOWEST = tl.constexpr(-104.0)  # exp of anything below is 0 in float32
 _BISECTIONS = tl.constexpr(30)
 _NEAREST, _FARTHEST = tl.constexpr(0.25), tl.constexpr(64.0)  # distances from the best scaled logit that are tried
@@ -26,10 +26,16 @@ _ENOUGH = tl.constexpr(512)  # tokens that nearly always have the mass of top-p
 
 
 @triton.jit
-def _scaled(row, start, vocab_size, best, temperature, BLOCK: tl.constexpr):
+def load_logits(row, start, vocab_size, BLOCK: tl.constexpr):
+    """`BLOCK` tokens from `start` on, and their logits in float32, -inf behind the end of the row."""
     token = start + tl.arange(0, BLOCK)
-    values = tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
-    return (values - best) / temperature
+    return token, tl.load(row + token, mask=token < vocab_size, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _scaled(row, start, vocab_size, best, temperature, BLOCK: tl.constexpr):
+    _token, value = load_logits(row, start, vocab_size, BLOCK)
+    return (value - best) / temperature
 
 
 @triton.jit
@@ -46,6 +52,19 @@ def _count_and_mass(row, vocab_size, best, temperature, threshold, BLOCK: tl.con
 
 
 @triton.jit
+def _bisect(row, vocab_size, best, temperature, low, least_count, least_mass, BLOCK: tl.constexpr):
+    """The largest threshold, at least `low`, that tokens of this count and this mass reach."""
+    high = 0.0
+    for _ in range(_BISECTIONS):
+        middle = (low + high) / 2
+        count, mass = _count_and_mass(row, vocab_size, best, temperature, middle, BLOCK)
+        enough = (count >= least_count) & (mass >= least_mass)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
 def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK: tl.constexpr):
     """The largest threshold that keeps what top-k, then top-p, then min-p keep; found by bisection.
 
@@ -53,22 +72,10 @@ def _filter(row, vocab_size, best, temperature, top_k, top_p, min_p, mass, BLOCK
     """
     low = _LOWEST
     if top_k > 0:
-        high = 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            count, _mass = _count_and_mass(row, vocab_size, best, temperature, middle, BLOCK)
-            enough = count >= top_k
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+        low = _bisect(row, vocab_size, best, temperature, low, top_k, 0.0, BLOCK)
         _count, mass = _count_and_mass(row, vocab_size, best, temperature, low, BLOCK)
     if (top_p > 0) & (top_p < 1):
-        limit, high = mass * top_p, 0.0
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            _count, mass = _count_and_mass(row, vocab_size, best, temperature, middle, BLOCK)
-            enough = mass >= limit
-            low = tl.where(enough, middle, low)
-            high = tl.where(enough, high, middle)
+        low = _bisect(row, vocab_size, best, temperature, low, 0, mass * top_p, BLOCK)
     return tl.maximum(low, tl.where(min_p > 0, tl.log(tl.maximum(min_p, 1e-37)), low))
 
 
@@ -213,7 +220,7 @@ def _draw_filtered(
         uniform = tl.load(values + 3 * rows + program)
         top_k = tl.load(values + 4 * rows + program)
         by_mass = (top_p > 0) & (top_p < 1)
-        temperature = tl.maximum(temperature, _LEAST_TEMPERATURE)
+        temperature = tl.maximum(temperature, LEAST)
         count = GATHERED + 1
         near += program * GATHERED
         near_tokens += program * GATHERED
@@ -222,12 +229,13 @@ def _draw_filtered(
             highest = tl.load(groups + program * GROUPS + group, mask=group < GROUPS, other=float("-inf"))
             reach = _reach_of_count((highest - best) / temperature, tl.where(top_k > 0, top_k, _ENOUGH))
             count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
-            suits = (count <= GATHERED) & _has_mass(near, count, mass * top_p, GATHERED)
-            if (top_k <= 0) & (suits == 0):
-                reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
-                count = GATHERED + 1
-                if reach < _TOO_MANY:
-                    count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
+            if top_k <= 0:
+                suits = (count <= GATHERED) & _has_mass(near, count, mass * top_p, GATHERED)
+                if suits == 0:
+                    reach = _reach_of_mass(row, vocab_size, best, temperature, mass * top_p, GATHERED, BLOCK)
+                    count = GATHERED + 1
+                    if reach < _TOO_MANY:
+                        count = _gather(row, vocab_size, best, temperature, reach, near, near_tokens, GATHERED, BLOCK)
         if count <= GATHERED:
             place = _draw_near(near, count, top_k, top_p, min_p, mass, uniform, GATHERED)
             drawn = tl.load(near_tokens + place, mask=place < count, other=vocab_size)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOAD_BYTES = 16  # of a thread's load
+
 
 @triton.jit
 def fold(products, ROWS: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr):

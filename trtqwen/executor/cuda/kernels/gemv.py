@@ -12,9 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import announce, chained, wait
-from trtqwen.executor.cuda.kernels.fold import fold
+from trtqwen.executor.cuda.kernels.fold import LOAD_BYTES, fold
 
-_LOAD = 16  # bytes of a thread's load
 # Rows of a program, bytes of a row at a time, warps. The fastest of 13 for a 7B model on an H200.
 _LARGE, _SMALL = (2, 2048, 4), (4, 4096, 8)
 _SMALL_BYTES = 64 << 20
@@ -70,6 +69,7 @@ def _gemv(
         position = start + offsets
         part = tl.load(vector + position, mask=position < WIDTH, other=0).to(tl.float32)
         if NORM:
+            # As a matrix of one row, for `fold`, it takes 8 to 14 registers more.
             squares += tl.sum(tl.reshape(part * part, (BLOCK // GROUP, GROUP)), axis=1)
             part *= tl.load(gain + position, mask=position < WIDTH, other=0).to(tl.float32)
         following = position + BLOCK
@@ -136,7 +136,7 @@ def gemv(
         ROWS=rows,
         WIDTH=vector.shape[1],
         BLOCK=piece // weight.itemsize,
-        GROUP=_LOAD // weight.itemsize,
+        GROUP=LOAD_BYTES // weight.itemsize,
         num_warps=warps,
         **chained(1),
     )

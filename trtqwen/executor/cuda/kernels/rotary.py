@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import begin, chained
-from trtqwen.executor.cuda.kernels.quantize import round_to_int8
+from trtqwen.executor.cuda.kernels.kv_store import place_of_slot, store
 
 
 @triton.jit
@@ -55,7 +55,7 @@ def _rotary_store(
     head = tl.arange(0, KV_PADDED)
     exists = (head < KV_HEADS)[:, None]
     stored = exists & (slot >= 0)
-    base = ((slot // TOKENS_PER_BLOCK) * KV_HEADS + head) * TOKENS_PER_BLOCK + slot % TOKENS_PER_BLOCK
+    base = place_of_slot(slot, head, KV_HEADS, TOKENS_PER_BLOCK)
     target = base[:, None] * 2 * HALF + half[None, :]
     kind: tl.constexpr = qkv.dtype.element_ty
     row += HEADS * 2 * HALF
@@ -67,16 +67,10 @@ def _rotary_store(
     place += KV_HEADS * 2 * HALF
     left = tl.load(place, mask=stored, other=0.0)
     right = tl.load(place + HALF, mask=stored, other=0.0)
-    if INT8:
-        tl.store(keys + target, round_to_int8(first.to(tl.float32) * to_int), mask=stored)
-        tl.store(keys + target + HALF, round_to_int8(second.to(tl.float32) * to_int), mask=stored)
-        tl.store(values + target, round_to_int8(left.to(tl.float32) * to_int), mask=stored)
-        tl.store(values + target + HALF, round_to_int8(right.to(tl.float32) * to_int), mask=stored)
-    else:
-        tl.store(keys + target, first, mask=stored)
-        tl.store(keys + target + HALF, second, mask=stored)
-        tl.store(values + target, left, mask=stored)
-        tl.store(values + target + HALF, right, mask=stored)
+    store(keys + target, first, stored, to_int, INT8)
+    store(keys + target + HALF, second, stored, to_int, INT8)
+    store(values + target, left, stored, to_int, INT8)
+    store(values + target + HALF, right, stored, to_int, INT8)
 
 
 def rotary_store(

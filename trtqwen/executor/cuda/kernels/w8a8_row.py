@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from trtqwen.executor.cuda.kernels.chain import announce, chained, wait
-from trtqwen.executor.cuda.kernels.fold import fold
+from trtqwen.executor.cuda.kernels.fold import LOAD_BYTES, fold
 
-_LOAD = 16  # bytes of a thread's load
 # Columns of a program, bytes of a column at a time, warps. The fastest of 12 for a 7B model on an H200.
 _LARGE, _SMALL = (8, 512, 4), (4, 2048, 4)
 
@@ -82,7 +81,7 @@ def w8a8_row(
         COLUMNS=per_program,
         WIDTH=width,
         BLOCK=piece,
-        GROUP=_LOAD,
+        GROUP=LOAD_BYTES,
         num_warps=warps,
         **chained(1),
     )
