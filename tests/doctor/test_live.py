@@ -6,6 +6,7 @@ import http.server
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         self.fault = fault
         self.used = 0
         self.wedged = False
-        self._one_at_a_time = threading.Lock()
         self._calls = itertools.count()
         self.shown = threading.Event()
 
@@ -53,7 +53,21 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
         return self._reply(outputs).infer_response
 
     def ModelStreamInfer(self, requests: Iterator[Any], context: Any) -> Iterator[Any]:
-        request = next(iter(requests))
+        answers = deque((request.id, self._answer(request, context)) for request in requests)
+        while answers:
+            name, answer = answers.popleft()
+            reply = next(answer, None)
+            if reply is None:
+                continue
+            if not reply.error_message:
+                reply.infer_response.id = name
+            yield reply
+            if self.fault == "serial":
+                answers.appendleft((name, answer))
+            else:
+                answers.append((name, answer))  # as a server with in-flight batching does
+
+    def _answer(self, request: Any, context: Any) -> Iterator[Any]:
         inputs = {
             tensor.name: deserialize_bytes_tensor(raw)
             if tensor.datatype == "BYTES"
@@ -94,11 +108,9 @@ class Sick(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
     def _text(self, inputs: dict[str, Any]) -> Iterator[Any]:
         call = next(self._calls)
         seed = {"ignores seeds": 7, "invents seeds": call}.get(self.fault, int(inputs.get("seed", [0])[0]))
-        with self._one_at_a_time if self.fault == "serial" else threading.Lock():
-            for index in range(int(inputs["max_tokens"][0])):
-                time.sleep(0.001)
-                text = "\ufffd" if self.fault == "splits characters" and index == 3 else f"{seed} 聪明"
-                yield self._reply({"text_output": np.array([text.encode()], np.object_)})
+        for index in range(int(inputs["max_tokens"][0])):
+            text = "\ufffd" if self.fault == "splits characters" and index == 3 else f"{seed} 聪明"
+            yield self._reply({"text_output": np.array([text.encode()], np.object_)})
 
     def _reply(self, outputs: dict[str, Any]) -> Any:
         message = service_pb2.ModelStreamInferResponse()

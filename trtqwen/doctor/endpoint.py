@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 import urllib.request
 import uuid
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from trtqwen.diagnostics import ServerError
-from trtqwen.triton.client import Array, Tensors, answer_text, server_error
+from trtqwen.triton.client import Array, answer_text, server_error
 from trtqwen.triton.messages import ANY_SIZE, infer_request, output_arrays
 from trtqwen.triton.streams import read_rest
 
@@ -66,14 +67,19 @@ class Endpoint:
         Raises:
             ServerError: if the server refuses, or does not answer in time.
         """
-        inputs: dict[str, Array] = {
-            "text_input": np.array([[prompt.encode()]], np.object_),
-            "max_tokens": np.array([[max_tokens]], np.int32),
-            "stream": np.array([[True]]),
-            **{name: np.array([[value]], _DTYPES.get(name, np.int32)) for name, value in options.items()},
-        }
-        for outputs in self._stream("ensemble", inputs):
-            yield answer_text(outputs)
+        for response in self._stream([_text_request(prompt, max_tokens, options)]):
+            yield answer_text(output_arrays(response))
+
+    def order_of_pieces(self, prompt: str, max_tokens: int, seeds: Iterable[int], **options: float) -> list[str]:
+        """Ask `ensemble` once for each seed, all at once, and return the request id of every piece that comes.
+
+        All requests share a stream, which keeps the order in which the server answers, however late the client reads.
+
+        Raises:
+            ServerError: if the server refuses one, or does not answer in time.
+        """
+        requests = [_text_request(prompt, max_tokens, {**options, "seed": seed}) for seed in seeds]
+        return [response.id for response in self._stream(requests) if answer_text(output_arrays(response))]
 
     def encode(self, prompt: str) -> tuple[list[int], int]:
         """The prompt's token ids, and the id that ends its answer, from `preprocessing`.
@@ -103,7 +109,8 @@ class Endpoint:
             "streaming": np.array([[True]]),
             **{name: np.array([[value]], np.int32) for name, value in options.items()},
         }
-        for outputs in self._stream("tensorrt_llm", inputs):
+        for response in self._stream([infer_request("tensorrt_llm", uuid.uuid4().hex, inputs)]):
+            outputs = output_arrays(response)
             if "output_ids" in outputs:
                 yield outputs["output_ids"].reshape(-1).tolist()
 
@@ -124,16 +131,27 @@ class Endpoint:
             gauges[f"{family}/{label}"] = float(value)
         return gauges
 
-    def _stream(self, model: str, inputs: Tensors) -> Iterator[dict[str, Array]]:
-        request = infer_request(model, uuid.uuid4().hex, inputs)
-        call = self._stub.ModelStreamInfer(iter([request]), timeout=self._deadline)
+    def _stream(self, requests: Sequence[Any]) -> Iterator[Any]:
+        """Yield the responses to requests that share a stream."""
+        call = self._stub.ModelStreamInfer(iter(requests), timeout=self._deadline)
         try:
             for reply in call:
                 if reply.error_message:
                     read_rest(call)
+                    model = requests[0].model_name
                     raise ServerError(f"{self._url}: {model} refused the request: {reply.error_message}")
-                yield output_arrays(reply.infer_response)
+                yield reply.infer_response
         except grpc.RpcError as problem:
             raise server_error(self._url, problem) from None
         finally:
             call.cancel()
+
+
+def _text_request(prompt: str, max_tokens: int, options: Mapping[str, float]) -> Any:
+    inputs: dict[str, Array] = {
+        "text_input": np.array([[prompt.encode()]], np.object_),
+        "max_tokens": np.array([[max_tokens]], np.int32),
+        "stream": np.array([[True]]),
+        **{name: np.array([[value]], _DTYPES.get(name, np.int32)) for name, value in options.items()},
+    }
+    return infer_request("ensemble", uuid.uuid4().hex, inputs)

@@ -6,17 +6,13 @@ import itertools
 import time
 from abc import abstractmethod
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from typing import ClassVar, TypeVar
+from typing import ClassVar
 
 from trtqwen.diagnostics import Diagnostic, ServerError
 from trtqwen.doctor.check import Check, Result
 from trtqwen.doctor.endpoint import Endpoint, chat_prompt
 from trtqwen.doctor.subject import Skip, Subject
 
-T = TypeVar("T")
 _NAN = "logits may be NaN: build with bfloat16, check the all-reduce with `trtqwen doctor --gpu`, check INT8 scales"
 _USED = "kv_cache_block_metrics/used"
 _BEYOND_ANY = 131073  # tokens; more than any Qwen2.5 reads
@@ -76,19 +72,15 @@ class InFlightBatching(LiveCheck):
     title = "in-flight batching"
 
     def ask(self, endpoint: Endpoint, subject: Subject) -> Result:
-        def answer(seed: int) -> list[float]:
-            """Return the arrival times of an answer's pieces, in seconds."""
-            return [time.perf_counter() for _ in endpoint.text("Once upon a time", 64, seed=seed, **_NOISE)]
-
-        answer(0)  # warm
-        answers = _at_once([partial(answer, seed) for seed in range(_PARALLEL)])
-        pieces = min(map(len, answers))
-        if pieces < _MIN_PIECES:
-            raise Skip(f"an answer comes in {pieces} pieces; is it streamed? See {Sanity.id}")
-        # Whose tokens come between whose says it on a busy machine too, where durations say little.
-        seconds = max(times[-1] for times in answers) - min(times[0] for times in answers)
-        in_flight = sum(times[-1] - times[0] for times in answers) / seconds
-        text = f"of {_PARALLEL} requests at once {in_flight:.1f} are answered at a time ({seconds:.2f} s)"
+        order = endpoint.order_of_pieces("Once upon a time", 64, range(_PARALLEL), **_NOISE)
+        pieces = Counter(order)
+        if len(pieces) < _PARALLEL or min(pieces.values()) < _MIN_PIECES:
+            least = min(pieces.values()) if len(pieces) == _PARALLEL else 0
+            raise Skip(f"an answer comes in {least} pieces; is it streamed? See {Sanity.id}")
+        # Whose pieces come between whose, not when: durations say little on a busy machine.
+        spans = [len(order) - order[::-1].index(name) - order.index(name) for name in pieces]
+        in_flight = sum(spans) / len(order)
+        text = f"of {_PARALLEL} requests at once {in_flight:.1f} are answered at a time"
         if in_flight >= _MIN_IN_FLIGHT:
             return Result("ok", text)
         hint = "see D20 and D23: KV cache for one request only, a queue delay, or one BLS instance"
@@ -201,11 +193,6 @@ def _settled(endpoint: Endpoint) -> float:
     while (used := endpoint.gauges()[_USED]) > 0 and time.monotonic() < deadline:
         time.sleep(0.02)
     return used
-
-
-def _at_once(actions: list[Callable[[], T]]) -> list[T]:
-    with ThreadPoolExecutor(len(actions)) as pool:
-        return [future.result() for future in [pool.submit(action) for action in actions]]
 
 
 CHECKS: tuple[Check, ...] = (Sanity(), InFlightBatching(), Cancellation(), Wedge(), Characters(), Seeds())
