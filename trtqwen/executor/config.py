@@ -22,7 +22,7 @@ class ExecutorConfig(BaseModel):
         kv_cache_free_gpu_mem_fraction: share of the GPU memory left after weights and a warm-up step.
         device: `auto` is CUDA on hosts with a GPU.
         attention: `plain` is the formula written out in PyTorch, on any device.
-        cuda_graphs: replay generation steps as CUDA graphs.
+        cuda_graphs: replay small steps, and those that only generate, as CUDA graphs.
         overlap: schedule a step while the one before runs, on CUDA.
     """
 

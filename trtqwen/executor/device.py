@@ -29,7 +29,7 @@ class DeviceChoice:
         kernels: `fused` is the CUDA model with kernels in the Triton language; `packed`, on the CPU, has matrices
             packed for oneDNN and INT8 kernels; `plain` is PyTorch's operators.
         attention: `fused` (CUDA), `cpu`, or `plain`, the formula written out.
-        graphs: whether generation steps are replayed as CUDA graphs.
+        graphs: whether small steps, and those that only generate, are replayed as CUDA graphs.
         overlap: whether a step is scheduled while the one before runs.
     """
 

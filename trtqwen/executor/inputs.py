@@ -54,7 +54,7 @@ class Counts:
     @property
     def total(self) -> int:
         """Elements of all sections."""
-        return sum(map(_aligned, self._sizes))
+        return sum(map(aligned, self._sizes))
 
     @cached_property
     def sections(self) -> dict[str, slice]:
@@ -62,7 +62,7 @@ class Counts:
         places, begin = {}, 0
         for name, size in zip((*_SECTIONS, "block_ids"), self._sizes, strict=True):
             places[name] = slice(begin, begin + size)
-            begin += _aligned(size)
+            begin += aligned(size)
         return places
 
     @property
@@ -150,23 +150,6 @@ def pack(step: Step, tokens_per_block: int) -> StepInputs:
     return inputs
 
 
-def pad_generation(inputs: StepInputs, size: int) -> StepInputs:
-    """A step of one-token sequences filled up to `size` of them; the added ones read and write no cache."""
-    counts = inputs.counts
-    assert counts.tokens == counts.sequences == counts.logits <= size
-    padded = Counts(size, size, size, size, counts.blocks)
-    result = StepInputs(padded, np.zeros(padded.total, np.int32))
-    for name in (*_SECTIONS, "block_ids"):
-        source: Int32 = getattr(inputs, name)
-        getattr(result, name)[: len(source)] = source
-    result.kv_slots[counts.tokens :] = -1
-    result.query_begins[:] = np.arange(size + 1)
-    result.block_begins[counts.sequences :] = counts.blocks
-    result.logit_rows[:] = np.arange(size)
-    result.logit_slots[counts.logits :] = -1
-    return result
-
-
 def _logit_rows(chunks: Sequence[Chunk]) -> list[int]:
     rows: list[int] = []
     end = 0
@@ -185,5 +168,6 @@ def _logit_slots(chunks: Sequence[Chunk]) -> list[int]:
     return slots
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """Elements of a section with what fills it up."""
     return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -192,7 +192,7 @@ class ServeRecipe(Section):
         kv_cache_host_memory_bytes: host memory that blocks of the KV cache move to, in bytes.
         max_tokens_in_paged_kv_cache: cap on the KV cache, in tokens.
         device: where the torch engine computes; `auto` takes a CUDA card where there is one.
-        cuda_graphs: replay generation steps of the torch engine as CUDA graphs.
+        cuda_graphs: replay small steps of the torch engine, and those that only generate, as CUDA graphs.
         overlap: schedule a step of the torch engine while the one before runs on the card.
         max_queue_size: requests that wait before further ones are refused; 0 is no limit.
         triton_max_batch_size: rows of one client request.

@@ -77,7 +77,7 @@ WHOLE_START = """
     from trtqwen.checkpoint.config import read_checkpoint_config
     from trtqwen.checkpoint.reader import read_rank
     from trtqwen.executor.cuda import warm_up
-    from trtqwen.executor.cuda.batch import CudaBatch, context_tiles
+    from trtqwen.executor.cuda.batch import CudaBatch, context_tiles, with_tiles
     from trtqwen.executor.cuda.kernels.choose import choose_fused
     from trtqwen.executor.cuda.kernels.penalize import penalize_fused
     from trtqwen.executor.cuda.model import CudaModel
@@ -96,7 +96,7 @@ WHOLE_START = """
     class Runner:
         def launch(self, inputs, sampled):
             tiles = context_tiles(inputs)
-            data = torch.from_numpy(np.concatenate([inputs.data, tiles.reshape(-1)]))
+            data = torch.from_numpy(with_tiles(inputs, tiles))
             return model.forward(CudaBatch.of(data, inputs, len(tiles)), sampled)
 
     limits = SimpleNamespace(max_batch_size=20, max_num_tokens=1200, max_seq_len=1200, tokens_per_block=32)

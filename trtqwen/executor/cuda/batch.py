@@ -1,4 +1,4 @@
-"""A step on the card: views into one buffer that `StepInputs` and the tiles of its prompts are copied to."""
+"""A step on the card: views into one buffer that the tiles of its prompts and `StepInputs` are copied to."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from trtqwen.executor.inputs import Int32, StepInputs
+from trtqwen.executor.inputs import Int32, StepInputs, aligned
 
 TILE_ROWS = 128  # queries of a program of the attention of prompts
 
@@ -41,12 +41,14 @@ class CudaBatch:
         """The views.
 
         Args:
-            data: int32 on the device: `inputs.data`, then `tiles` tiles. A step without blocks
-                is recorded as a CUDA graph: its blocks follow the other sections later.
+            data: int32 on the device: the data of `with_tiles`, for so many tiles. A step without blocks
+                is recorded as a CUDA graph, for prompts with and without earlier tokens; its blocks follow later.
         """
         counts = inputs.counts
-        views = {name: data[place] for name, place in counts.sections.items()}
+        first = aligned(2 * tiles)
+        views = {name: data[first + place.start : first + place.stop] for name, place in counts.sections.items()}
         recorded = counts.blocks == 0
+        earlier = (np.diff(inputs.query_begins) < inputs.context_lengths)[counts.generation :].any()
         return cls(
             token_ids=views["token_ids"],
             positions=views["positions"],
@@ -54,19 +56,29 @@ class CudaBatch:
             query_begins=views["query_begins"],
             context_lengths=views["context_lengths"],
             block_begins=views["block_begins"],
-            block_ids=data[counts.sections["block_ids"].start :] if recorded else views["block_ids"],
+            block_ids=data[first + counts.sections["block_ids"].start :] if recorded else views["block_ids"],
             logit_rows=views["logit_rows"],
             generation=counts.generation,
-            tiles=data[counts.total : counts.total + 2 * tiles].view(-1, 2) if tiles else None,
-            cached=bool((np.diff(inputs.query_begins) < inputs.context_lengths)[counts.generation :].any()),
+            tiles=data[: 2 * tiles].view(-1, 2) if tiles else None,
+            cached=recorded or bool(earlier),
             all_rows=counts.logits == counts.tokens,
         )
 
 
-def context_tiles(inputs: StepInputs) -> Int32:
+def with_tiles(inputs: StepInputs, tiles: Int32) -> Int32:
+    """The data of a step, with its tiles before it."""
+    before = np.zeros(aligned(tiles.size), np.int32)
+    before[: tiles.size] = tiles.reshape(-1)
+    return np.concatenate([before, inputs.data])
+
+
+def context_tiles(inputs: StepInputs, count: int = 0) -> Int32:
     """(sequence, its first query) of every program, [tiles, 2].
 
     Programs that read most of the cache come first.
+
+    Args:
+        count: of tiles at least. Added ones belong to the last sequence, which must be empty.
     """
     begins = inputs.query_begins
     tiles: list[tuple[int, int, int]] = []
@@ -75,4 +87,6 @@ def context_tiles(inputs: StepInputs) -> Int32:
         before = int(inputs.context_lengths[sequence]) - queries
         tiles += [(-(before + first), sequence, first) for first in range(0, queries, TILE_ROWS)]
     tiles.sort()
-    return np.array([tile[1:] for tile in tiles], np.int32).reshape(-1, 2)
+    places = [tile[1:] for tile in tiles]
+    places += [(inputs.counts.sequences - 1, 0)] * (count - len(places))
+    return np.array(places, np.int32).reshape(-1, 2)

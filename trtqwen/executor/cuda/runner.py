@@ -1,4 +1,4 @@
-"""Steps on a GPU: eager for prompts, replayed as CUDA graphs for batches that only generate."""
+"""Steps on a GPU: small ones and those that only generate are replayed as CUDA graphs, the others run eager."""
 
 from __future__ import annotations
 
@@ -9,27 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trtqwen.executor.cuda.batch import TILE_ROWS, CudaBatch, context_tiles
+from trtqwen.executor.cuda.batch import TILE_ROWS, CudaBatch, context_tiles, with_tiles
 from trtqwen.executor.cuda.model import CudaModel
-from trtqwen.executor.inputs import Counts, StepInputs, pad_generation
+from trtqwen.executor.cuda.shapes import GraphShape, graph_shapes, idle, pad
+from trtqwen.executor.inputs import Counts, StepInputs, aligned
 
 _STAGES = 4  # host buffers: more than steps are in flight
-
-
-def graph_sizes(max_batch_size: int) -> list[int]:
-    """Return the batch sizes of CUDA graphs: few for a fast start, and close to each other for little padding."""
-    sizes = {1, 2, 4, max_batch_size, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)}
-    return sorted(size for size in sizes if size <= max_batch_size)
-
-
-def idle_generation(size: int) -> StepInputs:
-    """Return a generation step of `size` sequences that neither reads nor writes the KV cache."""
-    counts = Counts(size, size, size, size, 0)
-    inputs = StepInputs(counts, np.zeros(counts.total, np.int32))
-    inputs.kv_slots[:] = -1
-    inputs.query_begins[:] = np.arange(size + 1)
-    inputs.logit_rows[:] = np.arange(size)
-    return inputs
 
 
 @dataclass(frozen=True)
@@ -58,43 +43,48 @@ class CudaRunner:
     ) -> None:
         self._model = model
         self._device = device
-        tiles = 2 * (max_num_tokens // TILE_ROWS + max_batch_size + 1)
-        size = 5 * max_num_tokens + 4 * max_batch_size + 64 + max_batch_size * max_blocks + tiles
+        self._shapes = graph_shapes(max_batch_size, max_num_tokens)
+        blocks = max_batch_size * max_blocks
+        largest = Counts(max_num_tokens, max_batch_size, 0, max_num_tokens, blocks)
+        rooms = [(max_num_tokens // TILE_ROWS + max_batch_size, largest)]
+        rooms += [(shape.tiles, shape.counts(blocks)) for shape in self._shapes]
+        size = max(aligned(2 * tiles) + counts.total for tiles, counts in rooms)
         self._data = torch.zeros(size, dtype=torch.int32, device=device)
         self._stages = deque(_Stage(size) for _ in range(_STAGES))
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[GraphShape, _Graph] = {}
         self._pool: tuple[int, int] | None = None
 
     def launch(self, inputs: StepInputs, sampled: Tensor) -> Tensor | None:
         """Queue a step; see `loop.Runner`."""
-        counts = inputs.counts
-        if self._graphs and counts.tokens == counts.generation == counts.logits:
-            size = next((size for size in sorted(self._graphs) if size >= counts.tokens), None)
-            if size is not None:
-                self._upload(pad_generation(inputs, size).data)
-                graph = self._graphs[size]
-                graph.graph.replay()
-                return None if graph.logits is None else graph.logits[: counts.tokens]
-        tiles = context_tiles(inputs)
-        self._upload(np.concatenate([inputs.data, tiles.reshape(-1)]) if len(tiles) else inputs.data)
-        return self._model.forward(CudaBatch.of(self._data, inputs, len(tiles)), sampled)
+        shape = next((shape for shape in self._graphs if shape.fits(inputs.counts)), None)
+        if shape is None:
+            tiles = context_tiles(inputs)
+            self._upload(with_tiles(inputs, tiles))
+            return self._model.forward(CudaBatch.of(self._data, inputs, len(tiles)), sampled)
+        padded = pad(inputs, shape)
+        self._upload(with_tiles(padded, context_tiles(padded, shape.tiles)))
+        graph = self._graphs[shape]
+        graph.graph.replay()
+        return None if graph.logits is None else graph.logits[: inputs.counts.logits]
 
     @torch.inference_mode()
-    def capture(self, sizes: list[int], sampled: Tensor) -> None:
-        """Record one graph for each batch size; they share their memory, as no two run at once.
+    def capture(self, sampled: Tensor) -> None:
+        """Record one graph for each shape; they share their memory, as no two run at once.
 
-        Launch each size once before: a recording cannot load kernels.
+        Launch each shape once before: a recording cannot load kernels.
         """
-        for size in sorted(sizes, reverse=True):
-            inputs = idle_generation(size)
-            self._upload(inputs.data)
-            batch = CudaBatch.of(self._data, inputs, 0)
+        recorded = {}
+        for shape in reversed(self._shapes):
+            inputs = idle(shape)
+            self._upload(with_tiles(inputs, context_tiles(inputs, shape.tiles)))
+            batch = CudaBatch.of(self._data, inputs, shape.tiles)
             torch.cuda.synchronize(self._device)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):  # type: ignore[arg-type]
                 logits = self._model.forward(batch, sampled)
             self._pool = graph.pool()
-            self._graphs[size] = _Graph(graph, logits)
+            recorded[shape] = _Graph(graph, logits)
+        self._graphs = dict(reversed(recorded.items()))  # the smallest first
 
     def _upload(self, data: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
         stage = self._stages[0]

@@ -15,7 +15,7 @@ from trtqwen.executor.config import WorkerConfig
 from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.kernels.penalize import penalize_fused
 from trtqwen.executor.cuda.model import CudaModel
-from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes
+from trtqwen.executor.cuda.runner import CudaRunner
 from trtqwen.executor.cuda.warm_up import compile_kernels, measure_steps
 from trtqwen.executor.device import DeviceChoice
 from trtqwen.executor.parallel import Communicator
@@ -110,7 +110,7 @@ def make_runner(
     clock.lap(f"KV cache of {num_blocks * build.tokens_per_block} tokens")
     if choice.graphs:
         try:
-            runner.capture(graph_sizes(build.max_batch_size), sampler.last_tokens)
+            runner.capture(sampler.last_tokens)
         except torch.OutOfMemoryError:
             fraction = config.executor.kv_cache_free_gpu_mem_fraction
             raise EngineError(

@@ -14,7 +14,8 @@ from trtqwen.executor.cuda.kernels.ahead import compile_ahead
 from trtqwen.executor.cuda.kernels.choose import choose_fused
 from trtqwen.executor.cuda.kernels.penalize import penalize_fused
 from trtqwen.executor.cuda.model import CudaModel
-from trtqwen.executor.cuda.runner import CudaRunner, graph_sizes, idle_generation
+from trtqwen.executor.cuda.runner import CudaRunner
+from trtqwen.executor.cuda.shapes import graph_shapes, idle
 from trtqwen.executor.inputs import Counts, StepInputs
 from trtqwen.executor.sampling import Sampler
 
@@ -56,7 +57,7 @@ def _run_all(runner: CudaRunner, engine: EngineConfig, sampler: Sampler) -> None
 
 
 def _steps(engine: EngineConfig) -> Iterator[StepInputs]:
-    """The largest step of prompts, shorter ones, and generation in every batch size that becomes a CUDA graph."""
+    """The largest step of prompts, shorter ones, and every shape that becomes a CUDA graph."""
     build = engine.build_config
     largest = min(build.max_seq_len, build.max_num_tokens)
     sequences = min(build.max_batch_size, max(1, build.max_num_tokens // largest))
@@ -65,8 +66,8 @@ def _steps(engine: EngineConfig) -> Iterator[StepInputs]:
         for past in (0, build.tokens_per_block):
             if length + past <= largest:
                 yield _prompts(1, length, past, build.tokens_per_block)
-    for size in graph_sizes(build.max_batch_size):
-        yield idle_generation(size)
+    for shape in graph_shapes(build.max_batch_size, build.max_num_tokens):
+        yield idle(shape)
 
 
 def _prompts(sequences: int, length: int, past: int, tokens_per_block: int) -> StepInputs:
