@@ -100,8 +100,9 @@ def checks_page() -> Iterator[str]:
     )
     for check in CHECKS:
         yield f"## {check.id}: {check.title}"
-        yield f"Level: {check.level}."
-        yield _plain(inspect.getdoc(type(check)) or "")
+        outside = " It runs outside of containers only." if check.place == "host" else ""
+        yield f"Level: {check.level}.{outside}"
+        yield _plain(inspect.cleandoc(type(check).__doc__ or ""))
 
 
 def failures_page() -> Iterator[str]:

@@ -22,6 +22,7 @@ WARNINGS = {"D06", "D08", "D15", "D20", "D23", "D24", "D27", "D30", "D34", "D37"
 def test_every_check_has_its_id_and_level() -> None:
     assert [check.id for check in CHECKS] == IDS
     assert {check.id for check in CHECKS if check.level == "warning"} == WARNINGS
+    assert all(type(check).__doc__ for check in CHECKS), "docs/reference/checks.md shows what each is about"
 
 
 def test_a_host_alone_is_examined_and_the_rest_says_what_it_needs(machine: Callable[..., System]) -> None:

@@ -33,6 +33,8 @@ class PciLink(Check):
 
 
 class PowerLimit(Check):
+    """No card is limited to less than 95 % of its default power."""
+
     id = "D38"
     level = "warning"
     title = "power limit of each card"
@@ -52,6 +54,8 @@ class PowerLimit(Check):
 
 
 class Persistence(Check):
+    """In persistence mode the driver stays loaded when nothing runs, and starts are shorter."""
+
     id = "D39"
     level = "warning"
     title = "persistence mode"

@@ -16,6 +16,8 @@ _GB = 10**9
 
 
 class ContainerToolkit(Check):
+    """Docker runs here, and its containers can see the GPUs."""
+
     id = "D35"
     level = "error"
     title = "docker and GPU containers"
@@ -36,6 +38,8 @@ class ContainerToolkit(Check):
 
 
 class ImageRoom(Check):
+    """Docker's disk holds the image that builds and serves, also while it is unpacked."""
+
     id = "D36"
     level = "error"
     title = "disk for the image"

@@ -53,6 +53,11 @@ class TorchFacts:
 
 
 class EmbeddedDevice(Check):
+    """PyTorch sees the cards that the recipe needs and has kernels for them.
+
+    The engine's own kernels can be compiled here.
+    """
+
     id = "D42"
     level = "error"
     title = "PyTorch of the embedded engine"

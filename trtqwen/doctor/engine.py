@@ -23,6 +23,8 @@ _REBUILD = "build the engine again with `trtqwen build`"
 
 
 class EngineProvenance(Check):
+    """An engine runs on the TensorRT-LLM release and the kind of card that built it."""
+
     id = "D01"
     level = "error"
     title = "engine and host"
@@ -98,6 +100,11 @@ class _Context:
 
 
 class LongContext(Check):
+    """No part of a deployment promises more tokens than the rotary embedding reaches.
+
+    YaRN is on only where it is needed.
+    """
+
     id = "D17"
     level = "error"
     title = "context length and YaRN"

@@ -13,6 +13,11 @@ from trtqwen.triton.integrity import check_served_files
 
 
 class Files(Check):
+    """The files of checkpoint, engine and repository are as trtqwen wrote them.
+
+    A repository serves the engine that it was written for.
+    """
+
     id = "D25"
     level = "error"
     title = "file digests"

@@ -15,6 +15,11 @@ _SHOWN_MIB = 100
 
 
 class AllReduce(Check):
+    """NCCL's sums over the GPUs are right.
+
+    With peer access they have to be right only on cards that have it: GeForce cards are served without.
+    """
+
     id = "D26"
     level = "error"
     title = "all-reduce"
@@ -58,6 +63,11 @@ def _first_problem(sizes: list[int], *, peer_access: bool) -> str | None:
 
 
 class ForeignMemory(Check):
+    """The engine takes the free memory of a card when it loads.
+
+    Other processes on the card make its KV cache smaller.
+    """
+
     id = "D27"
     level = "warning"
     title = "other users of GPU memory"

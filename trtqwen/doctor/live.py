@@ -42,6 +42,8 @@ class LiveCheck(Check):
 
 
 class Sanity(LiveCheck):
+    """A question gets an answer that ends by itself and does not repeat one token."""
+
     id = "D29"
     level = "error"
     title = "sanity of answers"
@@ -67,6 +69,8 @@ class Sanity(LiveCheck):
 
 
 class InFlightBatching(LiveCheck):
+    """The pieces of eight answers that are requested at once come between each other."""
+
     id = "D30"
     level = "warning"
     title = "in-flight batching"
@@ -88,6 +92,8 @@ class InFlightBatching(LiveCheck):
 
 
 class Cancellation(LiveCheck):
+    """A client that leaves frees its KV cache blocks within a second."""
+
     id = "D31"
     level = "error"
     title = "cancellation"
@@ -120,6 +126,8 @@ class Cancellation(LiveCheck):
 
 
 class Wedge(LiveCheck):
+    """A prompt that is too long is refused, and the next request is still answered."""
+
     id = "D32"
     level = "error"
     title = "prompt length limit"
@@ -145,6 +153,8 @@ class Wedge(LiveCheck):
 
 
 class Characters(LiveCheck):
+    """Streamed pieces hold no broken characters: a character of several tokens comes as one."""
+
     id = "D33"
     level = "error"
     title = "characters in streams"

@@ -71,6 +71,11 @@ def _acs_bridges(listing: str) -> list[str]:
 
 
 class SharedMemory(Check):
+    """Ranks and Triton's python models exchange data in /dev/shm, and NCCL locks memory.
+
+    Containers start with too little of both. The check also names segments that killed servers left.
+    """
+
     id = "D07"
     level = "error"
     title = "shared memory and limits"
@@ -133,6 +138,8 @@ def _may_be_stale(path: Path) -> bool:
 
 
 class ConversionRoom(Check):
+    """Memory and disk hold the conversion: three times the largest tensor, and checkpoint and engine."""
+
     id = "D09"
     level = "error"
     title = "memory and disk"

@@ -20,6 +20,8 @@ _CONVERSATION = ({"role": "user", "content": "2+2?"},)
 
 
 class Family(Check):
+    """The directory has a dense Qwen2 or Qwen2.5 model, and every shard and tensor of it."""
+
     id = "D10"
     level = "error"
     title = "model architecture and files"
@@ -32,6 +34,11 @@ class Family(Check):
 
 
 class Divisible(Check):
+    """Attention heads, KV heads and layers can be divided by the recipe's tp_size and pp_size.
+
+    Without a recipe the check lists the sizes that are possible.
+    """
+
     id = "D11"
     level = "error"
     title = "tensor-parallel and pipeline-parallel sizes"
@@ -73,6 +80,8 @@ class StopIds(Check):
 
 
 class ChatTemplate(Check):
+    """The chat template renders a turn, and the tokenizer knows the special tokens in it."""
+
     id = "D13"
     level = "error"
     title = "chat template"
@@ -89,6 +98,11 @@ class ChatTemplate(Check):
 
 
 class KeyBias(Check):
+    """One layer with a large k_proj bias sets the step of an 8-bit KV cache.
+
+    The keys of the other layers then fall below one step.
+    """
+
     id = "D14"
     level = "error"
     title = "INT8 KV cache and k_proj bias"
@@ -117,6 +131,11 @@ def _quantized_kv_cache(subject: Subject) -> str | None:
 
 
 class Overflow(Check):
+    """A model that was trained in bfloat16 can exceed the range of float16.
+
+    Its logits become NaN, and its answers are `!!!!`.
+    """
+
     id = "D15"
     level = "warning"
     title = "activation range of the dtype"
@@ -134,6 +153,8 @@ class Overflow(Check):
 
 
 class Vocabulary(Check):
+    """The embedding, lm_head and the tokenizer agree on the number of tokens."""
+
     id = "D16"
     level = "error"
     title = "embedding, lm_head and tokenizer sizes"

@@ -20,6 +20,11 @@ _LEAST = 0.9  # share of tokens
 
 
 class TokenParity(LiveCheck):
+    """Greedy tokens of the server, alone and in a batch, are those of the Hugging Face model in float32 on the CPU.
+
+    Near ties may differ.
+    """
+
     id = "D28"
     level = "error"
     title = "greedy tokens"

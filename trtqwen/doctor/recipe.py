@@ -19,6 +19,8 @@ _CAPACITY = ("memory", "kv-cache")  # the findings of `trtqwen plan` that speak 
 
 
 class MemoryPlan(Check):
+    """Weights, activations and the KV cache of one full request fit on each card, by `trtqwen plan`."""
+
     id = "D19"
     level = "error"
     title = "GPU memory"
@@ -34,6 +36,8 @@ class MemoryPlan(Check):
 
 
 class Concurrent(Check):
+    """The KV cache holds at least two requests of full length, by `trtqwen plan`."""
+
     id = "D20"
     level = "warning"
     title = "concurrency at full length"
@@ -58,6 +62,11 @@ def _plan(subject: Subject) -> Plan:
 
 
 class BuildFlags(Check):
+    """Every option of the recipe's engine exists in the program that takes it.
+
+    The installed program decides where there is one, otherwise the table of the recipe's release.
+    """
+
     id = "D21"
     level = "error"
     title = "options of the engine's program"

@@ -15,6 +15,11 @@ from trtqwen.doctor.subject import Skip, Subject
 
 
 class RepositoryLint(Check):
+    """The model configurations agree with each other and with TensorRT-LLM's contract.
+
+    The check compares tensors, types, shapes, ensemble steps and parameters.
+    """
+
     id = "D22"
     level = "error"
     title = "model repository"
@@ -25,6 +30,11 @@ class RepositoryLint(Check):
 
 
 class Queue(Check):
+    """Requests do not wait for a batch, since the engine batches in flight.
+
+    The queue has a limit, and BLS has an instance for each request of a batch.
+    """
+
     id = "D23"
     level = "warning"
     title = "queue delay and size"
@@ -67,6 +77,8 @@ def _bls_instances(subject: Subject) -> Iterator[Diagnostic]:
 
 
 class GuidedDecoding(Check):
+    """The backend of guided decoding can load its vocabulary, and that has the engine's size."""
+
     id = "D24"
     level = "warning"
     title = "guided decoding"

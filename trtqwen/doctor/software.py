@@ -25,6 +25,11 @@ _BACKEND = Path("opt/tritonserver/backends/tensorrtllm/libtriton_tensorrtllm.so"
 
 
 class EnginePath(Check):
+    """The installed release of TensorRT-LLM builds engines, and its Triton can serve them.
+
+    1.2.1 is the last one that does.
+    """
+
     id = "D02"
     level = "error"
     title = "TensorRT-LLM installation"
@@ -63,6 +68,8 @@ def _build_config_is_gone() -> bool:
 
 
 class TensorRtVersion(Check):
+    """TensorRT is version 10, and the one that the installed TensorRT-LLM was built with."""
+
     id = "D03"
     level = "error"
     title = "TensorRT version"
@@ -83,6 +90,8 @@ class TensorRtVersion(Check):
 
 
 class Driver(Check):
+    """The driver is new enough for the CUDA of the image."""
+
     id = "D05"
     level = "error"
     title = "NVIDIA driver"
@@ -98,7 +107,7 @@ class Driver(Check):
 
 
 class Advisories(Check):
-    """Attacks on Triton that are known of the image."""
+    """The image has no known security advisory."""
 
     id = "D41"
     level = "warning"
@@ -119,6 +128,8 @@ def _image(subject: Subject) -> Image:
 
 
 class Environment(Check):
+    """No environment variable sends NCCL, CUDA or MPI another way than the recipe needs."""
+
     id = "D08"
     level = "warning"
     title = "environment variables"
