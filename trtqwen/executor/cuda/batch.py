@@ -41,7 +41,7 @@ class CudaBatch:
         """The views.
 
         Args:
-            data: int32 on the device: the data of `with_tiles`, for so many tiles. A step without blocks
+            data: int32 on the device: the data of `with_tiles`, with this many tiles. A step without blocks
                 is recorded as a CUDA graph, for prompts with and without earlier tokens; its blocks follow later.
         """
         counts = inputs.counts

@@ -15,7 +15,7 @@ from trtqwen.executor.inputs import Counts, StepInputs
 
 _PROMPTS = 4  # of a step, at most
 _PROMPT_TOKENS = (32, 64, 128, 192, 256, 384, 512)
-_BESIDE_PROMPTS = (0, 16, 64)  # sequences that generate
+_NEXT_TO_PROMPTS = (0, 16, 64)  # sequences that generate
 _TOKEN_SECTIONS = ("token_ids", "positions", "kv_slots")
 
 
@@ -67,9 +67,9 @@ class GraphShape:
 def graph_shapes(max_batch_size: int, max_num_tokens: int) -> list[GraphShape]:
     """Return the shapes to record, by tokens: few for a fast start, and close to each other for little padding."""
     sizes = {1, 2, 4, max_batch_size, *range(8, 65, 8), *range(80, 257, 16), *range(288, 1025, 32)}
-    beside = {min(size, max_batch_size - 1) for size in _BESIDE_PROMPTS}  # one at least is a prompt
+    next_to = {min(size, max_batch_size - 1) for size in _NEXT_TO_PROMPTS}  # one at least is a prompt
     shapes = [GraphShape(size) for size in sizes if size <= max_batch_size]
-    shapes += [GraphShape(size, tokens) for size in beside for tokens in _PROMPT_TOKENS if tokens <= max_num_tokens]
+    shapes += [GraphShape(size, tokens) for size in next_to for tokens in _PROMPT_TOKENS if tokens <= max_num_tokens]
     return sorted(shapes, key=lambda shape: shape.counts(0).tokens)
 
 
