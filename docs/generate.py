@@ -164,7 +164,8 @@ def _fields(model: type[BaseModel], leave_out: Collection[str] = ()) -> str:
             continue
         default = "required" if field.is_required() else f"`{_json(field.get_default(call_default_factory=True))}`"
         schema = model.model_json_schema()["properties"].get(name, {})
-        lines.append(f"| `{name}` | {_cell(_type(schema))} | {default} | {_cell(meanings.get(name, ''))} |")
+        meaning = re.sub(r"\bNone\b", "`null`", meanings[name])
+        lines.append(f"| `{name}` | {_cell(_type(schema))} | {default} | {_cell(meaning)} |")
     return "\n".join(lines)
 
 

@@ -72,15 +72,18 @@ class GatewayConfig(BaseModel):
         admin_keys: YAML file with the keys of the admin routes, in the form of `api_keys`; None has no admin routes.
         engine_start_seconds: longest time until an added engine answers.
         triton: host:port of each replica's gRPC endpoint; `prefix_routing` says which one a request goes to.
+        host: address that the gateway listens on; a loopback address serves this machine alone.
+        port: TCP port that the gateway listens on; 0 takes a free one.
         model_name: what clients call the model; None is the repository directory's name.
         api_keys: YAML file with the keys; None requires no key, which only a loopback address allows
             (`allow_anonymous` lifts that).
+        allow_anonymous: serve clients without a key on any address.
         workers: processes that serve clients behind one port, with one admission; None is one for each four CPUs,
             eight at most.
         rates_url: Redis or Valkey server that keeps the rates of keys for several gateways, such as
             `redis://host:6379/0`; None keeps them in the gateway. The password is in `TRTQWEN_RATES_PASSWORD`.
-        max_body_bytes, max_header_bytes: of one HTTP request; for None, the body may have 32 bytes for each token of
-            the context, but 1 MiB at least.
+        max_body_bytes: largest body of a request; None is 32 bytes for each token of the context, and 1 MiB at least.
+        max_header_bytes: largest headers of a request.
         max_choices: answers of one request, `n` times the prompts.
         allowed_origins: origins whose web pages may read answers (CORS); `*` is any, `loopback` any on this machine.
         path_prefix: prefix that a proxy leaves in front of the paths, such as `/llm`; the paths work without it too.
@@ -94,8 +97,10 @@ class GatewayConfig(BaseModel):
         max_tokens: the largest limit of a request; None is the context.
         kv_cache_tokens: tokens that one replica's KV cache holds; None is the repository's
             `max_tokens_in_paged_kv_cache`, else room for a whole batch of full-length requests.
-        max_queued_requests, max_queued_tokens: size of the queue; further requests are refused. None is twice what
-            the replicas run at once, and at least 1024 requests and 2**21 tokens.
+        max_queued_requests: requests in the queue; further ones are refused. None is twice what the replicas run at
+            once, and at least 1024.
+        max_queued_tokens: tokens of the requests in the queue; further requests are refused. None is twice what the
+            replicas run at once, and at least 2**21.
         key_share: share of the engines that one API key may use at a time if there are several keys.
         prefix_routing: send a request to the replica that has read the beginning of its prompt, unless that one is
             loaded; None does so if there are several replicas and their engines reuse KV cache blocks.

@@ -26,6 +26,8 @@ class CheckpointRecipe(Section):
 
     Attributes:
         dtype: `auto` keeps a 16-bit dtype and makes float32 float16, as NVIDIA's converter does.
+        tp_size: ranks that share each layer, the tensor-parallel size.
+        pp_size: stages of layers, the pipeline-parallel size.
         quant: `int8_wo` is INT8 weight-only (W8A16), `int8_sq` SmoothQuant (W8A8).
         sq_alpha: SmoothQuant's share of the difficulty that goes to the weights.
         per_channel: SmoothQuant scales each output channel of a weight, instead of the tensor.
@@ -225,6 +227,7 @@ class Recipe(Section):
     """A whole recipe; `name` is the file's name without `.yaml`.
 
     Attributes:
+        description: what the recipe is for; `trtqwen recipe list` shows it.
         model: the model whose sizes `plan` uses when no directory is given; see `hf/models.json`.
         host: the GPUs that serve it; without a host, the torch engine uses the available devices.
     """
