@@ -16,7 +16,7 @@ test test-slow test-vllm: export PYTHONDONTWRITEBYTECODE =
 # Tests that share a server run in one process, and theirs come first (tests/conftest.py). What is exhaustive is slow:
 # `make test` does without it, `make test-slow` runs it.
 PYTEST := $(BIN)/pytest --numprocesses=5 --dist=loadfile --no-loadscope-reorder
-test: .venv/developer .venv/transformers5
+test: .venv/developer
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/developer .venv/transformers5

@@ -1,6 +1,7 @@
 """What is exhaustive. `make test` leaves it out, `make test-slow` runs it.
 
-A case is slow only where a quick one runs the same code.
+A case is slow only where a quick one runs the same code. A test that starts a server of its own is slow where a quick
+one runs the same code in a shared server, or with a stand-in for the engine.
 """
 
 from __future__ import annotations

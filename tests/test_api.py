@@ -21,6 +21,7 @@ def test_every_name_is_there() -> None:
         _ = trtqwen.nothing
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 @pytest.mark.timeout(400)
 def test_the_example_builds_serves_and_answers(tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def test_a_prompt_is_a_message_where_it_is_to_be_one(tmp_path: Path) -> None:
 def test_a_killed_batch_goes_on(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
     """Killed in the middle: the second run takes what is there, and the output is that of one run."""
     file = written(
-        tmp_path / "in.jsonl", *({"prompt": f"Tell me {number}", "max_tokens": 40} for number in range(60))
+        tmp_path / "in.jsonl", *({"prompt": f"Tell me {number}", "max_tokens": 24} for number in range(40))
     )
     output, journal = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.part"
     command = [sys.executable, "-m", "trtqwen", "batch", str(bundled_engine()), "--input-file", str(file)]
@@ -108,10 +108,10 @@ def test_a_killed_batch_goes_on(bundled_engine: Callable[..., Path], tmp_path: P
         process.send_signal(signal.SIGKILL)
     assert not output.exists()
     with journal.open("a") as part:
-        part.write('{"line": 59, "resu')  # cut off
+        part.write('{"line": 39, "resu')  # cut off
     lines = read_lines(file, Defaults(chat=False, fields={"max_tokens": 256, "temperature": 0.0}))
     done = run_batch(bundled_engine(), ServeRecipe(), lines, output)
-    assert 5 <= done.reused < 60
+    assert 5 <= done.reused < 40
     assert not journal.exists()
     whole = tmp_path / "whole.jsonl"
     run_batch(bundled_engine(), ServeRecipe(), lines, whole)

@@ -64,6 +64,7 @@ def test_answers_agree_up_to_the_first_difference() -> None:
     assert agreement.log_prob_difference == pytest.approx(0.1 / 5)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_repository_is_served_asked_and_stopped(repository: Path, tmp_path: Path) -> None:  # noqa: F811
     """The perplexity that comes over the interface is the model's own."""

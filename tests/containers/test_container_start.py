@@ -81,6 +81,7 @@ def image(tmp_path: Path) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_smoothquant_builds_in_the_virtual_environment_of_an_image(image: Path, tmp_path: Path) -> None:
     """The first container makes its environment and keeps it; the second calls neither pip nor the image's Python."""
     (tmp_path / "sq.yaml").write_text(SQ_RECIPE)

@@ -353,6 +353,7 @@ def error_code(lines: list[str]) -> str | None:
     return None if last.strip() == "[DONE]" else json.loads(last)["error"]["code"]
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_probes_signals_and_drain_of_a_real_server(pod: Pod) -> None:
     grace = pod.spec["terminationGracePeriodSeconds"]

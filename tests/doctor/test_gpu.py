@@ -18,6 +18,7 @@ from trtqwen.recipe import load_recipe
 from trtqwen.system.host import Host
 
 
+@pytest.mark.slow
 def test_the_all_reduce_runs_over_gloo() -> None:
     assert all_reduce_problem(2, "gloo", 60) is None
 

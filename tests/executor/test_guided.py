@@ -162,6 +162,7 @@ def test_a_guide_that_compiles_for_long_is_refused_and_the_next_one_is_not(decod
     assert wander(decoder, guided("regex", "[xyz]"), 0)
 
 
+@pytest.mark.slow
 def test_guides_are_compiled_again_after_the_process_that_tries_them_was_killed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -21,7 +21,6 @@ import yaml
 from tests.conftest import BACKEND
 from tests.gateway.conftest import Running, access_log, quick_triton
 from tests.gateway.test_fleet import within
-from tests.slow import slow
 from tests.waiting import wait_for
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
 from trtqwen.demo import MODEL
@@ -289,6 +288,7 @@ def test_a_canary_gets_its_share_and_keeps_its_users(service: Fleet) -> None:
     assert within(60 - spread[old], 60, 0.3)
 
 
+@pytest.mark.slow
 def test_a_canary_that_has_died_gets_nothing(service: Fleet, int8_repository: Path) -> None:
     with quick_triton(int8_repository) as doomed:
         canary = {"name": "doomed", "repository": str(int8_repository), "triton": [doomed.grpc_url]}
@@ -336,7 +336,8 @@ def test_a_shadow_sees_copies_and_clients_see_nothing(service: Fleet) -> None:
     assert shadow["times"]["first_token"]["count"] == 12
 
 
-@pytest.mark.parametrize("disease", [signal.SIGSTOP, slow(signal.SIGKILL)])
+@pytest.mark.slow
+@pytest.mark.parametrize("disease", [signal.SIGSTOP, signal.SIGKILL])
 def test_a_shadow_that_hangs_or_dies_disturbs_nobody(
     service: Fleet, stand_in_repository: Path, disease: signal.Signals
 ) -> None:
@@ -355,6 +356,7 @@ def test_a_shadow_that_hangs_or_dies_disturbs_nobody(
         service.serve(service.target("float32"))
 
 
+@pytest.mark.slow
 def test_keys_stay_with_their_target_and_workers_agree(
     tritons: dict[str, tuple[Path, TritonServer]], tmp_path: Path
 ) -> None:

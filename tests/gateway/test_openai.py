@@ -404,6 +404,7 @@ def doomed(engine_repository: Path, request: pytest.FixtureRequest) -> Iterator[
         yield running
 
 
+@pytest.mark.slow
 def test_the_death_of_a_rank_is_an_error_for_everybody(doomed: Running) -> None:
     module = {"torch": "trtqwen.executor.worker", "vllm": "vllm.entrypoints.openai.api_server"}[BACKEND]
     rank = process(doomed.triton.vllm_pid or doomed.triton.pid, module)

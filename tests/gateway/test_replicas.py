@@ -27,6 +27,7 @@ def executions(server: TritonServer) -> int:
     return sum(int(float(line.split()[-1])) for line in lines if line.startswith(name))
 
 
+@pytest.mark.slow
 def test_one_of_two_dies_and_returns(unhurried_repository: Path) -> None:
     repository = unhurried_repository
     with quick_triton(repository) as steady, quick_triton(repository) as mortal:

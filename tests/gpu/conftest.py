@@ -8,7 +8,8 @@ import torch
 collect_ignore_glob: list[str] = []
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def _card() -> None:
+    """Skip before the other fixtures compute anything."""
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -7,14 +7,17 @@ import math
 import os
 import subprocess
 import sys
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 
+from tests.hf import oracle
 from tests.hf.layouts import LAYOUTS, Layout, bundled_weights
-from tests.slow import every
 from trtqwen.checkpoint.convert import ConversionPlan, plan_conversion, run_conversion
 from trtqwen.demo import MODEL
 from trtqwen.diagnostics import InputError, TrtQwenError
@@ -27,8 +30,7 @@ from trtqwen.verify.compare import compare
 from trtqwen.verify.ranks import CheckpointRanks
 from trtqwen.verify.samples import read_samples
 
-ORACLE = Path(__file__).with_name("oracle.py")
-TRANSFORMERS_5 = Path(sys.prefix) / "transformers5"  # `make test` installs it there
+TRANSFORMERS_5 = Path(sys.prefix) / "transformers5"  # `make test-slow` installs it there
 TEXTS = [
     "Hello, world! It's 2+2=4,  and\r\n\n  more\ttext ",
     " leading space",
@@ -74,7 +76,7 @@ CHATS: list[dict[str, Any]] = [
     {"conversation": [{"role": "user"}], **BEGIN},
 ]
 NULL_CONTENT = CHATS.index({"conversation": [USER, DEEPSEEK_CALLS, RESULT], **BEGIN})
-Answers = dict[int, dict[str, dict[str, Any]]]
+Answers = dict[str, dict[str, Any]]
 TAKEN = [layout for layout in LAYOUTS if not layout.refused]
 
 
@@ -94,45 +96,62 @@ def directories(home: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def answers(
+def answers_of_5(
     request: pytest.FixtureRequest, home: Path, directories: dict[str, Path], samples: list[list[int]]
 ) -> Answers:
-    """What each release answers, by directory that a test takes: one process each, both at once."""
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
-    tested = {layout.name for call in calls if call and isinstance(layout := call.params.get("layout"), Layout)}
-    questions: list[dict[str, Any]] = [
-        {
-            "directory": str(directories[layout.name]),
-            "texts": TEXTS,
-            "chats": CHATS,
-            "samples": samples if layout.weights else None,
-        }
-        for layout in TAKEN
-        if layout.name in tested
-    ]
-    asked = home / "questions.json"
-    asked.write_text(json.dumps(questions))
-    processes = {}
-    for release in (4, 5):
-        if release == 5 and not TRANSFORMERS_5.is_dir():
-            continue
-        path = os.pathsep.join(
-            filter(None, [str(TRANSFORMERS_5) if release == 5 else "", os.environ.get("PYTHONPATH")])
-        )
-        processes[release] = subprocess.Popen(
-            [sys.executable, str(ORACLE), str(asked), str(home / f"answers{release}.json")],
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
-            stderr=subprocess.PIPE,
-        )
-    found: Answers = {}
-    for release, process in processes.items():
-        _, errors = process.communicate(timeout=600)
-        assert process.returncode == 0, errors.decode()[-2000:]
-        content = json.loads((home / f"answers{release}.json").read_text())
-        assert content["version"].startswith(f"{release}.")
-        names = [Path(question["directory"]).name for question in questions]
-        found[release] = dict(zip(names, content["answers"], strict=True))
-    return found
+    """What transformers 5 answers, by directory that a test takes: a process of its own."""
+    if not TRANSFORMERS_5.is_dir():
+        pytest.skip("transformers 5 is not installed; `make test-slow` installs it")
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    tested = {params["layout"].name for params in calls if params.get("release") == 5}
+    layouts = [layout for layout in TAKEN if layout.name in tested]
+    asked, told = home / "questions.json", home / "answers.json"
+    asked.write_text(json.dumps([question(layout, directories, samples) for layout in layouts]))
+    path = os.pathsep.join(filter(None, [str(TRANSFORMERS_5), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, str(Path(oracle.__file__)), str(asked), str(told)],
+        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"},
+        stderr=subprocess.PIPE,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr.decode()[-2000:]
+    content = json.loads(told.read_text())
+    assert content["version"].startswith("5.")
+    return dict(zip([layout.name for layout in layouts], content["answers"], strict=True))
+
+
+@pytest.fixture
+def theirs(
+    request: pytest.FixtureRequest,
+    release: int,
+    layout: Layout,
+    directories: dict[str, Path],
+    samples: list[list[int]],
+) -> dict[str, Any]:
+    """What a release of transformers answers."""
+    if release == 5:
+        answers: Answers = request.getfixturevalue("answers_of_5")
+        return answers[layout.name]
+    assert transformers.__version__.startswith("4.")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return oracle.asked(question(layout, directories, samples))
+
+
+def question(layout: Layout, directories: dict[str, Path], samples: list[list[int]]) -> dict[str, Any]:
+    directory = str(directories[layout.name])
+    return {"directory": directory, "texts": TEXTS, "chats": CHATS, "samples": samples if layout.weights else None}
+
+
+def cases() -> Iterator[Any]:
+    """Every layout with every release that reads it; quick are some with the installed release."""
+    for weights, step in ((False, 3), (True, 6)):
+        layouts = [layout for layout in TAKEN if bool(layout.weights) == weights]
+        for release in (4, 5):
+            read = [layout for layout in layouts if layout.oracle not in (4, 5) or layout.oracle == release]
+            for index, layout in enumerate(read):
+                marks = () if release == 4 and index % step == 0 else pytest.mark.slow
+                yield pytest.param(layout, release, id=f"{layout.name}-{release}", marks=marks)
 
 
 def taken(directory: Path) -> ConversionPlan:
@@ -149,14 +168,14 @@ def test_refused_by_name(layout: Layout, directories: dict[str, Path]) -> None:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(
-    "layout",
-    every(3, [layout for layout in TAKEN if not layout.weights])
-    + every(6, [layout for layout in TAKEN if layout.weights]),
-    ids=lambda layout: layout.name,
-)
+@pytest.mark.parametrize(("layout", "release"), list(cases()))
 def test_as_transformers(
-    layout: Layout, directories: dict[str, Path], answers: Answers, samples: list[list[int]], tmp_path: Path
+    layout: Layout,
+    release: int,
+    theirs: dict[str, Any],
+    directories: dict[str, Path],
+    samples: list[list[int]],
+    tmp_path: Path,
 ) -> None:
     plan = taken(directories[layout.name])
     said = " ".join(map(str, plan.findings))
@@ -164,21 +183,16 @@ def test_as_transformers(
         said
     )
     run_conversion(plan, tmp_path / "checkpoint")
-    releases = [layout.oracle] if layout.oracle in (4, 5) else [4, 5]
-    for release in releases:
-        if release not in answers:
-            pytest.skip("transformers 5 is not installed; `make test` installs it")
-        theirs = answers[release][layout.name]
-        assert "failed" not in theirs, theirs
-        for tokenizer in (plan.tokenizer, Tokenizer(tmp_path / "checkpoint" / "tokenizer")):
-            assert tokenizer is not None
-            assert [tokenizer.encode(text) for text in TEXTS] == theirs["plain"]
-            assert [tokenizer.encode_prompt(text) for text in TEXTS] == theirs["raw"]
-            chats = [rendered(tokenizer.chat_template, options) for options in CHATS]
-            if release == 5:  # it drops nulls from messages, which DeepSeek's template asks for
-                chats[NULL_CONTENT] = theirs["chats"][NULL_CONTENT]
-            assert chats == theirs["chats"]
-            assert sorted(tokenizer.stop_ids) == theirs["ends"]
+    assert "failed" not in theirs, theirs
+    for tokenizer in (plan.tokenizer, Tokenizer(tmp_path / "checkpoint" / "tokenizer")):
+        assert tokenizer is not None
+        assert [tokenizer.encode(text) for text in TEXTS] == theirs["plain"]
+        assert [tokenizer.encode_prompt(text) for text in TEXTS] == theirs["raw"]
+        chats = [rendered(tokenizer.chat_template, options) for options in CHATS]
+        if release == 5:  # it drops nulls from messages, which DeepSeek's template asks for
+            chats[NULL_CONTENT] = theirs["chats"][NULL_CONTENT]
+        assert chats == theirs["chats"]
+        assert sorted(tokenizer.stop_ids) == theirs["ends"]
     if layout.name == "rope-null":
         return  # transformers does not compute it; "rope-absent" has the same config
     if not layout.weights:  # the perplexity is that of the bundled model, which other layouts compare
@@ -187,10 +201,8 @@ def test_as_transformers(
     else:
         ranks = CheckpointRanks(tmp_path / "checkpoint", "plain", torch.device("cpu"))
         head = compare(plan, ranks, samples, torch.device("cpu")).head
-        for release in releases:
-            expected = answers[release][layout.name]["perplexity"]
-            for ours in (head.model_perplexity, head.checkpoint_perplexity):
-                assert math.isclose(ours, expected, rel_tol=1e-4), (release, ours, expected)
+        for ours in (head.model_perplexity, head.checkpoint_perplexity):
+            assert math.isclose(ours, theirs["perplexity"], rel_tol=1e-4), (ours, theirs["perplexity"])
 
 
 def computed(source: HfModel) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import pytest
 
+from tests.slow import slow
 from tests.standins import host, mpirun, tritonserver
 from trtqwen.diagnostics import InputError, ServerError
 from trtqwen.recipe import ServeRecipe, load_recipe, recipe_names
@@ -437,7 +438,7 @@ def test_the_real_mpirun_leaves_all_cores_and_starts_more_ranks_than_cores(tmp_p
     assert cores == [str(len(os.sched_getaffinity(0)))] * (2 * (os.cpu_count() or 1) + 1)
 
 
-@pytest.mark.parametrize("blind", [False, True], ids=["mpirun-ends", "mpirun-hangs"])
+@pytest.mark.parametrize("blind", [pytest.param(False, id="mpirun-ends"), slow(True, id="mpirun-hangs")])
 def test_a_dead_rank_ends_the_group(
     trt_repository: Callable[..., Path], standins: Path, monkeypatch: pytest.MonkeyPatch, blind: bool
 ) -> None:

@@ -211,6 +211,7 @@ def test_a_numpy_that_crashes_the_python_backend_is_named(repository: Path, othe
     assert f"numpy 1, but {other_python.parents[1]} has numpy 2.5.2: run `" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_signal_stops_everything_cleanly(repository: Path, tmp_path: Path) -> None:
     """Also after answers that clients leave when they are over: Triton may keep their requests, and their model."""
@@ -263,6 +264,7 @@ def test_nothing_survives_when_we_are_killed(repository: Path) -> None:
         assert gone(group, 60)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_a_server_that_dies_is_noticed(repository: Path) -> None:
     with serving(repository) as (process, group, _):

@@ -76,7 +76,8 @@ def test_a_killed_vllm_is_named_and_a_restart_serves_again(vllm_repository: Path
     assert not list(living(vllm))
 
 
-@pytest.mark.parametrize("stops", [slow("process"), "tokens"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", ["process", "tokens"])
 def test_a_vllm_that_hangs_is_named(vllm_repository: Path, monkeypatch: pytest.MonkeyPatch, stops: str) -> None:
     script: dict[str, Any] = {"silent_after": 1} if stops == "tokens" else {}
     monkeypatch.setenv("STAND_IN_VLLM", json.dumps(script))
