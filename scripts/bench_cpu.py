@@ -16,6 +16,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from commit import commit
 from peers import Server, trtqwen_server, vllm_server
 
 from trtqwen.checkpoint.convert import plan_conversion, run_conversion
@@ -212,12 +213,6 @@ def machine() -> str:
         line.partition(":")[2] for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ]
     return f"{len(os.sched_getaffinity(0))} cores of {model[0].strip()}" if model else f"{os.cpu_count()} cores"
-
-
-def commit() -> str:
-    """The checkout's commit, or the one that the environment names where there is no checkout."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, capture_output=True, text=True)
-    return done.stdout.strip() or os.environ.get("TRTQWEN_COMMIT", "")
 
 
 def main() -> None:

@@ -12,19 +12,21 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from commit import commit
 from gpu_work import Ceilings, measure_ceilings, operations, traffic
 from random_engine import PRECISIONS, export_model, make_checkpoint
 
@@ -167,15 +169,20 @@ def run_vllm(directory: Path, options: argparse.Namespace, precision: str) -> It
     if options.vllm_path:
         environment["PYTHONPATH"] = os.pathsep.join([options.vllm_path, os.environ.get("PYTHONPATH", "")])
     script = Path(__file__).with_name("bench_gpu_vllm.py")
+    command = [options.vllm, str(script), json.dumps(job)]
     with subprocess.Popen(
-        [options.vllm, str(script), json.dumps(job)], stdout=subprocess.PIPE, text=True, env=environment
+        command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True
     ) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            if line.startswith("RESULT "):
-                name, value = json.loads(line.removeprefix("RESULT "))
-                say(f"vLLM, {precision}, {name}: {value:.1f}")
-                yield name, value
+        try:
+            for line in process.stdout:
+                if line.startswith("RESULT "):
+                    name, value = json.loads(line.removeprefix("RESULT "))
+                    say(f"vLLM, {precision}, {name}: {value:.1f}")
+                    yield name, value
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # vLLM's engine is a process of its own
 
 
 def rows(
@@ -215,15 +222,6 @@ def chosen(options: argparse.Namespace) -> list[Load]:
     return [load for name, load in loads().items() if name in options.loads]
 
 
-def commit() -> str:
-    """The commit that is measured."""
-    told = os.environ.get("TRTQWEN_COMMIT")
-    if told:
-        return told
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def say(line: str) -> None:
     """Progress, on standard error."""
     print(f"[{time.monotonic():.0f}] {line}", file=sys.stderr, flush=True)
@@ -245,6 +243,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="directory that keeps the random weights for the next run")
     parser.add_argument("--output", type=Path, help="JSON file of the rows")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # vLLM ends, too
     found: list[Row] = []
     for precision in options.precisions:
         before, ceilings = list(found), measure_ceilings(precision)

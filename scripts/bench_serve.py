@@ -19,6 +19,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from commit import commit
 from peers import Server, trtqwen_server, vllm_server
 
 from trtqwen.recipe import EngineRecipe
@@ -199,7 +200,6 @@ def main() -> None:
     if options.only:
         print(json.dumps(results[options.only], indent=1))
         return
-    from bench_cpu import commit
 
     common = {
         "precision": options.precision,
