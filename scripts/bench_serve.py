@@ -8,6 +8,7 @@ where vLLM's client does not run. The rows go to docs/benchmarks/serve.json with
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -36,30 +38,33 @@ FIGURES = {
 LEAST_REQUESTS = 16  # of a load: the median of a few says little
 
 
-def measure(options: argparse.Namespace, server: Server, concurrency: int) -> dict[str, Any]:
+def measure(options: argparse.Namespace, server: Server, concurrency: int, seeds: Iterator[int]) -> dict[str, Any]:
     """One load: the client's figures, and the CPU time of the server's processes for each token.
 
-    A round that is not measured goes before it: the first requests of a load meet cold caches and connections.
+    A round that is not measured goes before it: the first requests of a load meet cold caches and connections. No
+    prompt comes twice: vLLM keeps what it has read, and would answer a repeated prompt without reading it.
     """
     send = _vllm_client if options.client == "vllm" else _sse_client
     count = max(options.requests_per_stream * concurrency, LEAST_REQUESTS)
-    send(options, server, concurrency, concurrency)
+    send(options, server, concurrency, concurrency, next(seeds))
     before = server.usage()
-    figures = send(options, server, concurrency, count)
+    figures = send(options, server, concurrency, count, next(seeds))
     used = server.usage().since(before)
     tokens = max(1, figures.pop("tokens"))
     figures["cpu_ms_a_token"] = {name: round(1000 * value / tokens, 4) for name, value in used.items() if value}
     return figures
 
 
-def _vllm_client(options: argparse.Namespace, server: Server, concurrency: int, count: int) -> dict[str, Any]:
+def _vllm_client(
+    options: argparse.Namespace, server: Server, concurrency: int, count: int, seed: int
+) -> dict[str, Any]:
     result = options.work / "client.json"
     result.unlink(missing_ok=True)
     command = [options.vllm, "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai"]
     command += ["--base-url", server.url, "--model", NAME, "--tokenizer", str(options.model)]
     command += ["--dataset-name", "random", "--random-input-len", str(options.inputs)]
     command += ["--random-output-len", str(options.outputs), "--num-prompts", str(count)]
-    command += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--seed", "1"]
+    command += ["--max-concurrency", str(concurrency), "--ignore-eos", "--temperature", "0", "--seed", str(seed)]
     command += ["--save-result", "--result-filename", str(result), "--disable-tqdm"]
     done = subprocess.run(command, capture_output=True, text=True, env=_vllm_environment(options))
     if done.returncode or not result.exists():
@@ -70,9 +75,12 @@ def _vllm_client(options: argparse.Namespace, server: Server, concurrency: int, 
     return {name: round(content[name], 2) for name in FIGURES} | {"tokens": content["total_output_tokens"]}
 
 
-def _sse_client(options: argparse.Namespace, server: Server, concurrency: int, count: int) -> dict[str, Any]:
+def _sse_client(
+    options: argparse.Namespace, server: Server, concurrency: int, count: int, seed: int
+) -> dict[str, Any]:
     command = [sys.executable, str(HERE / "sse_load.py"), server.url, NAME, "--concurrency", str(concurrency)]
     command += ["--requests", str(count), "--inputs", str(options.inputs), "--outputs", str(options.outputs)]
+    command += ["--seed", str(seed)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -178,10 +186,11 @@ def main() -> None:
     }
     names = [options.only] if options.only else list(makers)
     results: dict[str, dict[int, list[dict[str, Any]]]] = {name: {} for name in names}
+    seeds = {name: itertools.count(1) for name in names}  # both servers get the same prompts
 
     def run(name: str, server: Server) -> None:
         for concurrency in options.concurrency:
-            figures = measure(options, server, concurrency)
+            figures = measure(options, server, concurrency, seeds[name])
             results[name].setdefault(concurrency, []).append(figures)
             print(json.dumps({"server": name, "concurrency": concurrency, **figures}), file=sys.stderr, flush=True)
 

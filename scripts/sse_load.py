@@ -74,10 +74,18 @@ async def one(url: str, body: bytes, figures: Figures) -> None:
 
 
 async def load(
-    url: str, model: str, *, concurrency: int, requests: int, inputs: int, outputs: int, vocabulary: int = 4000
+    url: str,
+    model: str,
+    *,
+    concurrency: int,
+    requests: int,
+    inputs: int,
+    outputs: int,
+    seed: int | None = None,
+    vocabulary: int = 4000,
 ) -> dict[str, object]:
     """Keep `concurrency` requests open until `requests` are answered; prompts are random token ids."""
-    rng = random.Random(1)
+    rng = random.Random(seed)
     figures = Figures()
     bodies = []
     for _ in range(requests):
@@ -109,6 +117,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--inputs", type=int, default=64, help="tokens of each prompt")
     parser.add_argument("--outputs", type=int, default=64, help="tokens of each answer")
+    parser.add_argument("--seed", type=int, help="of the prompts; by default no run repeats those of another")
     options = vars(parser.parse_args())
     figures = asyncio.run(load(options.pop("url"), options.pop("model"), **options))
     print(json.dumps(figures))
