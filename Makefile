@@ -12,10 +12,11 @@ demo: .venv/user
 # Tests start hundreds of interpreters: bytecode is written once, not compiled by each of them.
 test test-slow test-vllm: export PYTHONDONTWRITEBYTECODE =
 
-# Five processes on two cores: tests of servers often wait. They are forked from one that has imported the libraries.
+# One process more than cores (tests/conftest.py): tests of servers often wait. They are forked from one that has imported
+# the libraries.
 # Tests that share a server run in one process, and theirs come first (tests/conftest.py). What is exhaustive is slow:
 # `make test` does without it, `make test-slow` runs it.
-PYTEST := $(BIN)/pytest --numprocesses=5 --dist=loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder
 test: .venv/developer
 	$(PYTEST) -m "not slow"
 

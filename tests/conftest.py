@@ -66,6 +66,11 @@ TESTS = (
 )
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than the cores that this process may use, since tests of servers often wait; eight at most."""
+    return min(8, len(os.sched_getaffinity(0)) + 1)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_xdist_setupnodes(config: pytest.Config, specs: list[Any]) -> Iterator[None]:
     """Fork the workers, and all that they fork, from one process with their imports."""
