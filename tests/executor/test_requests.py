@@ -126,9 +126,9 @@ def test_guided_answers_are_valid_beside_free_ones(executor: Executor, tokenizer
     prompt = tokenizer.encode(PROMPT)
     guided = [
         ask(prompt, f"g{seed}", 200, guided_decoding=params, sampling=SamplingConfig(top_p=1.0, seed=seed))
-        for seed in range(6)
+        for seed in range(3)
     ]
-    free = ask(prompt, "free", 60)
+    free = ask(prompt, "free", 40)
     alone = tokens(executor.generate([free])[0])
     *answers, other = executor.generate([*guided, free])
     assert tokens(other) == alone

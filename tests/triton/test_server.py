@@ -257,6 +257,7 @@ def test_a_signal_while_starting_stops_everything_too(repository: Path, number: 
         assert gone(group, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.triton
 def test_nothing_survives_when_we_are_killed(repository: Path) -> None:
     with serving(repository) as (process, group, _):

@@ -286,14 +286,14 @@ def test_the_command(bundled_checkpoint: Make, tmp_path: Path) -> None:
         checkpoint = bundled_checkpoint(quant="int8_wo")
         return trtqwen("verify", checkpoint, "--model", MODEL, *arguments)
 
-    good = run("--max-tokens", 256, "--report", tmp_path / "report", "--json")
+    good = run("--max-tokens", 96, "--report", tmp_path / "report", "--json")
     assert (good.returncode, good.stderr) == (0, "")
     printed = json.loads(good.stdout)
     assert printed["ok"]
     assert printed == json.loads((tmp_path / "report" / "verify.json").read_text())
     assert (tmp_path / "report" / "verify.png").read_bytes().startswith(b"\x89PNG")
 
-    bad = run("--max-tokens", 256, "--max-layer-error", 0.001)
+    bad = run("--max-tokens", 96, "--max-layer-error", 0.001)
     assert bad.returncode == 1
     assert "is wrong: its " in bad.stderr
     parse_error(bad.stderr)

@@ -53,6 +53,7 @@ def problem_of(server: TritonServer) -> str:
     raise AssertionError("nothing is wrong")
 
 
+@pytest.mark.slow
 def test_a_killed_vllm_is_named_and_a_restart_serves_again(vllm_repository: Path, tmp_path: Path) -> None:
     log = tmp_path / "log.txt"
     with TritonServer(vllm_repository, ports=Ports(0, 0, 0), log=log) as server:
