@@ -95,6 +95,7 @@ def test_a_prompt_is_a_message_where_it_is_to_be_one(tmp_path: Path) -> None:
         read_lines(tmp_path / "missing", DEFAULTS)
 
 
+@pytest.mark.slow
 def test_a_killed_batch_goes_on(bundled_engine: Callable[..., Path], tmp_path: Path) -> None:
     """Killed in the middle: the second run takes what is there, and the output is that of one run."""
     file = written(

@@ -56,7 +56,7 @@ def random_samples(vocab_size: int) -> list[list[int]]:
         slow({"quant": "int8_sq"}),
         slow({"quant": "int8_sq", "per_channel": True, "tp_size": 2}),
         slow({"quant": "int8_sq", "per_token": True, "dtype": "float16"}),
-        {"quant": "int8_sq", "per_channel": True, "per_token": True, "tp_size": 2, "pp_size": 2},
+        slow({"quant": "int8_sq", "per_channel": True, "per_token": True, "tp_size": 2, "pp_size": 2}),
         slow({"kv_cache": "int8", "dtype": "float16", "tp_size": 2}),
         {"quant": "int8_wo", "int8_layout": "sm80", "kv_cache": "int8"},
         slow({"quant": "int8_sq", "kv_cache": "int8"}),
