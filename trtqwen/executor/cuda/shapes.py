@@ -75,9 +75,10 @@ def graph_shapes(max_batch_size: int, max_num_tokens: int) -> list[GraphShape]:
 
 def pad(inputs: StepInputs, shape: GraphShape) -> StepInputs:
     """Fill a step up to a shape that it fits: what is added reads and writes no cache, and its logits come last."""
-    counts, room = inputs.counts, shape.generation
-    result = StepInputs(padded := shape.counts(counts.blocks), np.zeros(padded.total, np.int32))
-    own, prompts, tokens = counts.generation, counts.sequences - counts.generation, counts.tokens - counts.generation
+    counts, padded = inputs.counts, shape.counts(inputs.counts.blocks)
+    result = StepInputs(padded, np.zeros(padded.total, np.int32))
+    own, room = counts.generation, shape.generation
+    prompts, tokens = counts.sequences - own, counts.tokens - own
     result.kv_slots[:] = -1
     for name in _TOKEN_SECTIONS:
         source, target = getattr(inputs, name), getattr(result, name)
