@@ -57,8 +57,7 @@ SHAPE = {
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
 }
-# Interpreted, each takes seconds: these read or scale in a way of their own, which `test_kernels` holds.
-# The kernels of the others are in `test_kernels` too.
+# Interpreted, each takes seconds. The kernels of the others are in `test_kernels`.
 QUICK = ("float32",)
 SHAPES = (GraphShape(4), GraphShape(3, 32))
 CARDS_ALONE = ("weight-only, sm80", "smoothquant, per channel", "smoothquant, per token")
@@ -133,7 +132,7 @@ def test_logits_are_those_of_the_plain_model(
         shape = next(shape for shape in SHAPES if shape.fits(inputs.counts))
         for got in (run(cuda, inputs, device), replay(cuda, inputs, shape, device)):
             assert got.shape == expected.shape
-            assert (got - expected).norm() <= bound * expected.norm()
+            assert not len(got) or ((got - expected).norm() / expected.norm()) < bound
         names = [chunk.request_id for chunk in step.chunks if chunk.samples]
         scheduler.update(step, dict(zip(names, expected.argmax(-1).tolist(), strict=True)))
         steps += 1
